@@ -1,0 +1,74 @@
+VENV ?= .venv
+PYTHON ?= python3
+ACCELERATOR ?= cpu
+CONSTRAINTS ?= constraints.txt
+
+PY := $(VENV)/bin/python
+PIP_INSTALL := $(PY) -m pip install $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
+EXTRAS_cpu := train,eval,dev
+EXTRAS_cuda := $(EXTRAS_cpu),cuda
+EXTRAS_tpu := $(EXTRAS_cpu),tpu
+EXTRAS := $(EXTRAS_$(ACCELERATOR))
+STAMP := $(VENV)/.install-$(ACCELERATOR)$(if $(CONSTRAINTS),,-unconstrained)
+PARITY_STAMP := $(VENV)/.install-parity
+
+ifeq ($(EXTRAS),)
+$(error ACCELERATOR: expected cpu, cuda or tpu, got '$(ACCELERATOR)')
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo clean-demo test test-slow parity check lint format-check types format
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "Variables: VENV=$(VENV) PYTHON=$(PYTHON) ACCELERATOR=$(ACCELERATOR) (cpu, cuda or tpu) CONSTRAINTS=$(CONSTRAINTS)"
+
+install: $(STAMP)  ## make the virtual environment with everything in it
+
+$(PY):
+	$(PYTHON) -m venv $(VENV)
+
+$(STAMP): pyproject.toml $(CONSTRAINTS) | $(PY)
+	$(PIP_INSTALL) -e ".[$(EXTRAS)]"
+	@touch $@
+
+$(PARITY_STAMP): $(STAMP)
+	$(PIP_INSTALL) -e ".[parity]"
+	@touch $@
+
+demo: install  ## train GOPO and GRPO on the small review data and compare them
+	$(PY) data/reviews/prepare.py runs/demo
+	$(PY) -m train sft --config configs/demo/sft.yaml
+	$(PY) -m train reward --config configs/demo/reward.yaml
+	$(PY) -m train reward --config configs/demo/judge.yaml
+	$(PY) -m train policy --config configs/demo/gopo.yaml
+	$(PY) -m train policy --config configs/demo/grpo.yaml
+	$(PY) -m eval compare runs/demo/gopo runs/demo/grpo --judge runs/demo/judge --out runs/demo/compare
+	$(PY) -m eval report runs/demo/gopo runs/demo/grpo --reward_models runs/demo/reward runs/demo/judge --compare runs/demo/compare --out runs/demo
+
+clean-demo:  ## remove what the demo made
+	rm -rf runs/demo
+
+test: install  ## run the quick tests
+	$(PY) -m pytest
+
+test-slow: install  ## run the tests that take minutes
+	$(PY) -m pytest -m slow
+
+parity: $(PARITY_STAMP)  ## compare with PyTorch (installs torch)
+	$(PY) -m pytest -m parity
+
+check: lint format-check types  ## lint, formatting, types: what CI runs before the tests
+
+lint: install
+	$(PY) -m ruff check .
+
+format-check: install
+	$(PY) -m ruff format --check .
+
+types: install
+	$(PY) -m mypy
+
+format: install  ## format the code and fix what ruff can fix
+	$(PY) -m ruff format .
+	$(PY) -m ruff check --fix .

@@ -1,0 +1,1 @@
+"""Programs that judge: `python -m eval {generate,reward,compare,report}`."""

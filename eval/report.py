@@ -1,0 +1,212 @@
+"""The report of some policies: tables, pictures, samples, and what happened in plain words.
+
+Reads the runs' metrics and validation completions, the reward models' metrics and a comparison; computes nothing
+that is not in them. Writes OUT/report.html, which stands alone, OUT/report.md and OUT/figures/.
+"""
+
+import json
+import os
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eval import plots, story, tables
+from eval.compare import JUDGE_SCORE, RESULT, SCORES, describe, read_scores, without_nan
+from eval.page import Answer, Content, Sample, markdown, page
+from eval.runs import Arguments, Completions, PolicyRun, differences, same_model
+from models.checkpoint import FOLDER
+from train.metrics import METRICS, console, read_metrics, setup_errors
+
+SAMPLES = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    runs: list[str]
+    reward_models: list[str]
+    compare: str
+    out: str
+    title: str | None = None
+
+
+def parse_report(arguments: list[str]) -> ReportConfig:
+    parser = Arguments("report", "Tables, pictures and samples of some policies, on one page.")
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="runs of `train policy`; the compared ones among them")
+    parser.add_argument("--reward_models", nargs="+", required=True, metavar="RM", help="runs of `train reward`")
+    parser.add_argument("--compare", required=True, help="what `eval compare` wrote to --out")
+    parser.add_argument("--out", required=True, help="the directory to write")
+    parser.add_argument("--title")
+    return ReportConfig(**vars(parser.parse_args(arguments)))
+
+
+def report(config: ReportConfig) -> Content:
+    """Write the report to `config.out`; returns what it shows.
+
+    Raises:
+      SetupError: a path that is not what it should be, or a comparison of other runs.
+    """
+    with setup_errors():
+        result = read_result(config.compare)
+        runs = open_runs(config.runs, result)
+        described = {run.name: result["runs"].get(run.name) or alone(run) for run in runs}
+        models = [reward_model(path, result, runs) for path in config.reward_models]
+    warn_if_old(config, runs, result)
+    out = Path(config.out)
+    content = Content(
+        title=config.title or f"{story.listing([run.name for run in runs])}, trained and judged",
+        subtitle=f"{result['prompts']} validation prompts; the judge is {result['judge']}",
+        headline=story.headline(result, described),
+        story=story.what_happened(result, described, runs),
+        sheets=[tables.reward_models(models), tables.policies(described), tables.final_win_rate(result)],
+        steps=[tables.by_step(result), tables.rewards_by_step(described)],
+        pictures=plots.pictures(out / "figures", runs, described, result),
+        advantages=plots.advantage_pictures(out / "figures", runs, plots.pick_groups(runs)),
+        about_advantages=ABOUT_ADVANTAGES,
+        samples=pick_samples(config.compare, runs, result),
+        about_samples=f"{SAMPLES} prompts at equal distances through the validation set, of each the first completion.",
+        differences=difference_sheet(runs),
+        sources=sources(config, runs),
+        commands=commands(config, runs, result),
+    )
+    (out / "report.html").write_text(page(content), encoding="utf-8")
+    (out / "report.md").write_text(markdown(content), encoding="utf-8")
+    console.print(*(sheet.rich() for sheet in content.sheets), content.headline, f"{out / 'report.html'}", sep="\n")
+    return content
+
+
+ABOUT_ADVANTAGES = (
+    "Real groups of 8 completions of one prompt, by their rewards from left to right, and the advantage that each "
+    "would get. A z-score keeps the distances: one outlier takes most of the learning signal and the others are "
+    "squeezed together. Ranks spread the signal evenly, whatever the distances. Shown are, of all validation prompts, "
+    "the groups whose rewards are most skewed down, least skewed, and most skewed up; completions are taken from the "
+    "last validation of each run, and from the one before where that is not enough for 8."
+)
+
+
+def read_result(folder: str) -> dict[str, Any]:
+    file = Path(folder) / RESULT
+    if not file.is_file():
+        raise FileNotFoundError(f"--compare {folder}: no {RESULT} in it; run `python -m eval compare` first")
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def open_runs(paths: Sequence[str], result: dict[str, Any]) -> list[PolicyRun]:
+    """The runs, under the names that the comparison gave them."""
+    names = {name: run["path"] for name, run in result["runs"].items()}
+    known = [next((name for name, its in names.items() if same_model(its, path)), None) for path in paths]
+    for name, path in names.items():
+        if name not in known:
+            raise ValueError(f"the comparison is of {path}, which is not among the runs given; add it, or compare anew")
+    runs = [PolicyRun.open(path, name) for path, name in zip(paths, known, strict=True)]
+    found = [run.name for run in runs]
+    if len(set(found)) < len(found):
+        raise ValueError(f"the runs' names must differ, got {', '.join(found)}")
+    return runs
+
+
+def alone(run: PolicyRun) -> dict[str, Any]:
+    """What compare.json would say of a run that the judge has not scored."""
+    found = {step: run.completions(step) for step in run.steps}
+    unscored: dict[int, list[float | None]] = {step: [None] * len(table.rows) for step, table in found.items()}
+    return without_nan(describe(run, found, unscored))
+
+
+def reward_model(path: str, result: dict[str, Any], runs: Sequence[PolicyRun]) -> dict[str, Any]:
+    """Accuracy and length baseline, from the last row of the metrics that has them."""
+    if not Path(path.partition("@")[0]).is_dir():
+        raise FileNotFoundError(f"--reward_models {path}: no such directory")
+    rows = [row for row in read_metrics(path.partition("@")[0]) if "validation/accuracy" in row]
+    last = rows[-1] if rows else {}
+    against = [run.name for run in runs if any(same_model(path, model) for model in run.reward_models())]
+    roles = ["trained against" + ("" if len(against) == len(runs) else f" ({', '.join(against)})")] if against else []
+    roles += ["judge"] if same_model(path, result["judge"]) else []
+    return {
+        "path": path,
+        "role": ", ".join(roles) or "not used here",
+        "accuracy": last.get("validation/accuracy"),
+        "length_baseline": last.get("validation/length_baseline_accuracy"),
+        "step": last.get("step"),
+    }
+
+
+def warn_if_old(config: ReportConfig, runs: Sequence[PolicyRun], result: dict[str, Any]) -> None:
+    written = (Path(config.compare) / RESULT).stat().st_mtime
+    for run in runs:
+        newer = [step for step in run.steps if run.file(step).stat().st_mtime > written]
+        if run.name in result["runs"] and newer:
+            console.print(f"warning: {run.path} has validated since {config.compare} was written; compare anew")
+
+
+def pick_samples(folder: str, runs: Sequence[PolicyRun], result: dict[str, Any]) -> list[Sample]:
+    """The same prompts before and after, side by side."""
+    scored = {run.name: [scored_completions(folder, run, i, result) for i in (0, -1)] for run in runs}
+    befores = [first for first, _ in scored.values()]
+    alike = all(table.texts == befores[0].texts for table in befores)
+    columns = [("before training", befores[0])] if alike else []
+    for name, (first, last) in scored.items():
+        columns += [] if alike else [(f"{name}, before training", first)]
+        columns += [(f"{name}, after training", last)]
+    common = [i for i in columns[0][1].prompts if all(i in table.prompts for _, table in columns)]
+    chosen = np.unique(np.linspace(0, len(common) - 1, min(SAMPLES, len(common))).round().astype(int))
+    return [
+        Sample(
+            common[i], columns[0][1].prompts[common[i]], [answer(label, table, common[i]) for label, table in columns]
+        )
+        for i in chosen
+    ]
+
+
+def scored_completions(folder: str, run: PolicyRun, which: int, result: dict[str, Any]) -> Completions:
+    """A run's first (0) or last (-1) completions, with the judge's scores where it has been judged."""
+    if run.name not in result["runs"]:
+        return run.completions(run.steps[which])
+    step = result["runs"][run.name]["steps"][which]["step"]
+    return Completions.from_rows(read_scores(folder, run.name, step), str(Path(folder) / SCORES / run.name))
+
+
+def answer(label: str, table: Completions, prompt_id: int) -> Answer:
+    row = next(row for row in table.rows if row["prompt_id"] == prompt_id)
+    return Answer(label, row["completion"], row.get("reward"), row.get(JUDGE_SCORE))
+
+
+def difference_sheet(runs: Sequence[PolicyRun]) -> tables.Sheet:
+    rows = [(key, *map(str, values)) for key, values in differences(runs).items()]
+    note = "" if rows else "Every setting but the directory is the same."
+    return tables.Sheet("Settings in which the runs differ", ("setting", *(run.name for run in runs)), rows, note)
+
+
+def sources(config: ReportConfig, runs: Sequence[PolicyRun]) -> list[tuple[str, str]]:
+    """The raw files, by their path from the report."""
+    found = [("win rates, judge scores, gains", Path(config.compare) / RESULT)]
+    found += [("the judge's score of every completion", Path(config.compare) / SCORES)]
+    for run in runs:
+        found += [
+            (f"{run.name}: training metrics of every step", run.path / METRICS),
+            (f"{run.name}: all settings", run.path / "config.yaml"),
+            (f"{run.name}: validation completions with their rewards", run.path / "completions"),
+        ]
+    found += [
+        (f"{path}: accuracy and length baseline", Path(path.partition("@")[0]) / METRICS)
+        for path in config.reward_models
+    ]
+    return [(what, Path(os.path.relpath(path, config.out)).as_posix()) for what, path in found if path.exists()]
+
+
+def commands(config: ReportConfig, runs: Sequence[PolicyRun], result: dict[str, Any]) -> list[str]:
+    """How to make every number again."""
+    models = [p.partition("@")[0] for p in config.reward_models if (Path(p.partition("@")[0]) / FOLDER).is_dir()]
+    lines = [f"python -m train reward --config {shlex.quote(model)}/config.yaml" for model in models]
+    lines += [f"python -m train policy --config {shlex.quote(str(run.path))}/config.yaml" for run in runs]
+    a, b = (result["runs"][result[side]]["path"] for side in "ab")
+    words = ["python", "-m", "eval", "compare", a, b, "--judge", result["judge"], "--out", config.compare]
+    for option, side, path in (("--name_a", "a", a), ("--name_b", "b", b)):
+        words += [option, result[side]] if Path(path).name != result[side] else []
+    words += ["--seed", str(result["seed"])] if result["seed"] else []
+    again = ["python", "-m", "eval", "report", *config.runs, "--reward_models", *config.reward_models]
+    again += ["--compare", config.compare, "--out", config.out]
+    again += ["--title", config.title] if config.title else []
+    return [*lines, shlex.join(words), shlex.join(again)]

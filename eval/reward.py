@@ -1,0 +1,97 @@
+"""A reward model's scores of completions, from JSONL to JSONL.
+
+Rows of one prompt_id are one group; groups need not be of one size.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from eval.stats import mean_and_error, prompt_means
+from train import state as training
+from train.config import MeshConfig, parse
+from train.metrics import console, setup_errors, write_jsonl
+from train.prompts import Row, load_rows
+from train.rewards import RewardModelScorer
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig:
+    responses: str  # JSONL with prompt_id, prompt, completion, as `python -m eval generate` writes it
+    reward_model: str  # a run of `train reward`, RUN@STEP, a Hugging Face directory or Hub name
+    out: str  # the JSONL file to write: the same rows with "reward", null where unscorable
+    max_length: int = 4096  # of prompt and completion together, in the reward model's tokens
+    batch_prompts: int = 32  # prompts scored at a time
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("max_length", "batch_prompts"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+
+
+def parse_reward(arguments: list[str]) -> RewardConfig:
+    return parse(RewardConfig, arguments, "python -m eval reward")
+
+
+def reward(config: RewardConfig) -> list[Row]:
+    """Write the scored rows to `config.out`; returns them.
+
+    Raises:
+      SetupError: a mistake in the settings or the data, before anything is scored.
+    """
+    with setup_errors():
+        rows = load_rows(config.responses)
+        groups = by_prompt(rows, config.responses)
+        layout = training.make_layout_for(config.mesh, config.batch_prompts)
+        scorer = RewardModelScorer(
+            config.reward_model,
+            layout=layout,
+            dtype=config.dtype,
+            max_length=config.max_length,
+            batch_prompts=config.batch_prompts,
+        )
+    scores = score_rows(scorer, rows, groups)
+    scored = [row | {"reward": score} for row, score in zip(rows, scores, strict=True)]
+    write_jsonl(Path(config.out), scored)
+    found = mean_and_error(prompt_means([[scores[i] for i in group] for group in groups]))
+    console.print(
+        f"{config.out}: reward {found['mean']:.4f} ± {found['standard_error']:.4f} (standard error over "
+        f"{found['prompts']} prompts), {len(rows)} completions, {scores.count(None)} unscorable"
+    )
+    return scored
+
+
+def by_prompt(rows: Sequence[Row], source: str) -> list[list[int]]:
+    """The numbers of the rows of each prompt.
+
+    Raises:
+      ValueError: a row without one of the columns, or two prompts under one prompt_id.
+    """
+    groups: dict[int, list[int]] = {}
+    for i, row in enumerate(rows):
+        for column in ("prompt_id", "prompt", "completion"):
+            if row.get(column) is None:
+                raise ValueError(f"{source}: row {i + 1} has no {column!r}; its columns are {', '.join(row)}")
+        group = groups.setdefault(row["prompt_id"], [])
+        if group and rows[group[0]]["prompt"] != row["prompt"]:
+            raise ValueError(f"{source}: row {i + 1}: prompt_id {row['prompt_id']} stands for two prompts")
+        group.append(i)
+    return list(groups.values())
+
+
+def score_rows(scorer: RewardModelScorer, rows: Sequence[Row], groups: Sequence[Sequence[int]]) -> list[float | None]:
+    """One score per row, None where unscorable; groups of one size are scored together."""
+    scores: list[float | None] = [None] * len(rows)
+    for size in sorted({len(group) for group in groups}):
+        same = [group for group in groups if len(group) == size]
+        prompts = [rows[group[0]]["prompt"] for group in same]
+        rewards_PG = scorer(prompts, [[rows[i]["completion"] for i in group] for group in same])
+        for i, value in zip(np.ravel(same), np.ravel(rewards_PG), strict=True):
+            scores[i] = None if math.isnan(value) else float(value)
+    return scores

@@ -1,0 +1,138 @@
+"""What `python -m train policy` left behind, read for judging: config, metrics, validation completions."""
+
+import argparse
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import yaml
+
+from eval.reward import by_prompt
+from eval.stats import prompt_means
+from train.metrics import COMPLETIONS, CONFIG, read_metrics
+from train.prompts import Row, load_rows
+
+
+class Arguments(argparse.ArgumentParser):
+    """A command line whose mistakes are ValueErrors, as those of `train.config.parse`."""
+
+    def __init__(self, program: str, description: str | None) -> None:
+        super().__init__(prog=f"python -m eval {program}", description=description, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} ({self.prog} --help shows all settings)")
+
+
+@dataclass(frozen=True)
+class PolicyRun:
+    """A run of `train policy` that has validated at least once."""
+
+    path: Path
+    name: str
+
+    @classmethod
+    def open(cls, path: str, name: str | None = None) -> "PolicyRun":
+        """Raises: FileNotFoundError: no such run, or none with validation completions."""
+        run = cls(Path(path), name or Path(path).resolve().name)
+        if not (run.path / CONFIG).is_file():
+            raise FileNotFoundError(f"{path}: not a run; expected a directory with a {CONFIG} in it")
+        if not run.steps:
+            raise FileNotFoundError(
+                f"{path}: no {COMPLETIONS}/validation_*.jsonl in it; expected a run of `train policy` that has "
+                f"validated at least once"
+            )
+        return run
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        return yaml.safe_load((self.path / CONFIG).read_text(encoding="utf-8")) or {}
+
+    @cached_property
+    def metrics(self) -> list[dict[str, float]]:
+        return read_metrics(self.path)
+
+    @cached_property
+    def steps(self) -> list[int]:
+        """The steps with validation completions."""
+        files = (self.path / COMPLETIONS).glob("validation_*.jsonl")
+        return sorted(int(match[1]) for file in files if (match := re.fullmatch(r"validation_(\d+)\.jsonl", file.name)))
+
+    def file(self, step: int) -> Path:
+        return self.path / COMPLETIONS / f"validation_{step:06d}.jsonl"
+
+    def completions(self, step: int) -> "Completions":
+        return Completions.read(self.file(step))
+
+    def reward_models(self) -> list[str]:
+        """The reward models this policy was trained against."""
+        return [spec["model"] for spec in self.config.get("rewards") or [] if spec.get("model")]
+
+    def series(self, key: str) -> tuple[np.ndarray, np.ndarray]:
+        """Steps and values of a metric, where it was logged."""
+        points = [(row["step"], row[key]) for row in self.metrics if key in row]
+        steps, values = zip(*points, strict=True) if points else ((), ())
+        return np.array(steps, float), np.array(values, float)
+
+
+@dataclass(frozen=True)
+class Completions:
+    """The rows of one file, with those of each prompt together."""
+
+    rows: list[Row]
+    groups: list[list[int]]  # for each prompt its rows' numbers, prompts in the order of their ids
+
+    @classmethod
+    def read(cls, file: Path) -> "Completions":
+        return cls.from_rows(load_rows(str(file)), str(file))
+
+    @classmethod
+    def from_rows(cls, rows: list[Row], source: str) -> "Completions":
+        groups = by_prompt(rows, source)
+        return cls(rows, sorted(groups, key=lambda group: rows[group[0]]["prompt_id"]))
+
+    @property
+    def prompts(self) -> dict[int, Any]:
+        return {self.rows[group[0]]["prompt_id"]: self.rows[group[0]]["prompt"] for group in self.groups}
+
+    @property
+    def texts(self) -> list[list[str]]:
+        return [[self.rows[i]["completion"] for i in group] for group in self.groups]
+
+    def column(self, name: str) -> list[list[Any]]:
+        return self.grouped([row.get(name) for row in self.rows])
+
+    def grouped(self, values: Sequence[Any]) -> list[list[Any]]:
+        """Values of the rows, by prompt."""
+        return [[values[i] for i in group] for group in self.groups]
+
+    def means(self, name: str) -> np.ndarray:
+        """The mean of a column for each prompt."""
+        return prompt_means(self.column(name))
+
+    def distinct(self) -> float:
+        """The share of different texts among all completions."""
+        return len({row["completion"] for row in self.rows}) / len(self.rows)
+
+
+def same_model(one: str, other: str) -> bool:
+    """Whether two paths or Hub names mean the same model, whatever its step."""
+    return Path(one.partition("@")[0]).resolve() == Path(other.partition("@")[0]).resolve()
+
+
+def differences(runs: Sequence[PolicyRun]) -> dict[str, list[Any]]:
+    """The settings in which the runs differ, by dotted key; where a run writes to is none of them."""
+    flat = [dict(_flatten(run.config)) for run in runs]
+    keys = dict.fromkeys(key for config in flat for key in config)
+    values = {key: [config.get(key) for config in flat] for key in keys if key != "output_dir"}
+    return {key: found for key, found in values.items() if any(value != found[0] for value in found)}
+
+
+def _flatten(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    pairs: list[tuple[str, Any]] = []
+    for key, value in config.items():
+        pairs += _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else [(prefix + key, value)]
+    return pairs

@@ -1,0 +1,239 @@
+"""Losses on log-probabilities: the clipped policy loss, its KL penalty, and the Bradley-Terry loss.
+
+Every loss is a sum divided by a count, and the count may be given: with several micro-batches or devices,
+sum the counts first (`loss_count`), hand the total to each part as `denominator`, and add the parts up.
+The result then does not depend on how the batch was cut.
+"""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from gopo_jax import checks
+
+Metrics = dict[str, tuple[jax.Array, jax.Array]]  # name -> (sum, count); add both up, divide once
+
+KL_ESTIMATORS = ("k1", "k2", "k3")
+RATIOS = ("token", "sequence")
+AGGREGATES = ("token", "sequence", "constant", "token_per_microbatch")
+
+
+def kl_penalty(logprobs: jax.Array, ref_logprobs: jax.Array, kind: Literal["k1", "k2", "k3"] = "k3") -> jax.Array:
+    """Per-token estimate of KL(policy || reference) from tokens drawn from the policy.
+
+        d  = logprobs - ref_logprobs
+        k1 = d                     unbiased, high variance, can be negative
+        k2 = d^2 / 2               biased; its gradient is that of the KL, on-policy
+        k3 = exp(-d) - 1 + d       unbiased, never negative
+
+    Args:
+      logprobs: [..., T] log-probabilities under the policy.
+      ref_logprobs: [..., T] log-probabilities under the reference.
+      kind: which estimator.
+
+    Returns:
+      [..., T] estimates in nats.
+
+    Raises:
+      ValueError: an unknown kind, or shapes that differ.
+
+    References:
+      Schulman, Approximating KL Divergence, 2020, http://joschu.net/blog/kl-approx.html.
+    """
+    checks.one_of("kind", kind, KL_ESTIMATORS)
+    checks.same_shape("ref_logprobs", ref_logprobs, "logprobs", logprobs)
+    difference = logprobs - ref_logprobs
+    if kind == "k1":
+        return difference
+    if kind == "k2":
+        return jnp.square(difference) / 2
+    return jnp.expm1(-difference) + difference
+
+
+def loss_count(mask: jax.Array, aggregate: str = "token", *, max_length: int | None = None) -> jax.Array:
+    """What `policy_loss` divides its sum by: the batch's count under an aggregation mode.
+
+    Args:
+      mask: [..., T] booleans, the completion tokens that count.
+      aggregate: as in `policy_loss`.
+      max_length: for "constant", the length every completion is counted with; None = T.
+
+    Returns:
+      A float32 scalar: tokens ("token"), completions with at least one token ("sequence"), those times
+      max_length ("constant"), or 1 ("token_per_microbatch").
+    """
+    checks.one_of("aggregate", aggregate, AGGREGATES)
+    if aggregate == "token":
+        return mask.sum(dtype=jnp.float32)
+    if aggregate == "token_per_microbatch":
+        return jnp.ones((), jnp.float32)
+    completions = mask.any(-1).sum(dtype=jnp.float32)
+    return completions if aggregate == "sequence" else completions * (max_length or mask.shape[-1])
+
+
+def policy_loss(
+    logprobs: jax.Array,
+    old_logprobs: jax.Array,
+    advantages: jax.Array,
+    mask: jax.Array,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    ratio: Literal["token", "sequence"] = "token",
+    aggregate: Literal["token", "sequence", "constant", "token_per_microbatch"] = "token",
+    denominator: jax.typing.ArrayLike | None = None,
+    max_length: int | None = None,
+    kl: Literal["k1", "k2", "k3"] | None = None,
+    ref_logprobs: jax.Array | None = None,
+    beta: float = 0.0,
+) -> tuple[jax.Array, Metrics]:
+    """Clipped surrogate loss with an optional KL penalty.
+
+        w_t = exp(logprob_t - old_logprob_t)                            ratio="token"
+        w_t = exp(mean over the completion of logprob - old_logprob)    ratio="sequence" (GSPO)
+        l_t = -min(w_t A, clip(w_t, 1 - clip_low, 1 + clip_high) A) + beta KL_t
+        loss = sum over the mask of (weight_t l_t) / denominator
+
+    with weight_t = 1, or 1 / (tokens of the completion) for "sequence", or 1 / (tokens of this call) for
+    "token_per_microbatch". A masked position contributes nothing, whatever stands there, NaN included.
+
+    Args:
+      logprobs: [..., T] log-probabilities of the sampled tokens under the policy being trained.
+      old_logprobs: [..., T] those under the policy that sampled them. No gradient flows into them.
+      advantages: [...] one per completion, or [..., T] one per token.
+      mask: [..., T] booleans (or 0/1), the completion tokens that count.
+      clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
+      ratio: importance ratio per token or per sequence.
+      aggregate: "token" is the mean over all tokens (DAPO), "sequence" the mean over completions of their
+        mean over tokens (GRPO), "constant" the sum over completions x max_length (Dr. GRPO),
+        "token_per_microbatch" the token mean of this call alone (then the mean of micro-batches: pass their
+        number as denominator; for exact replication of code that does so, the result depends on the cut).
+      denominator: the count of the *global* batch (see `loss_count`); None = the count of this call.
+      max_length: for aggregate "constant"; None = T.
+      kl: estimator of the penalty, or None for no penalty.
+      ref_logprobs: [..., T] under the reference policy; needed with kl.
+      beta: weight of the penalty.
+
+    Returns:
+      The scalar loss, and metrics as (sum, count) pairs: "clip_ratio/low_mean", "clip_ratio/high_mean",
+      "clip_ratio/region_mean" (share of tokens where the clip is active), "ratio", and "kl" (nats per token).
+
+    Raises:
+      ValueError: shapes that do not fit together, an unknown option, kl without ref_logprobs, beta without kl.
+
+    References:
+      PPO, https://arxiv.org/abs/1707.06347, equation 7; GRPO, https://arxiv.org/abs/2402.03300, equation 3;
+      GSPO, https://arxiv.org/abs/2507.18071, equation 5; DAPO, https://arxiv.org/abs/2503.14476, equation 8;
+      Dr. GRPO, https://arxiv.org/abs/2503.20783.
+    """
+    checks.one_of("ratio", ratio, RATIOS)
+    checks.one_of("aggregate", aggregate, AGGREGATES)
+    checks.same_shape("old_logprobs", old_logprobs, "logprobs", logprobs)
+    checks.same_shape("mask", mask, "logprobs", logprobs)
+    if advantages.shape == logprobs.shape[:-1]:
+        advantages = advantages[..., None]
+    elif advantages.shape != logprobs.shape:
+        raise ValueError(
+            f"advantages: expected one per completion, {logprobs.shape[:-1]}, or per token, {logprobs.shape}, "
+            f"got {advantages.shape}"
+        )
+    if (kl is None) != (ref_logprobs is None):
+        raise ValueError("kl, ref_logprobs: expected both (a KL penalty) or neither (none), got one of the two")
+    if kl is None and beta:
+        raise ValueError(f"beta: {beta} needs kl='k1'|'k2'|'k3' and ref_logprobs; use beta=0 for no penalty")
+
+    mask = mask.astype(bool)
+    count = loss_count(mask, aggregate, max_length=max_length) if denominator is None else jnp.asarray(denominator)
+
+    def at_mask(array: jax.Array) -> jax.Array:
+        return jnp.where(mask, array, 0)  # before any exp: 0 * inf would be NaN in the gradient
+
+    logprobs, old_logprobs = at_mask(logprobs), jax.lax.stop_gradient(at_mask(old_logprobs))
+    advantages = jax.lax.stop_gradient(at_mask(jnp.broadcast_to(advantages, mask.shape)))
+    log_ratio = logprobs - old_logprobs
+    tokens = mask.sum(-1, keepdims=True)
+    if ratio == "sequence":
+        log_ratio = jnp.broadcast_to(log_ratio.sum(-1, keepdims=True) / jnp.maximum(tokens, 1), mask.shape)
+    weight = jnp.exp(log_ratio)
+    clipped = jnp.clip(weight, 1 - clip_low, 1 + clip_high)
+    loss_T = -jnp.minimum(weight * advantages, clipped * advantages)
+
+    def total(array: jax.Array) -> jax.Array:
+        return at_mask(array).sum(dtype=jnp.float32)
+
+    low = (weight < 1 - clip_low) & (advantages < 0)
+    high = (weight > 1 + clip_high) & (advantages > 0)
+    n = mask.sum(dtype=jnp.float32)
+    metrics: Metrics = {
+        "clip_ratio/low_mean": (total(low), n),
+        "clip_ratio/high_mean": (total(high), n),
+        "clip_ratio/region_mean": (total(low | high), n),
+        "ratio": (total(weight), n),
+    }
+    if kl is not None and ref_logprobs is not None:
+        checks.same_shape("ref_logprobs", ref_logprobs, "mask", mask)
+        kl_T = kl_penalty(logprobs, jax.lax.stop_gradient(at_mask(ref_logprobs)), kl)
+        loss_T = loss_T + beta * kl_T
+        metrics["kl"] = (total(kl_T), n)
+
+    if aggregate == "sequence":
+        loss_T = loss_T / jnp.maximum(tokens, 1)
+    elif aggregate == "token_per_microbatch":
+        loss_T = loss_T / jnp.maximum(n, 1)
+    loss = total(loss_T) / jnp.maximum(count, 1e-9)
+    return loss, jax.lax.stop_gradient(metrics)
+
+
+def preference_loss(
+    chosen_rewards: jax.Array,
+    rejected_rewards: jax.Array,
+    *,
+    margin: jax.Array | None = None,
+    center: float = 0.0,
+    mask: jax.Array | None = None,
+) -> tuple[jax.Array, Metrics]:
+    """Bradley-Terry negative log-likelihood of human (or other) comparisons.
+
+        loss = mean( -log sigmoid(r_chosen - r_rejected - margin) + center (r_chosen + r_rejected)^2 )
+
+    Args:
+      chosen_rewards: [...] scores of the preferred answers.
+      rejected_rewards: [...] scores of the others, the same shape.
+      margin: [...] how much better the chosen one should be, or None for 0.
+      center: weight of the term that keeps the scores' sum near zero (the likelihood does not fix it).
+      mask: [...] booleans, False leaves a comparison out; None = all count.
+
+    Returns:
+      The scalar loss, and metrics as (sum, count) pairs: "accuracy" (ties count one half), "margin" (the
+      mean difference of the scores), "mean_reward".
+
+    Raises:
+      ValueError: shapes that differ.
+
+    References:
+      Bradley and Terry 1952; Ouyang et al., https://arxiv.org/abs/2203.02155, equation 1;
+      centring: Eisenstein et al., https://arxiv.org/abs/2312.09244.
+    """
+    checks.same_shape("rejected_rewards", rejected_rewards, "chosen_rewards", chosen_rewards)
+    if margin is not None:
+        checks.same_shape("margin", margin, "chosen_rewards", chosen_rewards)
+    if mask is None:
+        mask = jnp.ones(chosen_rewards.shape, bool)
+    checks.same_shape("mask", mask, "chosen_rewards", chosen_rewards)
+    chosen, rejected = (jnp.where(mask, x, 0).astype(jnp.float32) for x in (chosen_rewards, rejected_rewards))
+    difference = chosen - rejected
+    loss = -jax.nn.log_sigmoid(difference - (0.0 if margin is None else jnp.where(mask, margin, 0)))
+    loss = loss + center * jnp.square(chosen + rejected)
+    n = mask.sum(dtype=jnp.float32)
+    won = jnp.where(difference == 0, 0.5, difference > 0)
+
+    def total(array: jax.Array) -> jax.Array:
+        return jnp.where(mask, array, 0).sum(dtype=jnp.float32)
+
+    metrics: Metrics = {
+        "accuracy": (total(won), n),
+        "margin": (total(difference), n),
+        "mean_reward": (total(chosen + rejected) / 2, n),
+    }
+    return total(loss) / jnp.maximum(n, 1), jax.lax.stop_gradient(metrics)

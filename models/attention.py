@@ -1,0 +1,67 @@
+"""The one attention door: completions attend to their group's prompt, to what came before, and to themselves.
+
+The keys of the prompt have no group axis: one batched matrix product serves all G completions of a prompt, so
+they are read once per group. The parts are joined in one softmax without being concatenated.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class KeyValues(NamedTuple):
+    """Keys and values: [P, K, S, E] of a prompt, [P, G, K, T, E] of completions; [L, ...] of all layers."""
+
+    keys: jax.Array
+    values: jax.Array
+
+
+def group_attention(
+    query_PGTKQE: jax.Array,
+    own_PGKTE: KeyValues,
+    *,
+    prefix_PKSE: KeyValues | None = None,
+    prefix_lengths_P: jax.Array | None = None,
+    past_PGKTE: KeyValues | None = None,
+    past_length: jax.typing.ArrayLike = 0,
+) -> jax.Array:
+    """Softmax attention of T new positions over prefix, past and themselves.
+
+        out = softmax([q k_prefix, q k_past, q k_own] / sqrt(E)) [v_prefix, v_past, v_own]
+
+    Args:
+      query_PGTKQE: queries, rotated and normalised, Q query heads per key/value head.
+      own_PGKTE: keys and values of the T positions; position t sees those up to t.
+      prefix_PKSE: of the prompt, shared by the group; positions at or behind `prefix_lengths_P` are unseen.
+      past_PGKTE: of earlier positions of the same completion; those at or behind `past_length` are unseen.
+
+    Returns:
+      [P, G, T, K, Q, E] in the queries' dtype. Scores and the softmax are float32.
+    """
+    *_, length, _, _, width = query_PGTKQE.shape
+    query = query_PGTKQE * jnp.asarray(width**-0.5, query_PGTKQE.dtype)
+
+    def scores(subscripts: str, keys: jax.Array, seen: jax.Array) -> jax.Array:
+        return jnp.where(seen, jnp.einsum(subscripts, query, keys, preferred_element_type=jnp.float32), -jnp.inf)
+
+    causal_T1U = jnp.tril(jnp.ones((length, length), bool))[:, None, :]
+    parts = [("pkgtqu,pgkue->pkgtqe", scores("pgtkqe,pgkue->pkgtqu", own_PGKTE.keys, causal_T1U), own_PGKTE.values)]
+    if past_PGKTE is not None:
+        seen = jnp.arange(past_PGKTE.keys.shape[-2]) < past_length
+        parts.append(("pkgtqu,pgkue->pkgtqe", scores("pgtkqe,pgkue->pkgtqu", past_PGKTE.keys, seen), past_PGKTE.values))
+    if prefix_PKSE is not None:
+        assert prefix_lengths_P is not None
+        seen_PS = jnp.arange(prefix_PKSE.keys.shape[-2]) < prefix_lengths_P[:, None]
+        seen = seen_PS[:, None, None, None, None, :]
+        parts.append(("pkgtqs,pkse->pkgtqe", scores("pgtkqe,pkse->pkgtqs", prefix_PKSE.keys, seen), prefix_PKSE.values))
+
+    # Every position sees itself, so the maximum is finite. It cancels in the quotient: no gradient needed.
+    top = jax.lax.stop_gradient(jnp.max(jnp.stack([score.max(-1) for _, score, _ in parts]), axis=0))[..., None]
+    numerator = jnp.zeros((), jnp.float32)
+    normalizer = jnp.zeros((), jnp.float32)
+    for subscripts, score, values in parts:
+        weights = jnp.exp(score - top)
+        normalizer += weights.sum(-1)[..., None]
+        numerator += jnp.einsum(subscripts, weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+    return jnp.einsum("pkgtqe->pgtkqe", (numerator / normalizer).astype(query.dtype))

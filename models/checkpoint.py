@@ -1,0 +1,120 @@
+"""Orbax checkpoints of a run: one atomic step each, with everything that evaluation and resuming need.
+
+runs/NAME/checkpoints/STEP/params   the parameters, a nested dict of arrays
+                          /train    optimizer state and whatever else the trainer carries
+                          /about    JSON: {"model": a Hugging Face config, "run": the resolved run config}
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from flax import nnx
+from jax.sharding import Mesh
+
+from models.config import Qwen3Config
+from models.hf_weights import abstract_model, as_layout, load_pretrained, split
+from models.qwen3 import Backbone
+from models.sharding import Layout, parameter_shardings
+
+FOLDER = "checkpoints"
+
+
+class Checkpoints:
+    """The checkpoints of one run directory. A killed save leaves the previous step intact."""
+
+    def __init__(self, run: str | Path, *, keep: int | None = None) -> None:
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True)
+        self._manager = ocp.CheckpointManager((Path(run) / FOLDER).absolute(), options=options)
+
+    def latest(self) -> int | None:
+        return self._manager.latest_step()
+
+    def save(self, step: int, params: Any, train: Any, about: dict[str, Any]) -> None:
+        """Save in the background; a later save waits for an earlier one."""
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(params), train=ocp.args.StandardSave(train), about=ocp.args.JsonSave(about)
+            ),
+        )
+
+    def restore(self, step: int, params: Any, train: Any) -> tuple[Any, Any]:
+        """Parameters and trainer state of a step, with the shapes and shardings of the given trees."""
+        as_abstract = ocp.utils.to_shape_dtype_struct
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardRestore(jax.tree.map(as_abstract, params)),
+                train=ocp.args.StandardRestore(jax.tree.map(as_abstract, train)),
+            ),
+        )
+        return restored["params"], restored["train"]
+
+    def close(self) -> None:
+        """Wait for the save in flight."""
+        self._manager.close()
+
+
+def find(checkpoint: str | Path) -> tuple[Path, int]:
+    """The run directory and step of "runs/NAME" (its newest step) or "runs/NAME@STEP".
+
+    Raises:
+      FileNotFoundError: no such run, no checkpoint in it, or not that step.
+    """
+    run, _, wanted = str(checkpoint).partition("@")
+    folder = Path(run) / FOLDER
+    steps = sorted(int(entry.name) for entry in folder.glob("*") if entry.name.isdigit()) if folder.is_dir() else []
+    if not steps:
+        raise FileNotFoundError(f"{run}: not a checkpoint; expected a run directory with {FOLDER}/STEP in it")
+    if not wanted:
+        return Path(run), steps[-1]
+    if not wanted.isdigit() or int(wanted) not in steps:
+        raise FileNotFoundError(f"{checkpoint}: no such step; there are {', '.join(map(str, steps))}")
+    return Path(run), int(wanted)
+
+
+def about(checkpoint: str | Path) -> dict[str, Any]:
+    """What a checkpoint says of itself: {"model": ..., "run": ...}."""
+    run, step = find(checkpoint)
+    with ocp.CheckpointManager((run / FOLDER).absolute()) as manager:
+        return manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
+
+
+def load_model(
+    path: str | Path,
+    *,
+    mesh: Mesh | Layout | None = None,
+    dtype: Any = "float32",
+    param_dtype: Any = None,
+    **options: Any,
+) -> Backbone:
+    """A policy or reward model from a run's checkpoint, a Hugging Face directory, or the Hub.
+
+    Raises:
+      FileNotFoundError: neither a run with checkpoints nor a model directory.
+      ValueError: see `models.hf_weights.load_pretrained`.
+    """
+    run = Path(str(path).partition("@")[0])
+    if not (run / FOLDER).is_dir():
+        if run.is_dir() and not (run / "config.json").is_file():
+            raise FileNotFoundError(
+                f"{path}: not a checkpoint; expected a run directory with {FOLDER}/STEP in it, "
+                f"or a Hugging Face model directory with a config.json"
+            )
+        return load_pretrained(path, mesh=mesh, dtype=dtype, param_dtype=param_dtype, **options)
+    run, step = find(path)
+    layout = as_layout(mesh)
+    config = Qwen3Config.from_hf(about(path)["model"], source=str(path))
+    model = abstract_model(config, dtype=dtype, param_dtype=param_dtype or dtype, layout=layout, **options)
+    graphdef, shapes = split(model)
+    if layout is not None:
+        shapes = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            shapes,
+            parameter_shardings(model, layout),
+        )
+    with ocp.CheckpointManager((run / FOLDER).absolute()) as manager:
+        restored = manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(shapes)))
+    return nnx.merge(graphdef, restored["params"])

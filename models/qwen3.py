@@ -1,0 +1,246 @@
+"""The Qwen3 decoder with a group axis: the prompt is computed once, its G completions see its keys and values.
+
+    hidden_PSD, prefix = model.prefill(prompt_PS, lengths_P)
+    hidden_PGTD, own   = model.extend(tokens_PGT, prefix)
+    hidden_PGTD        = model.predict(prompt_PS, lengths_P, tokens_PGT)     # aligned: hidden[t] predicts token t
+
+Prompts and completions are right-padded; lengths, not token values, say where a prompt ends. A completion needs
+no mask of its own: what is padded comes after what is real, and causal attention never looks ahead.
+The layers are stacked on a leading L axis and scanned, so compile time does not grow with depth.
+Left out on purpose: dropout (Qwen3 has none), mixture of experts, sliding windows.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from models.attention import KeyValues, group_attention
+from models.config import Qwen3Config
+from models.sharding import Layout, constrain
+
+# What the backward pass keeps of a layer's forward pass instead of computing it again.
+REMAT: dict[str, Callable[..., Any] | None] = {
+    "none": None,  # what autodiff keeps by itself; a checkpoint that saves everything is 2x slower on a CPU
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class Prefix(NamedTuple):
+    """What completions need of their prompt."""
+
+    kv_LPKSE: KeyValues
+    lengths_P: jax.Array
+    last_PD: jax.Array  # hidden state of the last real prompt token: it predicts the first completion token
+
+
+class Layers(nnx.Module):
+    """The parameters of all L layers, stacked; `__call__` runs one layer, its slice of them."""
+
+    def __init__(self, config: Qwen3Config, rngs: nnx.Rngs, param_dtype: Any, layout: Layout | None) -> None:
+        self.config, self.layout = config, layout
+        L, D, F, E = config.num_hidden_layers, config.hidden_size, config.intermediate_size, config.head_dim
+        H, K = config.num_attention_heads, config.num_key_value_heads
+
+        def weight(shape: tuple[int, ...], *axes: str) -> nnx.Param:
+            value = config.initializer_range * jax.random.normal(rngs.params(), (L, *shape), param_dtype)
+            return nnx.Param(value, axes=("layers", *axes))
+
+        def constant(value: float, shape: tuple[int, ...], *axes: str) -> nnx.Param:
+            return nnx.Param(jnp.full((L, *shape), value, param_dtype), axes=("layers", *axes))
+
+        self.attention_norm_LD = constant(1, (D,), "width")
+        self.query_LDHE = weight((D, H, E), "embed", "heads", "head_dim")
+        self.key_LDKE = weight((D, K, E), "embed", "kv_heads", "head_dim")
+        self.value_LDKE = weight((D, K, E), "embed", "kv_heads", "head_dim")
+        self.query_norm_LE = constant(1, (E,), "head_dim")
+        self.key_norm_LE = constant(1, (E,), "head_dim")
+        self.output_LHED = weight((H, E, D), "heads", "head_dim", "embed")
+        if config.attention_bias:
+            self.query_bias_LHE = constant(0, (H, E), "heads", "head_dim")
+            self.key_bias_LKE = constant(0, (K, E), "kv_heads", "head_dim")
+            self.value_bias_LKE = constant(0, (K, E), "kv_heads", "head_dim")
+            self.output_bias_LD = constant(0, (D,), "width")
+        self.mlp_norm_LD = constant(1, (D,), "width")
+        self.gate_LDF = weight((D, F), "embed", "mlp")
+        self.up_LDF = weight((D, F), "embed", "mlp")
+        self.down_LFD = weight((F, D), "mlp", "embed")
+
+    def __call__(
+        self, x_PGTD: jax.Array, rotary: tuple[jax.Array, jax.Array], **attention: Any
+    ) -> tuple[jax.Array, KeyValues]:
+        config, dtype = self.config, x_PGTD.dtype
+
+        def project(subscripts: str, x: jax.Array, weight: nnx.Param) -> jax.Array:
+            return jnp.einsum(subscripts, x, weight[...].astype(dtype))
+
+        y_PGTD = rms_norm(x_PGTD, self.attention_norm_LD, config.rms_norm_eps)
+        query_PGTHE = project("pgtd,dhe->pgthe", y_PGTD, self.query_LDHE)
+        key_PGTKE = project("pgtd,dke->pgtke", y_PGTD, self.key_LDKE)
+        value_PGTKE = project("pgtd,dke->pgtke", y_PGTD, self.value_LDKE)
+        if config.attention_bias:
+            query_PGTHE += self.query_bias_LHE[...].astype(dtype)
+            key_PGTKE += self.key_bias_LKE[...].astype(dtype)
+            value_PGTKE += self.value_bias_LKE[...].astype(dtype)
+        query_PGTHE = rotate(rms_norm(query_PGTHE, self.query_norm_LE, config.rms_norm_eps), rotary)
+        key_PGTKE = rotate(rms_norm(key_PGTKE, self.key_norm_LE, config.rms_norm_eps), rotary)
+        query_PGTHE = constrain(self.layout, query_PGTHE, "prompt", "group", "sequence", "heads", None)
+        # keys as [.., K, S, E]: twice as fast to decode on a CPU as [.., S, K, E]
+        own = KeyValues(jnp.einsum("pgtke->pgkte", key_PGTKE), jnp.einsum("pgtke->pgkte", value_PGTKE))
+
+        P, G, T, H, E = query_PGTHE.shape
+        query_PGTKQE = query_PGTHE.reshape(P, G, T, config.num_key_value_heads, -1, E)
+        out_PGTHE = group_attention(query_PGTKQE, own, **attention).reshape(P, G, T, H, E)
+        y_PGTD = project("pgthe,hed->pgtd", out_PGTHE, self.output_LHED)
+        if config.attention_bias:
+            y_PGTD += self.output_bias_LD[...].astype(dtype)
+        x_PGTD = constrain(self.layout, x_PGTD + y_PGTD, "prompt", "group", "sequence", "width")
+
+        y_PGTD = rms_norm(x_PGTD, self.mlp_norm_LD, config.rms_norm_eps)
+        gate_PGTF = jax.nn.silu(project("pgtd,df->pgtf", y_PGTD, self.gate_LDF))
+        hidden_PGTF = gate_PGTF * project("pgtd,df->pgtf", y_PGTD, self.up_LDF)
+        hidden_PGTF = constrain(self.layout, hidden_PGTF, "prompt", "group", "sequence", "mlp")
+        x_PGTD = x_PGTD + project("pgtf,fd->pgtd", hidden_PGTF, self.down_LFD)
+        return constrain(self.layout, x_PGTD, "prompt", "group", "sequence", "width"), own
+
+
+class Backbone(nnx.Module):
+    """Embedding, layers, final norm: everything but a head."""
+
+    def __init__(
+        self,
+        config: Qwen3Config,
+        rngs: nnx.Rngs,
+        *,
+        dtype: Any = jnp.float32,
+        param_dtype: Any = jnp.float32,
+        layout: Layout | None = None,
+        remat: str = "full",
+    ) -> None:
+        self.config, self.dtype, self.layout, self.remat = config, jnp.dtype(dtype), layout, remat
+        table = config.initializer_range * jax.random.normal(
+            rngs.params(), (config.vocab_size, config.hidden_size), param_dtype
+        )
+        self.embed_VD = nnx.Param(table, axes=("vocab", "embed"))
+        self.layers = Layers(config, rngs, param_dtype, layout)
+        self.norm_D = nnx.Param(jnp.ones(config.hidden_size, param_dtype), axes=("width",))
+
+    def prefill(self, prompt_PS: jax.Array, lengths_P: jax.Array) -> tuple[jax.Array, Prefix]:
+        """Hidden states of right-padded prompts, and what their completions need of them."""
+        hidden_P1SD, own = self._decode(prompt_PS[:, None], jnp.zeros_like(lengths_P)[:, None, None])
+        hidden_PSD = hidden_P1SD[:, 0]
+        last_PD = jnp.take_along_axis(hidden_PSD, (lengths_P - 1)[:, None, None], axis=1)[:, 0]
+        return hidden_PSD, Prefix(KeyValues(own.keys[:, :, 0], own.values[:, :, 0]), lengths_P, last_PD)
+
+    def extend(
+        self,
+        tokens_PGT: jax.Array,
+        prefix: Prefix,
+        *,
+        past_LPGKTE: KeyValues | None = None,
+        past_length: jax.typing.ArrayLike = 0,
+    ) -> tuple[jax.Array, KeyValues]:
+        """Hidden states of T further tokens of each completion, and their keys and values.
+
+        `past_LPGKTE` holds those of the completion's earlier tokens, `past_length` says how many are real.
+        """
+        start_P11 = prefix.lengths_P[:, None, None] + past_length
+        return self._decode(tokens_PGT, start_P11, prefix=prefix, past_LPGKTE=past_LPGKTE, past_length=past_length)
+
+    def predict(self, prompt_PS: jax.Array, lengths_P: jax.Array, tokens_PGT: jax.Array) -> jax.Array:
+        """The hidden state that predicts each completion token, [P, G, T, D]; the last token is never input."""
+        _, prefix = self.prefill(prompt_PS, lengths_P)
+        P, G, T = tokens_PGT.shape
+        first_PG1D = jnp.broadcast_to(prefix.last_PD[:, None, None], (P, G, 1, prefix.last_PD.shape[-1]))
+        if T == 1:
+            return first_PG1D
+        hidden_PGTD, _ = self.extend(tokens_PGT[..., :-1], prefix)
+        return jnp.concatenate([first_PG1D, hidden_PGTD], axis=2)
+
+    def hidden(self, tokens_BS: jax.Array) -> jax.Array:
+        """Hidden states of right-padded sequences, [B, S, D]."""
+        return self._decode(tokens_BS[:, None], jnp.zeros((len(tokens_BS), 1, 1), jnp.int32))[0][:, 0]
+
+    def _decode(
+        self,
+        tokens_PGT: jax.Array,
+        start_P11: jax.Array,
+        *,
+        prefix: Prefix | None = None,
+        past_LPGKTE: KeyValues | None = None,
+        past_length: jax.typing.ArrayLike = 0,
+    ) -> tuple[jax.Array, KeyValues]:
+        config = self.config
+        rotary = rotary_angles(start_P11 + jnp.arange(tokens_PGT.shape[-1]), config.head_dim, config.rope_theta)
+        x_PGTD = jnp.take(self.embed_VD[...], tokens_PGT, axis=0).astype(self.dtype)
+        x_PGTD = constrain(self.layout, x_PGTD, "prompt", "group", "sequence", "width")
+        graphdef, stacked = nnx.split(self.layers)
+
+        def body(x_PGTD: jax.Array, slices: Any) -> tuple[jax.Array, KeyValues]:
+            parameters, prefix_kv, past_kv = slices
+            return nnx.merge(graphdef, parameters)(
+                x_PGTD,
+                rotary,
+                prefix_PKSE=prefix_kv,
+                prefix_lengths_P=prefix.lengths_P if prefix is not None else None,
+                past_PGKTE=past_kv,
+                past_length=past_length,
+            )
+
+        slices = (stacked, prefix.kv_LPKSE if prefix is not None else None, past_LPGKTE)
+        policy = REMAT[self.remat]
+        x_PGTD, own = jax.lax.scan(jax.checkpoint(body, policy=policy) if policy else body, x_PGTD, slices)
+        return rms_norm(x_PGTD, self.norm_D, config.rms_norm_eps), own
+
+
+class Qwen3(Backbone):
+    """A policy: the backbone with a distribution over the next token."""
+
+    def __init__(self, config: Qwen3Config, rngs: nnx.Rngs, **options: Any) -> None:
+        super().__init__(config, rngs, **options)
+        if not config.tie_word_embeddings:
+            shape, dtype = self.embed_VD[...].shape, self.embed_VD[...].dtype
+            value = config.initializer_range * jax.random.normal(rngs.params(), shape, dtype)
+            self.unembed_VD = nnx.Param(value, axes=("vocab", "embed"))
+
+    @property
+    def head_VD(self) -> jax.Array:
+        return (self.embed_VD if self.config.tie_word_embeddings else self.unembed_VD)[...]
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """float32 [..., V] logits of hidden states [..., D]."""
+        head_VD = self.head_VD.astype(hidden.dtype)
+        return jnp.einsum("...d,vd->...v", hidden, head_VD, preferred_element_type=jnp.float32)
+
+    def __call__(self, tokens_BS: jax.Array, lengths_B: jax.Array) -> jax.Array:
+        """float32 logits [B, S, V] of right-padded sequences; those at or behind `lengths_B` mean nothing."""
+        del lengths_B  # causal attention never sees the padding behind a token
+        return self.logits(self.hidden(tokens_BS))
+
+
+def rms_norm(x: jax.Array, scale: nnx.Param, epsilon: float) -> jax.Array:
+    """x / sqrt(mean(x^2) + epsilon) * scale over the last axis; the statistics in float32."""
+    x32 = x.astype(jnp.float32)
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + epsilon)
+    return x32.astype(x.dtype) * scale[...].astype(x.dtype)
+
+
+def rotary_frequencies(head_dim: int, theta: float) -> jax.Array:
+    """theta^(-2i/E) for the E/2 rotary pairs; float32."""
+    return theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+
+
+def rotary_angles(positions_PGT: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines [P, G, T, 1, E/2] of position * frequency; float32."""
+    angles = positions_PGT[..., None, None].astype(jnp.float32) * rotary_frequencies(head_dim, theta)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, rotary: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotary embedding of [P, G, T, heads, E]; the two halves of E form the pairs, as in Hugging Face."""
+    cos, sin = rotary
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

@@ -1,0 +1,41 @@
+"""A reward model: the Qwen3 backbone with a scalar head on the last real token."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from models.config import Qwen3Config
+from models.qwen3 import Backbone
+
+
+class Qwen3RewardModel(Backbone):
+    """Scores of whole texts, as Hugging Face's `Qwen3ForSequenceClassification` with one label."""
+
+    def __init__(self, config: Qwen3Config, rngs: nnx.Rngs, **options: Any) -> None:
+        super().__init__(config, rngs, **options)
+        value = config.initializer_range * jax.random.normal(rngs.params(), (config.hidden_size,))
+        # float32: a bfloat16 score has 8 bits; ties would be 12-50 % of groups of 8
+        self.score_D = nnx.Param(value.astype(self.embed_VD[...].dtype), axes=("width",))
+
+    def __call__(self, tokens_BS: jax.Array, lengths_B: jax.Array) -> jax.Array:
+        """float32 rewards [B] of right-padded sequences, read at their last real token."""
+        hidden_BSD = self.hidden(tokens_BS)
+        return self.read(jnp.take_along_axis(hidden_BSD, (lengths_B - 1)[:, None, None], axis=1)[:, 0])
+
+    def score_group(
+        self, prefix_PS: jax.Array, prefix_lengths_P: jax.Array, suffix_PGT: jax.Array, suffix_lengths_PG: jax.Array
+    ) -> jax.Array:
+        """float32 rewards [P, G] of G texts that share a prefix, which is computed once.
+
+        Both parts are right-padded; every suffix has at least one token.
+        """
+        _, prefix = self.prefill(prefix_PS, prefix_lengths_P)
+        hidden_PGTD, _ = self.extend(suffix_PGT, prefix)
+        last = (suffix_lengths_PG - 1)[..., None, None]
+        return self.read(jnp.take_along_axis(hidden_PGTD, last, axis=2)[:, :, 0])
+
+    def read(self, hidden: jax.Array) -> jax.Array:
+        """float32 rewards [...] of hidden states [..., D]."""
+        return hidden.astype(jnp.float32) @ self.score_D[...].astype(jnp.float32)

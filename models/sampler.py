@@ -1,0 +1,188 @@
+"""Sampling: one jitted loop; the prompt is computed once per group, every token sees its group's prompt keys.
+
+Each row (one completion) draws from its own key, so what it draws does not depend on the other rows, on how the
+batch is cut, or on the sharding. A token costs one uniform number and a two-level inverse CDF.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from models.attention import KeyValues
+from models.qwen3 import Qwen3
+
+
+class SamplingParams(NamedTuple):
+    """What may change from call to call without a new compilation: every field is traced."""
+
+    temperature: jax.typing.ArrayLike  # 0 = greedy
+    top_k: jax.typing.ArrayLike  # 0 = off
+    top_p: jax.typing.ArrayLike  # 1 = off
+    min_tokens: jax.typing.ArrayLike  # no end-of-text before this many tokens
+    eos_ids: jax.typing.ArrayLike  # [n] ids, each of which ends a completion
+
+
+class Rollout(NamedTuple):
+    tokens_PGT: jax.Array  # pad_id behind the end
+    logprobs_PGT: jax.Array  # float32, of the tempered distribution before top-k and top-p; 0 behind the end
+    lengths_PG: jax.Array  # tokens, the end-of-text token included
+    finished_PG: jax.Array  # ended by an end-of-text token; False = cut at T
+
+
+def sample(
+    model: Qwen3,
+    prompt_PS: jax.Array,
+    lengths_P: jax.Array,
+    rows_P: jax.Array,
+    key: jax.Array,
+    params: SamplingParams,
+    *,
+    num_generations: int,
+    max_completion_length: int,
+    pad_id: int = 0,
+) -> Rollout:
+    """Draw G completions of up to T tokens for each prompt.
+
+    Args:
+      prompt_PS, lengths_P: right-padded prompts of at least one token.
+      rows_P: the prompts' numbers in the whole batch; completion g of prompt p draws from the key
+        fold_in(key, rows_P[p] * G + g), its token t from the t-th uniform number of that key.
+      key: of this run, stream and step.
+      num_generations, max_completion_length: G and T.
+    """
+    (P, _), G, T = prompt_PS.shape, num_generations, max_completion_length
+    rows_PG = rows_P[:, None] * G + jnp.arange(G)
+    keys_PG = jax.vmap(jax.vmap(lambda row: jax.random.fold_in(key, row)))(rows_PG)
+    uniforms_PGT = jax.vmap(jax.vmap(lambda k: jax.random.uniform(k, (T,))))(keys_PG)
+    eos_ids = jnp.asarray(params.eos_ids)
+
+    _, prefix = model.prefill(prompt_PS, lengths_P)
+    past_LPGKTE = jax.tree.map(
+        lambda kv_LPKSE: jnp.zeros((kv_LPKSE.shape[0], P, G, kv_LPKSE.shape[2], T, kv_LPKSE.shape[4]), kv_LPKSE.dtype),
+        prefix.kv_LPKSE,
+    )
+    hidden_PGD = jnp.broadcast_to(prefix.last_PD[:, None], (P, G, prefix.last_PD.shape[-1]))
+
+    class State(NamedTuple):
+        t: jax.Array
+        hidden_PGD: jax.Array
+        done_PG: jax.Array
+        rollout: Rollout
+        past_LPGKTE: KeyValues
+
+    def going_on(state: State) -> jax.Array:
+        return (state.t < T) & ~state.done_PG.all()
+
+    def one_token(state: State) -> State:
+        t, rollout = state.t, state.rollout
+        logits_PGV = model.logits(state.hidden_PGD)
+        uniform_PG = jax.lax.dynamic_index_in_dim(uniforms_PGT, t, axis=2, keepdims=False)
+        banned_V = jnp.zeros(logits_PGV.shape[-1], bool).at[eos_ids].set(t < params.min_tokens)
+        token_PG, logprob_PG = draw(logits_PGV, uniform_PG, banned_V, params)
+
+        live_PG = ~state.done_PG
+        token_PG = jnp.where(live_PG, token_PG, pad_id)
+        ended_PG = live_PG & (token_PG[..., None] == eos_ids).any(-1)
+        rollout = Rollout(
+            rollout.tokens_PGT.at[:, :, t].set(token_PG),
+            rollout.logprobs_PGT.at[:, :, t].set(jnp.where(live_PG, logprob_PG, 0)),
+            rollout.lengths_PG + live_PG,
+            rollout.finished_PG | ended_PG,
+        )
+        hidden_PG1D, own_LPGK1E = model.extend(
+            token_PG[..., None], prefix, past_LPGKTE=state.past_LPGKTE, past_length=t
+        )
+        past_LPGKTE = jax.tree.map(
+            lambda past, own: jax.lax.dynamic_update_slice_in_dim(past, own, t, axis=4), state.past_LPGKTE, own_LPGK1E
+        )
+        return State(t + 1, hidden_PG1D[:, :, 0], state.done_PG | ended_PG, rollout, past_LPGKTE)
+
+    nothing = Rollout(
+        jnp.full((P, G, T), pad_id, jnp.int32),
+        jnp.zeros((P, G, T), jnp.float32),
+        jnp.zeros((P, G), jnp.int32),
+        jnp.zeros((P, G), bool),
+    )
+    start = State(jnp.zeros((), jnp.int32), hidden_PGD, jnp.zeros((P, G), bool), nothing, past_LPGKTE)
+    return jax.lax.while_loop(going_on, one_token, start).rollout
+
+
+def draw(
+    logits: jax.Array, uniform: jax.Array, banned_V: jax.Array, params: SamplingParams
+) -> tuple[jax.Array, jax.Array]:
+    """One token for each row, and its log-probability.
+
+    The log-probability is that of softmax(logits / temperature), before `banned_V`, top-k and top-p, which is
+    what a trainer computes from the same hidden state; at temperature 0 (greedy) that of softmax(logits).
+
+    Args:
+      logits: [..., V] float32. uniform: [...] in [0, 1).
+    """
+    temperature = jnp.asarray(params.temperature, logits.dtype)
+    logits = logits / jnp.where(temperature > 0, temperature, 1)
+    top = logits.max(-1, keepdims=True)
+    normalizer = top + jnp.log(jnp.exp(logits - top).sum(-1, keepdims=True))
+    allowed = jnp.where(banned_V, -jnp.inf, logits)
+    weights = jnp.exp(allowed - allowed.max(-1, keepdims=True))
+    truncates = (jnp.asarray(params.top_k) > 0) | (jnp.asarray(params.top_p) < 1)
+    weights = jax.lax.cond(truncates, lambda w: _truncate(w, params), lambda w: w, weights)
+    token = jnp.where(temperature > 0, inverse_cdf(weights, uniform), weights.argmax(-1)).astype(jnp.int32)
+    chosen = jnp.take_along_axis(logits, token[..., None], axis=-1)
+    return token, (chosen - normalizer)[..., 0]
+
+
+def inverse_cdf(weights: jax.Array, uniform: jax.Array) -> jax.Array:
+    """The first index whose cumulative weight exceeds uniform * total; never one of weight 0.
+
+    In two levels: the sums of about sqrt(V) blocks choose the block, its own cumulative sum the entry.
+
+    Args:
+      weights: [..., V], at least 0, not all 0. uniform: [...] in [0, 1).
+    """
+    size = weights.shape[-1]
+    width = max(1, round(size**0.5))
+    blocks = -(-size // width)
+    padded = jnp.pad(weights, [(0, 0)] * (weights.ndim - 1) + [(0, blocks * width - size)])
+    grid = padded.reshape(*weights.shape[:-1], blocks, width)
+
+    def first_above(values: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
+        cumulative = jnp.cumsum(values, axis=-1)
+        above = (cumulative > target[..., None]) & (values > 0)  # > 0: rounding must not pick a weight of 0
+        last = values.shape[-1] - 1 - (values[..., ::-1] > 0).argmax(-1)  # rounding at the end: the last one
+        index = jnp.where(above.any(-1), above.argmax(-1), last)
+        before = jnp.take_along_axis(cumulative - values, index[..., None], axis=-1)[..., 0]
+        return index, target - before
+
+    sums = grid.sum(-1)
+    block, rest = first_above(sums, uniform * sums.sum(-1))
+    entries = jnp.take_along_axis(grid, block[..., None, None], axis=-2)[..., 0, :]
+    entry, _ = first_above(entries, rest)
+    return block * width + entry
+
+
+def _truncate(weights: jax.Array, params: SamplingParams) -> jax.Array:
+    """Weights outside the top k, then outside the smallest set that holds top_p of the rest, set to 0.
+
+    Both are thresholds, found by bisection on the bits of the (non-negative) floats: exact, and without sorting
+    the vocabulary. Equal weights at the threshold stay together.
+    """
+    size, top_k, top_p = weights.shape[-1], jnp.asarray(params.top_k), jnp.asarray(params.top_p)
+    k = jnp.where(top_k > 0, jnp.minimum(top_k, size), size)
+    weights = jnp.where(weights >= _threshold(weights, lambda kept: kept.sum(-1) >= k), weights, 0)
+    mass = top_p * weights.sum(-1)
+    enough = _threshold(weights, lambda kept: jnp.where(kept, weights, 0).sum(-1) >= mass)
+    return jnp.where(top_p < 1, jnp.where(weights >= enough, weights, 0), weights)
+
+
+def _threshold(weights: jax.Array, holds: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """The largest value v for which holds(weights >= v), [..., 1]; holds must be true of v = 0."""
+    low = jnp.zeros(weights.shape[:-1], jnp.int32)
+
+    def bit(i: jax.Array, low: jax.Array) -> jax.Array:
+        candidate = low | (1 << (30 - i))  # non-negative floats are ordered as their bits are
+        value = jax.lax.bitcast_convert_type(candidate, jnp.float32)
+        return jnp.where(holds(weights >= value[..., None]), candidate, low)
+
+    return jax.lax.bitcast_convert_type(jax.lax.fori_loop(0, 31, bit, low), jnp.float32)[..., None]

@@ -1,0 +1,154 @@
+"""The decoder's laws: the group axis is a way to compute, not another model."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from gopo_jax import token_logprobs
+from models.attention import KeyValues
+from models.config import Qwen3Config
+from models.hf_weights import split
+from models.qwen3 import REMAT, Qwen3
+from models.reward_model import Qwen3RewardModel
+
+P, G, S, T, V = 3, 2, 7, 5, 61
+CONFIG = Qwen3Config(V, 32, 48, 3, 4, 2, 16, initializer_range=0.2)
+VARIANTS = {
+    "plain": CONFIG,
+    "tied": Qwen3Config(V, 32, 48, 2, 4, 4, 8, tie_word_embeddings=True, initializer_range=0.2),
+    "bias": Qwen3Config(V, 32, 48, 2, 4, 1, 16, attention_bias=True, initializer_range=0.2, rope_theta=5e6),
+}
+LENGTHS_P = np.array([3, 7, 1])
+
+
+def tokens(seed: int, *shape: int) -> jax.Array:
+    return jax.random.randint(jax.random.key(seed), shape, 0, V)
+
+
+def joined(prompt_PS: jax.Array, tokens_PGT: jax.Array, p: int) -> jax.Array:
+    """Each completion of prompt p behind its prompt, as whole sequences."""
+    prompt_GS = jnp.broadcast_to(prompt_PS[p, : LENGTHS_P[p]], (G, LENGTHS_P[p]))
+    return jnp.concatenate([prompt_GS, tokens_PGT[p]], axis=1)
+
+
+@pytest.fixture(params=VARIANTS.values(), ids=VARIANTS.keys())
+def model(request: pytest.FixtureRequest) -> Qwen3:
+    model = Qwen3(request.param, nnx.Rngs(0))
+    if request.param.attention_bias:  # they start at 0, which would test nothing
+        for name in ("query_bias_LHE", "key_bias_LKE", "value_bias_LKE", "output_bias_LD"):
+            parameter = getattr(model.layers, name)
+            parameter[...] = jax.random.normal(jax.random.key(1), parameter[...].shape)
+    return model
+
+
+def test_shared_prefix_equals_whole_sequences(model: Qwen3) -> None:
+    prompt_PS, tokens_PGT = tokens(0, P, S), tokens(1, P, G, T)
+    graphdef, params = split(model)
+    weight_PGT = jax.random.normal(jax.random.key(2), (P, G, T))
+
+    def shared(params: dict) -> tuple[jax.Array, jax.Array]:
+        model = nnx.merge(graphdef, params)
+        hidden_PGTD = model.predict(prompt_PS, LENGTHS_P, tokens_PGT)
+        return (token_logprobs(hidden_PGTD, model.head_VD, tokens_PGT, chunk=2) * weight_PGT).sum(), hidden_PGTD
+
+    def whole(params: dict) -> tuple[jax.Array, list[jax.Array]]:
+        model = nnx.merge(graphdef, params)
+        hidden = [model.hidden(joined(prompt_PS, tokens_PGT, p))[:, LENGTHS_P[p] - 1 : -1] for p in range(P)]
+        logprobs = [token_logprobs(h, model.head_VD, t, chunk=T) for h, t in zip(hidden, tokens_PGT, strict=True)]
+        return sum((x * w).sum() for x, w in zip(logprobs, weight_PGT, strict=True)), hidden
+
+    (value, hidden_PGTD), gradient = jax.jit(jax.value_and_grad(shared, has_aux=True))(params)
+    (expected, hidden), expected_gradient = jax.jit(jax.value_and_grad(whole, has_aux=True))(params)
+    np.testing.assert_allclose(hidden_PGTD, jnp.stack(hidden), atol=1e-5)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4), gradient, expected_gradient)
+
+
+def test_one_token_at_a_time_equals_all_at_once(model: Qwen3) -> None:
+    prompt_PS, tokens_PGT = tokens(0, P, S), tokens(1, P, G, T)
+    _, prefix = model.prefill(prompt_PS, LENGTHS_P)
+    expected_PGTD, _ = model.extend(tokens_PGT, prefix)
+    config = model.config
+    shape = (config.num_hidden_layers, P, G, config.num_key_value_heads, T, config.head_dim)
+    past = KeyValues(jnp.full(shape, 3.0), jnp.full(shape, 7.0))  # what is not filled yet must not be seen
+    step = jax.jit(lambda t, past, n: model.extend(t, prefix, past_LPGKTE=past, past_length=n))
+    for t in range(T):
+        hidden_PG1D, own = step(tokens_PGT[..., t : t + 1], past, t)
+        np.testing.assert_allclose(hidden_PG1D[:, :, 0], expected_PGTD[:, :, t], atol=1e-5)
+        past = KeyValues(*(p.at[..., t, :].set(o[..., 0, :]) for p, o in zip(past, own, strict=True)))
+
+
+def test_padding_is_invisible(model: Qwen3) -> None:
+    prompt_PS, tokens_PGT = tokens(0, P, S), tokens(1, P, G, T)
+    expected = model.predict(prompt_PS, LENGTHS_P, tokens_PGT)
+    prompt_padded = jnp.concatenate([prompt_PS, tokens(5, P, 4)], axis=1)
+    for p in range(P):  # other garbage behind each prompt's end
+        prompt_padded = prompt_padded.at[p, LENGTHS_P[p] :].set(tokens(6 + p, S + 4)[LENGTHS_P[p] :])
+    tokens_padded = jnp.concatenate([tokens_PGT, tokens(9, P, G, 3)], axis=-1)
+    padded = model.predict(prompt_padded, LENGTHS_P, tokens_padded)[:, :, :T]
+    np.testing.assert_allclose(padded, expected, atol=1e-5)
+
+
+def test_plain_call_reads_right_padded_rows(model: Qwen3) -> None:
+    tokens_BS = tokens(0, 2, S)
+    logits_BSV = model(tokens_BS, jnp.array([4, S]))
+    assert logits_BSV.dtype == jnp.float32 and logits_BSV.shape == (2, S, V)
+    alone = model(tokens_BS[:1, :4], jnp.array([4]))
+    np.testing.assert_allclose(logits_BSV[:1, :4], alone, atol=1e-5)
+
+
+def test_a_token_sees_nothing_behind_it() -> None:
+    model = Qwen3(CONFIG, nnx.Rngs(0))
+    tokens_BS = tokens(0, 1, S)
+    changed = model.hidden(tokens_BS.at[0, -1].add(1))
+    np.testing.assert_array_equal(changed[:, :-1], model.hidden(tokens_BS)[:, :-1])
+    assert not np.allclose(changed[:, -1], model.hidden(tokens_BS)[:, -1])
+
+
+@pytest.mark.parametrize("remat", REMAT)
+def test_recomputation_changes_no_gradient(remat: str) -> None:
+    graphdef, params = split(Qwen3(CONFIG, nnx.Rngs(0), remat=remat))
+    reference, _ = split(Qwen3(CONFIG, nnx.Rngs(0), remat="full"))
+    prompt_PS, tokens_PGT = tokens(0, P, S), tokens(1, P, G, T)
+
+    def loss(graphdef: nnx.GraphDef, params: dict) -> jax.Array:
+        return jnp.square(nnx.merge(graphdef, params).predict(prompt_PS, LENGTHS_P, tokens_PGT)).mean()
+
+    gradients = [jax.jit(jax.grad(lambda p, g=g: loss(g, p)))(params) for g in (graphdef, reference)]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-4), *gradients)
+
+
+def test_compiled_size_does_not_grow_with_depth() -> None:
+    def equations(layers: int) -> int:
+        config = Qwen3Config(V, 32, 48, layers, 4, 2, 16)
+        return str(jax.make_jaxpr(Qwen3(config, nnx.Rngs(0)).hidden)(tokens(0, 2, S))).count("=")
+
+    assert equations(2) == equations(9)
+
+
+def test_bfloat16_computes_in_bfloat16_and_answers_in_float32() -> None:
+    model = Qwen3(CONFIG, nnx.Rngs(0), dtype=jnp.bfloat16)
+    exact = Qwen3(CONFIG, nnx.Rngs(0))
+    tokens_BS = tokens(0, 2, S)
+    assert model.hidden(tokens_BS).dtype == jnp.bfloat16
+    logits = model(tokens_BS, jnp.array([S, S]))
+    assert logits.dtype == jnp.float32
+    scale = float(jnp.abs(exact(tokens_BS, jnp.array([S, S]))).max())
+    # bfloat16 keeps 8 bits: 2^-8 per rounding, a few dozen of them in a row
+    np.testing.assert_allclose(logits, exact(tokens_BS, jnp.array([S, S])), atol=scale * 2**-8 * 12)
+
+
+def test_reward_of_a_group_equals_rewards_of_its_texts() -> None:
+    config = Qwen3Config(V, 32, 48, 2, 4, 2, 16, initializer_range=0.2, architecture="Qwen3ForSequenceClassification")
+    model = Qwen3RewardModel(config, nnx.Rngs(0))
+    prefix_PS, suffix_PGT = tokens(0, P, S), tokens(1, P, G, T)
+    suffix_lengths_PG = jnp.array([[1, 5], [3, 2], [5, 5]])
+    rewards_PG = model.score_group(prefix_PS, LENGTHS_P, suffix_PGT, suffix_lengths_PG)
+    assert rewards_PG.dtype == jnp.float32
+    for p in range(P):
+        for g in range(G):
+            text = jnp.concatenate([prefix_PS[p, : LENGTHS_P[p]], suffix_PGT[p, g, : suffix_lengths_PG[p, g]]])
+            alone = model(text[None], jnp.array([len(text)]))
+            np.testing.assert_allclose(rewards_PG[p, g], alone[0], atol=1e-5)

@@ -1,0 +1,1 @@
+"""Programs that learn: `python -m train {sft,reward,policy} --config FILE`."""

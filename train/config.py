@@ -1,0 +1,309 @@
+"""Every setting of every program: names, types, defaults. Nothing reads a setting from anywhere else.
+
+`python -m train policy --config x.yaml --optimizer.learning_rate 2e-6` reads the YAML, then the command line.
+"""
+
+import dataclasses
+import difflib
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from gopo_jax import ADVANTAGES
+from models.config import Qwen3Config
+from models.tokenizer import tokenizer_path
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    path: str | None = None  # where the weights start: a run, RUN@STEP, a Hugging Face directory or Hub name
+    architecture: Qwen3Config | None = None  # instead of path: this network with random weights
+    tokenizer: str | None = None  # default: the one that belongs to path
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation
+    param_dtype: Literal["float32", "bfloat16"] = "float32"  # of the parameters and the optimizer state
+    remat: Literal["none", "dots", "full"] = "full"  # what the backward pass recomputes
+    enable_thinking: bool = False  # of the chat template
+
+    def __post_init__(self) -> None:
+        if (self.path is None) == (self.architecture is None):
+            raise ValueError("model: expected either path (pretrained) or architecture (random weights), not both")
+        if self.path is None and self.tokenizer is None:
+            raise ValueError("model.tokenizer: needed with model.architecture; give a tokenizer directory")
+
+    @property
+    def tokenizer_path(self) -> str:
+        return self.tokenizer or tokenizer_path(str(self.path))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    train: str  # JSONL (.gz too), parquet, or a data set's name on the Hub
+    validation: str | None = None
+    split: str = "train"  # of a Hub data set
+    validation_split: str = "validation"
+    prompt_column: str = "prompt"  # text, or a list of chat messages
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    learning_rate: float = 1e-6
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"  # after the warm-up
+    warmup_steps: int = 10
+
+    def __post_init__(self) -> None:
+        _positive(self, "learning_rate", "max_grad_norm", "adam_epsilon")
+        _at_least(self, 0, "warmup_steps", "weight_decay")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    data: int = -1  # -1: all devices that are left
+    fsdp: int = 1
+    tensor: int = 1
+    rules: dict[str, list[str]] = field(default_factory=dict)  # overrides of models.sharding.RULES
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    every: int = 25  # steps; the last step is always saved
+    keep: int | None = None  # None: all of them
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "every")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    tensorboard: bool = True
+    wandb_project: str | None = None  # the key comes from the environment
+    progress: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What all three programs share."""
+
+    output_dir: str  # the run's directory, e.g. runs/tldr
+    model: ModelConfig
+    data: DataConfig
+    max_steps: int
+    seed: int = 0
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "max_steps")
+        _at_least(self, 0, "seed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupervisedConfig(RunConfig):
+    """`train sft`, and what `train reward` shares with it."""
+
+    batch_size: int = 32  # sequences (sft) or comparisons (reward) per step
+    max_length: int = 1024  # tokens; longer rows are left out, counted and printed
+    eval_steps: int = 25  # validation every so many steps
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least(self, 1, "batch_size", "eval_steps")
+        _at_least(self, 2, "max_length")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardModelConfig(SupervisedConfig):
+    """`train reward`."""
+
+    center_rewards_coefficient: float = 0.0  # weight of (r_chosen + r_rejected)^2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least(self, 0, "center_rewards_coefficient")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardSpec:
+    """One reward: a reward model or a Python function, with its weight in the sum."""
+
+    model: str | None = None  # a run of `train reward`, a Hugging Face directory or Hub name
+    function: str | None = None  # dotted path of f(prompts, completions, **columns) -> list[float | None]
+    weight: float = 1.0
+    name: str | None = None  # in the metrics; default: the model's or function's last part
+    max_length: int = 4096  # of prompt and completion together, in the reward model's tokens
+    batch_prompts: int = 32  # prompts scored at a time
+
+    def __post_init__(self) -> None:
+        if (self.model is None) == (self.function is None):
+            raise ValueError("rewards: each expects either model or function, not both")
+        _at_least(self, 1, "max_length", "batch_prompts")
+
+    @property
+    def label(self) -> str:
+        return self.name or str(self.model or self.function).rstrip("/").replace(".", "/").split("/")[-1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    beta: float = 0.04  # weight of the KL penalty; 0: no reference policy is kept
+    kl: Literal["k1", "k2", "k3"] = "k3"
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    ratio: Literal["token", "sequence"] = "token"
+    aggregate: Literal["token", "sequence", "constant", "token_per_microbatch"] = "token"
+    logprob_chunk: int = 128  # completion positions whose logits exist at a time
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "beta", "clip_low", "clip_high")
+        _at_least(self, 1, "logprob_chunk")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationConfig:
+    every: int = 25  # steps; also at step 0 and at the end
+    prompts: int = 500  # the first so many of data.validation
+    num_generations: int = 1  # completions per prompt
+    batch_prompts: int = 64
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "every", "prompts", "num_generations", "batch_prompts")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyConfig(RunConfig):
+    """`train policy`: GOPO, GRPO and their relatives."""
+
+    rewards: list[RewardSpec]
+    advantage: str = "gopo"  # a name in gopo_jax.ADVANTAGES
+    advantage_options: dict[str, Any] = field(default_factory=dict)  # e.g. {ties: ordinal} or {scale: none}
+    num_generations: int = 8  # G
+    prompts_per_step: int = 128  # P
+    microbatch_prompts: int = 8  # prompts whose gradient is computed at a time
+    max_prompt_length: int = 1024  # tokens; longer prompts are left out, counted and printed
+    max_completion_length: int = 2048  # T
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: off
+    min_tokens: int = 0
+    loss: LossConfig = field(default_factory=LossConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_generations < 2:
+            raise ValueError(
+                f"num_generations: expected at least 2 completions per prompt (they are ranked against each other), "
+                f"got {self.num_generations}"
+            )
+        _at_least(self, 1, "prompts_per_step", "microbatch_prompts", "max_prompt_length", "max_completion_length")
+        _at_least(self, 0, "top_k", "min_tokens")
+        _positive(self, "temperature")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p: expected a number in (0, 1], got {self.top_p}")
+        if self.prompts_per_step % self.microbatch_prompts:
+            raise ValueError(
+                f"microbatch_prompts: expected a divisor of prompts_per_step = {self.prompts_per_step}, "
+                f"got {self.microbatch_prompts}"
+            )
+        if self.advantage not in ADVANTAGES:
+            raise ValueError(f"advantage: expected one of {', '.join(ADVANTAGES)}, got {self.advantage!r}")
+        if not self.rewards:
+            raise ValueError("rewards: expected at least one reward, got none")
+        labels = [spec.label for spec in self.rewards]
+        if len(set(labels)) < len(labels):
+            raise ValueError(f"rewards: names must differ, got {labels}; set rewards[i].name")
+
+
+def parse(kind: type[Any], arguments: list[str], program: str = "python -m train") -> Any:
+    """The config that a command line makes.
+
+    Raises:
+      ValueError: a missing file, an unknown key (with the nearest right one), a wrong type, an impossible value.
+    """
+    import jsonargparse
+
+    parser = jsonargparse.ArgumentParser(prog=program, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file; what else is on the command line overrides it")
+    parser.add_class_arguments(kind)
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
+        key, equals, value = argument.partition("=")
+        if key == "--config":
+            _check_file(kind, value if equals else following)
+        elif key.startswith("--") and key not in ("--help", "--print_config"):
+            _check_keys(kind, key[2:].split("."), "command line")
+    try:
+        values = parser.instantiate_classes(parser.parse_args(arguments))
+    except jsonargparse.ArgumentError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    return kind(**{item.name: values[item.name] for item in dataclasses.fields(kind)})
+
+
+def resolved(config: Any) -> dict[str, Any]:
+    """The whole config as plain values, as it is saved with every run."""
+    return dataclasses.asdict(config)
+
+
+def _check_file(kind: type[Any], file: str) -> None:
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"--config {file}: no such file")
+    try:
+        values = yaml.safe_load(Path(file).read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file}: expected 'key: value' lines, got {type(values).__name__}")
+    _check_nested(kind, values, file)
+
+
+def _check_nested(kind: type[Any], values: dict[str, Any], source: str) -> None:
+    for key, value in values.items():
+        inner = _check_keys(kind, [str(key)], source)
+        for item in value if isinstance(value, list) else [value]:
+            if inner is not None and isinstance(item, dict):
+                _check_nested(inner, item, source)
+
+
+def _check_keys(kind: type[Any], keys: list[str], source: str) -> type[Any] | None:
+    """Refuse a key that no dataclass has; returns the dataclass that the last key holds, if it holds one."""
+    inner: type[Any] | None = kind
+    for key in keys:
+        if inner is None:
+            return None  # inside a dict: any key is right
+        hints = typing.get_type_hints(inner)
+        if key not in hints or key not in inner.__dataclass_fields__:
+            near = difflib.get_close_matches(key, hints, n=1)
+            raise ValueError(
+                f"{source}: unknown key {key!r}; "
+                + (f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(inner.__dataclass_fields__)}")
+            )
+        inner = _dataclass_in(hints[key])
+    return inner
+
+
+def _dataclass_in(hint: Any) -> type[Any] | None:
+    """The dataclass in a type like X, X | None or list[X]."""
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return hint
+    found = [_dataclass_in(argument) for argument in typing.get_args(hint)]
+    return next((item for item in found if item is not None), None)
+
+
+def _positive(config: Any, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) > 0:
+            raise ValueError(f"{name}: expected a number above 0, got {getattr(config, name)}")
+
+
+def _at_least(config: Any, least: float, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) >= least:
+            raise ValueError(f"{name}: expected at least {least}, got {getattr(config, name)}")

@@ -1,0 +1,260 @@
+"""Group policy optimization, whole: prompts, rollouts, rewards, advantages, loss, update.
+
+Every step of `train_policy`:
+
+    1  prompts      P prompts, a pure function of (seed, step)
+    2  tokens       prompt_PS, right-padded, with lengths
+    3  rollouts     G completions each: tokens_PGT, their log-probabilities and lengths; the prompt computed once
+    4  rewards      rewards_PG, NaN = unscorable
+    5  advantages   ADVANTAGES[name](rewards_PG): the one line in which GOPO and GRPO differ
+    6  loss         clipped policy loss and KL penalty on the log-probabilities of the same tokens
+    7  update       one jitted call, micro-batches of whole groups in a scan
+    8  log, validate, checkpoint
+
+One update per batch: the policy that is trained is the one that sampled, so the old log-probabilities are the
+new ones without their gradient and cost no forward pass of their own.
+Left out on purpose: several updates per batch, rollouts on other machines.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from gopo_jax import ADVANTAGES, loss_count, policy_loss, token_logprobs
+from gopo_jax.losses import Metrics
+from models.generate import Generator
+from models.hf_weights import split
+from models.sampler import Rollout
+from models.sharding import Layout, constrain
+from models.tokenizer import Tokenizer
+from train import state as training
+from train.config import PolicyConfig
+from train.metrics import Run, Timer, console, divide, rollout_metrics, setup_errors
+from train.prompts import Prompts
+from train.rewards import Rewards
+from train.state import TrainState
+
+Batch = dict[str, jax.Array]
+
+
+def train_policy(config: PolicyConfig) -> None:
+    """Run, or go on with, the run in `config.output_dir`.
+
+    Raises:
+      SetupError: a mistake in the config or the data, before anything is computed.
+    """
+    with setup_errors():
+        layout = training.make_layout_for(config.mesh, config.prompts_per_step, config.microbatch_prompts)
+        tokenizer = Tokenizer(config.model.tokenizer_path, config.model.enable_thinking)
+        prompts = Prompts(config.data.train, config.data.split, config, tokenizer)
+        validation = Prompts(
+            config.data.validation or config.data.train, config.data.validation_split, config, tokenizer
+        )
+        rewards = Rewards(config.rewards, layout, config.model.dtype)
+        advantages = jax.jit(partial(ADVANTAGES[config.advantage], **config.advantage_options))
+        advantages(np.zeros((1, config.num_generations)))  # a wrong option is refused here
+        graphdef, params = split(model := training.make_model(config.model, layout, config.seed, tokenizer))
+        run = Run(config, model.config.to_hf(), tokenizer)
+        optimizer, schedule = training.make_optimizer(config.optimizer, config.max_steps)
+        ref_params = training.copy(params) if config.loss.beta else None
+        state = run.resume(training.make_state(params, optimizer, layout))
+
+    generator = Generator(
+        graphdef,
+        tokenizer,
+        layout,
+        max_prompt_length=config.max_prompt_length,
+        max_completion_length=config.max_completion_length,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        min_tokens=config.min_tokens,
+    )
+    update = make_update(graphdef, optimizer, config, layout, state)
+    evaluate = partial(validate, run, config, validation, rewards, generator)
+    describe(run, config, prompts, validation, layout)
+    if run.start == 0:
+        run.write(0, evaluate(state, 0))
+
+    for step in run.steps():
+        began, timer = time.perf_counter(), Timer()
+        # 1 prompts
+        rows = prompts.batch(config.seed, step, config.prompts_per_step)
+        # 2 tokens
+        prompt_PS, lengths_P = tokenizer.encode_prompts(prompts.prompts(rows), config.max_prompt_length)
+        # 3 rollouts
+        with timer("generate"):
+            key = training.stream_key(config.seed, training.TRAIN, step)
+            rollout = generator.rollout(state.params, prompt_PS, lengths_P, key, config.num_generations)
+            tokens_PGT, lengths_PG = np.asarray(rollout.tokens_PGT), np.asarray(rollout.lengths_PG)
+        # 4 rewards
+        with timer("reward"):
+            texts_PG = tokenizer.decode(tokens_PGT, lengths_PG)
+            rewards_PG, metrics = rewards.score(prompts.prompts(rows), texts_PG, prompts.columns(rows))
+        # 5 advantages
+        advantages_PG = advantages(rewards_PG)
+        # 6 loss, 7 update
+        with timer("update"):
+            batch = make_batch(layout, prompt_PS, lengths_P, rollout, rewards_PG, advantages_PG)
+            state, learned = update(state, ref_params, batch)
+            metrics |= divide(learned)
+        # 8 log, validate, checkpoint
+        done = step + 1
+        finished_PG = np.asarray(rollout.finished_PG)
+        metrics |= rollout_metrics(rewards_PG, lengths_PG, finished_PG)
+        metrics |= {"learning_rate": schedule(step), "epoch": done * config.prompts_per_step / len(prompts)}
+        if done % config.validation.every == 0 or done == config.max_steps:
+            with timer("validation"):
+                metrics |= evaluate(state, done)
+        seconds = time.perf_counter() - began
+        metrics |= {**timer.seconds, "timing_s/step": seconds, "perf/tokens_per_s": lengths_PG.sum() / seconds}
+        run.write(done, metrics)
+        run.show(done, {name: metrics.get(name, math.nan) for name in ("reward", "kl", "perf/tokens_per_s")})
+        if run.checkpoint_due(done):
+            run.save(done, state)
+    run.close()
+
+
+def make_batch(
+    layout: Layout,
+    prompt_PS: np.ndarray,
+    lengths_P: np.ndarray,
+    rollout: Rollout,
+    rewards_PG: np.ndarray,
+    advantages_PG: jax.Array,
+) -> Batch:
+    """What the loss needs, [P, ...]. Tokens behind the end are masked out, and unscorable completions."""
+    mask_PGT = jnp.arange(rollout.tokens_PGT.shape[-1]) < rollout.lengths_PG[..., None]
+    return {
+        "prompt_PS": layout.put(prompt_PS, ("prompt", None)),
+        "lengths_P": layout.put(lengths_P, ("prompt",)),
+        "tokens_PGT": layout.put(rollout.tokens_PGT, ("prompt", "group", None)),
+        "sampled_PGT": layout.put(rollout.logprobs_PGT, ("prompt", "group", None)),
+        "mask_PGT": layout.put(mask_PGT & ~jnp.isnan(rewards_PG)[..., None], ("prompt", "group", None)),
+        "advantages_PG": layout.put(advantages_PG, ("prompt", "group")),
+    }
+
+
+def policy_objective(
+    params: Any, ref_params: Any, batch: Batch, denominator: jax.Array, *, graphdef: Any, config: PolicyConfig
+) -> tuple[jax.Array, Metrics]:
+    """The loss of some whole groups, divided by the count of the whole batch, and its metrics."""
+
+    def logprobs_of(params: Any, **options: Any) -> Any:
+        model = nnx.merge(graphdef, params)
+        hidden_PGTD = model.predict(batch["prompt_PS"], batch["lengths_P"], batch["tokens_PGT"])
+        chunk, temperature = config.loss.logprob_chunk, config.temperature
+        return token_logprobs(
+            hidden_PGTD, model.head_VD, batch["tokens_PGT"], chunk=chunk, temperature=temperature, **options
+        )
+
+    logprobs_PGT, entropy_PGT = logprobs_of(params, with_entropy=True)
+    penalized = ref_params is not None
+    loss, metrics = policy_loss(
+        logprobs_PGT,
+        jax.lax.stop_gradient(logprobs_PGT),
+        batch["advantages_PG"],
+        batch["mask_PGT"],
+        clip_low=config.loss.clip_low,
+        clip_high=config.loss.clip_high,
+        ratio=config.loss.ratio,
+        aggregate=config.loss.aggregate,
+        denominator=denominator,
+        max_length=config.max_completion_length,
+        kl=config.loss.kl if penalized else None,
+        ref_logprobs=jax.lax.stop_gradient(logprobs_of(ref_params)) if penalized else None,
+        beta=config.loss.beta,
+    )
+    mask_PGT = batch["mask_PGT"]
+    count = mask_PGT.sum(dtype=jnp.float32)
+    drift_PGT = jnp.abs(logprobs_PGT - batch["sampled_PGT"])
+    metrics["entropy"] = (jnp.where(mask_PGT, entropy_PGT, 0).sum(), count)
+    metrics["sampling/sampling_logp_difference/mean"] = (jnp.where(mask_PGT, drift_PGT, 0).sum(), count)
+    return loss, jax.lax.stop_gradient(metrics)
+
+
+def make_update(
+    graphdef: Any, optimizer: optax.GradientTransformation, config: PolicyConfig, layout: Layout, state: TrainState
+) -> Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]:
+    """One optimizer step on a batch, jitted; the state's buffers are reused, its shardings kept."""
+    microbatches = config.prompts_per_step // config.microbatch_prompts
+    loss_and_gradient = jax.value_and_grad(partial(policy_objective, graphdef=graphdef, config=config), has_aux=True)
+
+    def cut(array: jax.Array) -> jax.Array:
+        """[P, ...] -> [micro-batches, P / micro-batches, ...]; every device has its part of every micro-batch."""
+        cut = array.reshape(-1, microbatches, *array.shape[1:]).swapaxes(0, 1)
+        return constrain(layout, cut, None, "prompt", *("group",) * (array.ndim > 1), *(None,) * (array.ndim - 2))
+
+    @partial(jax.jit, donate_argnums=0, out_shardings=(training.shardings(state), None))
+    def update(state: TrainState, ref_params: Any, batch: Batch) -> tuple[TrainState, Metrics]:
+        mask_PGT, aggregate = batch["mask_PGT"], config.loss.aggregate
+        count = loss_count(mask_PGT, aggregate, max_length=config.max_completion_length)
+        denominator = microbatches * count if aggregate == "token_per_microbatch" else count
+
+        def one_microbatch(total: Any, micro: Batch) -> tuple[Any, Any]:
+            (loss, metrics), gradient = loss_and_gradient(state.params, ref_params, micro, denominator)
+            return jax.tree.map(jnp.add, total, gradient), (loss, metrics)
+
+        zero = jax.tree.map(jnp.zeros_like, state.params)
+        gradient, parts = jax.lax.scan(one_microbatch, zero, jax.tree.map(cut, batch))
+        loss, metrics = jax.tree.map(lambda part: part.sum(0), parts)
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        one = jnp.ones(())
+        metrics |= {"loss": (loss, one), "grad_norm": (optax.tree.norm(gradient), one)}
+        return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1), metrics
+
+    return update
+
+
+def validate(
+    run: Run,
+    config: PolicyConfig,
+    validation: Prompts,
+    rewards: Rewards,
+    generator: Generator,
+    state: TrainState,
+    step: int,
+) -> dict[str, float]:
+    """Sample the first validation prompts, score them, keep the texts; metrics under validation/."""
+    settings = config.validation
+    rows = validation.rows[: settings.prompts]
+    prompts, G = validation.prompts(rows), settings.num_generations
+    key = training.stream_key(config.seed, training.VALIDATION, step)
+    texts_PG, lengths_PG, finished_PG = generator.complete(state.params, prompts, key, G, settings.batch_prompts)
+    rewards_PG, metrics = rewards.score(prompts, texts_PG, validation.columns(rows))
+    table = [
+        {
+            "prompt_id": p,
+            "prompt": prompts[p],
+            "completion": texts_PG[p][g],
+            "reward": None if math.isnan(rewards_PG[p, g]) else float(rewards_PG[p, g]),
+            "length": int(lengths_PG[p, g]),
+            "finished": bool(finished_PG[p, g]),
+        }
+        for p in range(len(rows))
+        for g in range(G)
+    ]
+    run.write_completions(f"validation_{step:06d}", table)
+    metrics |= rollout_metrics(rewards_PG, lengths_PG, finished_PG)
+    return {f"validation/{name}": value for name, value in metrics.items()}
+
+
+def describe(run: Run, config: PolicyConfig, prompts: Prompts, validation: Prompts, layout: Layout) -> None:
+    """What is about to happen, in three lines."""
+    completions = config.prompts_per_step * config.num_generations
+    mesh = " x ".join(f"{name} {size}" for name, size in layout.mesh.shape.items())
+    console.print(
+        f"{run.path}: {config.advantage} on {len(prompts)} prompts ({prompts.too_long} left out, longer than "
+        f"{config.max_prompt_length} tokens), {len(validation)} to validate on ({validation.too_long} left out)\n"
+        f"  per step {config.prompts_per_step} prompts x {config.num_generations} = {completions} completions of up to "
+        f"{config.max_completion_length} tokens, in micro-batches of {config.microbatch_prompts} prompts "
+        f"({config.microbatch_prompts * config.num_generations} completions); mesh {mesh}"
+    )

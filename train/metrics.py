@@ -1,0 +1,249 @@
+"""A run's directory and what is written into it: config.yaml, metrics.jsonl, tensorboard/, completions/.
+
+    runs/NAME/{config.yaml, metrics.jsonl, tensorboard/, checkpoints/STEP/, tokenizer/, completions/}
+
+`metrics.jsonl` has one row per step, each step once: resuming cuts the file back to the restored step.
+"""
+
+import contextlib
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from models.checkpoint import Checkpoints
+from models.tokenizer import Tokenizer
+from train.config import RunConfig, resolved
+from train.state import TrainState
+
+console = Console(soft_wrap=True)
+METRICS, CONFIG, COMPLETIONS = "metrics.jsonl", "config.yaml", "completions"
+# What may differ between a run and its continuation: it changes no number that is already written.
+_MAY_CHANGE = ("max_steps", "log", "checkpoint")
+
+
+class SetupError(ValueError):
+    """A user's mistake, found before anything is computed. The message is the whole story."""
+
+
+@contextlib.contextmanager
+def setup_errors() -> Iterator[None]:
+    """Turn what the checks of a run's set-up raise into one clear error."""
+    try:
+        yield
+    except (ValueError, TypeError, FileNotFoundError, ImportError) as error:
+        raise SetupError(str(error)) from error
+
+
+class Run:
+    """An open run directory."""
+
+    def __init__(self, config: RunConfig, model: Mapping[str, Any], tokenizer: Tokenizer) -> None:
+        self.path = Path(config.output_dir)
+        self.config = config
+        plain = json.loads(json.dumps(resolved(config)))
+        self._refuse_another(plain)
+        self.path.mkdir(parents=True, exist_ok=True)
+        (self.path / CONFIG).write_text(yaml.safe_dump(plain, sort_keys=False))
+        tokenizer.save(self.path / "tokenizer")
+        self._about = {"model": dict(model), "run": plain}
+        self._checkpoints = Checkpoints(self.path, keep=config.checkpoint.keep)
+        self._trackers: list[Any] = []
+        self._progress: Progress | None = None
+        self._started = time.perf_counter()
+        self.start = 0
+
+    def _refuse_another(self, plain: dict[str, Any]) -> None:
+        file = self.path / CONFIG
+        if not file.is_file():
+            return
+        before = yaml.safe_load(file.read_text()) or {}
+        changed = [key for key in plain if key not in _MAY_CHANGE and plain[key] != before.get(key)]
+        if changed:
+            key = changed[0]
+            raise ValueError(
+                f"{self.path}: holds a run with another config ({key}: {before.get(key)!r}, now {plain[key]!r}); "
+                f"choose another output_dir, or delete that directory to start over"
+            )
+
+    def resume(self, state: TrainState) -> TrainState:
+        """The newest checkpoint if there is one, else `state`; metrics.jsonl is cut back to its step."""
+        latest = self._checkpoints.latest()
+        if latest is not None:
+            params, train = self._checkpoints.restore(latest, state.params, _trained(state))
+            state = TrainState(params, train["opt_state"], train["step"])
+            self.start = latest
+            console.print(f"{self.path}: going on from step {latest} of {self.config.max_steps}")
+        rows = [row for row in read_metrics(self.path) if latest is not None and row["step"] <= latest]
+        temporary = self.path / f"{METRICS}.tmp"
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        temporary.replace(self.path / METRICS)
+        self._open_trackers()
+        return state
+
+    def _open_trackers(self) -> None:
+        if self.config.log.tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self._trackers.append(
+                SummaryWriter(str(self.path / "tensorboard"), purge_step=self.start + 1 if self.start else None)
+            )
+        if self.config.log.wandb_project:
+            try:
+                import wandb
+            except ImportError as error:
+                raise ValueError("log.wandb_project: needs the package wandb; install it or leave this out") from error
+            settings = {"project": self.config.log.wandb_project, "name": self.path.name, "id": self.path.name}
+            self._trackers.append(wandb.init(**settings, resume="allow", config=resolved(self.config)))
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """One row of metrics; a number that does not exist (NaN) is left out."""
+        row = {name: float(value) for name, value in values.items()}
+        row = {name: value for name, value in row.items() if not math.isnan(value)}
+        with open(self.path / METRICS, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **row}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        for tracker in self._trackers:
+            if hasattr(tracker, "add_scalar"):
+                for name, value in row.items():
+                    tracker.add_scalar(name, value, step)
+            else:
+                tracker.log(row, step=step)
+
+    def write_completions(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """completions/NAME.jsonl."""
+        write_jsonl(self.path / COMPLETIONS / f"{name}.jsonl", rows)
+
+    def checkpoint_due(self, step: int) -> bool:
+        return step % self.config.checkpoint.every == 0 or step == self.config.max_steps
+
+    def save(self, step: int, state: TrainState) -> None:
+        self._checkpoints.save(step, state.params, _trained(state), self._about)
+
+    def steps(self) -> Iterator[int]:
+        """The steps that are left, with a progress bar; what `show` was told stands beside it."""
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[shown]}"),
+        )
+        total = self.config.max_steps
+        quiet = not self.config.log.progress
+        with Progress(*columns, console=console, disable=quiet) as self._progress:
+            task = self._progress.add_task(self.path.name, total=total, completed=self.start, shown="")
+            for step in range(self.start, total):
+                yield step
+                self._progress.update(task, completed=step + 1)
+
+    def show(self, step: int, values: Mapping[str, float]) -> None:
+        """Numbers beside the progress bar; without a terminal, a line now and then."""
+        text = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if not math.isnan(value))
+        if self._progress is not None and self.config.log.progress:
+            self._progress.update(self._progress.task_ids[0], shown=text)
+            if not console.is_terminal and (step % max(1, self.config.max_steps // 10) == 0):
+                console.print(f"{self.path.name} {step}/{self.config.max_steps}  {text}")
+
+    def close(self) -> None:
+        """Wait for the checkpoint in flight and close the trackers."""
+        self._checkpoints.close()
+        for tracker in self._trackers:
+            tracker.close() if hasattr(tracker, "close") else tracker.finish()
+        console.print(f"{self.path}: done, {self.config.max_steps} steps, {time.perf_counter() - self._started:.0f} s")
+
+
+def _trained(state: TrainState) -> dict[str, Any]:
+    return {"opt_state": state.opt_state, "step": state.step}
+
+
+def read_metrics(run: str | Path) -> list[dict[str, float]]:
+    """The rows of a run's metrics.jsonl; a last line that a kill cut short is left out."""
+    file = Path(run) / METRICS
+    rows = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def write_jsonl(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A whole JSONL file at once: it is there complete, or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    temporary.replace(file)
+
+
+class Timer:
+    """Seconds spent in named parts of a step, as metrics "timing_s/NAME"."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.seconds[f"timing_s/{name}"] = time.perf_counter() - began
+
+
+def divide(metrics: Mapping[str, tuple[jax.Array, jax.Array]]) -> dict[str, float]:
+    """(sum, count) pairs as means; NaN where nothing was counted."""
+    pairs = {name: (float(total), float(count)) for name, (total, count) in jax.device_get(dict(metrics)).items()}
+    return {name: total / count if count else math.nan for name, (total, count) in pairs.items()}
+
+
+def rollout_metrics(rewards_PG: np.ndarray, lengths_PG: np.ndarray, finished_PG: np.ndarray) -> dict[str, float]:
+    """TRL's reward/* and completions/* names, and rank/*: how much order the rewards have.
+
+    rank/tie_frac is the share of pairs within a group with equal rewards, rank/all_tied_frac the share of groups
+    without any order, rank/length_corr the mean rank correlation of reward and length within a group.
+    """
+    valid_PG = ~np.isnan(rewards_PG)
+    usable = [(r[v], n[v]) for r, n, v in zip(rewards_PG, lengths_PG, valid_PG, strict=True) if v.sum() >= 2]
+    ties = [(_pairs_equal(r) / (len(r) * (len(r) - 1) / 2)) for r, _ in usable]
+    flat = [float(np.ptp(r) == 0) for r, _ in usable]
+    correlations = [c for r, n in usable if not math.isnan(c := _spearman(r, n))]
+    mean = lambda values: float(np.mean(values)) if len(values) else math.nan  # noqa: E731
+    return {
+        "reward": mean(rewards_PG[valid_PG]),
+        "reward_std": mean([np.std(r, ddof=1) for r, _ in usable]),
+        "frac_reward_zero_std": mean(flat),
+        "frac_reward_unscorable": 1 - mean(valid_PG),
+        "rank/tie_frac": mean(ties),
+        "rank/all_tied_frac": mean(flat),
+        "rank/length_corr": mean(correlations),
+        "completions/mean_length": mean(lengths_PG),
+        "completions/min_length": float(lengths_PG.min()),
+        "completions/max_length": float(lengths_PG.max()),
+        "completions/mean_terminated_length": mean(lengths_PG[finished_PG]),
+        "completions/clipped_ratio": 1 - mean(finished_PG),
+    }
+
+
+def _pairs_equal(values: np.ndarray) -> float:
+    counts = np.unique(values, return_counts=True)[1]
+    return float((counts * (counts - 1) / 2).sum())
+
+
+def _spearman(a: np.ndarray, b: np.ndarray) -> float:
+    if np.ptp(a) == 0 or np.ptp(b) == 0:
+        return math.nan
+    ranks = [np.unique(x, return_inverse=True, return_counts=True) for x in (a, b)]
+    middles = [(np.cumsum(counts) - (counts - 1) / 2)[inverse] for _, inverse, counts in ranks]
+    return float(np.corrcoef(middles[0], middles[1])[0, 1])

@@ -1,0 +1,114 @@
+"""Data in: rows from a file or the Hub, and batches of prompts as a pure function of (seed, step)."""
+
+import gzip
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from models.tokenizer import Prompt, Tokenizer
+from train.config import PolicyConfig
+
+Row = dict[str, Any]
+
+
+def load_rows(source: str, split: str = "train") -> list[Row]:
+    """The rows of a JSONL file (.gz too), a parquet file, or a data set on the Hub.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: a line that is not a JSON object, or no rows at all.
+    """
+    path = Path(source)
+    name = path.name.removesuffix(".gz")
+    if name.endswith((".jsonl", ".json", ".parquet")) and not path.is_file():
+        raise FileNotFoundError(f"{source}: no such file; expected JSONL (.gz too) or parquet")
+    rows = _read_jsonl(path) if name.endswith((".jsonl", ".json")) else _read_datasets(source, split)
+    if not rows:
+        raise ValueError(f"{source}: expected at least one row, got an empty data set")
+    return rows
+
+
+def require_columns(rows: Sequence[Row], source: str, *columns: str) -> None:
+    """Refuse data in which a row lacks a column."""
+    for number, row in enumerate(rows, 1):
+        for column in columns:
+            if row.get(column) in (None, "", []):
+                raise ValueError(
+                    f"{source}: row {number} has no {column!r}; its columns are {', '.join(row) or '(none)'}; "
+                    f"name the right one in the config or mend the row"
+                )
+
+
+def shuffled(size: int, count: int, seed: int, step: int) -> list[int]:
+    """The indices of batch number `step` of `count`: epochs of one permutation each, a new one every epoch."""
+    positions = range(step * count, (step + 1) * count)
+    epochs = {epoch: np.random.default_rng([seed, epoch]).permutation(size) for epoch in {i // size for i in positions}}
+    return [int(epochs[i // size][i % size]) for i in positions]
+
+
+class Prompts:
+    """Rows with a prompt that fits, in an order that depends on (seed, step) alone."""
+
+    def __init__(self, source: str, split: str, config: PolicyConfig, tokenizer: Tokenizer) -> None:
+        column, max_length = config.data.prompt_column, config.max_prompt_length
+        rows = load_rows(source, split)
+        require_columns(rows, source, column)
+        lengths = [len(ids) for ids in tokenizer.encode([tokenizer.render(row[column]) for row in rows])]
+        self.rows = [row for row, n in zip(rows, lengths, strict=True) if 0 < n <= max_length]
+        self.too_long = len(rows) - len(self.rows)
+        self.column, self.source = column, source
+        if not self.rows:
+            raise ValueError(
+                f"{source}: none of the {len(rows)} prompts has at most max_prompt_length = {max_length} tokens "
+                f"(the shortest has {min(lengths)}); raise the limit or use other data"
+            )
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batch(self, seed: int, step: int, count: int) -> list[Row]:
+        """The `count` rows of a step: a pure function of (seed, step)."""
+        return [self.rows[i] for i in shuffled(len(self.rows), count, seed, step)]
+
+    def prompts(self, rows: Sequence[Row]) -> list[Prompt]:
+        return [row[self.column] for row in rows]
+
+    def columns(self, rows: Sequence[Row]) -> dict[str, list[Any]]:
+        """The other columns, which reward functions get by name."""
+        names = {name for row in rows for name in row} - {self.column}
+        return {name: [row.get(name) for row in rows] for name in sorted(names)}
+
+
+def _read_jsonl(path: Path) -> list[Row]:
+    rows = []
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}: line {number} is not JSON ({error})") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}: line {number}: expected a JSON object, got {type(row).__name__}")
+            rows.append(row)
+    return rows
+
+
+def _read_datasets(source: str, split: str) -> list[Row]:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetNotFoundError
+
+    try:
+        if source.endswith(".parquet"):
+            return load_dataset("parquet", data_files=source, split="train").to_list()
+        return load_dataset(source, split=split).to_list()
+    except (DatasetNotFoundError, ConnectionError, FileNotFoundError) as error:
+        raise FileNotFoundError(
+            f"{source}: neither a .jsonl or .parquet file nor a data set that the Hub could give "
+            f"({type(error).__name__}); check the spelling or the network"
+        ) from error

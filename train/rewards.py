@@ -1,0 +1,179 @@
+"""Rewards: a reward model or a Python function scores completions; several are weighed and added.
+
+NaN means unscorable. With one reward such a completion leaves the ranks and the loss; with several, a missing one
+leaves only its own part of the sum, and a completion that misses all is NaN.
+"""
+
+import importlib
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from models.checkpoint import load_model
+from models.hf_weights import split
+from models.reward_model import Qwen3RewardModel
+from models.sharding import Layout
+from models.tokenizer import Prompt, Tokenizer, bucket, tokenizer_path
+from train.config import RewardSpec
+
+Scorer = Callable[..., np.ndarray]  # (prompts, completions_PG, columns) -> rewards_PG
+
+
+class Rewards:
+    """The rewards of a run, by name."""
+
+    def __init__(self, specs: Sequence[RewardSpec], layout: Layout | None, dtype: str) -> None:
+        self.weights_R = np.array([spec.weight for spec in specs], np.float32)
+        self.scorers: dict[str, Scorer] = {
+            spec.label: function_scorer(spec.function)
+            if spec.function is not None
+            else RewardModelScorer(
+                str(spec.model),
+                layout=layout,
+                dtype=dtype,
+                max_length=spec.max_length,
+                batch_prompts=spec.batch_prompts,
+            )
+            for spec in specs
+        }
+
+    def score(
+        self, prompts: Sequence[Prompt], completions_PG: Sequence[Sequence[str]], columns: dict[str, list[Any]]
+    ) -> tuple[np.ndarray, dict[str, float]]:
+        """float32 `rewards_PG` (NaN = unscorable) and the metrics rewards/NAME/mean and /std."""
+        rewards_RPG = np.stack([score(prompts, completions_PG, columns) for score in self.scorers.values()])
+        metrics = {}
+        for name, rewards_PG in zip(self.scorers, rewards_RPG, strict=True):
+            scored = rewards_PG[~np.isnan(rewards_PG)]
+            metrics[f"rewards/{name}/mean"] = float(scored.mean()) if scored.size else math.nan
+            metrics[f"rewards/{name}/std"] = float(scored.std(ddof=1)) if scored.size > 1 else math.nan
+        weighted_RPG = rewards_RPG * self.weights_R[:, None, None]
+        missing_PG = np.isnan(weighted_RPG).all(0)
+        return np.where(missing_PG, np.nan, np.nansum(weighted_RPG, 0)).astype(np.float32), metrics
+
+
+class RewardModelScorer:
+    """A reward model with its own tokenizer; what the texts of a group have in common is computed once."""
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        layout: Layout | None = None,
+        dtype: str = "float32",
+        max_length: int = 4096,
+        batch_prompts: int = 32,
+    ) -> None:
+        model = load_model(path, mesh=layout, dtype=dtype)
+        if not isinstance(model, Qwen3RewardModel):
+            raise ValueError(f"{path}: expected a reward model ({Qwen3RewardModel.__name__}), got a policy")
+        self.tokenizer = Tokenizer(tokenizer_path(path))
+        self.tokenizer.check_fits(model.config.vocab_size, path)
+        self.layout, self.max_length, self.batch_prompts = layout, max_length, batch_prompts
+        graphdef, self.params = split(model)
+        self._score = jax.jit(partial(_score_group, graphdef))
+
+    def __call__(
+        self,
+        prompts: Sequence[Prompt],
+        completions_PG: Sequence[Sequence[str]],
+        columns: dict[str, list[Any]] | None = None,
+    ) -> np.ndarray:
+        """float32 rewards [P, G]; NaN for a text longer than max_length."""
+        return np.concatenate(
+            [
+                self._score_batch(prompts[i : i + self.batch_prompts], completions_PG[i : i + self.batch_prompts])
+                for i in range(0, len(prompts), self.batch_prompts)
+            ]
+        )
+
+    def _score_batch(self, prompts: Sequence[Prompt], completions_PG: Sequence[Sequence[str]]) -> np.ndarray:
+        P, G = len(prompts), len(completions_PG[0])
+        texts = [
+            self.tokenizer.render_conversation(prompt, completion)
+            for prompt, completions in zip(prompts, completions_PG, strict=True)
+            for completion in completions
+        ]
+        rows = self.tokenizer.encode(texts)
+        too_long = np.array([not 0 < len(row) <= self.max_length for row in rows]).reshape(P, G)
+        rows = [row[: self.max_length] or [self.tokenizer.pad_id] for row in rows]
+        groups = [rows[p * G : (p + 1) * G] for p in range(P)]
+        shared_P = [common_prefix(group) for group in groups]
+        prefix = [group[0][:n] for group, n in zip(groups, shared_P, strict=True)]
+        suffix = [row[n:] for group, n in zip(groups, shared_P, strict=True) for row in group]
+        # whole batches, always: fewer prompts are filled up, so that their number compiles nothing new
+        filler = self.batch_prompts - P
+        prefix_PS, prefix_lengths_P = self._pad(prefix + prefix[-1:] * filler)
+        suffix_BT, suffix_lengths_B = self._pad(suffix + suffix[-G:] * filler)
+        arrays = {
+            ("prompt", None): prefix_PS,
+            ("prompt",): prefix_lengths_P,
+            ("prompt", "group", None): suffix_BT.reshape(-1, G, suffix_BT.shape[-1]),
+            ("prompt", "group"): suffix_lengths_B.reshape(-1, G),
+        }
+        placed = [self.layout.put(array, axes) if self.layout else array for axes, array in arrays.items()]
+        rewards_PG = np.asarray(self._score(self.params, *placed))[:P]
+        return np.where(too_long, np.nan, rewards_PG)
+
+    def _pad(self, rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+        lengths = np.array([len(row) for row in rows], np.int32)
+        tokens = np.full((len(rows), bucket(max(1, int(lengths.max())), self.max_length)), self.tokenizer.pad_id)
+        for i, row in enumerate(rows):
+            tokens[i, : len(row)] = row
+        return tokens.astype(np.int32), lengths
+
+
+def _score_group(graphdef: Any, params: Any, *arrays: jax.Array) -> jax.Array:
+    return nnx.merge(graphdef, params).score_group(*arrays)
+
+
+def common_prefix(rows: Sequence[Sequence[int]]) -> int:
+    """How many leading tokens all rows share, leaving each row at least one token of its own.
+
+    Texts, not tokens, are joined (a template may strip a completion's leading newlines, a tokenizer may merge
+    across the seam), so what a group shares is found out, not assumed.
+    """
+    shortest = min(len(row) for row in rows)
+    for i in range(shortest - 1):
+        if any(row[i] != rows[0][i] for row in rows[1:]):
+            return i
+    return max(shortest - 1, 0)
+
+
+def function_scorer(dotted: str) -> Scorer:
+    """The function at a dotted path, f(prompts, completions, **columns) -> list[float | None] (TRL's signature).
+
+    It is called with one entry per completion: a prompt and its columns are repeated G times.
+
+    Raises:
+      ValueError: no such module or function.
+    """
+    module, _, name = dotted.rpartition(".")
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"rewards.function: {dotted}: cannot be imported ({error})") from error
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
+    accepted = inspect.signature(function).parameters
+
+    def score(
+        prompts: Sequence[Prompt], completions_PG: Sequence[Sequence[str]], columns: dict[str, list[Any]]
+    ) -> np.ndarray:
+        G = len(completions_PG[0])
+        chosen = {
+            k: [v for v in values for _ in range(G)] for k, values in columns.items() if takes_all or k in accepted
+        }
+        flat = [text for group in completions_PG for text in group]
+        values = function(prompts=[p for p in prompts for _ in range(G)], completions=flat, **chosen)
+        if len(values) != len(flat):
+            raise ValueError(f"{dotted}: expected {len(flat)} rewards, one per completion, got {len(values)}")
+        rewards = np.array([np.nan if value is None else value for value in values], np.float32)
+        return rewards.reshape(len(prompts), G)
+
+    return score

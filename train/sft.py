@@ -1,0 +1,57 @@
+"""Supervised fine-tuning: the mean negative log-likelihood of the completion's tokens.
+
+A row is {"text": ...}, all of which is learned, or {"prompt": ..., "completion": ...}, of which the completion is;
+the prompt may be a list of chat messages. The end-of-text token is learned too.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from gopo_jax import token_logprobs
+from gopo_jax.losses import Metrics
+from models.tokenizer import Tokenizer, pad
+from train.config import SupervisedConfig
+from train.prompts import Row, require_columns
+from train.supervised import Batch, Task, train_supervised
+
+Example = tuple[list[int], int]  # token ids, how many of them are prompt
+
+
+def train_sft(config: SupervisedConfig) -> None:
+    train_supervised(config, Task(encode, lambda example: len(example[0]), collate, objective, lambda _: {}))
+
+
+def encode(rows: Sequence[Row], tokenizer: Tokenizer, source: str) -> list[Example]:
+    if "text" in rows[0]:
+        require_columns(rows, source, "text")
+        prompts: list[list[int]] = [[] for _ in rows]
+        completions = tokenizer.encode([row["text"] for row in rows])
+    else:
+        require_columns(rows, source, "prompt", "completion")
+        prompts = tokenizer.encode([tokenizer.render(row["prompt"]) for row in rows])
+        completions = tokenizer.encode([row["completion"] for row in rows])
+    return [(p + c + [tokenizer.eos_ids[0]], len(p)) for p, c in zip(prompts, completions, strict=True)]
+
+
+def collate(examples: Sequence[Example], tokenizer: Tokenizer, max_length: int) -> Batch:
+    tokens_BS, lengths_B = pad([ids for ids, _ in examples], tokenizer.pad_id, max_length)
+    position_S = np.arange(tokens_BS.shape[1])
+    prompt_B = np.array([n for _, n in examples])
+    learned_BS = (position_S < lengths_B[:, None]) & (position_S >= prompt_B[:, None])
+    return {"tokens_BS": tokens_BS, "learned_BS": learned_BS}
+
+
+def objective(params: Any, batch: dict[str, jax.Array], *, graphdef: Any) -> tuple[jax.Array, Metrics]:
+    """-sum log p(token) / learned tokens; the first token of a row has nothing to be predicted from."""
+    model = nnx.merge(graphdef, params)
+    hidden_BSD = model.hidden(batch["tokens_BS"])[:, :-1]
+    logprobs_BS = token_logprobs(hidden_BSD, model.head_VD, batch["tokens_BS"][:, 1:], chunk=128)
+    mask_BS = batch["learned_BS"][:, 1:] & batch["real_B"][:, None]
+    count = mask_BS.sum(dtype=jnp.float32)
+    total = -jnp.where(mask_BS, logprobs_BS, 0).sum()
+    return total / jnp.maximum(count, 1), {"nll": (jax.lax.stop_gradient(total), count)}

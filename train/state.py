@@ -1,0 +1,121 @@
+"""What a training step carries on, how it is made, and the keys of its random numbers."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from models.checkpoint import load_model
+from models.config import POLICY
+from models.hf_weights import abstract_model, split
+from models.qwen3 import Backbone
+from models.sharding import Layout, make_layout, parameter_shardings
+from models.tokenizer import Tokenizer
+from train.config import MeshConfig, ModelConfig, OptimizerConfig
+
+TRAIN, VALIDATION, EVALUATION, INIT = range(4)  # streams of random numbers
+
+
+class TrainState(NamedTuple):
+    params: dict[str, Any]
+    opt_state: Any
+    step: jax.Array  # updates done
+
+
+def stream_key(seed: int, stream: int, step: int, attempt: int = 0) -> jax.Array:
+    """The key of a stream at a step. Rows fold their number in (see `models.sampler.sample`)."""
+    key = jax.random.key(seed)
+    for part in (stream, step, attempt):
+        key = jax.random.fold_in(key, part)
+    return key
+
+
+def make_layout_for(mesh: MeshConfig, *batches: int) -> Layout:
+    """The mesh of a run; refuses one that does not divide the given numbers of rows."""
+    layout = make_layout(data=mesh.data, fsdp=mesh.fsdp, tensor=mesh.tensor, rules=mesh.rules)
+    for rows in batches:
+        if rows % layout.ways("prompt"):
+            raise ValueError(
+                f"mesh: {rows} rows (a step's or a micro-batch's prompts or sequences) cannot be split over "
+                f"{layout.ways('prompt')} devices; choose sizes that are multiples of it, or another mesh"
+            )
+    return layout
+
+
+def make_model(
+    model: ModelConfig, layout: Layout, seed: int, tokenizer: Tokenizer, architecture: str = POLICY
+) -> Backbone:
+    """The network a run starts from: pretrained, or random, as a policy or as a reward model.
+
+    A reward model may start from a policy's backbone; its head is then new.
+
+    Raises:
+      ValueError: a vocabulary smaller than the tokenizer's, or a reward model where a policy is needed.
+    """
+    options: dict[str, Any] = {"dtype": model.dtype, "param_dtype": model.param_dtype, "remat": model.remat}
+    if model.path is not None:
+        loaded = load_model(model.path, mesh=layout, **options)
+        tokenizer.check_fits(loaded.config.vocab_size, model.path)
+        if loaded.config.architecture == architecture:
+            return loaded
+        if architecture == POLICY:
+            raise ValueError(f"model.path: {model.path} is a reward model; expected a policy")
+        config = dataclasses.replace(loaded.config, architecture=architecture)
+    else:
+        assert model.architecture is not None  # ModelConfig has checked it
+        tokenizer.check_fits(model.architecture.vocab_size, "model.architecture")
+        loaded, config = None, dataclasses.replace(model.architecture, architecture=architecture)
+    abstract = abstract_model(config, layout=layout, **options)
+    graphdef, _ = split(abstract)
+    init = jax.jit(
+        lambda key: split(type(abstract)(config, nnx.Rngs(params=key), layout=layout, **options))[1],
+        out_shardings=parameter_shardings(abstract, layout),
+    )
+    params = init(stream_key(seed, INIT, 0))
+    if loaded is not None:
+        backbone = split(loaded)[1]
+        params = {name: backbone.get(name, value) for name, value in params.items()}
+    return nnx.merge(graphdef, params)
+
+
+def make_optimizer(config: OptimizerConfig, max_steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """AdamW behind a clip of the global norm; the schedule warms up linearly from 0."""
+    rate, decay = config.learning_rate, max(max_steps - config.warmup_steps, 1)
+    after = {
+        "constant": optax.constant_schedule(rate),
+        "linear": optax.linear_schedule(rate, 0.0, decay),
+        "cosine": optax.cosine_decay_schedule(rate, decay),
+    }[config.lr_scheduler_type]
+    warmup = optax.linear_schedule(0.0, rate, max(config.warmup_steps, 1))
+    schedule = optax.join_schedules([warmup, after], [config.warmup_steps]) if config.warmup_steps else after
+    adamw = optax.adamw(
+        schedule, config.adam_beta1, config.adam_beta2, config.adam_epsilon, weight_decay=config.weight_decay
+    )
+    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), adamw), schedule
+
+
+def make_state(params: dict[str, Any], optimizer: optax.GradientTransformation, layout: Layout) -> TrainState:
+    """Parameters with a fresh optimizer state, which is sharded as they are."""
+    whole = layout.sharding(())
+    shardings = optax.tree_utils.tree_map_params(
+        optimizer,
+        lambda _, parameter: parameter.sharding,
+        jax.eval_shape(optimizer.init, params),
+        params,
+        transform_non_params=lambda _: whole,
+    )
+    opt_state = jax.jit(optimizer.init, out_shardings=shardings)(params)
+    return TrainState(params, opt_state, layout.put(jnp.zeros((), jnp.int32), ()))
+
+
+def shardings(tree: Any) -> Any:
+    """The sharding of every array: a jitted update returns its state where it was."""
+    return jax.tree.map(lambda array: array.sharding, tree)
+
+
+def copy(tree: Any) -> Any:
+    """New buffers with the same values: what is donated later stays readable here."""
+    return jax.tree.map(lambda array: jnp.array(array, copy=True), tree)

@@ -1,0 +1,131 @@
+"""The loop that `train sft` and `train reward` share: batches of token rows, a loss, validation, checkpoints."""
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from gopo_jax.losses import Metrics
+from models.config import POLICY
+from models.hf_weights import split
+from models.sharding import Layout
+from models.tokenizer import Tokenizer
+from train import state as training
+from train.config import SupervisedConfig
+from train.metrics import Run, Timer, console, divide, setup_errors
+from train.prompts import Row, load_rows, shuffled
+from train.state import TrainState
+
+Batch = dict[str, np.ndarray]
+
+
+class Task(NamedTuple):
+    """What differs between the two: how a row becomes tokens, and the loss of a batch."""
+
+    encode: Callable[[Sequence[Row], Tokenizer, str], list[Any]]  # (rows, tokenizer, source) -> examples
+    length: Callable[[Any], int]  # the longest token row of an example
+    collate: Callable[[Sequence[Any], Tokenizer, int], Batch]  # (examples, tokenizer, max_length) -> arrays
+    objective: Callable[..., tuple[jax.Array, Metrics]]  # (params, batch, graphdef) -> loss, metrics
+    baselines: Callable[[Sequence[Any]], dict[str, float]]  # of the validation examples
+    architecture: str = POLICY
+
+
+def train_supervised(config: SupervisedConfig, task: Task) -> None:
+    """Run, or go on with, the run in `config.output_dir`.
+
+    Raises:
+      SetupError: a mistake in the config or the data, before anything is computed.
+    """
+    with setup_errors():
+        layout = training.make_layout_for(config.mesh, config.batch_size)
+        tokenizer = Tokenizer(config.model.tokenizer_path)
+        examples = load_examples(config.data.train, config.data.split, config, task, tokenizer)
+        held_out: list[Any] = []
+        if config.data.validation is not None:
+            held_out = load_examples(config.data.validation, config.data.validation_split, config, task, tokenizer)
+        model = training.make_model(config.model, layout, config.seed, tokenizer, task.architecture)
+        graphdef, params = split(model)
+        run = Run(config, model.config.to_hf(), tokenizer)
+        optimizer, schedule = training.make_optimizer(config.optimizer, config.max_steps)
+        state = run.resume(training.make_state(params, optimizer, layout))
+
+    objective = partial(task.objective, graphdef=graphdef)
+    update = make_update(objective, optimizer, state)
+    judge = jax.jit(lambda params, batch: objective(params, batch)[1])
+    baselines = task.baselines(held_out)
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        totals: dict[str, list[tuple[float, float]]] = {}
+        for start in range(0, len(held_out), config.batch_size):
+            batch = held_out[start : start + config.batch_size]
+            arrays = task.collate(batch, tokenizer, config.max_length)
+            for name, pair in jax.device_get(judge(state.params, put(layout, fill(arrays, config.batch_size)))).items():
+                totals.setdefault(name, []).append(pair)
+        means = {name: float(np.sum([p[0] for p in v]) / np.sum([p[1] for p in v])) for name, v in totals.items()}
+        return {f"validation/{name}": value for name, value in (means | baselines).items()}
+
+    if run.start == 0 and held_out:
+        run.write(0, evaluate(state))
+    for step in run.steps():
+        began, timer = time.perf_counter(), Timer()
+        batch = [examples[i] for i in shuffled(len(examples), config.batch_size, config.seed, step)]
+        arrays = task.collate(batch, tokenizer, config.max_length)
+        with timer("update"):
+            state, learned = update(state, put(layout, fill(arrays, config.batch_size)))
+            metrics = divide(learned)
+        done = step + 1
+        metrics |= {"learning_rate": schedule(step), "epoch": done * config.batch_size / len(examples)}
+        if held_out and (done % config.eval_steps == 0 or done == config.max_steps):
+            with timer("validation"):
+                metrics |= evaluate(state)
+        run.write(done, metrics | timer.seconds | {"timing_s/step": time.perf_counter() - began})
+        run.show(done, {name: metrics[name] for name in ("loss", "accuracy") if name in metrics})
+        if run.checkpoint_due(done):
+            run.save(done, state)
+    run.close()
+
+
+def load_examples(
+    source: str, split_name: str, config: SupervisedConfig, task: Task, tokenizer: Tokenizer
+) -> list[Any]:
+    """The encoded rows of a data set that fit into max_length; how many did not is printed."""
+    encoded = task.encode(load_rows(source, split_name), tokenizer, source)
+    kept = [example for example in encoded if 2 <= task.length(example) <= config.max_length]
+    console.print(
+        f"{source}: {len(kept)} rows ({len(encoded) - len(kept)} left out, not of 2 to {config.max_length} tokens)"
+    )
+    if not kept:
+        raise ValueError(f"{source}: none of the {len(encoded)} rows has 2 to max_length = {config.max_length} tokens")
+    return kept
+
+
+def make_update(
+    objective: Callable[..., tuple[jax.Array, Metrics]], optimizer: optax.GradientTransformation, state: TrainState
+) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
+    """One optimizer step on a batch, jitted; the state's buffers are reused, its shardings kept."""
+
+    @partial(jax.jit, donate_argnums=0, out_shardings=(training.shardings(state), None))
+    def update(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        (loss, metrics), gradient = jax.value_and_grad(objective, has_aux=True)(state.params, batch)
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        one = jnp.ones(())
+        metrics |= {"loss": (loss, one), "grad_norm": (optax.tree.norm(gradient), one)}
+        return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1), metrics
+
+    return update
+
+
+def fill(batch: Batch, size: int) -> Batch:
+    """Rows up to the batch size, masked out: one shape, nothing new to compile."""
+    missing = size - len(next(iter(batch.values())))
+    batch = {name: np.concatenate([array, np.repeat(array[-1:], missing, 0)]) for name, array in batch.items()}
+    return batch | {"real_B": np.arange(size) < size - missing}
+
+
+def put(layout: Layout, batch: Batch) -> dict[str, jax.Array]:
+    return {name: layout.put(array, ("prompt", *(None,) * (array.ndim - 1))) for name, array in batch.items()}
