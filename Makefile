@@ -43,7 +43,7 @@ demo: install  ## train GOPO and GRPO on the small review data and compare them
 	$(PY) -m train reward --config configs/demo/judge.yaml
 	$(PY) -m train policy --config configs/demo/gopo.yaml
 	$(PY) -m train policy --config configs/demo/grpo.yaml
-	$(PY) -m eval compare runs/demo/gopo runs/demo/grpo --judge runs/demo/judge --out runs/demo/compare
+	$(PY) -m eval compare runs/demo/gopo runs/demo/grpo --judge runs/demo/judge --name_a GOPO --name_b GRPO --out runs/demo/compare
 	$(PY) -m eval report runs/demo/gopo runs/demo/grpo --reward_models runs/demo/reward runs/demo/judge --compare runs/demo/compare --out runs/demo
 
 clean-demo:  ## remove what the demo made

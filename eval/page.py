@@ -128,14 +128,18 @@ def figures(pictures: list[Picture], layout: str = "grid") -> str:
     return f'<div class="{layout}">{drawn}</div>'
 
 
+def heading(prompt: Any) -> str:
+    """A prompt to read; a text that goes on, or messages that are answered."""
+    return f"{prompt} …" if isinstance(prompt, str) else text_of(prompt)
+
+
 def sample_html(sample: Sample) -> str:
     answers = "".join(
         f"<div><b>{escape(a.label)}</b><p>{escape(a.text) or '<i>(empty)</i>'}</p>"
         f'<p class="scores">{escape(a.scores)}</p></div>'
         for a in sample.answers
     )
-    heading = f"{escape(text_of(sample.prompt))} …"
-    return f'<div class="sample"><h3>{heading}</h3><div class="answers">{answers}</div></div>'
+    return f'<div class="sample"><h3>{escape(heading(sample.prompt))}</h3><div class="answers">{answers}</div></div>'
 
 
 def markdown(content: Content) -> str:
@@ -160,6 +164,6 @@ def picture_markdown(p: Picture) -> str:
 
 
 def sample_markdown(sample: Sample) -> str:
-    flat = " ".join(text_of(sample.prompt).split())
+    flat = " ".join(heading(sample.prompt).split())
     lines = [f"- {a.label}: {' '.join(a.text.split()) or '(empty)'} ({a.scores})" for a in sample.answers]
-    return f"### {flat} …\n\n" + "\n".join(lines)
+    return f"### {flat}\n\n" + "\n".join(lines)

@@ -146,6 +146,11 @@ def smoothed(values: np.ndarray, width: int) -> np.ndarray:
     return full[len(kernel) // 2 :][: len(values)]
 
 
+def over_steps(axes: Axes, label: str) -> None:
+    axes.set(xlabel="step", ylabel=label)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
+
+
 def training_curve(
     studio: Studio, runs: Sequence[PolicyRun], key: str, file: str, title: str, label: str, caption: str
 ) -> Picture | None:
@@ -160,7 +165,7 @@ def training_curve(
                 look = studio.look(name)
                 axes.plot(steps, values, color=look["color"], alpha=0.22, linewidth=1)
                 axes.plot(steps, smoothed(values, width), **look)
-        axes.set(xlabel="step", ylabel=label)
+        over_steps(axes, label)
 
     return studio.draw(file, title, caption, paint)
 
@@ -186,7 +191,7 @@ def validation_curve(
             look = studio.look(name)
             axes.fill_between(steps, means - errors, means + errors, color=look["color"], alpha=0.18, linewidth=0)
             axes.plot(steps, means, marker=studio.marker(name), markersize=5, **look)
-        axes.set(xlabel="step", ylabel="mean score")
+        over_steps(axes, "mean score")
 
     return studio.draw(file, title, caption, paint)
 
@@ -198,10 +203,11 @@ def win_rate(studio: Studio, result: Mapping[str, Any]) -> Picture:
     def paint(axes: Axes) -> None:
         steps, means, lows, highs = np.array([[r["step"], r["mean"], r["low"], r["high"]] for r in rates]).T
         axes.axhline(0.5, color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)))
-        # outlined: the point belongs to the comparison, not to one of the runs
+        # in ink: the points belong to the comparison, not to one of the runs
         axes.errorbar(steps, means, (means - lows, highs - means), color=INK, marker="o", capsize=4, linewidth=1.4)
         reach = max(0.06, 1.25 * max(abs(lows - 0.5).max(), abs(highs - 0.5).max()))
-        axes.set(xlabel="step", ylabel=f"win rate of {a}", ylim=(max(0, 0.5 - reach), min(1, 0.5 + reach)))
+        over_steps(axes, f"win rate of {a}")
+        axes.set_ylim(max(0, 0.5 - reach), min(1, 0.5 + reach))
         for y, name, vertical in ((0.97, a, "top"), (0.03, b, "bottom")):
             axes.text(
                 0.99,
@@ -212,7 +218,6 @@ def win_rate(studio: Studio, result: Mapping[str, Any]) -> Picture:
                 va=vertical,
                 color=studio.look(name)["color"],
             )
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
 
     caption = (
         "Same prompts, same step, by the judge. Bars: 95 % bootstrap intervals over prompts; dashed: no difference."

@@ -241,7 +241,7 @@ def parse(kind: type[Any], arguments: list[str], program: str = "python -m train
         elif key.startswith("--") and key not in ("--help", "--print_config"):
             _check_keys(kind, key[2:].split("."), "command line")
     try:
-        values = parser.instantiate_classes(parser.parse_args(arguments))
+        values = parser.instantiate(parser.parse_args(arguments))
     except jsonargparse.ArgumentError as error:
         raise ValueError(" ".join(str(error).split())) from error
     return kind(**{item.name: values[item.name] for item in dataclasses.fields(kind)})

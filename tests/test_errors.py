@@ -1,0 +1,490 @@
+"""Every mistake in a config or in the data gives one clear error, through the real door, before anything is computed."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from models.config import POLICY, Qwen3Config
+from models.hf_weights import save_pretrained
+from models.qwen3 import Backbone
+from models.tokenizer import Tokenizer
+from train.__main__ import main
+from train.config import PolicyConfig, resolved
+from train.loop import train_policy
+from train.metrics import SetupError, read_metrics
+
+
+class Computing(AssertionError):
+    """Set-up is over: what follows would sample or train."""
+
+
+@pytest.fixture(autouse=True)
+def no_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise Computing
+
+    monkeypatch.setattr("train.loop.Generator", refuse)
+    monkeypatch.setattr("train.supervised.make_update", refuse)
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+
+
+@dataclasses.dataclass
+class Door:
+    """A valid config in `here`, whose settings and files a test breaks before it runs the program."""
+
+    here: Path
+    settings: dict[str, Any]
+    places: dict[str, str]  # what "{name}" in a setting stands for
+    capture: pytest.CaptureFixture[str]
+
+    def set(self, changes: dict[str, Any]) -> None:
+        for dotted, value in changes.items():
+            *outer, last = dotted.split(".")
+            inner = self.settings
+            for key in outer:
+                inner = inner[key]
+            inner[last] = self._fill(value)
+
+    def _fill(self, value: Any) -> Any:
+        if isinstance(value, str):
+            return value.format(**self.places)
+        if isinstance(value, list):
+            return [self._fill(item) for item in value]
+        return {k: self._fill(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+    def run(self, *arguments: str, command: str = "policy") -> str:
+        """The error of the program, checked to be one line and the whole story."""
+        file = self.here / "config.yaml"
+        file.write_text(yaml.safe_dump(self.settings))
+        before = self.files()
+        status = main([command, "--config", str(file), *(argument.format(**self.places) for argument in arguments)])
+        error = self.capture.readouterr().err
+        print(error)
+        assert status == 2
+        assert error.startswith("error: ") and error.count("\n") == 1 and "Traceback" not in error
+        assert self.files() == before, "nothing was written"
+        return error.removeprefix("error: ").strip()
+
+    def files(self) -> dict[str, bytes]:
+        return {str(path): path.read_bytes() for path in self.here.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def door(
+    policy_config: Callable[..., PolicyConfig],
+    tmp_path: Path,
+    tiny_policy_dir: Path,
+    tiny_reward_dir: Path,
+    tiny_tokenizer_dir: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> Door:
+    places = {"here": tmp_path, "policy": tiny_policy_dir, "reward": tiny_reward_dir, "tokenizer": tiny_tokenizer_dir}
+    settings = resolved(policy_config(tmp_path))
+    return Door(tmp_path, settings, {name: str(path) for name, path in places.items()}, capsys)
+
+
+def test_without_a_mistake_the_program_would_compute(door: Door) -> None:
+    """So that every error below comes from its mistake."""
+    with pytest.raises(Computing):
+        door.run()
+    assert (door.here / "run" / "config.yaml").is_file()
+
+
+# Settings
+
+NETWORK = {"vocab_size": 300, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "head_dim": 4}
+NETWORK |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+
+SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown key": (
+        {"lerning_rate": 1},
+        "config.yaml: unknown key 'lerning_rate'; expected one of output_dir, model, data,",
+    ),
+    "unknown key with a near one": (
+        {"num_generation": 4},
+        "config.yaml: unknown key 'num_generation'; did you mean 'num_generations'?",
+    ),
+    "unknown nested key": (
+        {"optimizer.lerning_rate": 1},
+        "config.yaml: unknown key 'lerning_rate'; did you mean 'learning_rate'?",
+    ),
+    "unknown key in a list": (
+        {"rewards": [{"model": "{reward}", "wieght": 2.0}]},
+        "config.yaml: unknown key 'wieght'; did you mean 'weight'?",
+    ),
+    "num_generations 1": ({"num_generations": 1}, "num_generations: expected at least 2 completions per prompt"),
+    "text for an integer": ({"num_generations": "many"}, "num_generations"),
+    "fraction for an integer": ({"max_steps": 2.5}, "max_steps"),
+    "text for a number": ({"optimizer.learning_rate": "fast"}, "learning_rate"),
+    "not one of the choices": ({"loss.kl": "k4"}, "k4"),
+    "text for a list": ({"rewards": "some.function"}, "rewards"),
+    "a list for a dataclass": ({"optimizer": [1, 2]}, "optimizer"),
+    "null for a required one": ({"max_steps": None}, "max_steps"),
+    "temperature 0": ({"temperature": 0.0}, "temperature: expected a number above 0, got 0"),
+    "top_p 0": ({"top_p": 0.0}, "top_p: expected a number in (0, 1], got 0"),
+    "no steps": ({"max_steps": 0}, "max_steps: expected at least 1, got 0"),
+    "negative rate": ({"optimizer.learning_rate": -1.0}, "learning_rate: expected a number above 0, got -1"),
+    "micro-batch": (
+        {"microbatch_prompts": 3},
+        "microbatch_prompts: expected a divisor of prompts_per_step = 4, got 3",
+    ),
+    "advantage": ({"advantage": "gopoo"}, "advantage: expected one of gopo, grpo"),
+    "advantage option": ({"advantage": "grpo", "advantage_options": {"ties": "average"}}, "'ties'"),
+    "advantage option's value": ({"advantage_options": {"ties": "random"}}, "random"),
+    "no rewards": ({"rewards": []}, "rewards: expected at least one reward, got none"),
+    "same reward twice": (
+        {"rewards": [{"model": "{reward}"}, {"model": "{reward}", "weight": 0.5}]},
+        "rewards: names must differ",
+    ),
+    "reward of two kinds": (
+        {"rewards": [{"model": "{reward}", "function": "math.floor"}]},
+        "either model or function, not both",
+    ),
+    "reward of no kind": ({"rewards": [{"weight": 1.0}]}, "either model or function"),
+    "path and architecture": (
+        {"model.architecture": NETWORK},
+        "model: expected either path (pretrained) or architecture (random weights), not both",
+    ),
+    "neither path nor architecture": ({"model.path": None}, "model: expected either path"),
+    "architecture without a tokenizer": (
+        {"model": {"architecture": NETWORK}},
+        "model.tokenizer: needed with model.architecture",
+    ),
+    "impossible architecture": (
+        {"model": {"architecture": NETWORK | {"head_dim": 3}, "tokenizer": "{tokenizer}"}},
+        "head_dim: expected an even number",
+    ),
+    "mesh": ({"mesh.fsdp": 3}, "mesh: data -1 x fsdp 3 x tensor 1 does not make the 1 devices"),
+    "mesh of two free sizes": ({"mesh.fsdp": -1}, "mesh: data -1 x fsdp -1 x tensor 1 does not make the 1 devices"),
+    "mesh rule": ({"mesh.rules": {"prompts": ["data"]}}, "mesh.rules: 'prompts': ['data'] is not a rule"),
+}
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_settings(door: Door, case: str) -> None:
+    changes, message = SETTINGS[case]
+    door.set(changes)
+    assert message in door.run()
+    assert not (door.here / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--num_generation", "4"], "command line: unknown key 'num_generation'; did you mean 'num_generations'?"),
+        (["--optimizer.lr", "1"], "command line: unknown key 'lr'; expected one of learning_rate,"),
+        (["--optimizer.learning_rat=1"], "command line: unknown key 'learning_rat'; did you mean 'learning_rate'?"),
+        (["--max_steps", "three"], "max_steps"),
+        (["--max_steps"], "max_steps"),
+        (["--num_generations", "1"], "num_generations: expected at least 2"),
+        (["--config", "{here}/none.yaml"], "--config {here}/none.yaml: no such file"),
+        (["stray"], "stray"),
+    ],
+)
+def test_command_line(door: Door, arguments: list[str], message: str) -> None:
+    assert message.format(**door.places) in door.run(*arguments)
+    assert not (door.here / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [1", "not YAML"),
+        ("- 1\n- 2\n", "expected 'key: value' lines, got list"),
+        ("", "expected 'key: value' lines, got NoneType"),
+    ],
+)
+def test_config_file(door: Door, text: str, message: str) -> None:
+    file = door.here / "broken.yaml"
+    file.write_text(text)
+    error = door.run("--config", str(file))
+    assert error.startswith(f"{file}: ") and message in error
+
+
+@pytest.mark.parametrize("missing", ["output_dir", "model", "data", "rewards", "max_steps"])
+def test_required_settings(door: Door, missing: str) -> None:
+    del door.settings[missing]
+    assert missing in door.run()
+
+
+def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in ([], ["polcy"]):
+        assert main(arguments) == 2
+        assert "usage: python -m train {sft,reward,policy}" in capsys.readouterr().err
+
+
+# Data
+
+ROW = '{"prompt": "Good", "wanted": "x"}\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "expected at least one row, got an empty data set"),
+        ("\n\n", "expected at least one row, got an empty data set"),
+        (ROW + '{"text": "Good"}\n', "row 2 has no 'prompt'; its columns are text"),
+        (ROW + '{"prompt": ""}\n', "row 2 has no 'prompt'"),
+        (ROW + '{"prompt": null}\n', "row 2 has no 'prompt'"),
+        (ROW + '{"prompt": 5}\n', "row 2: 'prompt'"),
+        (ROW + '{"prompt": ["Good"]}\n', "row 2: 'prompt'"),
+        (ROW + '{"prompt": [{"role": "user", "content": "Good"}]}\n', "has no chat template"),
+        (ROW + '\n{"prompt": "Go\n', "line 3 is not JSON"),
+        (ROW + '["Good"]\n', "line 2: expected a JSON object, got list"),
+        ('{"prompt": "This is longer than eight tokens, whatever the merges are"}\n', "max_prompt_length = 8"),
+    ],
+)
+@pytest.mark.parametrize("which", ["train", "validation"])
+def test_data_files(door: Door, which: str, text: str, message: str) -> None:
+    file = door.here / "prompts.jsonl"
+    file.write_text(text)
+    door.set({f"data.{which}": str(file)})
+    error = door.run()
+    assert message in error
+    assert str(file) in error or "chat template" in error
+    assert not (door.here / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("{here}/none.jsonl", "none.jsonl: no such file"),
+        ("{here}/none.jsonl.gz", "none.jsonl.gz: no such file"),
+        ("{here}/none.parquet", "none.parquet: no such file"),
+        ("{here}/none", "none: neither a .jsonl or .parquet file nor a data set that the Hub could give"),
+        ("no-one/nothing", "no-one/nothing: neither a .jsonl or .parquet file nor a data set that the Hub could give"),
+        ("no-such-data-set", "no-such-data-set: neither a .jsonl or .parquet file nor a data set"),
+        ("{here}/rubbish.parquet", "rubbish.parquet"),
+        ("{here}/rubbish.jsonl.gz", "rubbish.jsonl.gz"),
+    ],
+)
+def test_data_sources(door: Door, source: str, message: str) -> None:
+    for name in ("rubbish.parquet", "rubbish.jsonl.gz"):
+        (door.here / name).write_text("rubbish")
+    door.set({"data.train": source})
+    assert message in door.run()
+
+
+def test_no_column_of_that_name(door: Door) -> None:
+    door.set({"data.prompt_column": "question"})
+    assert "row 1 has no 'question'; its columns are prompt, wanted" in door.run()
+
+
+# Models
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model.path": "{here}/none"}, "none: no such directory"),
+        ({"model.path": "{here}/nothing"}, "nothing: not a checkpoint; expected a run directory with checkpoints/STEP"),
+        ({"model.path": "{here}/started"}, "started: not a checkpoint; expected a run directory with checkpoints/STEP"),
+        ({"model.path": "{here}/none@3"}, "none@3: no such directory"),
+        ({"model.path": "no-one/nothing"}, "no-one/nothing"),
+        ({"model.path": "no-one/nothing", "model.tokenizer": "{tokenizer}"}, "the Hub could not give a model"),
+        ({"model.path": "{tokenizer}"}, "not a checkpoint"),
+        ({"model.path": "{reward}"}, "is a reward model; expected a policy"),
+        ({"model.tokenizer": "{here}/none"}, "none: no such directory; expected a Hugging Face tokenizer directory"),
+        ({"model.tokenizer": "{here}/nothing"}, "nothing: no Hugging Face tokenizer could be read there"),
+        ({"rewards": [{"model": "{policy}"}]}, "expected a reward model (Qwen3RewardModel), got a policy"),
+        ({"rewards": [{"model": "{here}/none"}]}, "none: no such directory"),
+        ({"rewards": [{"model": "{here}/nothing"}]}, "nothing: not a checkpoint"),
+        ({"rewards": [{"model": "no-one/nothing"}]}, "the Hub could not give a model of that name"),
+        ({"rewards": [{"function": "no_such_module.f"}]}, "no_such_module.f: cannot be imported"),
+        ({"rewards": [{"function": "math.no_such_function"}]}, "math.no_such_function: cannot be imported"),
+        ({"rewards": [{"function": "floor"}]}, "floor: cannot be imported"),
+        ({"rewards": [{"function": "math.pi"}]}, "math.pi: expected a function, got float"),
+    ],
+)
+def test_models(door: Door, changes: dict[str, Any], message: str) -> None:
+    (door.here / "nothing").mkdir()
+    (door.here / "started" / "checkpoints").mkdir(parents=True)
+    door.set(changes)
+    assert message in door.run()
+    assert not (door.here / "run").exists()
+
+
+def test_vocabulary_smaller_than_the_tokenizers(
+    door: Door, tiny_config: Qwen3Config, make_model: Callable[..., Backbone]
+) -> None:
+    size = Tokenizer(door.places["tokenizer"]).size
+    message = f"vocab_size is {size - 1}, but the tokenizer {door.places['tokenizer']} has {size} ids"
+    smaller = dataclasses.replace(tiny_config, vocab_size=size - 1)
+    door.set({"model": {"architecture": dataclasses.asdict(smaller), "tokenizer": "{tokenizer}"}})
+    assert f"model.architecture: {message}" in door.run()
+
+    save_pretrained(make_model(smaller), door.here / "small")
+    door.set({"model": {"path": "{here}/small", "tokenizer": "{tokenizer}"}})
+    assert f"{door.here}/small: {message}" in door.run()
+
+    reward = door.here / "small_reward"
+    save_pretrained(make_model(dataclasses.replace(smaller, architecture="Qwen3ForSequenceClassification")), reward)
+    Tokenizer(door.places["tokenizer"]).save(reward)
+    door.set({"model": {"path": "{policy}"}, "rewards": [{"model": str(reward)}]})
+    assert f"{reward}: vocab_size is {size - 1}" in door.run()
+
+
+def _cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:100])
+
+
+def _reconfigure(**changes: Any) -> Callable[[Path], None]:
+    def change(file: Path) -> None:
+        config = json.loads(file.read_text())
+        config.update(changes)
+        file.write_text(json.dumps(config))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("file", "break_it", "message"),
+    [
+        ("model.safetensors", Path.unlink, "expected model.safetensors or model.safetensors.index.json"),
+        ("model.safetensors", _cut, "not a readable safetensors file"),
+        ("config.json", Path.unlink, "not a checkpoint"),
+        ("config.json", _cut, "config.json"),
+        ("config.json", _reconfigure(model_type="llama"), "model_type = 'llama' is not supported"),
+        ("config.json", _reconfigure(intermediate_size=65), "which does not fit"),
+        ("config.json", _reconfigure(num_hidden_layers=3), "tensors are missing from the weights"),
+        ("tokenizer.json", _cut, "no Hugging Face tokenizer could be read there"),
+    ],
+)
+@pytest.mark.parametrize("role", ["policy", "reward"])
+def test_broken_model_directories(
+    door: Door, role: str, file: str, break_it: Callable[[Path], None], message: str
+) -> None:
+    copy = door.here / "copy"
+    shutil.copytree(door.places[role], copy)
+    break_it(copy / file)
+    door.set({"model.path": str(copy)} if role == "policy" else {"rewards": [{"model": str(copy)}]})
+    error = door.run()
+    assert message in error and str(copy) in error
+
+
+# Runs
+
+
+@pytest.fixture(scope="session")
+def run_with_checkpoints(
+    tmp_path_factory: pytest.TempPathFactory, policy_config: Callable[..., PolicyConfig], make_model: Any
+) -> Path:
+    """A run directory as `train policy` leaves it behind, with checkpoints 1 and 3; nothing was trained for it."""
+    from models.checkpoint import Checkpoints
+    from models.config import read_config
+    from models.hf_weights import split
+
+    config = policy_config(tmp_path_factory.mktemp("finished"))
+    run = Path(config.output_dir)
+    network = read_config(str(config.model.path))
+    checkpoints = Checkpoints(run)
+    about = {"model": network.to_hf(), "run": resolved(config)}
+    for step in (1, 3):
+        checkpoints.save(step, split(make_model(network))[1], {"step": np.zeros(())}, about)
+    checkpoints.close()
+    Tokenizer(config.model.path or "").save(run / "tokenizer")
+    (run / "config.yaml").write_text(yaml.safe_dump(resolved(config)))
+    return run
+
+
+def test_a_step_that_does_not_exist_lists_those_that_do(door: Door, run_with_checkpoints: Path) -> None:
+    for step in ("2", "03x", "-1"):
+        door.set({"model.path": f"{run_with_checkpoints}@{step}"})
+        assert door.run() == f"{run_with_checkpoints}@{step}: no such step; there are 1, 3"
+
+
+def test_a_checkpoint_with_nothing_in_it(door: Door, run_with_checkpoints: Path) -> None:
+    copy = door.here / "copy"
+    shutil.copytree(run_with_checkpoints, copy)
+    for folder in ("params", "about"):
+        shutil.rmtree(copy / "checkpoints" / "3" / folder)
+        door.set({"model.path": str(copy)})
+        error = door.run()
+        assert f"{copy}: step 3 is not a checkpoint that can be read" in error
+
+
+def test_a_run_directory_with_another_config_is_left_as_it_is(
+    door: Door, run_with_checkpoints: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = door.here / "run"
+    shutil.copytree(run_with_checkpoints, run)
+    before = door.settings | {"output_dir": str(run), "advantage": "grpo", "seed": 3}
+    (run / "config.yaml").write_text(yaml.safe_dump(before))
+    (run / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1}\n')
+    error = door.run()
+    assert error.startswith(f"{run}: holds a run with another config (seed: 3, now 0)")
+    assert len(read_metrics(run)) == 2
+
+
+# The other doors
+
+
+def test_train_policy_raises_setup_errors(policy_config: Callable[..., PolicyConfig], tmp_path: Path) -> None:
+    config = policy_config(tmp_path)
+    for wrong in (
+        dataclasses.replace(config, data=dataclasses.replace(config.data, train=str(tmp_path / "none.jsonl"))),
+        dataclasses.replace(config, model=dataclasses.replace(config.model, path=str(tmp_path))),
+        dataclasses.replace(config, advantage_options={"no_such": 1}),
+    ):
+        with pytest.raises(SetupError) as caught:
+            train_policy(wrong)
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+SUPERVISED = ("output_dir", "model", "max_steps", "optimizer", "checkpoint", "log")
+
+
+@pytest.mark.parametrize(
+    ("command", "text", "message"),
+    [
+        ("sft", "", "expected at least one row, got an empty data set"),
+        ("sft", '{"prompt": "Good"}\n', "row 1 has no 'completion'; its columns are prompt"),
+        ("sft", '{"text": "Good"}\n{"tex": "Good"}\n', "row 2 has no 'text'; its columns are tex"),
+        (
+            "sft",
+            '{"text": "Much longer than the four tokens that fit"}\n',
+            "none of the 1 rows has 2 to max_length = 4",
+        ),
+        ("reward", '{"text": "Good"}\n', "row 1 has no 'chosen'; its columns are text"),
+        ("reward", '{"chosen": "Good"}\n', "row 1 has no 'rejected'; its columns are chosen"),
+    ],
+)
+def test_supervised_data(door: Door, command: str, text: str, message: str) -> None:
+    file = door.here / "rows.jsonl"
+    file.write_text(text)
+    door.settings = {name: door.settings[name] for name in SUPERVISED}
+    door.settings |= {"data": {"train": str(file)}, "max_length": 4, "batch_size": 2}
+    assert message in door.run(command=command)
+    file.write_text('{"text": "a b", "chosen": "a b", "rejected": "a"}\n')
+    with pytest.raises(Computing):
+        door.run(command=command)
+
+
+@pytest.mark.parametrize("command", ["sft", "reward"])
+def test_supervised_settings(door: Door, command: str) -> None:
+    door.settings = {name: door.settings[name] for name in SUPERVISED}
+    door.settings |= {"data": {"train": "{here}/none.jsonl"}, "batch_size": 2}
+    assert "unknown key 'batchsize'; did you mean 'batch_size'?" in door.run("--batchsize", "3", command=command)
+    assert "unknown key 'num_generations'" in door.run("--num_generations", "3", command=command)
+    assert "none.jsonl: no such file" in door.run(command=command)
+    door.set({"model": {"architecture": NETWORK | {"vocab_size": 299}, "tokenizer": "{tokenizer}"}})
+    (door.here / "rows.jsonl").write_text('{"text": "a b", "chosen": "a b", "rejected": "a"}\n')
+    door.set({"data.train": "{here}/rows.jsonl"})
+    assert "model.architecture: vocab_size is 299" in door.run(command=command)
+    assert POLICY not in door.settings

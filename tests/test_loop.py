@@ -1,0 +1,204 @@
+"""The training loop's laws: how a batch is cut changes nothing, interrupted equals uninterrupted, order is all."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import yaml
+
+import train.loop
+from gopo_jax import ADVANTAGES
+from models.checkpoint import load_model
+from models.hf_weights import split
+from models.sampler import Rollout
+from models.sharding import make_layout
+from train.config import CheckpointConfig, LossConfig, PolicyConfig, RewardSpec
+from train.loop import make_batch, make_update, train_policy
+from train.metrics import read_metrics
+from train.state import copy, make_state
+
+ROOT = Path(__file__).parent.parent
+MakeConfig = Callable[..., PolicyConfig]
+
+
+def numbers(run: Path) -> list[dict[str, float]]:
+    """A run's metrics without what a clock says."""
+    return [{k: v for k, v in row.items() if not k.startswith(("timing_s/", "perf/"))} for row in read_metrics(run)]
+
+
+def some_batch(config: PolicyConfig, vocabulary: int) -> dict[str, jax.Array]:
+    """A batch with unequal lengths, an unscorable completion and a group of equal rewards."""
+    P, G, S, T = config.prompts_per_step, config.num_generations, 6, config.max_completion_length
+    rng = np.random.default_rng(0)
+    rewards_PG = rng.normal(size=(P, G)).astype(np.float32)
+    rewards_PG[0, 1], rewards_PG[1] = np.nan, 3.0
+    rollout = Rollout(
+        jnp.asarray(rng.integers(0, vocabulary, (P, G, T))),
+        jnp.asarray(rng.normal(-3, 1, (P, G, T)), jnp.float32),
+        jnp.asarray(rng.integers(1, T + 1, (P, G))),
+        jnp.ones((P, G), bool),
+    )
+    prompt_PS, lengths_P = rng.integers(0, vocabulary, (P, S)), rng.integers(1, S + 1, P)
+    return make_batch(make_layout(data=1), prompt_PS, lengths_P, rollout, rewards_PG, ADVANTAGES["gopo"](rewards_PG))
+
+
+@pytest.mark.parametrize("aggregate", ["token", "sequence", "constant"])
+def test_the_cut_into_micro_batches_changes_nothing(aggregate: Any, policy_config: MakeConfig, tmp_path: Path) -> None:
+    base = policy_config(tmp_path, loss=LossConfig(aggregate=aggregate, logprob_chunk=3))
+    layout = make_layout(data=1)
+    graphdef, params = split(load_model(str(base.model.path), mesh=layout))
+    ref_params = jax.tree.map(lambda p: p * 1.01, params)
+    batch = some_batch(base, params["embed_VD"].shape[0])
+    sgd = optax.sgd(1.0)  # the step is the gradient
+    after = {}
+    for microbatch_prompts in (4, 2, 1):
+        config = replace(base, microbatch_prompts=microbatch_prompts)
+        state = make_state(copy(params), sgd, layout)
+        state, metrics = make_update(graphdef, sgd, config, layout, state)(state, ref_params, batch)
+        after[microbatch_prompts] = (state.params, {k: float(s) / float(n) for k, (s, n) in metrics.items()})
+    for fewer in (2, 1):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), after[4][0], after[fewer][0])
+        for name, value in after[4][1].items():
+            np.testing.assert_allclose(after[fewer][1][name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+    moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), after[4][0], params)
+    assert max(jax.tree.leaves(moved)) > 1e-3  # there was a gradient to compare
+
+
+def test_interrupted_equals_uninterrupted(
+    policy_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = policy_config(tmp_path / "whole", max_steps=4, checkpoint=CheckpointConfig(every=2))
+    train_policy(whole)
+    cut = replace(whole, output_dir=str(tmp_path / "cut"))
+
+    class Killed(Exception):
+        pass
+
+    calls = []
+
+    def killed_at_the_fourth(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 4:  # step 3 is written, the checkpoint is of step 2
+            raise Killed
+        return make_batch(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.loop, "make_batch", killed_at_the_fourth)
+        with pytest.raises(Killed):
+            train_policy(cut)
+    before = numbers(tmp_path / "cut")
+    assert [row["step"] for row in before] == [0, 1, 2, 3]
+    with open(tmp_path / "cut" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "rew')  # what a kill leaves behind
+    train_policy(cut)
+
+    assert [row["step"] for row in numbers(tmp_path / "cut")] == [0, 1, 2, 3, 4]
+    assert numbers(tmp_path / "cut") == numbers(tmp_path / "whole" / "run")
+    ends = [split(load_model(f"{run}@4"))[1] for run in (tmp_path / "cut", tmp_path / "whole" / "run")]
+    jax.tree.map(np.testing.assert_array_equal, *ends)
+    completions = [
+        (run / "completions" / "validation_000004.jsonl").read_text()
+        for run in (tmp_path / "cut", tmp_path / "whole" / "run")
+    ]
+    assert completions[0] == completions[1]
+
+
+def prefers_early_letters(completions: list[str], **_: Any) -> list[float]:
+    return [sum(c < "n" for c in text) / (len(text) + 1) for text in completions]
+
+
+def the_same_order(completions: list[str], **_: Any) -> list[float]:
+    return [float(np.exp(3 * r) - 100) for r in prefers_early_letters(completions)]
+
+
+def sometimes_unscorable(completions: list[str], wanted: list[str], **_: Any) -> list[float | None]:
+    return [None if len(text) % 3 == 0 else float(text.count(w)) for text, w in zip(completions, wanted, strict=True)]
+
+
+@pytest.fixture
+def with_function(policy_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> MakeConfig:
+    """policy_config with a reward function of this file."""
+    monkeypatch.setitem(sys.modules, "rewards_of_this_test", sys.modules[__name__])
+
+    def make(tmp_path: Path, name: str, **overrides: Any) -> PolicyConfig:
+        spec = RewardSpec(function=f"rewards_of_this_test.{name}", name="r")
+        return policy_config(tmp_path, rewards=[spec], **overrides)
+
+    return make
+
+
+def test_only_the_order_of_rewards_matters(with_function: MakeConfig, tmp_path: Path) -> None:
+    runs = {name: tmp_path / name for name in ("prefers_early_letters", "the_same_order")}
+    for name, path in runs.items():
+        train_policy(with_function(path, name, max_steps=2))
+    ends = [split(load_model(path / "run"))[1] for path in runs.values()]
+    jax.tree.map(np.testing.assert_array_equal, *ends)
+    rewards = [[row.get("reward") for row in numbers(path / "run")] for path in runs.values()]
+    assert rewards[0] != rewards[1]
+
+
+def test_unscorable_completions_leave_no_trace(with_function: MakeConfig, tmp_path: Path) -> None:
+    train_policy(with_function(tmp_path, "sometimes_unscorable", advantage="grpo"))
+    rows = numbers(tmp_path / "run")
+    assert any(row.get("frac_reward_unscorable", 0) > 0 for row in rows)
+    params = split(load_model(tmp_path / "run"))[1]
+    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(params))
+
+
+def test_a_run_directory_is_whole(policy_config: MakeConfig, tmp_path: Path) -> None:
+    config = policy_config(tmp_path)
+    train_policy(config)
+    run = tmp_path / "run"
+    saved = yaml.safe_load((run / "config.yaml").read_text())
+    assert saved == json.loads(json.dumps(asdict(config)))
+    rows = numbers(run)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    trained = {"loss", "kl", "entropy", "grad_norm", "learning_rate", "reward", "reward_std", "frac_reward_zero_std"}
+    trained |= {"completions/mean_length", "completions/clipped_ratio", "clip_ratio/region_mean", "rank/tie_frac"}
+    trained |= {"rewards/tiny/mean", "sampling/sampling_logp_difference/mean"}
+    assert all(trained <= row.keys() for row in rows[1:])
+    assert {row["step"] for row in rows if "validation/reward" in row} == {0, 2, 3}
+    assert rows[1]["kl"] == 0  # the first update starts at the reference
+    assert rows[1]["clip_ratio/region_mean"] == 0  # one update per batch: the ratio is 1
+    assert all(row["sampling/sampling_logp_difference/mean"] < 1e-4 for row in rows[1:])
+    train_policy(config)  # done is done: nothing is written twice
+    assert numbers(run) == rows
+
+
+def test_the_loop_fits_on_a_few_pages() -> None:
+    assert len((ROOT / "train" / "loop.py").read_text().splitlines()) < 300
+
+
+@pytest.mark.slow
+def test_killed_and_started_again(policy_config: MakeConfig, tmp_path: Path) -> None:
+    """The same with a real process and SIGKILL, at a moment nobody chose."""
+    runs = {}
+    for name in ("whole", "killed"):
+        config = policy_config(tmp_path / name, max_steps=12, checkpoint=CheckpointConfig(every=2))
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(yaml.safe_dump(asdict(config)))
+        runs[name] = (tmp_path / name / "run", [sys.executable, "-m", "train", "policy", "--config", str(file)])
+    run, command = runs["whole"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    run, command = runs["killed"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 240
+    while len(read_metrics(run)) < 6 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert 6 <= len(read_metrics(run)) < 13
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    assert numbers(run) == numbers(runs["whole"][0])

@@ -1,0 +1,132 @@
+"""The mesh: 8 devices compute what one computes, and what cannot be placed is refused with both sides named."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from flax import nnx
+
+from models.config import Qwen3Config
+from models.hf_weights import abstract_model
+from models.sharding import RULES, constrain, make_layout, parameter_axes, parameter_shardings
+
+ROOT = Path(__file__).parent.parent
+CONFIG = Qwen3Config(64, 32, 64, 2, 4, 2, 16)
+
+MESHES = {
+    "data 8": {"data": 8},
+    "fsdp 8": {"fsdp": 8},
+    "data 2, fsdp 2, tensor 2": {"data": 2, "fsdp": 2, "tensor": 2},
+    "group sharded": {"data": 4, "fsdp": 2, "rules": {"prompt": ["data"], "group": ["fsdp"]}},
+}
+
+PROGRAM = """
+import json, sys
+import jax, jax.numpy as jnp, numpy as np, optax
+from models.config import Qwen3Config
+from models.hf_weights import abstract_model, load_pretrained, save_pretrained, split
+from models.sampler import Rollout, SamplingParams, sample
+from models.sharding import make_layout
+from flax import nnx
+from train.config import *
+from train.loop import make_batch, make_update
+from train.state import copy, make_state
+
+directory, meshes = sys.argv[1], json.loads(sys.argv[2])
+P, G, S, T, V = 8, 4, 8, 6, 64
+config = PolicyConfig(
+    output_dir="x", model=ModelConfig(path=directory), data=DataConfig(train="x"), max_steps=1,
+    rewards=[RewardSpec(function="a.b")], prompts_per_step=P, num_generations=G, microbatch_prompts=8,
+    max_completion_length=T, loss=LossConfig(logprob_chunk=4))
+rng = np.random.default_rng(0)
+prompt_PS, lengths_P = rng.integers(0, V, (P, S)), rng.integers(1, S + 1, P)
+rollout = Rollout(rng.integers(0, V, (P, G, T)), np.zeros((P, G, T), np.float32),
+                  rng.integers(1, T + 1, (P, G)), np.ones((P, G), bool))
+advantages_PG = rng.normal(size=(P, G)).astype(np.float32)
+
+def compute(layout):
+    graphdef, params = split(load_pretrained(directory, mesh=layout))
+    sgd = optax.sgd(1.0)
+    state = make_state(copy(params), sgd, layout)
+    batch = make_batch(layout, prompt_PS, lengths_P, Rollout(*map(jnp.asarray, rollout)), advantages_PG, advantages_PG)
+    reference = jax.tree.map(lambda p: p * 1.1, params)
+    spread = len({s.device for leaf in jax.tree.leaves(params) for s in leaf.addressable_shards})
+    after, metrics = make_update(graphdef, sgd, config, layout, state)(state, reference, batch)
+    sampled = jax.jit(lambda p, *a: sample(
+        nnx.merge(graphdef, p), *a, jnp.arange(P), jax.random.key(3),
+        SamplingParams(1.0, 0, 1.0, 0, jnp.array([1])), num_generations=G, max_completion_length=T
+    ))(params, layout.put(prompt_PS, ("prompt", None)), layout.put(lengths_P, ("prompt",)))
+    return jax.device_get((after.params, {k: s / n for k, (s, n) in metrics.items()}, sampled)), spread
+
+one, _ = compute(make_layout(devices=jax.devices()[:1]))
+for name, mesh in meshes.items():
+    other, spread = compute(make_layout(**mesh))
+    gap = lambda a, b: float(max(jax.tree.leaves(jax.tree.map(lambda x, y: np.abs(x - y).max(), a, b))))
+    print(json.dumps({"mesh": name, "devices": spread, "gradient": gap(one[0], other[0]),
+        "metrics": gap(one[1], other[1]), "tokens_equal": float((one[2].tokens_PGT == other[2].tokens_PGT).mean()),
+        "logprobs": gap(one[2].logprobs_PGT, other[2].logprobs_PGT)}))
+"""
+
+
+def test_eight_devices_equal_one(tmp_path: Path) -> None:
+    from models.hf_weights import save_pretrained
+    from models.qwen3 import Qwen3
+
+    save_pretrained(Qwen3(CONFIG, nnx.Rngs(0)), tmp_path)
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 " + os.environ.get("XLA_FLAGS", "")
+    }
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path), json.dumps(MESHES)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [result["mesh"] for result in results] == list(MESHES)
+    for result in results:
+        assert result["devices"] == 8, result
+        assert result["gradient"] < 1e-5 and result["metrics"] < 1e-5, result
+        # equal draws; a token may differ only where rounding crosses a boundary, and nothing here lies on one
+        assert result["tokens_equal"] == 1 and result["logprobs"] < 1e-4, result
+
+
+def test_every_parameter_axis_has_a_meaning() -> None:
+    abstract = abstract_model(CONFIG)
+    axes = jax.tree.leaves(parameter_axes(abstract), is_leaf=lambda x: isinstance(x, tuple))
+    assert {meaning for names in axes for meaning in names} <= RULES.keys()
+    shapes = jax.tree.leaves(nnx.to_pure_dict(nnx.split(abstract)[1]))
+    assert [len(names) for names in axes] == [len(shape.shape) for shape in shapes]
+
+
+def test_what_cannot_be_placed_is_refused() -> None:
+    layout = make_layout()
+    with pytest.raises(ValueError, match="'heads' and by 'mlp'"):
+        layout.spec(("heads", "mlp"))
+    with pytest.raises(ValueError, match="'hats': expected one of"):
+        layout.spec(("hats",))
+    with pytest.raises(ValueError, match="data 3 x fsdp 1 x tensor 1 does not make the 1 devices"):
+        make_layout(data=3)
+    with pytest.raises(ValueError, match="at most|one size may be -1"):
+        make_layout(data=-1, fsdp=-1)
+    with pytest.raises(ValueError, match="'prompt': \\['pipeline'\\] is not a rule"):
+        make_layout(rules={"prompt": ["pipeline"]})
+
+
+def test_an_axis_that_does_not_divide_is_named() -> None:
+    three = make_layout(devices=jax.devices()[:1])
+    odd = Qwen3Config(63, 32, 64, 2, 4, 2, 16)
+
+    class ThreeWays(type(three)):  # a mesh of one device cannot fail to divide
+        def ways(self, meaning: str) -> int:
+            return 2 if meaning == "vocab" else 1
+
+    with pytest.raises(ValueError, match="embed_VD.*'vocab' of size 63 cannot be split over 2 devices"):
+        parameter_shardings(abstract_model(odd), ThreeWays(three.mesh, three.rules))
+
+
+def test_constraints_are_active_on_one_device() -> None:
+    layout = make_layout()
+    text = str(jax.make_jaxpr(lambda x: constrain(layout, x, "prompt", None))(jax.numpy.ones((4, 3))))
+    assert "sharding_constraint" in text
