@@ -5,6 +5,7 @@ runs/NAME/checkpoints/STEP/params   the parameters, a nested dict of arrays
                           /about    JSON: {"model": a Hugging Face config, "run": the resolved run config}
 """
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from models.config import Qwen3Config
-from models.hf_weights import abstract_model, as_layout, load_pretrained, split
+from models.hf_weights import abstract_model, as_layout, could_be_on_hub, load_pretrained, split
 from models.qwen3 import Backbone
 from models.sharding import Layout, parameter_shardings
 
@@ -77,9 +78,33 @@ def find(checkpoint: str | Path) -> tuple[Path, int]:
 
 def about(checkpoint: str | Path) -> dict[str, Any]:
     """What a checkpoint says of itself: {"model": ..., "run": ...}."""
-    run, step = find(checkpoint)
-    with ocp.CheckpointManager((run / FOLDER).absolute()) as manager:
-        return manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
+    return _restore(*find(checkpoint), about=ocp.args.JsonRestore())["about"]
+
+
+def _restore(run: Path, step: int, **items: Any) -> Any:
+    try:
+        with ocp.CheckpointManager((run / FOLDER).absolute()) as manager:
+            return manager.restore(step, args=ocp.args.Composite(**items))
+    except (KeyError, ValueError, FileNotFoundError) as error:
+        why = textwrap.shorten(str(error), 200, placeholder=" ...")
+        raise ValueError(f"{run}: step {step} is not a checkpoint that can be read ({why})") from error
+
+
+def check(path: str | Path) -> None:
+    """Refuse what is neither a run with checkpoints, nor a Hugging Face directory, nor possibly a name on the Hub.
+
+    Raises:
+      FileNotFoundError: see above.
+    """
+    run = Path(str(path).partition("@")[0])
+    if (run / FOLDER).is_dir():
+        find(path)
+        return
+    expected = f"a run directory with {FOLDER}/STEP in it, or a Hugging Face model directory with a config.json"
+    if run.is_dir() and (run != Path(path) or not (run / "config.json").is_file()):
+        raise FileNotFoundError(f"{path}: not a checkpoint; expected {expected}")
+    if not run.is_dir() and (run != Path(path) or not could_be_on_hub(path)):
+        raise FileNotFoundError(f"{path}: no such directory; expected {expected}")
 
 
 def load_model(
@@ -96,13 +121,8 @@ def load_model(
       FileNotFoundError: neither a run with checkpoints nor a model directory.
       ValueError: see `models.hf_weights.load_pretrained`.
     """
-    run = Path(str(path).partition("@")[0])
-    if not (run / FOLDER).is_dir():
-        if run.is_dir() and not (run / "config.json").is_file():
-            raise FileNotFoundError(
-                f"{path}: not a checkpoint; expected a run directory with {FOLDER}/STEP in it, "
-                f"or a Hugging Face model directory with a config.json"
-            )
+    check(path)
+    if not (Path(str(path).partition("@")[0]) / FOLDER).is_dir():
         return load_pretrained(path, mesh=mesh, dtype=dtype, param_dtype=param_dtype, **options)
     run, step = find(path)
     layout = as_layout(mesh)
@@ -115,6 +135,5 @@ def load_model(
             shapes,
             parameter_shardings(model, layout),
         )
-    with ocp.CheckpointManager((run / FOLDER).absolute()) as manager:
-        restored = manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(shapes)))
+    restored = _restore(run, step, params=ocp.args.StandardRestore(shapes))
     return nnx.merge(graphdef, restored["params"])

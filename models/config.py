@@ -112,7 +112,18 @@ def read_config(directory: str | Path) -> Qwen3Config:
     file = Path(directory) / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file; expected a Hugging Face model directory with a config.json")
-    return Qwen3Config.from_hf(json.loads(file.read_text()), source=str(file))
+    return Qwen3Config.from_hf(read_json(file), source=str(file))
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; an error names the file."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: not JSON ({error}); was it downloaded whole?") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{file}: expected a JSON object, got {type(value).__name__}")
+    return value
 
 
 def _rope_theta(hf: dict[str, Any], theta: float | None, refuse: Any) -> float:

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from models.config import Qwen3Config, read_config
+from models.config import Qwen3Config, read_config, read_json
 from models.qwen3 import Backbone, Qwen3
 from models.reward_model import Qwen3RewardModel
 from models.sharding import RULES, Layout, parameter_shardings
@@ -210,11 +210,16 @@ def _hf_tensors(params: Parameters, config: Qwen3Config, dtype: Any) -> Iterator
             yield hf, np.ascontiguousarray(part)
 
 
+def could_be_on_hub(name: str | Path) -> bool:
+    """Whether it looks like ORGANISATION/MODEL."""
+    return str(name).count("/") == 1 and not str(name).startswith(("/", "."))
+
+
 def _directory(path_or_hub_id: str | Path) -> Path:
     path = Path(path_or_hub_id)
     if path.is_dir():
         return path
-    if path.is_absolute() or str(path_or_hub_id).count("/") != 1 or str(path_or_hub_id).startswith("."):
+    if not could_be_on_hub(path_or_hub_id):
         raise FileNotFoundError(f"{path}: no such directory; expected a Hugging Face model directory")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
@@ -232,7 +237,7 @@ def _tensor_files(directory: Path) -> dict[str, Path]:
     """Which file holds each tensor."""
     index = directory / INDEX_FILE
     if index.is_file():
-        files = {name: directory / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+        files = {name: directory / file for name, file in read_json(index)["weight_map"].items()}
         for file in sorted(set(files.values())):
             if not file.is_file():
                 raise FileNotFoundError(f"{file}: {INDEX_FILE} names this file, but it is not there")

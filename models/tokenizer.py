@@ -5,6 +5,7 @@ thinking off unless asked for.
 """
 
 import json
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,8 @@ class Tokenizer:
         try:
             self.hf = AutoTokenizer.from_pretrained(self.path)
         except (OSError, ValueError) as error:
-            raise FileNotFoundError(f"{path}: no Hugging Face tokenizer could be read there ({error})") from error
+            why = textwrap.shorten(str(error), 200, placeholder=" ...")  # some have many lines
+            raise FileNotFoundError(f"{path}: no Hugging Face tokenizer could be read there ({why})") from error
         self.enable_thinking = enable_thinking
         self.eos_ids = self._eos_ids()
         if not self.eos_ids:

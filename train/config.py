@@ -5,6 +5,7 @@
 
 import dataclasses
 import difflib
+import inspect
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -216,6 +217,13 @@ class PolicyConfig(RunConfig):
             )
         if self.advantage not in ADVANTAGES:
             raise ValueError(f"advantage: expected one of {', '.join(ADVANTAGES)}, got {self.advantage!r}")
+        parameters = inspect.signature(ADVANTAGES[self.advantage]).parameters.values()
+        options = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+        if unknown := self.advantage_options.keys() - set(options):
+            raise ValueError(
+                f"advantage_options: {self.advantage} has no {min(unknown)!r}; "
+                + (f"expected one of {', '.join(options)}" if options else "it has no options")
+            )
         if not self.rewards:
             raise ValueError("rewards: expected at least one reward, got none")
         labels = [spec.label for spec in self.rewards]
@@ -242,9 +250,19 @@ def parse(kind: type[Any], arguments: list[str], program: str = "python -m train
             _check_keys(kind, key[2:].split("."), "command line")
     try:
         values = parser.instantiate(parser.parse_args(arguments))
-    except jsonargparse.ArgumentError as error:
-        raise ValueError(" ".join(str(error).split())) from error
+    except (jsonargparse.ArgumentError, ValueError) as error:
+        raise ValueError(_one_line(error)) from error
     return kind(**{item.name: values[item.name] for item in dataclasses.fields(kind)})
+
+
+def _one_line(error: Exception) -> str:
+    """The message; of an optional value's, which lists all that was tried and given, what matters."""
+    text = " ".join(str(error).split())
+    start, optional, rest = text.partition("Does not validate against any of the Union subtypes")
+    if not optional:
+        return text
+    problems = rest.partition("Errors: - ")[2].partition(" Given value type:")[0].split(" - ")
+    return start + "; ".join(problem for problem in problems if "NoneType" not in problem)
 
 
 def resolved(config: Any) -> dict[str, Any]:
@@ -270,6 +288,8 @@ def _check_nested(kind: type[Any], values: dict[str, Any], source: str) -> None:
         for item in value if isinstance(value, list) else [value]:
             if inner is not None and isinstance(item, dict):
                 _check_nested(inner, item, source)
+            elif inner is not None and item is not None:
+                raise ValueError(f"{source}: {key}: expected 'key: value' lines, got {item!r}")
 
 
 def _check_keys(kind: type[Any], keys: list[str], source: str) -> type[Any] | None:

@@ -142,8 +142,8 @@ class Run:
             TextColumn("{task.fields[shown]}"),
         )
         total = self.config.max_steps
-        quiet = not self.config.log.progress
-        with Progress(*columns, console=console, disable=quiet) as self._progress:
+        hidden = not (self.config.log.progress and console.is_terminal)  # `show` prints lines instead
+        with Progress(*columns, console=console, disable=hidden) as self._progress:
             task = self._progress.add_task(self.path.name, total=total, completed=self.start, shown="")
             for step in range(self.start, total):
                 yield step
@@ -152,10 +152,11 @@ class Run:
     def show(self, step: int, values: Mapping[str, float]) -> None:
         """Numbers beside the progress bar; without a terminal, a line now and then."""
         text = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if not math.isnan(value))
-        if self._progress is not None and self.config.log.progress:
-            self._progress.update(self._progress.task_ids[0], shown=text)
-            if not console.is_terminal and (step % max(1, self.config.max_steps // 10) == 0):
-                console.print(f"{self.path.name} {step}/{self.config.max_steps}  {text}")
+        if self._progress is None or not self.config.log.progress:
+            return
+        self._progress.update(self._progress.task_ids[0], shown=text)
+        if not console.is_terminal and step % max(1, self.config.max_steps // 10) == 0:
+            console.print(f"{self.path.name} {step}/{self.config.max_steps}  {text}")
 
     def close(self) -> None:
         """Wait for the checkpoint in flight and close the trackers."""

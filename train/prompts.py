@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,14 +26,19 @@ def load_rows(source: str, split: str = "train") -> list[Row]:
     name = path.name.removesuffix(".gz")
     if name.endswith((".jsonl", ".json", ".parquet")) and not path.is_file():
         raise FileNotFoundError(f"{source}: no such file; expected JSONL (.gz too) or parquet")
-    rows = _read_jsonl(path) if name.endswith((".jsonl", ".json")) else _read_datasets(source, split)
+    try:
+        rows = _read_jsonl(path) if name.endswith((".jsonl", ".json")) else _read_datasets(source, split)
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        raise ValueError(f"{source}: cannot be read ({error}); was it downloaded whole?") from error
     if not rows:
         raise ValueError(f"{source}: expected at least one row, got an empty data set")
     return rows
 
 
 def require_columns(rows: Sequence[Row], source: str, *columns: str) -> None:
-    """Refuse data in which a row lacks a column."""
+    """Refuse data in which a row lacks a column, or has neither text nor chat messages in it."""
     for number, row in enumerate(rows, 1):
         for column in columns:
             if row.get(column) in (None, "", []):
@@ -40,6 +46,17 @@ def require_columns(rows: Sequence[Row], source: str, *columns: str) -> None:
                     f"{source}: row {number} has no {column!r}; its columns are {', '.join(row) or '(none)'}; "
                     f"name the right one in the config or mend the row"
                 )
+            if not _is_text(row[column]):
+                raise ValueError(
+                    f"{source}: row {number}: {column!r}: expected text or a list of chat messages with role and "
+                    f"content, got {str(row[column])[:60]!r}"
+                )
+
+
+def _is_text(value: Any) -> bool:
+    messages = value if isinstance(value, list) else []
+    good = [isinstance(message, dict) and {"role", "content"} <= message.keys() for message in messages]
+    return isinstance(value, str) or (bool(good) and all(good))
 
 
 def shuffled(size: int, count: int, seed: int, step: int) -> list[int]:
@@ -101,7 +118,7 @@ def _read_jsonl(path: Path) -> list[Row]:
 
 def _read_datasets(source: str, split: str) -> list[Row]:
     from datasets import load_dataset
-    from datasets.exceptions import DatasetNotFoundError
+    from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
     try:
         if source.endswith(".parquet"):
@@ -112,3 +129,5 @@ def _read_datasets(source: str, split: str) -> list[Row]:
             f"{source}: neither a .jsonl or .parquet file nor a data set that the Hub could give "
             f"({type(error).__name__}); check the spelling or the network"
         ) from error
+    except (ValueError, DatasetGenerationError) as error:
+        raise ValueError(f"{source}: cannot be read: {error}") from error

@@ -159,6 +159,8 @@ def function_scorer(dotted: str) -> Scorer:
         function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"rewards.function: {dotted}: cannot be imported ({error})") from error
+    if not callable(function):
+        raise ValueError(f"rewards.function: {dotted}: expected a function, got {type(function).__name__}")
     takes_all = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
     accepted = inspect.signature(function).parameters
 

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from models.checkpoint import load_model
+from models.checkpoint import check, load_model
 from models.config import POLICY
 from models.hf_weights import abstract_model, split
 from models.qwen3 import Backbone
 from models.sharding import Layout, make_layout, parameter_shardings
-from models.tokenizer import Tokenizer
+from models.tokenizer import Tokenizer, tokenizer_path
 from train.config import MeshConfig, ModelConfig, OptimizerConfig
 
 TRAIN, VALIDATION, EVALUATION, INIT = range(4)  # streams of random numbers
@@ -43,6 +43,17 @@ def make_layout_for(mesh: MeshConfig, *batches: int) -> Layout:
                 f"{layout.ways('prompt')} devices; choose sizes that are multiples of it, or another mesh"
             )
     return layout
+
+
+def make_tokenizer(model: ModelConfig) -> Tokenizer:
+    """The tokenizer of a run.
+
+    Raises:
+      FileNotFoundError: no model, or no tokenizer, where the config says.
+    """
+    if model.path is not None:
+        check(model.path)  # first: of a wrong path, that there is no tokenizer is half the story
+    return Tokenizer(model.tokenizer or tokenizer_path(str(model.path)), model.enable_thinking)
 
 
 def make_model(
