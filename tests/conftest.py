@@ -1,8 +1,12 @@
 """What several tests share: a tiny tokenizer, a tiny policy, a tiny reward model, prompts, and a run's config."""
 
+import os
+
+# Before jax starts: most of a test's time is compiling, so compile quickly rather than well.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
 import gzip
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Every mistake in a config or in the data gives one clear error, through the real door, before anything is computed."""
+"""Every mistake in a config or the data gives one clear error, through the real door, before anything is computed."""
 
 import dataclasses
 import json
@@ -10,10 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from jax.sharding import AbstractMesh
 
-from models.config import POLICY, Qwen3Config
-from models.hf_weights import save_pretrained
+from models.checkpoint import Checkpoints
+from models.config import REWARD_MODEL, Qwen3Config, read_config
+from models.hf_weights import save_pretrained, split
 from models.qwen3 import Backbone
+from models.sharding import MESH_AXES, RULES, Layout
 from models.tokenizer import Tokenizer
 from train.__main__ import main
 from train.config import PolicyConfig, resolved
@@ -132,8 +135,8 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "fraction for an integer": ({"max_steps": 2.5}, "max_steps"),
     "text for a number": ({"optimizer.learning_rate": "fast"}, "learning_rate"),
     "not one of the choices": ({"loss.kl": "k4"}, "k4"),
-    "text for a list": ({"rewards": "some.function"}, "rewards"),
-    "a list for a dataclass": ({"optimizer": [1, 2]}, "optimizer"),
+    "text for a list": ({"rewards": "a.b"}, "config.yaml: rewards: expected 'key: value' lines, got 'a.b'"),
+    "a list for a dataclass": ({"optimizer": [1, 2]}, "config.yaml: optimizer: expected 'key: value' lines, got 1"),
     "null for a required one": ({"max_steps": None}, "max_steps"),
     "temperature 0": ({"temperature": 0.0}, "temperature: expected a number above 0, got 0"),
     "top_p 0": ({"top_p": 0.0}, "top_p: expected a number in (0, 1], got 0"),
@@ -144,8 +147,18 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
         "microbatch_prompts: expected a divisor of prompts_per_step = 4, got 3",
     ),
     "advantage": ({"advantage": "gopoo"}, "advantage: expected one of gopo, grpo"),
-    "advantage option": ({"advantage": "grpo", "advantage_options": {"ties": "average"}}, "'ties'"),
-    "advantage option's value": ({"advantage_options": {"ties": "random"}}, "random"),
+    "advantage option": (
+        {"advantage": "grpo", "advantage_options": {"ties": "average"}},
+        "advantage_options: grpo has no 'ties'; expected one of scale, epsilon",
+    ),
+    "advantage without options": (
+        {"advantage": "rloo", "advantage_options": {"ties": "average"}},
+        "advantage_options: rloo has no 'ties'; it has no options",
+    ),
+    "advantage option's value": (
+        {"advantage_options": {"ties": "random"}},
+        "ties: expected one of 'average', 'ordinal', got 'random'",
+    ),
     "no rewards": ({"rewards": []}, "rewards: expected at least one reward, got none"),
     "same reward twice": (
         {"rewards": [{"model": "{reward}"}, {"model": "{reward}", "weight": 0.5}]},
@@ -169,6 +182,11 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
         {"model": {"architecture": NETWORK | {"head_dim": 3}, "tokenizer": "{tokenizer}"}},
         "head_dim: expected an even number",
     ),
+    "text in an architecture": (
+        {"model": {"architecture": NETWORK | {"head_dim": "x"}, "tokenizer": "{tokenizer}"}},
+        "head_dim",
+    ),
+    "text for an optional integer": ({"checkpoint.keep": "all"}, "checkpoint.keep"),
     "mesh": ({"mesh.fsdp": 3}, "mesh: data -1 x fsdp 3 x tensor 1 does not make the 1 devices"),
     "mesh of two free sizes": ({"mesh.fsdp": -1}, "mesh: data -1 x fsdp -1 x tensor 1 does not make the 1 devices"),
     "mesh rule": ({"mesh.rules": {"prompts": ["data"]}}, "mesh.rules: 'prompts': ['data'] is not a rule"),
@@ -228,6 +246,26 @@ def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
         assert "usage: python -m train {sft,reward,policy}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"prompts_per_step": 3, "microbatch_prompts": 3},
+        {"microbatch_prompts": 1},
+        {"validation.batch_prompts": 3},
+        {"rewards": [{"model": "{reward}", "batch_prompts": 3}]},
+    ],
+)
+def test_rows_that_the_mesh_does_not_divide(
+    door: Door, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two = Layout(AbstractMesh((2, 1, 1), MESH_AXES), tuple(RULES.items()))  # type: ignore[arg-type]
+    monkeypatch.setattr("train.state.make_layout", lambda **_: two)
+    door.set(changes)
+    error = door.run()
+    assert "rows" in error and "cannot be split over 2 devices" in error
+    assert not (door.here / "run").exists()
+
+
 # Data
 
 ROW = '{"prompt": "Good", "wanted": "x"}\n'
@@ -241,8 +279,8 @@ ROW = '{"prompt": "Good", "wanted": "x"}\n'
         (ROW + '{"text": "Good"}\n', "row 2 has no 'prompt'; its columns are text"),
         (ROW + '{"prompt": ""}\n', "row 2 has no 'prompt'"),
         (ROW + '{"prompt": null}\n', "row 2 has no 'prompt'"),
-        (ROW + '{"prompt": 5}\n', "row 2: 'prompt'"),
-        (ROW + '{"prompt": ["Good"]}\n', "row 2: 'prompt'"),
+        (ROW + '{"prompt": 5}\n', "row 2: 'prompt': expected text or a list of chat messages"),
+        (ROW + '{"prompt": ["Good"]}\n', "row 2: 'prompt': expected text or a list of chat messages"),
         (ROW + '{"prompt": [{"role": "user", "content": "Good"}]}\n', "has no chat template"),
         (ROW + '\n{"prompt": "Go\n', "line 3 is not JSON"),
         (ROW + '["Good"]\n', "line 2: expected a JSON object, got list"),
@@ -295,7 +333,7 @@ def test_no_column_of_that_name(door: Door) -> None:
         ({"model.path": "{here}/nothing"}, "nothing: not a checkpoint; expected a run directory with checkpoints/STEP"),
         ({"model.path": "{here}/started"}, "started: not a checkpoint; expected a run directory with checkpoints/STEP"),
         ({"model.path": "{here}/none@3"}, "none@3: no such directory"),
-        ({"model.path": "no-one/nothing"}, "no-one/nothing"),
+        ({"model.path": "no-one/nothing"}, "no-one/nothing: no Hugging Face tokenizer could be read there"),
         ({"model.path": "no-one/nothing", "model.tokenizer": "{tokenizer}"}, "the Hub could not give a model"),
         ({"model.path": "{tokenizer}"}, "not a checkpoint"),
         ({"model.path": "{reward}"}, "is a reward model; expected a policy"),
@@ -333,7 +371,7 @@ def test_vocabulary_smaller_than_the_tokenizers(
     assert f"{door.here}/small: {message}" in door.run()
 
     reward = door.here / "small_reward"
-    save_pretrained(make_model(dataclasses.replace(smaller, architecture="Qwen3ForSequenceClassification")), reward)
+    save_pretrained(make_model(dataclasses.replace(smaller, architecture=REWARD_MODEL)), reward)
     Tokenizer(door.places["tokenizer"]).save(reward)
     door.set({"model": {"path": "{policy}"}, "rewards": [{"model": str(reward)}]})
     assert f"{reward}: vocab_size is {size - 1}" in door.run()
@@ -385,10 +423,6 @@ def run_with_checkpoints(
     tmp_path_factory: pytest.TempPathFactory, policy_config: Callable[..., PolicyConfig], make_model: Any
 ) -> Path:
     """A run directory as `train policy` leaves it behind, with checkpoints 1 and 3; nothing was trained for it."""
-    from models.checkpoint import Checkpoints
-    from models.config import read_config
-    from models.hf_weights import split
-
     config = policy_config(tmp_path_factory.mktemp("finished"))
     run = Path(config.output_dir)
     network = read_config(str(config.model.path))
@@ -418,9 +452,7 @@ def test_a_checkpoint_with_nothing_in_it(door: Door, run_with_checkpoints: Path)
         assert f"{copy}: step 3 is not a checkpoint that can be read" in error
 
 
-def test_a_run_directory_with_another_config_is_left_as_it_is(
-    door: Door, run_with_checkpoints: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_directory_with_another_config_is_left_as_it_is(door: Door, run_with_checkpoints: Path) -> None:
     run = door.here / "run"
     shutil.copytree(run_with_checkpoints, run)
     before = door.settings | {"output_dir": str(run), "advantage": "grpo", "seed": 3}
@@ -439,7 +471,7 @@ def test_train_policy_raises_setup_errors(policy_config: Callable[..., PolicyCon
     for wrong in (
         dataclasses.replace(config, data=dataclasses.replace(config.data, train=str(tmp_path / "none.jsonl"))),
         dataclasses.replace(config, model=dataclasses.replace(config.model, path=str(tmp_path))),
-        dataclasses.replace(config, advantage_options={"no_such": 1}),
+        dataclasses.replace(config, advantage_options={"ties": "random"}),
     ):
         with pytest.raises(SetupError) as caught:
             train_policy(wrong)
@@ -458,7 +490,7 @@ SUPERVISED = ("output_dir", "model", "max_steps", "optimizer", "checkpoint", "lo
         ("sft", '{"text": "Good"}\n{"tex": "Good"}\n', "row 2 has no 'text'; its columns are tex"),
         (
             "sft",
-            '{"text": "Much longer than the four tokens that fit"}\n',
+            '{"text": "Longer than the four tokens that fit"}\n',
             "none of the 1 rows has 2 to max_length = 4",
         ),
         ("reward", '{"text": "Good"}\n', "row 1 has no 'chosen'; its columns are text"),
@@ -487,4 +519,3 @@ def test_supervised_settings(door: Door, command: str) -> None:
     (door.here / "rows.jsonl").write_text('{"text": "a b", "chosen": "a b", "rejected": "a"}\n')
     door.set({"data.train": "{here}/rows.jsonl"})
     assert "model.architecture: vocab_size is 299" in door.run(command=command)
-    assert POLICY not in door.settings

@@ -242,14 +242,21 @@ def parse(kind: type[Any], arguments: list[str], program: str = "python -m train
     parser = jsonargparse.ArgumentParser(prog=program, exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file; what else is on the command line overrides it")
     parser.add_class_arguments(kind)
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
+    files: list[str] = []  # they go first, wherever they stand: a file would override what stands before it
+    others: list[str] = []
+    following = iter(arguments)
+    for argument in following:
         key, equals, value = argument.partition("=")
         if key == "--config":
-            _check_file(kind, value if equals else following)
-        elif key.startswith("--") and key not in ("--help", "--print_config"):
+            value = value if equals else next(following, "")
+            _check_file(kind, value)
+            files.append(f"--config={value}")
+            continue
+        if key.startswith("--") and key not in ("--help", "--print_config"):
             _check_keys(kind, key[2:].split("."), "command line")
+        others.append(argument)
     try:
-        values = parser.instantiate(parser.parse_args(arguments))
+        values = parser.instantiate(parser.parse_args([*files, *others]))
     except (jsonargparse.ArgumentError, ValueError) as error:
         raise ValueError(_one_line(error)) from error
     return kind(**{item.name: values[item.name] for item in dataclasses.fields(kind)})

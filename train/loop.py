@@ -34,7 +34,6 @@ from models.generate import Generator
 from models.hf_weights import split
 from models.sampler import Rollout
 from models.sharding import Layout, constrain
-from models.tokenizer import Tokenizer
 from train import state as training
 from train.config import PolicyConfig
 from train.metrics import Run, Timer, console, divide, rollout_metrics, setup_errors
@@ -52,8 +51,10 @@ def train_policy(config: PolicyConfig) -> None:
       SetupError: a mistake in the config or the data, before anything is computed.
     """
     with setup_errors():
-        layout = training.make_layout_for(config.mesh, config.prompts_per_step, config.microbatch_prompts)
-        tokenizer = Tokenizer(config.model.tokenizer_path, config.model.enable_thinking)
+        scored_at_a_time = [spec.batch_prompts for spec in config.rewards if spec.model]
+        batches = (config.prompts_per_step, config.microbatch_prompts, config.validation.batch_prompts)
+        layout = training.make_layout_for(config.mesh, *batches, *scored_at_a_time)
+        tokenizer = training.make_tokenizer(config.model)
         prompts = Prompts(config.data.train, config.data.split, config, tokenizer)
         validation = Prompts(
             config.data.validation or config.data.train, config.data.validation_split, config, tokenizer

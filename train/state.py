@@ -13,7 +13,7 @@ from models.config import POLICY
 from models.hf_weights import abstract_model, split
 from models.qwen3 import Backbone
 from models.sharding import Layout, make_layout, parameter_shardings
-from models.tokenizer import Tokenizer, tokenizer_path
+from models.tokenizer import Tokenizer
 from train.config import MeshConfig, ModelConfig, OptimizerConfig
 
 TRAIN, VALIDATION, EVALUATION, INIT = range(4)  # streams of random numbers
@@ -39,7 +39,7 @@ def make_layout_for(mesh: MeshConfig, *batches: int) -> Layout:
     for rows in batches:
         if rows % layout.ways("prompt"):
             raise ValueError(
-                f"mesh: {rows} rows (a step's or a micro-batch's prompts or sequences) cannot be split over "
+                f"mesh: {rows} rows (of a step, of a micro-batch, or of a batch_prompts) cannot be split over "
                 f"{layout.ways('prompt')} devices; choose sizes that are multiples of it, or another mesh"
             )
     return layout
@@ -53,7 +53,7 @@ def make_tokenizer(model: ModelConfig) -> Tokenizer:
     """
     if model.path is not None:
         check(model.path)  # first: of a wrong path, that there is no tokenizer is half the story
-    return Tokenizer(model.tokenizer or tokenizer_path(str(model.path)), model.enable_thinking)
+    return Tokenizer(model.tokenizer_path, model.enable_thinking)
 
 
 def make_model(

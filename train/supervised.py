@@ -43,7 +43,7 @@ def train_supervised(config: SupervisedConfig, task: Task) -> None:
     """
     with setup_errors():
         layout = training.make_layout_for(config.mesh, config.batch_size)
-        tokenizer = Tokenizer(config.model.tokenizer_path)
+        tokenizer = training.make_tokenizer(config.model)
         examples = load_examples(config.data.train, config.data.split, config, task, tokenizer)
         held_out: list[Any] = []
         if config.data.validation is not None:

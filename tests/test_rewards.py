@@ -1,0 +1,228 @@
+"""Laws of the rewards: what is shared within a group changes no score; what is missing is left out, never 0."""
+
+import math
+import sys
+import types
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from models.checkpoint import load_model
+from models.hf_weights import split
+from models.sharding import make_layout
+from models.tokenizer import Tokenizer
+from train.config import RewardSpec
+from train.rewards import RewardModelScorer, Rewards, common_prefix, function_scorer
+
+G, LONGEST = 3, 8  # every text has at most as many tokens, one bucket: one compilation for each number of prompts
+GROUPS: dict[str, tuple[str, Sequence[str]]] = {
+    "a prompt in common": ("Good", [" fo", " bar", " f"]),
+    "all equal": ("Bad ", ["one", "one", "one"]),
+    "two equal": ("Bad ", ["a", "b", "a"]),
+    "one token each": ("", ["a", "b", "a"]),
+    "nothing in common": ("", ["Good", "Bad", "x y z"]),
+    "one is the beginning of the others": ("Wow", ["", "!", "!!"]),
+    "one prompt alone": ("a", ["", "", ""]),
+}
+PROMPTS = [prompt for prompt, _ in GROUPS.values()]
+COMPLETIONS = [list(completions) for _, completions in GROUPS.values()]
+
+
+# Reward models
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_reward_dir: Path) -> Callable[[Sequence[str]], np.ndarray]:
+    """The score of each text by itself: the whole text through the plain call."""
+    tokenizer, (graphdef, params) = Tokenizer(tiny_reward_dir), split(load_model(tiny_reward_dir))
+    call = jax.jit(lambda params, tokens, lengths: nnx.merge(graphdef, params)(tokens, lengths))
+
+    def score(texts: Sequence[str]) -> np.ndarray:
+        rows = tokenizer.encode(texts)
+        assert max(map(len, rows)) <= LONGEST
+        tokens = np.array([row + [0] * (LONGEST - len(row)) for row in rows], np.int32)
+        scores = [call(params, tokens[i : i + 1], np.array([len(row)])) for i, row in enumerate(rows)]
+        return np.concatenate(scores).reshape(-1, G)
+
+    return score
+
+
+@pytest.fixture(scope="module")
+def scorer(tiny_reward_dir: Path) -> RewardModelScorer:
+    return RewardModelScorer(str(tiny_reward_dir), max_length=LONGEST, batch_prompts=len(GROUPS) + 1)
+
+
+def test_a_group_is_scored_as_each_text_alone(scorer: RewardModelScorer, alone: Callable[..., np.ndarray]) -> None:
+    rewards_PG = scorer(PROMPTS, COMPLETIONS)
+    texts = [prompt + text for prompt, texts in GROUPS.values() for text in texts]
+    assert rewards_PG.dtype == np.float32
+    np.testing.assert_allclose(rewards_PG, alone(texts), atol=1e-5)
+    assert np.ptp(rewards_PG) > 0.1, "scores of different texts differ"
+    order = [2, 0, 1]
+    moved_PG = scorer(PROMPTS[::-1], [[texts[g] for g in order] for texts in COMPLETIONS[::-1]])
+    np.testing.assert_allclose(moved_PG[::-1], rewards_PG[:, order], atol=1e-5)
+
+
+def test_batches_and_the_mesh_change_no_score(tiny_reward_dir: Path, scorer: RewardModelScorer) -> None:
+    other = RewardModelScorer(str(tiny_reward_dir), layout=make_layout(), max_length=LONGEST, batch_prompts=3)
+    np.testing.assert_allclose(other(PROMPTS, COMPLETIONS), scorer(PROMPTS, COMPLETIONS), atol=1e-5)
+
+
+def test_texts_that_do_not_fit_are_nan_and_leave_the_others_alone(
+    scorer: RewardModelScorer, alone: Callable[..., np.ndarray]
+) -> None:
+    groups = [["Good", "Good, far longer than eight tokens", "Bad"], ["", "a", "b"]]
+    rewards_PG = scorer(["", ""], groups)
+    expected_PG = alone(["Good", "x", "Bad", "x", "a", "b"])
+    expected_PG[0, 1] = expected_PG[1, 0] = np.nan
+    np.testing.assert_allclose(rewards_PG, expected_PG, atol=1e-5)
+
+
+def test_a_template_may_strip_what_a_completion_begins_with(
+    tiny_reward_dir: Path, alone: Callable[..., np.ndarray], monkeypatch: pytest.MonkeyPatch, scorer: RewardModelScorer
+) -> None:
+    template = "{% for m in messages %}{{ m.content | trim }}{{ '' if loop.last else ':' }}{% endfor %}"
+    monkeypatch.setattr(scorer.tokenizer.hf, "chat_template", template)
+    prompt = [{"role": "user", "content": "Hm"}]
+    rewards_PG = scorer([prompt], [["\n\nbad", "bad", " so"]])
+    np.testing.assert_allclose(rewards_PG, alone(["Hm:bad", "Hm:bad", "Hm:so"]), atol=1e-5)
+
+
+def test_common_prefix() -> None:
+    rng = np.random.default_rng(0)
+    found = set()
+    for _ in range(300):
+        shared = rng.integers(0, 3, rng.integers(0, 4)).tolist()
+        rows = [shared + rng.integers(0, 3, rng.integers(0, 4)).tolist() + [0] for _ in range(rng.integers(1, 4))]
+        n, shortest = common_prefix(rows), min(map(len, rows))
+        found.add(n)
+        assert n < shortest, "every row keeps a token of its own"
+        assert all(row[:n] == rows[0][:n] for row in rows)
+        assert n == shortest - 1 or len({row[n] for row in rows}) > 1, "and no more than it must"
+        assert common_prefix(rows[::-1]) == n
+    assert found >= {0, 1, 2, 3}
+
+
+# Functions
+
+
+@pytest.fixture
+def define(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """define(name=function) makes them importable from a module; returns the module's name."""
+    module = types.ModuleType("some_rewards")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+
+    def put(**functions: Any) -> str:
+        vars(module).update(functions)
+        return module.__name__
+
+    return put
+
+
+def constant(values_PG: np.ndarray, missing: Any = None) -> Callable[..., list[float | None]]:
+    flat = [missing if math.isnan(value) else float(value) for value in values_PG.reshape(-1)]
+    return lambda prompts, completions: flat
+
+
+def random_rewards(count: int) -> np.ndarray:
+    rng = np.random.default_rng(count)
+    values_RPG = rng.normal(size=(count, 6, G)).astype(np.float32)
+    values_RPG[rng.random(values_RPG.shape) < 0.4] = np.nan
+    values_RPG[:, 0, 0] = np.nan
+    values_RPG[:, 0, 1] = 1
+    return values_RPG
+
+
+@pytest.mark.parametrize("weights", [[1.0], [-2.0], [1.0, 1.0], [0.5, -1.5, 3.0]])
+@pytest.mark.parametrize("missing", [None, math.nan])
+def test_rewards_are_weighed_and_a_missing_one_leaves_only_its_own_part(
+    define: Callable[..., str], weights: list[float], missing: float | None
+) -> None:
+    values_RPG = random_rewards(len(weights))
+    module = define(**{f"f{r}": constant(values_PG, missing) for r, values_PG in enumerate(values_RPG)})
+    specs = [RewardSpec(function=f"{module}.f{r}", weight=weight) for r, weight in enumerate(weights)]
+    rewards_PG, metrics = Rewards(specs, None, "float32").score(["p"] * 6, [["c"] * G] * 6, {})
+
+    expected_PG = np.full((6, G), np.nan)
+    for p, g in np.ndindex(6, G):
+        present = [w * v for w, v in zip(weights, values_RPG[:, p, g], strict=True) if not math.isnan(v)]
+        if present:
+            expected_PG[p, g] = sum(present)
+    assert np.isnan(expected_PG[0, 0]) and not np.isnan(expected_PG[0, 1])
+    assert rewards_PG.dtype == np.float32
+    np.testing.assert_allclose(rewards_PG, expected_PG, rtol=1e-5)
+    for r, values_PG in enumerate(values_RPG):
+        seen = values_PG[~np.isnan(values_PG)]
+        assert metrics[f"rewards/f{r}/mean"] == pytest.approx(seen.mean(), rel=1e-5)
+        assert metrics[f"rewards/f{r}/std"] == pytest.approx(seen.std(ddof=1), rel=1e-5)
+
+
+def test_a_reward_that_scores_nothing_has_no_metrics(define: Callable[..., str]) -> None:
+    module = define(none=constant(np.full((2, G), np.nan)))
+    rewards_PG, metrics = Rewards([RewardSpec(function=f"{module}.none")], None, "float32").score(
+        ["p"] * 2, [["c"] * G] * 2, {}
+    )
+    assert np.isnan(rewards_PG).all() and all(math.isnan(value) for value in metrics.values())
+
+
+def test_a_reward_model_and_a_function_add_up(
+    define: Callable[..., str], tiny_reward_dir: Path, scorer: RewardModelScorer
+) -> None:
+    module = define(letters=lambda prompts, completions: [float(len(text)) for text in completions])
+    specs = [
+        RewardSpec(model=str(tiny_reward_dir), max_length=LONGEST, batch_prompts=len(GROUPS) + 1, name="model"),
+        RewardSpec(function=f"{module}.letters", weight=0.1),
+    ]
+    rewards_PG, metrics = Rewards(specs, None, "float32").score(PROMPTS, COMPLETIONS, {})
+    letters_PG = np.array([[len(text) for text in texts] for texts in COMPLETIONS])
+    np.testing.assert_allclose(rewards_PG, scorer(PROMPTS, COMPLETIONS) + 0.1 * letters_PG, atol=1e-5)
+    assert metrics.keys() == {f"rewards/{name}/{what}" for name in ("model", "letters") for what in ("mean", "std")}
+
+
+def test_a_function_gets_prompts_completions_and_the_columns_it_names(define: Callable[..., str]) -> None:
+    calls: list[dict[str, Any]] = []
+
+    def named(prompts: list[str], completions: list[str], answer: list[int]) -> list[float]:
+        calls.append({"prompts": prompts, "completions": completions, "answer": answer})
+        return [float(a) for a in answer]
+
+    def everything(prompts: list[str], completions: list[str], **columns: list[Any]) -> list[float]:
+        calls.append({"prompts": prompts, "completions": completions} | columns)
+        return [0.0] * len(prompts)
+
+    module = define(named=named, everything=everything)
+    columns = {"answer": [1, 2], "source": ["x", "y"]}
+    completions_PG = [["a", "b", "c"], ["d", "e", "f"]]
+    rewards_PG = function_scorer(f"{module}.named")(["p", "q"], completions_PG, columns)
+    np.testing.assert_array_equal(rewards_PG, [[1, 1, 1], [2, 2, 2]])
+    function_scorer(f"{module}.everything")(["p", "q"], completions_PG, columns)
+
+    flat = {"prompts": ["p"] * G + ["q"] * G, "completions": list("abcdef"), "answer": [1] * G + [2] * G}
+    assert calls == [flat, flat | {"source": ["x"] * G + ["y"] * G}]
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 7])
+def test_a_wrong_number_of_rewards_is_refused(define: Callable[..., str], count: int) -> None:
+    module = define(wrong=lambda prompts, completions: [1.0] * count)
+    with pytest.raises(ValueError, match=f"{module}.wrong: expected 6 rewards, one per completion, got {count}"):
+        function_scorer(f"{module}.wrong")(["p", "q"], [["c"] * G] * 2, {})
+
+
+@pytest.mark.parametrize(
+    ("dotted", "why"),
+    [
+        ("some_rewards.missing", "cannot be imported .*no attribute 'missing'"),
+        ("no_such_module.f", "cannot be imported .*No module named 'no_such_module'"),
+        ("f", "cannot be imported"),
+        ("some_rewards.number", "expected a function, got int"),
+    ],
+)
+def test_dotted_paths(define: Callable[..., str], dotted: str, why: str) -> None:
+    define(number=1)
+    with pytest.raises(ValueError, match=f"rewards.function: {dotted}: {why}"):
+        function_scorer(dotted)
