@@ -18,6 +18,7 @@ from models.tokenizer import Tokenizer
 from train.config import DataConfig, PolicyConfig, RewardSpec, SupervisedConfig, parse, resolved
 from train.metrics import divide, read_metrics, rollout_metrics, write_jsonl
 from train.prompts import Prompts, load_rows, require_columns, shuffled
+from train.reward_model import prompt_and_answer
 
 # Order
 
@@ -236,3 +237,14 @@ def test_what_does_not_exist_is_nan() -> None:
     assert metrics["frac_reward_unscorable"] == metrics["completions/clipped_ratio"] == 1
     scores = {"reward", "reward_std", "frac_reward_zero_std"} | {f"rank/{n}" for n in ("tie_frac", "all_tied_frac")}
     assert undefined == scores | {"rank/length_corr", "completions/mean_terminated_length"}
+
+
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+def test_every_form_of_a_comparison_is_the_same_conversation(side: str) -> None:
+    asked, answer = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}
+    expected = ([asked], "So.")
+    assert prompt_and_answer({"prompt": [asked], side: [answer]}, side) == expected
+    assert prompt_and_answer({"prompt": "Why?", side: [answer]}, side) == expected
+    assert prompt_and_answer({side: [asked, answer]}, side) == expected
+    assert prompt_and_answer({"prompt": "Why?", side: "So."}, side) == ("Why?", "So.")
+    assert prompt_and_answer({side: "So."}, side) == ("", "So.")

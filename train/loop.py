@@ -53,7 +53,8 @@ def train_policy(config: PolicyConfig) -> None:
     with setup_errors():
         scored_at_a_time = [spec.batch_prompts for spec in config.rewards if spec.model]
         batches = (config.prompts_per_step, config.microbatch_prompts, config.validation.batch_prompts)
-        layout = training.make_layout_for(config.mesh, *batches, *scored_at_a_time)
+        groups = (config.num_generations, config.validation.num_generations)
+        layout = training.make_layout_for(config.mesh, *batches, *scored_at_a_time, groups=groups)
         tokenizer = training.make_tokenizer(config.model)
         prompts = Prompts(config.data.train, config.data.split, config, tokenizer)
         validation = Prompts(

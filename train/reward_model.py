@@ -1,7 +1,8 @@
 """Reward model training: Bradley-Terry on comparisons.
 
-A row is {"chosen": ..., "rejected": ...} with an optional "prompt" (text or chat messages) that both answers
-share and an optional "margin". Accuracy is always printed beside what the longer answer alone would get.
+A row is {"chosen": ..., "rejected": ...} with an optional "prompt" that both answers share and an optional "margin";
+prompts and answers are text or chat messages (TRL's explicit and implicit prompts). Accuracy is always printed beside
+what the longer answer alone would get.
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from flax import nnx
 from gopo_jax import preference_loss
 from gopo_jax.losses import Metrics
 from models.config import REWARD_MODEL
-from models.tokenizer import Tokenizer, pad
+from models.tokenizer import Prompt, Tokenizer, pad
 from train.config import RewardModelConfig
 from train.prompts import Row, require_columns
 from train.supervised import Batch, Task, train_supervised
@@ -33,11 +34,20 @@ def train_reward_model(config: RewardModelConfig) -> None:
 def encode(rows: Sequence[Row], tokenizer: Tokenizer, source: str) -> list[Example]:
     require_columns(rows, source, "chosen", "rejected")
     sides = [
-        tokenizer.encode([tokenizer.render_conversation(row.get("prompt") or "", row[side]) for row in rows])
+        tokenizer.encode([tokenizer.render_conversation(*prompt_and_answer(row, side)) for row in rows])
         for side in ("chosen", "rejected")
     ]
     margins = [float(row.get("margin") or 0.0) for row in rows]
     return list(zip(*sides, margins, strict=True))
+
+
+def prompt_and_answer(row: Row, side: str) -> tuple[Prompt, str]:
+    """What precedes the answer, and its text; an answer in chat messages ends with the assistant's."""
+    prompt, answer = row.get("prompt") or "", row[side]
+    if isinstance(answer, str):
+        return prompt, answer
+    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) and prompt else list(prompt)
+    return [*asked, *answer[:-1]], answer[-1]["content"]
 
 
 def collate(examples: Sequence[Example], tokenizer: Tokenizer, max_length: int) -> Batch:

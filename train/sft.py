@@ -1,7 +1,7 @@
 """Supervised fine-tuning: the mean negative log-likelihood of the completion's tokens.
 
 A row is {"text": ...}, all of which is learned, or {"prompt": ..., "completion": ...}, of which the completion is;
-the prompt may be a list of chat messages. The end-of-text token is learned too.
+prompt and completion may be chat messages. The end-of-text token is learned too.
 """
 
 from collections.abc import Sequence
@@ -34,7 +34,8 @@ def encode(rows: Sequence[Row], tokenizer: Tokenizer, source: str) -> list[Examp
     else:
         require_columns(rows, source, "prompt", "completion")
         prompts = tokenizer.encode([tokenizer.render(row["prompt"]) for row in rows])
-        completions = tokenizer.encode([row["completion"] for row in rows])
+        answers = [row["completion"] for row in rows]
+        completions = tokenizer.encode([a if isinstance(a, str) else a[-1]["content"] for a in answers])
     return [(p + c + [tokenizer.eos_ids[0]], len(p)) for p, c in zip(prompts, completions, strict=True)]
 
 

@@ -1,6 +1,7 @@
 """What a training step carries on, how it is made, and the keys of its random numbers."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -33,14 +34,20 @@ def stream_key(seed: int, stream: int, step: int, attempt: int = 0) -> jax.Array
     return key
 
 
-def make_layout_for(mesh: MeshConfig, *batches: int) -> Layout:
-    """The mesh of a run; refuses one that does not divide the given numbers of rows."""
+def make_layout_for(mesh: MeshConfig, *batches: int, groups: Sequence[int] = ()) -> Layout:
+    """The mesh of a run; refuses one that does not divide the given numbers of rows and sizes of groups."""
     layout = make_layout(data=mesh.data, fsdp=mesh.fsdp, tensor=mesh.tensor, rules=mesh.rules)
     for rows in batches:
         if rows % layout.ways("prompt"):
             raise ValueError(
                 f"mesh: {rows} rows (of a step, of a micro-batch, or of a batch_prompts) cannot be split over "
                 f"{layout.ways('prompt')} devices; choose sizes that are multiples of it, or another mesh"
+            )
+    for size in groups:
+        if size > 1 and size % layout.ways("group"):
+            raise ValueError(
+                f"mesh.rules: {size} completions per prompt cannot be split over {layout.ways('group')} devices; "
+                f"choose num_generations (of the run and of its validation) that are multiples of it"
             )
     return layout
 
