@@ -13,7 +13,7 @@ POLICY, REWARD_MODEL = "Qwen3ForCausalLM", "Qwen3ForSequenceClassification"
 # Fields that do not change what the network computes.
 _INERT = {
     *("architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "use_cache"),
-    *("bos_token_id", "eos_token_id", "pad_token_id", "id2label", "label2id", "num_labels", "problem_type"),
+    *("id2label", "label2id", "num_labels", "problem_type"),
     *("chunk_size_feed_forward", "is_encoder_decoder", "output_attentions", "output_hidden_states", "return_dict"),
 }
 
@@ -36,6 +36,10 @@ class Qwen3Config:
     max_position_embeddings: int = 40_960
     initializer_range: float = 0.02
     architecture: str = POLICY
+    # carried along for other programs: transformers batches a reward model's texts only if it knows the padding
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -88,6 +92,8 @@ class Qwen3Config:
         fields = {name: hf.pop(name) for name in cls.__dataclass_fields__ if name in hf}
         fields["rope_theta"] = _rope_theta(hf, fields.get("rope_theta"), refuse)
         fields["architecture"] = architecture
+        if isinstance(fields.get("eos_token_id"), list):  # hashable: a config is part of what is compiled
+            fields["eos_token_id"] = tuple(fields["eos_token_id"])
         unknown = sorted(hf.keys() - _INERT)
         if unknown:
             refuse(unknown[0], hf[unknown[0]], "a field of a Qwen3 config; remove it if it changes nothing")
@@ -101,6 +107,7 @@ class Qwen3Config:
     def to_hf(self) -> dict[str, Any]:
         """The `config.json` that `from_hf` reads back, and that transformers loads."""
         hf = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "architecture"}
+        hf = {name: value for name, value in hf.items() if value is not None}
         hf |= {"model_type": "qwen3", "architectures": [self.architecture], "hidden_act": "silu"}
         if self.is_reward_model:
             hf |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}

@@ -85,7 +85,8 @@ def make_model(
     else:
         assert model.architecture is not None  # ModelConfig has checked it
         tokenizer.check_fits(model.architecture.vocab_size, "model.architecture")
-        loaded, config = None, dataclasses.replace(model.architecture, architecture=architecture)
+        ids: dict[str, Any] = {"pad_token_id": tokenizer.pad_id, "eos_token_id": tokenizer.eos_ids}
+        loaded, config = None, dataclasses.replace(model.architecture, architecture=architecture, **ids)
     abstract = abstract_model(config, layout=layout, **options)
     graphdef, _ = split(abstract)
     init = jax.jit(
