@@ -5,12 +5,15 @@ thinking off unless asked for.
 """
 
 import json
+import os
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read at its import; "PyTorch was not found" is known
 
 Prompt = str | list[dict[str, str]]
 
@@ -20,9 +23,7 @@ class Tokenizer:
 
     def __init__(self, path: str | Path, enable_thinking: bool = False) -> None:
         from transformers import AutoTokenizer
-        from transformers.utils import logging
 
-        logging.set_verbosity_error()  # "PyTorch was not found": known
         if not Path(path).is_dir() and str(path).count("/") != 1:
             raise FileNotFoundError(f"{path}: no such directory; expected a Hugging Face tokenizer directory")
         self.path = str(path)
