@@ -16,7 +16,7 @@ from models.tokenizer import Tokenizer, tokenizer_path
 from train import state as training
 from train.config import MeshConfig, parse
 from train.metrics import console, setup_errors, write_jsonl
-from train.prompts import Row, load_rows, require_columns
+from train.prompts import Row, fitting, load_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,15 +105,8 @@ def generate(config: GenerateConfig) -> list[Row]:
 def load_prompts(config: GenerateConfig, tokenizer: Tokenizer) -> dict[int, Any]:
     """The prompts that fit, by their row's number in the data."""
     rows = load_rows(config.data, config.split)[: config.limit]
-    require_columns(rows, config.data, config.prompt_column)
-    prompts = [row[config.prompt_column] for row in rows]
-    lengths = [len(ids) for ids in tokenizer.encode([tokenizer.render(prompt) for prompt in prompts])]
-    kept = {i: prompts[i] for i, length in enumerate(lengths) if 0 < length <= config.max_prompt_length}
-    if not kept:
-        raise ValueError(
-            f"{config.data}: none of the {len(rows)} prompts has at most max_prompt_length = "
-            f"{config.max_prompt_length} tokens (the shortest has {min(lengths)}); raise the limit or use other data"
-        )
+    fit = fitting(rows, config.data, config.prompt_column, tokenizer, config.max_prompt_length)
+    kept = {i: rows[i][config.prompt_column] for i in fit}
     if len(kept) < len(rows):
         longer = f"longer than {config.max_prompt_length} tokens"
         console.print(f"{config.data}: {len(rows) - len(kept)} of {len(rows)} prompts left out, {longer}")

@@ -66,22 +66,32 @@ def shuffled(size: int, count: int, seed: int, step: int) -> list[int]:
     return [int(epochs[i // size][i % size]) for i in positions]
 
 
+def fitting(rows: Sequence[Row], source: str, column: str, tokenizer: Tokenizer, max_length: int) -> list[int]:
+    """The numbers of the rows whose rendered prompt has 1 to max_length tokens.
+
+    Raises:
+      ValueError: a row without a prompt, or none that fits.
+    """
+    require_columns(rows, source, column)
+    lengths = [len(ids) for ids in tokenizer.encode([tokenizer.render(row[column]) for row in rows])]
+    kept = [i for i, length in enumerate(lengths) if 0 < length <= max_length]
+    if not kept:
+        raise ValueError(
+            f"{source}: none of the {len(rows)} prompts has at most max_prompt_length = {max_length} tokens "
+            f"(the shortest has {min(lengths)}); raise the limit or use other data"
+        )
+    return kept
+
+
 class Prompts:
     """Rows with a prompt that fits, in an order that depends on (seed, step) alone."""
 
     def __init__(self, source: str, split: str, config: PolicyConfig, tokenizer: Tokenizer) -> None:
         column, max_length = config.data.prompt_column, config.max_prompt_length
         rows = load_rows(source, split)
-        require_columns(rows, source, column)
-        lengths = [len(ids) for ids in tokenizer.encode([tokenizer.render(row[column]) for row in rows])]
-        self.rows = [row for row, n in zip(rows, lengths, strict=True) if 0 < n <= max_length]
+        self.rows = [rows[i] for i in fitting(rows, source, column, tokenizer, max_length)]
         self.too_long = len(rows) - len(self.rows)
         self.column, self.source = column, source
-        if not self.rows:
-            raise ValueError(
-                f"{source}: none of the {len(rows)} prompts has at most max_prompt_length = {max_length} tokens "
-                f"(the shortest has {min(lengths)}); raise the limit or use other data"
-            )
 
     def __len__(self) -> int:
         return len(self.rows)
