@@ -4,7 +4,7 @@ The keys of the prompt have no group axis: one batched matrix product serves all
 they are read once per group. The parts are joined in one softmax without being concatenated.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ def group_attention(
     prefix_lengths_P: jax.Array | None = None,
     past_PGKTE: KeyValues | None = None,
     past_length: jax.typing.ArrayLike = 0,
+    window: jax.typing.ArrayLike | None = None,
 ) -> jax.Array:
     """Softmax attention of T new positions over prefix, past and themselves.
 
@@ -35,6 +36,7 @@ def group_attention(
       own_PGKTE: keys and values of the T positions; position t sees those up to t.
       prefix_PKSE: of the prompt, shared by the group; positions at or behind `prefix_lengths_P` are unseen.
       past_PGKTE: of earlier positions of the same completion; those at or behind `past_length` are unseen.
+      window: a position sees itself and the window - 1 before it; None = all before it.
 
     Returns:
       [P, G, T, K, Q, E] in the queries' dtype. Scores and the softmax are float32.
@@ -45,15 +47,22 @@ def group_attention(
     def scores(subscripts: str, keys: jax.Array, seen: jax.Array) -> jax.Array:
         return jnp.where(seen, jnp.einsum(subscripts, query, keys, preferred_element_type=jnp.float32), -jnp.inf)
 
-    causal_T1U = jnp.tril(jnp.ones((length, length), bool))[:, None, :]
-    parts = [("pkgtqu,pgkue->pkgtqe", scores("pgtkqe,pgkue->pkgtqu", own_PGKTE.keys, causal_T1U), own_PGKTE.values)]
+    def within(distance: Any, seen: jax.Array) -> jax.Array:
+        return seen if window is None else seen & (distance < window)
+
+    here_T1 = jnp.arange(length)[:, None]  # in the T new positions; past and prompt lie before them
+    apart_TU = here_T1 - jnp.arange(length)
+    seen = within(apart_TU, apart_TU >= 0)[:, None, :]
+    parts = [("pkgtqu,pgkue->pkgtqe", scores("pgtkqe,pgkue->pkgtqu", own_PGKTE.keys, seen), own_PGKTE.values)]
     if past_PGKTE is not None:
-        seen = jnp.arange(past_PGKTE.keys.shape[-2]) < past_length
+        there_U = jnp.arange(past_PGKTE.keys.shape[-2])
+        seen = within(past_length + here_T1 - there_U, there_U < past_length)[..., None, :]
         parts.append(("pkgtqu,pgkue->pkgtqe", scores("pgtkqe,pgkue->pkgtqu", past_PGKTE.keys, seen), past_PGKTE.values))
     if prefix_PKSE is not None:
         assert prefix_lengths_P is not None
-        seen_PS = jnp.arange(prefix_PKSE.keys.shape[-2]) < prefix_lengths_P[:, None]
-        seen = seen_PS[:, None, None, None, None, :]
+        there_S, length_P11 = jnp.arange(prefix_PKSE.keys.shape[-2]), prefix_lengths_P[:, None, None]
+        seen_PTS = within(length_P11 + past_length + here_T1 - there_S, there_S < length_P11)
+        seen = seen_PTS[:, None, None, :, None, :]
         parts.append(("pkgtqs,pkse->pkgtqe", scores("pgtkqe,pkse->pkgtqs", prefix_PKSE.keys, seen), prefix_PKSE.values))
 
     # Every position sees itself, so the maximum is finite. It cancels in the quotient: no gradient needed.

@@ -90,6 +90,12 @@ def _restore(run: Path, step: int, **items: Any) -> Any:
         raise ValueError(f"{run}: step {step} is not a checkpoint that can be read ({why})") from error
 
 
+def _stored_dtype(run: Path, step: int) -> Any:
+    with ocp.StandardCheckpointer() as checkpointer:
+        metadata = checkpointer.metadata((run / FOLDER / str(step) / "params").absolute())
+    return metadata.item_metadata["embed_VD"].dtype
+
+
 def check(path: str | Path) -> None:
     """Refuse what is neither a run with checkpoints, nor a Hugging Face directory, nor possibly a name on the Hub.
 
@@ -117,6 +123,8 @@ def load_model(
 ) -> Backbone:
     """A policy or reward model from a run's checkpoint, a Hugging Face directory, or the Hub.
 
+    With dtype "auto" it computes in the dtype in which the weights are stored.
+
     Raises:
       FileNotFoundError: neither a run with checkpoints nor a model directory.
       ValueError: see `models.hf_weights.load_pretrained`.
@@ -127,6 +135,7 @@ def load_model(
     run, step = find(path)
     layout = as_layout(mesh)
     config = Qwen3Config.from_hf(about(path)["model"], source=str(path))
+    dtype = _stored_dtype(run, step) if dtype == "auto" else dtype
     model = abstract_model(config, dtype=dtype, param_dtype=param_dtype or dtype, layout=layout, **options)
     graphdef, shapes = split(model)
     if layout is not None:

@@ -1,52 +1,61 @@
 """Hugging Face directories in and out: safetensors (one file or sharded) <-> parameters.
 
-One table says where each tensor lives. A matrix of ours is Hugging Face's [out, in] transposed, its axes
-unfolded: query_LDHE[l] = q_proj.weight.T.reshape(D, H, E). Nothing is unpickled, no remote code is run.
+One table says where each tensor lives and how its axes fold: "HE,D" is a matrix [H * E, D] of theirs, and query_LDHE
+of ours is that, unfolded and transposed, layer by layer. Nothing is unpickled, no remote code is run.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes  # noqa: F401  (teaches numpy the name "bfloat16")
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, SingleDeviceSharding
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from models.config import Qwen3Config, read_config, read_json
+from models.config import DTYPES, Qwen3Config, read_config, read_json, stored_dtype
 from models.qwen3 import Backbone, Qwen3
 from models.reward_model import Qwen3RewardModel
 from models.sharding import RULES, Layout, parameter_shardings
 
 INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
+BLOCK_BYTES = 64 * 2**20  # of a file that are read at a time
 
-# ours -> (Hugging Face's name, transposed?); {} is the layer
-TENSORS: dict[str, tuple[str, bool]] = {
-    "embed_VD": ("model.embed_tokens.weight", False),
-    "norm_D": ("model.norm.weight", False),
-    "unembed_VD": ("lm_head.weight", False),
-    "score_D": ("score.weight", False),
-    "layers.attention_norm_LD": ("model.layers.{}.input_layernorm.weight", False),
-    "layers.query_LDHE": ("model.layers.{}.self_attn.q_proj.weight", True),
-    "layers.key_LDKE": ("model.layers.{}.self_attn.k_proj.weight", True),
-    "layers.value_LDKE": ("model.layers.{}.self_attn.v_proj.weight", True),
-    "layers.output_LHED": ("model.layers.{}.self_attn.o_proj.weight", True),
-    "layers.query_bias_LHE": ("model.layers.{}.self_attn.q_proj.bias", False),
-    "layers.key_bias_LKE": ("model.layers.{}.self_attn.k_proj.bias", False),
-    "layers.value_bias_LKE": ("model.layers.{}.self_attn.v_proj.bias", False),
-    "layers.output_bias_LD": ("model.layers.{}.self_attn.o_proj.bias", False),
-    "layers.query_norm_LE": ("model.layers.{}.self_attn.q_norm.weight", False),
-    "layers.key_norm_LE": ("model.layers.{}.self_attn.k_norm.weight", False),
-    "layers.mlp_norm_LD": ("model.layers.{}.post_attention_layernorm.weight", False),
-    "layers.gate_LDF": ("model.layers.{}.mlp.gate_proj.weight", True),
-    "layers.up_LDF": ("model.layers.{}.mlp.up_proj.weight", True),
-    "layers.down_LFD": ("model.layers.{}.mlp.down_proj.weight", True),
+# ours -> (Hugging Face's name, its axes in our letters); {} is the layer, our axes are the name's last letters
+TENSORS: dict[str, tuple[str, str]] = {
+    "embed_VD": ("model.embed_tokens.weight", "V,D"),
+    "norm_D": ("model.norm.weight", "D"),
+    "unembed_VD": ("lm_head.weight", "V,D"),
+    "score_D": ("score.weight", "1,D"),
+    "layers.attention_norm_LD": ("model.layers.{}.input_layernorm.weight", "D"),
+    "layers.query_LDHE": ("model.layers.{}.self_attn.q_proj.weight", "HE,D"),
+    "layers.key_LDKE": ("model.layers.{}.self_attn.k_proj.weight", "KE,D"),
+    "layers.value_LDKE": ("model.layers.{}.self_attn.v_proj.weight", "KE,D"),
+    "layers.output_LHED": ("model.layers.{}.self_attn.o_proj.weight", "D,HE"),
+    "layers.query_bias_LHE": ("model.layers.{}.self_attn.q_proj.bias", "HE"),
+    "layers.key_bias_LKE": ("model.layers.{}.self_attn.k_proj.bias", "KE"),
+    "layers.value_bias_LKE": ("model.layers.{}.self_attn.v_proj.bias", "KE"),
+    "layers.output_bias_LD": ("model.layers.{}.self_attn.o_proj.bias", "D"),
+    "layers.query_norm_LE": ("model.layers.{}.self_attn.q_norm.weight", "E"),
+    "layers.key_norm_LE": ("model.layers.{}.self_attn.k_norm.weight", "E"),
+    "layers.mlp_norm_LD": ("model.layers.{}.post_attention_layernorm.weight", "D"),
+    "layers.gate_LDF": ("model.layers.{}.mlp.gate_proj.weight", "F,D"),
+    "layers.up_LDF": ("model.layers.{}.mlp.up_proj.weight", "F,D"),
+    "layers.down_LFD": ("model.layers.{}.mlp.down_proj.weight", "D,F"),
 }
+SIZES = {
+    **{"V": "vocab_size", "D": "hidden_size", "F": "intermediate_size", "L": "num_hidden_layers"},
+    **{"H": "num_attention_heads", "K": "num_key_value_heads", "E": "head_dim"},
+}  # the config field that says how long an axis is
+STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # safetensors' names
 
 Parameters = dict[str, Any]
 
@@ -83,131 +92,341 @@ def load_pretrained(
 ) -> Backbone:
     """The policy or reward model of a Hugging Face directory, its weights read straight into their shards.
 
+    A process reads of every tensor what its own devices hold, in blocks of at most 64 MiB. On the host there are
+    never more than its own shards (on an accelerator: one parameter's at a time) and one block.
+
     Args:
       path_or_hub_id: a local directory, or a model's name on the Hub (downloaded and cached).
       mesh: where the weights go (axes data, fsdp, tensor); None = the default device.
-      dtype: compute dtype. param_dtype: dtype of the stored parameters; None = dtype.
+      dtype: compute dtype; "auto" = the one that config.json names, else the weights'.
+      param_dtype: dtype of the stored parameters; None = dtype. A reward model's head is float32 whatever it is.
       remat: what the backward pass keeps of a layer, see `models.qwen3.REMAT`.
 
     Raises:
       FileNotFoundError: no such directory, config or weight file.
-      ValueError: a config that is not supported, or tensors that are missing, left over, of another shape,
-        or unreadable.
+      ValueError: a config that is not supported, or tensors that are missing, left over, of another shape or
+        dtype than the config's, unreadable, or not finite.
     """
     directory = _directory(path_or_hub_id)
     config = read_config(directory)
+    if dtype == "auto":
+        dtype = stored_dtype(directory) or _first_dtype(directory)
+    dtype = jnp.dtype(dtype)
     layout = as_layout(mesh)
-    param_dtype = jnp.dtype(param_dtype or dtype)
-    model = abstract_model(config, dtype=dtype, param_dtype=param_dtype, layout=layout, remat=remat)
+    model = abstract_model(config, dtype=dtype, param_dtype=jnp.dtype(param_dtype or dtype), layout=layout, remat=remat)
     graphdef, shapes = split(model)
-    files = _tensor_files(directory)
-    wanted = {hf: name for name in flatten(shapes) for hf in _hf_names(name, config)}
-    extra = files.keys() - wanted.keys() - ({"lm_head.weight"} if config.tie_word_embeddings else set())
-    for problem, names in (("missing from", wanted.keys() - files.keys()), ("not known to this config in", extra)):
-        if names:
-            raise ValueError(f"{directory}: {len(names)} tensors are {problem} the weights, e.g. {sorted(names)[0]}")
     shardings = flatten(parameter_shardings(model, layout)) if layout is not None else {}
+    here = SingleDeviceSharding(jnp.zeros(()).devices().pop())
 
-    def read(name: str, shape: tuple[int, ...]) -> jax.Array:
-        tensors = [_Tensor(files[hf], hf, TENSORS[name][1]) for hf in _hf_names(name, config)]
-        stacked = "{}" in TENSORS[name][0]
-        for tensor in tensors:
-            tensor.check(shape[1:] if stacked else shape)
+    with _open(directory) as opened:
+        _check(directory, opened, config, list(flatten(shapes)))
+        if config.tie_word_embeddings and not config.is_reward_model and "lm_head.weight" in opened:
+            _check_tied(directory, opened)
+        with _progress(directory, flatten(shapes), shardings) as advance:
 
-        def shard(index: tuple[slice, ...] | None) -> np.ndarray:
-            index = index or tuple(slice(None) for _ in shape)
-            if not stacked:
-                return tensors[0].load(shape)[index].astype(param_dtype)
-            layers = range(shape[0])[index[0]]
-            parts = [tensors[layer].load(shape[1:])[index[1:]].astype(param_dtype) for layer in layers]
-            return np.stack(parts)
+            def read(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+                name = ".".join(str(key.key) for key in path)
+                shards: dict[Any, np.ndarray] = {}  # devices with the same part share it
 
-        if name in shardings:
-            return jax.make_array_from_callback(shape, shardings[name], shard)
-        return jnp.asarray(shard(None))
+                def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+                    ranges = _ranges(index, leaf.shape)
+                    if ranges not in shards:
+                        shards[ranges] = _read_shard(opened, name, ranges, config, leaf.dtype, advance)
+                    return shards[ranges]
 
-    params = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: read(".".join(str(key.key) for key in path), leaf.shape), shapes
-    )
+                return jax.block_until_ready(jax.make_array_from_callback(leaf.shape, shardings.get(name, here), shard))
+
+            params = jax.tree_util.tree_map_with_path(read, shapes)
     return nnx.merge(graphdef, params)
 
 
 def save_pretrained(
-    model: Backbone, directory: str | Path, *, dtype: Any = None, max_shard_bytes: int = 5_000_000_000
+    model: Backbone, directory: str | Path, *, dtype: Any = None, max_shard_bytes: int = 5 * 10**9
 ) -> None:
-    """Write a policy or reward model as a Hugging Face directory: config.json and safetensors.
+    """Write config.json and safetensors that transformers, vLLM and SGLang read, one file in memory at a time.
 
     Args:
-      dtype: dtype of the written tensors; None = that of the parameters.
-      max_shard_bytes: above this size the weights are cut into several files with an index.
+      dtype: of the written tensors; None = that of the embedding.
+      max_shard_bytes: above this size the weights are split over several files with an index.
+
+    Raises:
+      ValueError: a dtype in which weights are not stored.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    params = split(model)[1]
-    target = jnp.dtype(dtype or next(iter(flatten(params).values())).dtype)
-    config = model.config.to_hf() | {"dtype": target.name}
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    config, params = model.config, flatten(split(model)[1])
+    target = jnp.dtype(dtype or params["embed_VD"].dtype)
+    if target.name not in DTYPES:
+        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {target.name}")
+    (directory / "config.json").write_text(json.dumps(config.to_hf() | {"dtype": target.name}, indent=2) + "\n")
 
-    shards: list[dict[str, np.ndarray]] = [{}]
-    size = 0
-    for name, tensor in _hf_tensors(params, model.config, target):
-        if size + tensor.nbytes > max_shard_bytes and shards[-1]:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor
-        size += tensor.nbytes
-    if len(shards) == 1:
-        save_file(shards[0], directory / SINGLE_FILE, metadata={"format": "pt"})
-        return
-    names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-    for name, shard in zip(names, shards, strict=True):
-        save_file(shard, directory / name, metadata={"format": "pt"})
-    weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-    total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
-
-
-class _Tensor:
-    """One tensor of a safetensors file, read when asked for, in our axes."""
-
-    def __init__(self, file: Path, name: str, transposed: bool) -> None:
-        self.file, self.name, self.transposed = file, name, transposed
-
-    def check(self, shape: tuple[int, ...]) -> None:
-        with safe_open(self.file, framework="numpy") as opened:
-            found = tuple(opened.get_slice(self.name).get_shape())
-        if int(np.prod(found)) != int(np.prod(shape)) or (self.transposed and found[-1] not in _prefix_sizes(shape)):
-            raise ValueError(f"{self.file}: {self.name} has shape {found}, which does not fit {shape} of the config")
-
-    def load(self, shape: tuple[int, ...]) -> np.ndarray:
-        with safe_open(self.file, framework="numpy") as opened:
-            array = opened.get_tensor(self.name)
-        return (array.T if self.transposed else array).reshape(shape)
+    shards: list[dict[str, tuple[str, int | None]]] = [{}]  # theirs -> ours and the layer
+    sizes = [0]
+    for name in params:
+        for layer, theirs in _hf_names(name, config).items():
+            size = math.prod(_hf_shape(name, config)) * target.itemsize
+            if sizes[-1] + size > max_shard_bytes and shards[-1]:
+                shards.append({})
+                sizes.append(0)
+            shards[-1][theirs] = (name, layer)
+            sizes[-1] += size
+    files = [SINGLE_FILE]
+    if len(shards) > 1:
+        files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    for file, shard in zip(files, shards, strict=True):
+        tensors = {
+            theirs: _fold(name, params[name] if layer is None else params[name][layer], config, target)
+            for theirs, (name, layer) in shard.items()
+        }
+        save_file(tensors, directory / file, metadata={"format": "pt"})
+    if len(shards) > 1:
+        weight_map = {theirs: file for file, shard in zip(files, shards, strict=True) for theirs in shard}
+        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
+        (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _prefix_sizes(shape: tuple[int, ...]) -> set[int]:
-    return {int(np.prod(shape[:i])) for i in range(1, len(shape))}
-
-
-def _hf_names(name: str, config: Qwen3Config) -> list[str]:
+def _hf_names(name: str, config: Qwen3Config) -> dict[int | None, str]:
+    """Hugging Face's name of each layer of one of our parameters; of None, if it has no layers."""
     template = TENSORS[name][0]
-    return [template.format(i) for i in range(config.num_hidden_layers)] if "{}" in template else [template]
+    if "{}" not in template:
+        return {None: template}
+    return {layer: template.format(layer) for layer in range(config.num_hidden_layers)}
 
 
-def _hf_tensors(params: Parameters, config: Qwen3Config, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
-    for name, array in flatten(params).items():
-        stacked, transposed = "{}" in TENSORS[name][0], TENSORS[name][1]
-        for i, hf in enumerate(_hf_names(name, config)):
-            part = np.asarray(array[i] if stacked else array).astype(dtype)
-            if transposed:  # [in..., out...] -> [out, in]; only the output projection has two input axes
-                inputs = int(np.prod(part.shape[:-1])) if name.endswith("_LHED") else part.shape[0]
-                part = part.reshape(inputs, -1).T
-            elif name == "score_D":
-                part = part[None]
-            elif "_bias_" in name:
-                part = part.reshape(-1)
-            yield hf, np.ascontiguousarray(part)
+def _axes(name: str) -> str:
+    """The letters of a parameter's axes, without the layers: DHE of layers.query_LDHE."""
+    return name.rpartition("_")[2].removeprefix("L")
+
+
+def _hf_groups(name: str) -> list[str]:
+    return TENSORS[name][1].split(",")
+
+
+def _size(letter: str, config: Qwen3Config) -> int:
+    return getattr(config, SIZES[letter]) if letter in SIZES else 1
+
+
+def _hf_shape(name: str, config: Qwen3Config) -> tuple[int, ...]:
+    return tuple(math.prod(_size(letter, config) for letter in group) for group in _hf_groups(name))
+
+
+def _fold(name: str, array: jax.Array, config: Qwen3Config, dtype: Any) -> np.ndarray:
+    """One layer of ours as the tensor of theirs."""
+    letters = "".join(_hf_groups(name)).replace("1", "")
+    part = np.asarray(array).transpose([_axes(name).index(letter) for letter in letters])
+    return np.ascontiguousarray(part.reshape(_hf_shape(name, config)).astype(dtype))
+
+
+def _ranges(index: tuple[slice, ...] | None, shape: tuple[int, ...]) -> tuple[range, ...]:
+    index = index or (slice(None),) * len(shape)
+    return tuple(range(*part.indices(size)) for part, size in zip(index, shape, strict=True))
+
+
+def _read_shard(
+    opened: Mapping[str, "_Stored"],
+    name: str,
+    ranges: tuple[range, ...],
+    config: Qwen3Config,
+    dtype: Any,
+    advance: Callable[[int], None],
+) -> np.ndarray:
+    """The part of a parameter at `ranges`, in memory that a CPU device takes over without a copy."""
+    out = _aligned(tuple(len(part) for part in ranges), dtype)
+    stacked = "{}" in TENSORS[name][0]
+    at = dict(zip(_axes(name), ranges[1:] if stacked else ranges, strict=True))
+    for row, layer in enumerate(ranges[0] if stacked else [None]):
+        stored = opened[_hf_names(name, config)[layer]]
+        for done in _unfold(stored, name, at, out[row] if stacked else out, config):
+            advance(done * out.itemsize)
+    return out
+
+
+def _unfold(
+    stored: "_Stored", name: str, at: Mapping[str, range], out: np.ndarray, config: Qwen3Config
+) -> Iterator[int]:
+    """Copy the part `at` of a tensor of theirs to our axes, block by block of its rows; yields elements copied."""
+    groups, axes = _hf_groups(name), _axes(name)
+    whole = {letter: at.get(letter, range(1)) for group in groups for letter in group}
+    inner = [math.prod(_size(letter, config) for letter in group[1:]) for group in groups]
+    rows, first = whole[groups[0][0]], groups[0][0]
+    # of theirs, an axis' first letter is cut in the file, the others (head_dim) after reading
+    columns = [slice(whole[g[0]].start * n, whole[g[0]].stop * n) for g, n in zip(groups, inner, strict=True)][1:]
+    row_bytes = inner[0] * math.prod(c.stop - c.start for c in columns) * stored.dtype.itemsize
+    step = max(1, BLOCK_BYTES // row_bytes)
+    letters = [letter for group in groups for letter in group]
+    for start in range(rows.start, rows.stop, step):
+        block = range(start, min(start + step, rows.stop))
+        array = stored.read(slice(block.start * inner[0], block.stop * inner[0]), *columns)
+        read = {g[0]: whole[g[0]] for g in groups} | {first: block}
+        array = array.reshape([len(read[x]) if x in read else _size(x, config) for x in letters])
+        array = array[tuple(slice(None) if x in read else slice(at[x].start, at[x].stop) for x in letters)]
+        array = array.reshape([n for x, n in zip(letters, array.shape, strict=True) if x != "1"])
+        named = [x for x in letters if x != "1"]
+        where = tuple(slice(start - rows.start, block.stop - rows.start) if x == first else slice(None) for x in axes)
+        np.copyto(out[where], array.transpose([named.index(x) for x in axes]), casting="unsafe")
+        yield array.size
+
+
+def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An empty array that starts at a multiple of 64 bytes: JAX on CPUs uses such memory as it is."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.empty(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+class _Stored(NamedTuple):
+    """A tensor in an open safetensors file."""
+
+    file: Path
+    name: str
+    part: Any  # safetensors' view of it: sliced, it reads
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.part.get_shape())
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return np.dtype(STORED[self.part.get_dtype()])
+
+    def read(self, *index: slice) -> np.ndarray:
+        """Part of the tensor; refuses NaN and infinity."""
+        array = self.part[index]
+        if not _all_finite(array):
+            raise ValueError(
+                f"{self.file}: {self.name} has NaN or infinite values; expected finite weights: the training that "
+                f"wrote them diverged or the file was damaged"
+            )
+        return array
+
+
+def _all_finite(array: np.ndarray) -> bool:
+    if array.dtype == jnp.bfloat16:  # numpy has no fast test; all bits of the exponent are set
+        return not ((array.view(np.uint16) & 0x7F80) == 0x7F80).any()
+    return bool(np.isfinite(array).all())
+
+
+@contextmanager
+def _open(directory: Path) -> Iterator[dict[str, _Stored]]:
+    """The tensors of a directory by name; their files stay open meanwhile."""
+    weight_map: dict[str, str] | None = None
+    if (directory / INDEX_FILE).is_file():
+        weight_map = read_json(directory / INDEX_FILE).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ValueError(f"{directory / INDEX_FILE}: expected a weight_map from tensors to files")
+    elif not (directory / SINGLE_FILE).is_file():
+        pickled = [*directory.glob("*.bin"), *directory.glob("*.pt"), *directory.glob("*.pth")]
+        raise FileNotFoundError(
+            f"{directory}: expected {SINGLE_FILE} or {INDEX_FILE}, found neither"
+            + (f"; {pickled[0].name} is a pickle, which is never loaded: convert it to safetensors" if pickled else "")
+        )
+    opened: dict[str, _Stored] = {}
+    with ExitStack() as stack:
+        for file in sorted({directory / name for name in (weight_map or {"": SINGLE_FILE}).values()}):
+            if not file.is_file():
+                raise FileNotFoundError(f"{file}: {INDEX_FILE} names this file, but it is not there")
+            try:
+                tensors = stack.enter_context(safe_open(file, framework="numpy"))
+            except (SafetensorError, OSError) as error:
+                raise ValueError(
+                    f"{file}: not a readable safetensors file ({error}); was it downloaded whole?"
+                ) from error
+            opened |= {name: _Stored(file, name, tensors.get_slice(name)) for name in tensors.keys()}  # noqa: SIM118
+        for name, file_name in (weight_map or {}).items():
+            if name not in opened or opened[name].file.name != file_name:
+                raise ValueError(f"{directory / file_name}: {INDEX_FILE} says that {name} is there, but it is not")
+        for name, stored in opened.items():
+            if (found := stored.part.get_dtype()) not in STORED:
+                raise ValueError(
+                    f"{stored.file}: {name} is stored as {found}; expected one of {', '.join(STORED)} "
+                    f"(quantized weights are not supported)"
+                )
+        yield opened
+
+
+def _first_dtype(directory: Path) -> Any:
+    with _open(directory) as opened:
+        return next(iter(opened.values())).dtype
+
+
+def _check(directory: Path, opened: Mapping[str, _Stored], config: Qwen3Config, names: list[str]) -> None:
+    """Refuse tensors that are not those of the config."""
+    wanted = {theirs: name for name in names for theirs in _hf_names(name, config).values()}
+    # a tied head may be written out; a reward model has no use for one
+    ignored = {"lm_head.weight"} if config.tie_word_embeddings or config.is_reward_model else set()
+    missing, extra = sorted(wanted.keys() - opened.keys()), sorted(opened.keys() - wanted.keys() - ignored)
+    if missing:
+        raise ValueError(
+            f"{directory}: {len(missing)} tensors are missing from the weights, e.g. {missing[0]}; "
+            + _advice(missing[0], "weights that have it")
+        )
+    if extra:
+        raise ValueError(
+            f"{directory}: {len(extra)} tensors are not known to this config in the weights, e.g. {extra[0]}; "
+            + _advice(extra[0], "weights without it")
+        )
+    for theirs, name in wanted.items():
+        stored, expected = opened[theirs], _hf_shape(name, config)
+        if stored.shape != expected:
+            fields = " x ".join(
+                " * ".join(SIZES[letter] for letter in group) if group != "1" else "1" for group in _hf_groups(name)
+            )
+            raise ValueError(
+                f"{stored.file}: {theirs} has shape {stored.shape}; config.json asks for {expected} ({fields}); "
+                f"is this the config of these weights?"
+            )
+
+
+def _advice(tensor: str, weights: str) -> str:
+    """What in config.json decides whether there is such a tensor."""
+    for pattern, field in {
+        r"lm_head\.": "tie_word_embeddings (and architectures)",
+        r"score\.": "architectures",
+        r"_proj\.bias": "attention_bias",
+        r"layers\.\d+\.": "num_hidden_layers",
+    }.items():
+        if re.search(pattern, tensor):
+            return f"expected {weights}, or another {field} in config.json"
+    return f"expected {weights}"
+
+
+def _check_tied(directory: Path, opened: Mapping[str, _Stored]) -> None:
+    """Refuse a written-out head that is not the embedding which config.json says it is."""
+    embed, head = opened["model.embed_tokens.weight"], opened["lm_head.weight"]
+    equal = (embed.shape, embed.dtype) == (head.shape, head.dtype)
+    step = max(1, BLOCK_BYTES // (embed.shape[1] * embed.dtype.itemsize))
+    for start in range(0, embed.shape[0] if equal else 0, step):
+        rows = slice(start, min(start + step, embed.shape[0]))
+        equal = equal and np.array_equal(embed.read(rows), head.read(rows))
+    if not equal:
+        raise ValueError(
+            f"{directory}: config.json says tie_word_embeddings, but lm_head.weight differs from "
+            f"model.embed_tokens.weight; expected tie_word_embeddings = false, or no lm_head.weight"
+        )
+
+
+@contextmanager
+def _progress(
+    directory: Path, shapes: Mapping[str, Any], shardings: Mapping[str, Any]
+) -> Iterator[Callable[[int], None]]:
+    """A bar over the bytes that this process reads into its shards; on a terminal only, and gone when done."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    total = 0
+    for name, leaf in shapes.items():
+        parts = {_ranges(None, leaf.shape)}
+        if name in shardings:
+            indices = shardings[name].addressable_devices_indices_map(leaf.shape).values()
+            parts = {_ranges(index, leaf.shape) for index in indices}
+        total += sum(math.prod(map(len, part)) for part in parts) * leaf.dtype.itemsize
+    console = Console(stderr=True)
+    columns = (TextColumn("loading {task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    hidden = not console.is_terminal or jax.process_index() > 0
+    with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
+        task = progress.add_task(str(directory.name), total=total)
+        yield lambda done: progress.advance(task, done)
 
 
 def could_be_on_hub(name: str | Path) -> bool:
@@ -225,28 +444,10 @@ def _directory(path_or_hub_id: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
-        return Path(snapshot_download(str(path_or_hub_id), allow_patterns=["*.json", "*.safetensors", "*.txt"]))
+        patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja"]  # what is pickled is not even downloaded
+        return Path(snapshot_download(str(path_or_hub_id), allow_patterns=patterns))
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
         raise FileNotFoundError(
             f"{path_or_hub_id}: no such directory here, and the Hub could not give a model of that name "
             f"({type(error).__name__}); check the spelling, or download it first where there is a network"
         ) from error
-
-
-def _tensor_files(directory: Path) -> dict[str, Path]:
-    """Which file holds each tensor."""
-    index = directory / INDEX_FILE
-    if index.is_file():
-        files = {name: directory / file for name, file in read_json(index)["weight_map"].items()}
-        for file in sorted(set(files.values())):
-            if not file.is_file():
-                raise FileNotFoundError(f"{file}: {INDEX_FILE} names this file, but it is not there")
-        return files
-    file = directory / SINGLE_FILE
-    if not file.is_file():
-        raise FileNotFoundError(f"{directory}: expected {SINGLE_FILE} or {INDEX_FILE}, found neither")
-    try:
-        with safe_open(file, framework="numpy") as opened:
-            return dict.fromkeys(opened.keys(), file)
-    except SafetensorError as error:
-        raise ValueError(f"{file}: not a readable safetensors file ({error}); was it downloaded whole?") from error

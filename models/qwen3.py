@@ -7,14 +7,17 @@
 Prompts and completions are right-padded; lengths, not token values, say where a prompt ends. A completion needs
 no mask of its own: what is padded comes after what is real, and causal attention never looks ahead.
 The layers are stacked on a leading L axis and scanned, so compile time does not grow with depth.
-Left out on purpose: dropout (Qwen3 has none), mixture of experts, sliding windows.
+Left out on purpose: dropout (Qwen3 has none), mixture of experts.
 """
 
+import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from models.attention import KeyValues, group_attention
@@ -26,6 +29,24 @@ REMAT: dict[str, Callable[..., Any] | None] = {
     "none": None,  # what autodiff keeps by itself; a checkpoint that saves everything is 2x slower on a CPU
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+# hidden_act, under Hugging Face's names
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    **dict.fromkeys(("silu", "swish"), jax.nn.silu),
+    **dict.fromkeys(("gelu", "gelu_python"), partial(jax.nn.gelu, approximate=False)),
+    **dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh"), jax.nn.gelu),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+    "relu6": jax.nn.relu6,
+    "leaky_relu": jax.nn.leaky_relu,
+    "mish": jax.nn.mish,
+    "hardswish": jax.nn.hard_swish,
+    "sigmoid": jax.nn.sigmoid,
+    "tanh": jnp.tanh,
+    "linear": lambda x: x,
 }
 
 
@@ -100,7 +121,7 @@ class Layers(nnx.Module):
         x_PGTD = constrain(self.layout, x_PGTD + y_PGTD, "prompt", "group", "sequence", "width")
 
         y_PGTD = rms_norm(x_PGTD, self.mlp_norm_LD, config.rms_norm_eps)
-        gate_PGTF = jax.nn.silu(project("pgtd,df->pgtf", y_PGTD, self.gate_LDF))
+        gate_PGTF = ACTIVATIONS[config.hidden_act](project("pgtd,df->pgtf", y_PGTD, self.gate_LDF))
         hidden_PGTF = gate_PGTF * project("pgtd,df->pgtf", y_PGTD, self.up_LDF)
         hidden_PGTF = constrain(self.layout, hidden_PGTF, "prompt", "group", "sequence", "mlp")
         x_PGTD = x_PGTD + project("pgtf,fd->pgtd", hidden_PGTF, self.down_LFD)
@@ -174,13 +195,13 @@ class Backbone(nnx.Module):
         past_length: jax.typing.ArrayLike = 0,
     ) -> tuple[jax.Array, KeyValues]:
         config = self.config
-        rotary = rotary_angles(start_P11 + jnp.arange(tokens_PGT.shape[-1]), config.head_dim, config.rope_theta)
+        rotary = rotary_angles(start_P11 + jnp.arange(tokens_PGT.shape[-1]), config)
         x_PGTD = jnp.take(self.embed_VD[...], tokens_PGT, axis=0).astype(self.dtype)
         x_PGTD = constrain(self.layout, x_PGTD, "prompt", "group", "sequence", "width")
         graphdef, stacked = nnx.split(self.layers)
 
         def body(x_PGTD: jax.Array, slices: Any) -> tuple[jax.Array, KeyValues]:
-            parameters, prefix_kv, past_kv = slices
+            parameters, prefix_kv, past_kv, window = slices
             return nnx.merge(graphdef, parameters)(
                 x_PGTD,
                 rotary,
@@ -188,9 +209,12 @@ class Backbone(nnx.Module):
                 prefix_lengths_P=prefix.lengths_P if prefix is not None else None,
                 past_PGKTE=past_kv,
                 past_length=past_length,
+                window=window,
             )
 
-        slices = (stacked, prefix.kv_LPKSE if prefix is not None else None, past_LPGKTE)
+        everything = np.iinfo(np.int32).max
+        windows_L = None if config.windows is None else jnp.array([w or everything for w in config.windows], jnp.int32)
+        slices = (stacked, prefix.kv_LPKSE if prefix is not None else None, past_LPGKTE, windows_L)
         policy = REMAT[self.remat]
         x_PGTD, own = jax.lax.scan(jax.checkpoint(body, policy=policy) if policy else body, x_PGTD, slices)
         return rms_norm(x_PGTD, self.norm_D, config.rms_norm_eps), own
@@ -228,15 +252,60 @@ def rms_norm(x: jax.Array, scale: nnx.Param, epsilon: float) -> jax.Array:
     return x32.astype(x.dtype) * scale[...].astype(x.dtype)
 
 
-def rotary_frequencies(head_dim: int, theta: float) -> jax.Array:
-    """theta^(-2i/E) for the E/2 rotary pairs; float32."""
-    return theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+def rotary_frequencies(config: Qwen3Config) -> tuple[np.ndarray, float]:
+    """The angle per position of each of the E/2 rotary pairs, and a factor on cosines and sines.
+
+        theta^(-2i/E), divided by `factor` for linear scaling; for yarn (see `yarn_frequencies`) between the two
+
+    In numpy, as transformers computes it: an accelerator's power function is less exact, and at position 40,000 one
+    unit in the last place of a frequency is a visible angle.
+    """
+    E = config.head_dim
+    wavelengths = (config.rope_theta ** (np.arange(0, E, 2, dtype=np.float32) / np.float32(E))).astype(np.float32)
+    frequencies, scaling = np.float32(1) / wavelengths, config.rope_scaling
+    if scaling is None:
+        return frequencies, 1.0
+    if scaling.rope_type == "linear":
+        return frequencies / np.float32(scaling.factor), 1.0
+    return yarn_frequencies(config, wavelengths)
 
 
-def rotary_angles(positions_PGT: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+def yarn_frequencies(config: Qwen3Config, wavelengths: np.ndarray) -> tuple[np.ndarray, float]:
+    """Frequencies and attention factor of yarn (Peng et al., https://arxiv.org/abs/2309.00071, section 3.4).
+
+    Pairs that turn more than beta_fast times within the trained length keep their frequency, those that turn less
+    than beta_slow times have it divided by `factor`, with a linear ramp over the pairs between.
+    """
+    scaling, E = config.rope_scaling, config.head_dim
+    assert scaling is not None
+    trained = scaling.original_max_position_embeddings or config.max_position_embeddings
+
+    def pair_that_turns(times: float) -> float:
+        return E * math.log(trained / (times * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+
+    def growth(weight: float) -> float:
+        return 0.1 * weight * math.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0
+
+    first, last = pair_that_turns(scaling.beta_fast or 32), pair_that_turns(scaling.beta_slow or 1)
+    if scaling.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, E - 1)
+    width = last - first if last != first else 0.001
+    ramp = np.clip((np.arange(E // 2, dtype=np.float32) - np.float32(first)) / np.float32(width), 0, 1)
+    frequencies, stretched = 1 / wavelengths, 1 / (np.float32(scaling.factor) * wavelengths)
+    factor = scaling.attention_factor
+    if factor is None and scaling.mscale and scaling.mscale_all_dim:
+        factor = growth(scaling.mscale) / growth(scaling.mscale_all_dim)
+    elif factor is None:
+        factor = growth(1)
+    return (stretched * ramp + frequencies * (1 - ramp)).astype(np.float32), factor
+
+
+def rotary_angles(positions_PGT: jax.Array, config: Qwen3Config) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines [P, G, T, 1, E/2] of position * frequency; float32."""
-    angles = positions_PGT[..., None, None].astype(jnp.float32) * rotary_frequencies(head_dim, theta)
-    return jnp.cos(angles), jnp.sin(angles)
+    frequencies, factor = rotary_frequencies(config)
+    angles = positions_PGT[..., None, None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
 def rotate(x: jax.Array, rotary: tuple[jax.Array, jax.Array]) -> jax.Array:

@@ -15,9 +15,9 @@ class Qwen3RewardModel(Backbone):
 
     def __init__(self, config: Qwen3Config, rngs: nnx.Rngs, **options: Any) -> None:
         super().__init__(config, rngs, **options)
-        value = config.initializer_range * jax.random.normal(rngs.params(), (config.hidden_size,))
-        # float32: a bfloat16 score has 8 bits; ties would be 12-50 % of groups of 8
-        self.score_D = nnx.Param(value.astype(self.embed_VD[...].dtype), axes=("width",))
+        # float32 always: a bfloat16 score has 8 bits; ties would be 12-50 % of groups of 8
+        value = config.initializer_range * jax.random.normal(rngs.params(), (config.hidden_size,), jnp.float32)
+        self.score_D = nnx.Param(value, axes=("width",))
 
     def __call__(self, tokens_BS: jax.Array, lengths_B: jax.Array) -> jax.Array:
         """float32 rewards [B] of right-padded sequences, read at their last real token."""
@@ -38,4 +38,4 @@ class Qwen3RewardModel(Backbone):
 
     def read(self, hidden: jax.Array) -> jax.Array:
         """float32 rewards [...] of hidden states [..., D]."""
-        return hidden.astype(jnp.float32) @ self.score_D[...].astype(jnp.float32)
+        return hidden.astype(jnp.float32) @ self.score_D[...]

@@ -1,74 +1,190 @@
 """Live comparison with transformers on PyTorch: `make parity`. Random networks, every option, unequal lengths."""
 
 import json
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
+from models.config import ACTIVATIONS, Qwen3Config
 from models.hf_weights import load_pretrained, save_pretrained
+from models.qwen3 import rotary_frequencies
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 
-BASE = {
-    "vocab_size": 97,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.15,
-}
-CHANGES = [
-    {},
-    {"tie_word_embeddings": True},
-    {"attention_bias": True},
-    {"head_dim": 24, "num_key_value_heads": 1},
-    {"num_key_value_heads": 4, "rms_norm_eps": 1e-3},
-    {"rope_parameters": {"rope_type": "default", "rope_theta": 5e6}},
-    {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}, "attention_bias": True},
-    {"num_hidden_layers": 1, "tie_word_embeddings": True, "hidden_size": 32},
-]
+SEEDS = range(28)
+VOCABULARY, LENGTHS = 97, np.array([40, 7, 23, 1])
 
 
-@pytest.mark.parametrize("change", CHANGES, ids=[",".join(change) or "base" for change in CHANGES])
-@pytest.mark.parametrize("reward", [False, True], ids=["policy", "reward"])
-def test_equals_transformers(change: dict, reward: bool, tmp_path: Path) -> None:
-    torch = pytest.importorskip("torch")
-    from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3ForSequenceClassification
+def draw(seed: int) -> dict[str, Any]:
+    """A config.json with random sizes, about half of whose options are off their defaults."""
+    rng = np.random.default_rng(seed)
+    heads, sharing = int(rng.choice([1, 2, 4])), int(rng.choice([1, 2, 3]))
+    layers = int(rng.integers(1, 5))
+    hf: dict[str, Any] = {
+        "model_type": "qwen3",
+        "vocab_size": VOCABULARY,
+        "hidden_size": int(rng.choice([32, 40, 48])),
+        "intermediate_size": int(rng.choice([56, 80])),
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads * sharing,
+        "num_key_value_heads": heads,
+        "head_dim": int(rng.choice([8, 16, 24])),
+        "max_position_embeddings": 64,
+        "initializer_range": 0.15,
+        "pad_token_id": 0,
+        "tie_word_embeddings": bool(rng.integers(2)),
+        "attention_bias": bool(rng.integers(2)),
+        "rms_norm_eps": float(rng.choice([1e-6, 1e-5, 1e-2])),
+        "hidden_act": str(rng.choice(["silu", "silu", *ACTIVATIONS])),
+        "dtype": str(rng.choice(["float32", "bfloat16", "float16"])),
+    }
+    rope = {"rope_type": str(rng.choice(["default", "linear", "yarn", "yarn"])), "rope_theta": 10_000.0}
+    rope["rope_theta"] = float(rng.choice([100.0, 10_000.0, 1e6, 5e6]))
+    if rope["rope_type"] != "default":
+        rope["factor"] = float(rng.choice([2.0, 4.0]))
+    if rope["rope_type"] == "yarn":
+        rope["original_max_position_embeddings"] = int(rng.choice([16, 32]))
+        optional = {"attention_factor": 1.2, "beta_fast": 8.0, "beta_slow": 2.0, "truncate": False}
+        rope |= {name: value for name, value in optional.items() if rng.integers(3) == 0}
+        if rng.integers(2):
+            rope |= {"mscale": 0.7, "mscale_all_dim": 1.3}
+    if rng.integers(2):
+        hf["rope_parameters"] = rope
+    else:
+        hf["rope_theta"] = rope.pop("rope_theta")
+        if rope["rope_type"] != "default":
+            hf["rope_scaling"] = rope
+    if rng.integers(2):
+        hf |= {"use_sliding_window": True, "sliding_window": int(rng.integers(1, 12))}
+        hf["max_window_layers"] = int(rng.integers(0, layers))
+    return hf
 
-    torch.manual_seed(len(str(change)))
-    config = Qwen3Config(**(BASE | change), pad_token_id=0, num_labels=1)
-    theirs = (Qwen3ForSequenceClassification if reward else Qwen3ForCausalLM)(config).eval()
+
+def options(hf: dict[str, Any]) -> set[str]:
+    """What in a config is not as in Qwen3Config() of transformers."""
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    found = {f"rope {rope.get('rope_type', 'default')}", f"dtype {hf['dtype']}"}
+    found |= {name for name in ("rope_parameters", "rope_theta", "tie_word_embeddings") if hf.get(name)}
+    found |= {name for name in ("attention_bias", "sliding_window", "max_window_layers") if hf.get(name)}
+    found |= {name for name in rope if name not in ("rope_type", "rope_theta", "factor")}
+    found |= {"untied"} if not hf["tie_word_embeddings"] else set()
+    found |= {"hidden_act"} if hf["hidden_act"] != "silu" else set()
+    found |= {"rms_norm_eps"} if hf["rms_norm_eps"] != 1e-6 else set()
+    found |= {"head_dim"} if hf["head_dim"] * hf["num_attention_heads"] != hf["hidden_size"] else set()
+    return found
+
+
+def test_every_option_is_drawn_at_least_three_times() -> None:
+    counts = Counter(option for seed in SEEDS for option in options(draw(seed)))
+    assert len(SEEDS) >= 24
+    expected = {"rope_theta", "rope_parameters", "rope linear", "rope yarn", "head_dim", "tie_word_embeddings"}
+    expected |= {"untied", "attention_bias", "rms_norm_eps", "hidden_act", "sliding_window", "max_window_layers"}
+    expected |= {"dtype float32", "dtype bfloat16", "dtype float16", "attention_factor", "beta_fast", "beta_slow"}
+    expected |= {"truncate", "mscale", "mscale_all_dim", "original_max_position_embeddings"}
+    assert {option: counts[option] for option in expected if counts[option] < 3} == {}
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> None:
+    """No progress bars of transformers."""
+    logging = pytest.importorskip("transformers").utils.logging
+    logging.disable_progress_bar()
+
+
+def write(hf: dict[str, Any], reward: bool, directory: Path, seed: int) -> Any:
+    """A transformers network of a config with random weights, in a directory with that very config.json."""
+    import torch
+    import transformers
+
+    kind = "Qwen3ForSequenceClassification" if reward else "Qwen3ForCausalLM"
+    hf = hf | {"architectures": [kind]} | ({"id2label": {"0": "LABEL_0"}} if reward else {})
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(hf))
+    torch.manual_seed(seed)
+    network = getattr(transformers, kind)(transformers.AutoConfig.from_pretrained(directory))
     with torch.no_grad():
-        for name, parameter in theirs.named_parameters():  # norms and biases start at 1 and 0: move them
+        for name, parameter in network.named_parameters():  # norms and biases start at 1 and 0: move them
             if "norm" in name or "bias" in name:
                 parameter.add_(0.3 * torch.randn_like(parameter))
-    theirs.save_pretrained(tmp_path / "theirs")
-    tokens_BS = np.random.default_rng(0).integers(1, 97, (4, 20))
-    lengths_B = np.array([20, 7, 13, 1])
-    mask_BS = np.arange(20) < lengths_B[:, None]
-    tokens_BS = np.where(mask_BS, tokens_BS, 0)
+    network.to(getattr(torch, hf["dtype"])).save_pretrained(directory)
+    (directory / "config.json").write_text(json.dumps(hf))  # not as transformers would write it
+    return getattr(transformers, kind)
 
-    def answers(model: torch.nn.Module) -> np.ndarray:
-        with torch.no_grad():
-            out = model(torch.tensor(tokens_BS), attention_mask=torch.tensor(mask_BS.astype(int)))
-        return out.logits.numpy()
 
-    ours = load_pretrained(tmp_path / "theirs")
-    found = np.asarray(jax.jit(lambda model, *arrays: model(*arrays))(ours, tokens_BS, lengths_B))
-    expected = answers(theirs)
-    if reward:
-        np.testing.assert_allclose(found, expected[:, 0], atol=1e-4)
-    else:
-        np.testing.assert_allclose(found[mask_BS], expected[mask_BS], atol=1e-4)
+def theirs(network: Any, directory: Path, dtype: str, tokens_BS: np.ndarray, mask_BS: np.ndarray) -> np.ndarray:
+    import torch
 
-    save_pretrained(ours, tmp_path / "ours", max_shard_bytes=50_000)
-    again = type(theirs).from_pretrained(tmp_path / "ours").eval()
-    np.testing.assert_array_equal(
-        answers(again)[mask_BS[:, 0] if reward else mask_BS], expected[mask_BS[:, 0] if reward else mask_BS]
-    )
-    assert json.loads((tmp_path / "ours" / "config.json").read_text())["model_type"] == "qwen3"
+    model = network.from_pretrained(directory, dtype=getattr(torch, dtype), attn_implementation="eager").eval()
+    with torch.no_grad():
+        out = model(torch.tensor(tokens_BS), attention_mask=torch.tensor(mask_BS.astype(int)))
+    return out.logits.float().numpy()
+
+
+def ours(directory: Path, dtype: str, tokens_BS: np.ndarray) -> np.ndarray:
+    model = load_pretrained(directory, dtype=dtype)
+    return np.asarray(jax.jit(lambda model, *arrays: model(*arrays))(model, tokens_BS, LENGTHS))
+
+
+def rms(values: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(np.square(values))))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("reward", [False, True], ids=["policy", "reward"])
+def test_equals_transformers(seed: int, reward: bool, tmp_path: Path) -> None:
+    """float32: within 1e-4, padded right or left. bfloat16: as far from float32 as transformers' own bfloat16 is.
+
+    Two bfloat16 networks with independent roundings, each at a root mean square error e from the float32 one, are
+    sqrt(2) e apart: both e (times 1.5, for the few numbers there are) and that are the bounds.
+    """
+    pytest.importorskip("torch")
+    hf = draw(seed)
+    network = write(hf, reward, tmp_path / "theirs", seed)
+    rng = np.random.default_rng(seed)
+    S = LENGTHS.max()
+    mask_BS = np.arange(S) < LENGTHS[:, None]
+    tokens_BS = np.where(mask_BS, rng.integers(1, VOCABULARY, mask_BS.shape), 0)
+
+    def real(answers: np.ndarray) -> np.ndarray:
+        return answers.reshape(-1) if reward else answers[mask_BS]
+
+    exact = real(theirs(network, tmp_path / "theirs", "float32", tokens_BS, mask_BS))
+    np.testing.assert_allclose(real(ours(tmp_path / "theirs", "float32", tokens_BS)), exact, atol=1e-4, rtol=0)
+    shifted = (np.arange(S) - (S - LENGTHS)[:, None]) % S
+    left_BS, left_mask_BS = (np.take_along_axis(x, shifted, 1) for x in (tokens_BS, mask_BS))
+    left = theirs(network, tmp_path / "theirs", "float32", left_BS, left_mask_BS)
+    left = left.reshape(-1) if reward else left[left_mask_BS]
+    np.testing.assert_allclose(left, exact, atol=1e-4, rtol=0)
+
+    their_error = real(theirs(network, tmp_path / "theirs", "bfloat16", tokens_BS, mask_BS)) - exact
+    our_error = real(ours(tmp_path / "theirs", "bfloat16", tokens_BS)) - exact
+    print(f"bfloat16 error of {rms(exact):.3f}: ours {rms(our_error):.5f}, theirs {rms(their_error):.5f}")
+    assert rms(our_error) <= 1.5 * rms(their_error) + (0.01 * rms(exact) if reward else 0)
+    assert rms(our_error - their_error) <= 1.5 * 2**0.5 * rms(their_error) + (0.01 * rms(exact) if reward else 0)
+
+    save_pretrained(load_pretrained(tmp_path / "theirs"), tmp_path / "ours", max_shard_bytes=50_000)
+    again = theirs(network, tmp_path / "ours", "float32", tokens_BS, mask_BS)
+    np.testing.assert_array_equal(real(again), exact)
+
+
+@pytest.mark.parametrize("seed", [seed for seed in SEEDS if "factor" in str(draw(seed))][:6])
+def test_rotary_frequencies_equal_transformers(seed: int, tmp_path: Path) -> None:
+    """Up to two units in the last place, by which two power functions differ; at positions of 10^5 too."""
+    torch = pytest.importorskip("torch")
+    from transformers import AutoConfig
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
+
+    hf, ulps = draw(seed) | {"max_position_embeddings": 131_072}, 2**-22
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    rotary = Qwen3RotaryEmbedding(AutoConfig.from_pretrained(tmp_path))
+    frequencies, factor = rotary_frequencies(Qwen3Config.from_hf(hf))
+    np.testing.assert_allclose(frequencies, rotary.inv_freq.numpy(), rtol=ulps)
+    positions = np.array([[0, 1, 1000, 40_000, 131_071]])
+    cosine, _ = rotary(torch.zeros(1), torch.tensor(positions))
+    angles = positions[..., None].astype(np.float32) * frequencies
+    wrong = np.abs(np.cos(angles) * factor - cosine.numpy()[..., : hf["head_dim"] // 2])
+    assert (wrong <= factor * (1e-6 + angles * ulps)).all()
