@@ -8,15 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from models.checkpoint import FOLDER, find, load_model
+from models.checkpoint import FOLDER, about, exact_name, load_model
 from models.generate import Generator
 from models.hf_weights import split
 from models.qwen3 import Qwen3
 from models.tokenizer import Tokenizer, tokenizer_path
 from train import state as training
-from train.config import MeshConfig, parse
+from train.config import ChatConfig, MeshConfig, parse
 from train.metrics import console, setup_errors, write_jsonl
-from train.prompts import Row, fitting, load_rows
+from train.prompts import Row, conversations, fitting, load_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class GenerateConfig:
     batch_prompts: int = 64  # prompts at a time; changes no token
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
-    enable_thinking: bool = False  # of the chat template
+    chat: ChatConfig | None = None  # default: the run's own; for a model directory, ChatConfig's
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self) -> None:
@@ -62,8 +62,9 @@ def generate(config: GenerateConfig) -> list[Row]:
     """
     with setup_errors():
         layout = training.make_layout_for(config.mesh, config.batch_prompts)
-        tokenizer = Tokenizer(tokenizer_path(config.checkpoint), config.enable_thinking)
-        prompts = load_prompts(config, tokenizer)
+        chat = config.chat or trained_chat(config.checkpoint)
+        tokenizer = Tokenizer(tokenizer_path(config.checkpoint), chat.enable_thinking)
+        prompts = load_prompts(config, tokenizer, chat)
         model = load_model(config.checkpoint, mesh=layout, dtype=config.dtype)
         if not isinstance(model, Qwen3):
             raise ValueError(f"{config.checkpoint}: expected a policy, got a reward model")
@@ -102,18 +103,19 @@ def generate(config: GenerateConfig) -> list[Row]:
     return rows
 
 
-def load_prompts(config: GenerateConfig, tokenizer: Tokenizer) -> dict[int, Any]:
+def trained_chat(checkpoint: str) -> ChatConfig:
+    """How the prompts of a run were rendered."""
+    if not (Path(checkpoint.partition("@")[0]) / FOLDER).is_dir():
+        return ChatConfig()
+    return ChatConfig(**about(checkpoint)["run"].get("chat", {}))
+
+
+def load_prompts(config: GenerateConfig, tokenizer: Tokenizer, chat: ChatConfig) -> dict[int, Any]:
     """The prompts that fit, by their row's number in the data."""
-    rows = load_rows(config.data, config.split)[: config.limit]
+    rows = conversations(load_rows(config.data, config.split)[: config.limit], config.data, config.prompt_column, chat)
     fit = fitting(rows, config.data, config.prompt_column, tokenizer, config.max_prompt_length)
     kept = {i: rows[i][config.prompt_column] for i in fit}
     if len(kept) < len(rows):
         longer = f"longer than {config.max_prompt_length} tokens"
         console.print(f"{config.data}: {len(rows) - len(kept)} of {len(rows)} prompts left out, {longer}")
     return kept
-
-
-def exact_name(checkpoint: str) -> str:
-    """RUN@STEP of a run, of which the newest step is meant when none is named; else the name itself."""
-    run = Path(checkpoint.partition("@")[0])
-    return "{}@{}".format(*find(checkpoint)) if (run / FOLDER).is_dir() else checkpoint

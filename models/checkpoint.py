@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from jax.sharding import Mesh
 
-from models.config import Qwen3Config
+from models.config import Qwen3Config, read_config
 from models.hf_weights import abstract_model, as_layout, could_be_on_hub, load_pretrained, split
 from models.qwen3 import Backbone
 from models.sharding import Layout, parameter_shardings
@@ -76,6 +76,12 @@ def find(checkpoint: str | Path) -> tuple[Path, int]:
     return Path(run), int(wanted)
 
 
+def exact_name(checkpoint: str) -> str:
+    """RUN@STEP of a run, of which the newest step is meant when none is named; else the name itself."""
+    run = Path(checkpoint.partition("@")[0])
+    return "{}@{}".format(*find(checkpoint)) if (run / FOLDER).is_dir() else checkpoint
+
+
 def about(checkpoint: str | Path) -> dict[str, Any]:
     """What a checkpoint says of itself: {"model": ..., "run": ...}."""
     return _restore(*find(checkpoint), about=ocp.args.JsonRestore())["about"]
@@ -91,9 +97,8 @@ def _restore(run: Path, step: int, **items: Any) -> Any:
 
 
 def _stored_dtype(run: Path, step: int) -> Any:
-    with ocp.StandardCheckpointer() as checkpointer:
-        metadata = checkpointer.metadata((run / FOLDER / str(step) / "params").absolute())
-    return metadata.item_metadata["embed_VD"].dtype
+    directory = (run / FOLDER / str(step) / "params").absolute()
+    return ocp.StandardCheckpointHandler().metadata(directory)["embed_VD"].dtype
 
 
 def check(path: str | Path) -> None:
@@ -101,6 +106,7 @@ def check(path: str | Path) -> None:
 
     Raises:
       FileNotFoundError: see above.
+      ValueError: a config.json that is not supported.
     """
     run = Path(str(path).partition("@")[0])
     if (run / FOLDER).is_dir():
@@ -109,7 +115,9 @@ def check(path: str | Path) -> None:
     expected = f"a run directory with {FOLDER}/STEP in it, or a Hugging Face model directory with a config.json"
     if run.is_dir() and (run != Path(path) or not (run / "config.json").is_file()):
         raise FileNotFoundError(f"{path}: not a checkpoint; expected {expected}")
-    if not run.is_dir() and (run != Path(path) or not could_be_on_hub(path)):
+    if run.is_dir():
+        read_config(run)
+    elif run != Path(path) or not could_be_on_hub(path):
         raise FileNotFoundError(f"{path}: no such directory; expected {expected}")
 
 

@@ -7,6 +7,7 @@ of ours is that, unfolded and transposed, layer by layer. Nothing is unpickled, 
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -179,6 +180,7 @@ def save_pretrained(
             for theirs, (name, layer) in shard.items()
         }
         save_file(tensors, directory / file, metadata={"format": "pt"})
+        shutil.copymode(directory / "config.json", directory / file)  # safetensors makes it the owner's alone
     if len(shards) > 1:
         weight_map = {theirs: file for file, shard in zip(files, shards, strict=True) for theirs in shard}
         index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}

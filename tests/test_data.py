@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ import yaml
 from scipy.stats import spearmanr
 
 from models.tokenizer import Tokenizer
-from train.config import DataConfig, PolicyConfig, RewardSpec, SupervisedConfig, parse, resolved
+from train import reward_model, sft
+from train.config import ChatConfig, DataConfig, PolicyConfig, RewardSpec, SupervisedConfig, parse, resolved
 from train.metrics import divide, read_metrics, rollout_metrics, write_jsonl
-from train.prompts import Prompts, load_rows, require_columns, shuffled
+from train.prompts import Prompts, as_chat, conversations, load_rows, require_columns, shuffled
 from train.reward_model import prompt_and_answer
 
 # Order
@@ -248,3 +250,71 @@ def test_every_form_of_a_comparison_is_the_same_conversation(side: str) -> None:
     assert prompt_and_answer({side: [asked, answer]}, side) == expected
     assert prompt_and_answer({"prompt": "Why?", side: "So."}, side) == ("Why?", "So.")
     assert prompt_and_answer({side: "So."}, side) == ("", "So.")
+
+
+# Chats
+
+ASKED = [{"role": "user", "content": "Good food?"}]
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+def test_a_system_prompt_or_none_and_text_in_a_users_message() -> None:
+    assert as_chat("text", ChatConfig(), "f") == "text"
+    assert as_chat("text", ChatConfig(text_as_chat=True), "f") == [{"role": "user", "content": "text"}]
+    assert as_chat(ASKED, ChatConfig(), "f") == ASKED
+    assert as_chat(ASKED, ChatConfig(system_prompt="Be brief."), "f") == [SYSTEM, *ASKED]
+    empty = as_chat("text", ChatConfig(system_prompt="", text_as_chat=True), "f")
+    assert empty == [{"role": "system", "content": ""}, {"role": "user", "content": "text"}]
+    assert as_chat([SYSTEM, *ASKED], ChatConfig(text_as_chat=True), "f") == [SYSTEM, *ASKED]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "named"), [("text", "row 3: chat.system_prompt .* plain text"), ([SYSTEM, *ASKED], "row 3: .*their own")]
+)
+def test_a_system_prompt_that_has_no_place_is_refused(prompt: Any, named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        conversations([{"x": ASKED}, {"x": ASKED}, {"x": prompt}], "file", "x", ChatConfig(system_prompt="Be brief."))
+
+
+@pytest.fixture
+def chatty(tiny_tokenizer_dir: Path, tmp_path: Path) -> Tokenizer:
+    """The tiny tokenizer with a chat template."""
+    shutil.copytree(tiny_tokenizer_dir, tmp_path / "chatty")
+    template = "{% for m in messages %}{{ m.role }}:{{ m.content }}<|im_end|>{% endfor %}"
+    template += "{% if add_generation_prompt %}assistant:{% if enable_thinking %}hm{% endif %}{% endif %}"
+    (tmp_path / "chatty" / "chat_template.jinja").write_text(template)
+    return Tokenizer(tmp_path / "chatty")
+
+
+def test_all_programs_see_the_same_conversation(
+    chatty: Tokenizer, tmp_path: Path, policy_config: Callable[..., PolicyConfig]
+) -> None:
+    """The policy's prompt, what it learns in SFT, and what the reward model is trained on begin alike."""
+    chat = ChatConfig(system_prompt="Be brief.", text_as_chat=True)
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"prompt": "Good food?"}) + "\n")
+    config = policy_config(tmp_path, chat=chat, max_prompt_length=64, data=DataConfig(train=str(file)))
+    prompts = Prompts(str(file), "train", config, chatty)
+    (prompt,) = prompts.prompts(prompts.rows)
+    assert prompt == [SYSTEM, *ASKED]
+    asked = "system:Be brief.<|im_end|>user:Good food?<|im_end|>"
+    assert chatty.render(prompt) == asked + "assistant:"
+    row = {"prompt": "Good food?", "completion": "Yes<|im_end|>", "chosen": "Yes", "rejected": "No", "margin": 0.5}
+    ((ids, learned_from),) = sft.encode([row], chatty, "file", chat)
+    assert chatty.encode([asked + "assistant:"]) == [ids[:learned_from]]
+    assert ids.count(chatty.eos_ids[0]) == 3, "the template's two and the one that is learned"
+    assert chatty.hf.decode(ids[learned_from:]) == "Yes<|im_end|><|im_end|>"
+    ((chosen, rejected, margin),) = reward_model.encode([row], chatty, "file", chat)
+    assert chatty.hf.decode(chosen) == asked + "assistant:Yes<|im_end|>" and margin == 0.5
+    assert chatty.hf.decode(rejected) == asked + "assistant:No<|im_end|>"
+
+
+def test_text_that_is_learned_whole_has_no_system_prompt(chatty: Tokenizer) -> None:
+    with pytest.raises(ValueError, match="the column 'text' is learned as it is"):
+        sft.encode([{"text": "Good food."}], chatty, "file", ChatConfig(system_prompt="Be brief."))
+
+
+def test_whole_texts_of_a_comparison_keep_their_special_tokens(chatty: Tokenizer) -> None:
+    row = {"chosen": "user:Q<|im_end|>assistant:A<|im_end|>", "rejected": "user:Q<|im_end|>assistant:B<|im_end|>"}
+    ((chosen, _, _),) = reward_model.encode([row], chatty, "file", ChatConfig())
+    assert chosen.count(chatty.eos_ids[0]) == 2

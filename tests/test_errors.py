@@ -390,6 +390,18 @@ def _reconfigure(**changes: Any) -> Callable[[Path], None]:
     return change
 
 
+def test_a_reward_model_that_cannot_read_the_prompts(door: Door, tiny_policy_dir: Path) -> None:
+    policy = door.here / "chatty"
+    shutil.copytree(tiny_policy_dir, policy)
+    (policy / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    door.set({"model.path": str(policy), "chat.text_as_chat": True})
+    assert "this tokenizer has no chat template" in door.run()
+    door.set(
+        {"model.path": "{policy}", "chat.text_as_chat": False, "rewards": [{"model": "{reward}", "max_length": 2}]}
+    )
+    assert "more than its max_length = 2, so nothing could be scored" in door.run()
+
+
 @pytest.mark.parametrize(
     ("file", "break_it", "message"),
     [
@@ -398,8 +410,9 @@ def _reconfigure(**changes: Any) -> Callable[[Path], None]:
         ("config.json", Path.unlink, "not a checkpoint"),
         ("config.json", _cut, "config.json"),
         ("config.json", _reconfigure(model_type="llama"), "model_type = 'llama' is not supported"),
-        ("config.json", _reconfigure(intermediate_size=65), "which does not fit"),
-        ("config.json", _reconfigure(num_hidden_layers=3), "tensors are missing from the weights"),
+        ("config.json", _reconfigure(intermediate_size=65), "config.json asks for"),
+        ("config.json", _reconfigure(num_hidden_layers=3), "layer_types: expected num_hidden_layers = 3 entries"),
+        ("config.json", _reconfigure(num_hidden_layers=3, layer_types=None), "tensors are missing from the weights"),
         ("tokenizer.json", _cut, "no Hugging Face tokenizer could be read there"),
     ],
 )

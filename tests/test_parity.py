@@ -9,9 +9,12 @@ import jax
 import numpy as np
 import pytest
 
+from models.checkpoint import Checkpoints
 from models.config import ACTIVATIONS, Qwen3Config
-from models.hf_weights import load_pretrained, save_pretrained
+from models.hf_weights import INDEX_FILE, load_pretrained, save_pretrained, split
 from models.qwen3 import rotary_frequencies
+from models.tokenizer import train_bpe
+from train.__main__ import main
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 
@@ -169,6 +172,28 @@ def test_equals_transformers(seed: int, reward: bool, tmp_path: Path) -> None:
     save_pretrained(load_pretrained(tmp_path / "theirs"), tmp_path / "ours", max_shard_bytes=50_000)
     again = theirs(network, tmp_path / "ours", "float32", tokens_BS, mask_BS)
     np.testing.assert_array_equal(real(again), exact)
+
+
+@pytest.mark.parametrize("reward", [False, True], ids=["policy", "reward"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("size", ["5GB", "20KB"], ids=["one file", "sharded"])
+def test_an_exported_run_loads_in_transformers_with_the_same_logits(
+    reward: bool, tied: bool, size: str, tmp_path: Path
+) -> None:
+    """Hugging Face -> Orbax -> `train export` -> transformers, in the dtype it came in."""
+    pytest.importorskip("torch")
+    hf = draw(3) | {"tie_word_embeddings": tied, "dtype": "bfloat16", "vocab_size": 300}
+    network = write(hf, reward, tmp_path / "theirs", 3)
+    model, run = load_pretrained(tmp_path / "theirs", dtype="auto"), tmp_path / "run"
+    checkpoints = Checkpoints(run)
+    checkpoints.save(1, split(model)[1], {"step": np.zeros(())}, {"model": model.config.to_hf(), "run": {}})
+    checkpoints.close()
+    train_bpe(["some text"], run / "tokenizer", 260)
+    assert main(["export", "--checkpoint", str(run), "--out", str(tmp_path / "out"), "--max_shard_size", size]) == 0
+    assert (tmp_path / "out" / INDEX_FILE).is_file() == (size == "20KB")
+    tokens_BS, mask_BS = np.arange(1, 41).reshape(1, -1), np.ones((1, 40), bool)
+    before, after = (theirs(network, tmp_path / name, "bfloat16", tokens_BS, mask_BS) for name in ("theirs", "out"))
+    np.testing.assert_array_equal(after, before)
 
 
 @pytest.mark.parametrize("seed", [seed for seed in SEEDS if "factor" in str(draw(seed))][:6])

@@ -167,7 +167,8 @@ def test_a_reward_that_scores_nothing_has_no_metrics(define: Callable[..., str])
     rewards_PG, metrics = Rewards([RewardSpec(function=f"{module}.none")], None, "float32").score(
         ["p"] * 2, [["c"] * G] * 2, {}
     )
-    assert np.isnan(rewards_PG).all() and all(math.isnan(value) for value in metrics.values())
+    assert np.isnan(rewards_PG).all() and metrics.pop("rewards/none/unscorable") == 2 * G
+    assert metrics and all(math.isnan(value) for value in metrics.values())
 
 
 def test_a_reward_model_and_a_function_add_up(
@@ -179,9 +180,10 @@ def test_a_reward_model_and_a_function_add_up(
         RewardSpec(function=f"{module}.letters", weight=0.1),
     ]
     rewards_PG, metrics = Rewards(specs, None, "float32").score(PROMPTS, COMPLETIONS, {})
+    kinds = ("mean", "std", "unscorable")
     letters_PG = np.array([[len(text) for text in texts] for texts in COMPLETIONS])
     np.testing.assert_allclose(rewards_PG, scorer(PROMPTS, COMPLETIONS) + 0.1 * letters_PG, atol=1e-5)
-    assert metrics.keys() == {f"rewards/{name}/{what}" for name in ("model", "letters") for what in ("mean", "std")}
+    assert metrics.keys() == {f"rewards/{name}/{what}" for name in ("model", "letters") for what in kinds}
 
 
 def test_a_function_gets_prompts_completions_and_the_columns_it_names(define: Callable[..., str]) -> None:

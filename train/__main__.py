@@ -1,27 +1,34 @@
-"""`python -m train {sft,reward,policy} --config FILE [--key value ...]`."""
+"""`python -m train {sft,reward,policy} --config FILE [--key value ...]`, and `python -m train export`."""
 
 import sys
 from collections.abc import Callable
 from typing import Any
 
-from train.config import PolicyConfig, RewardModelConfig, SupervisedConfig, parse
+from train.config import ExportConfig, PolicyConfig, RewardModelConfig, SupervisedConfig, parse
 
-USAGE = """usage: python -m train {sft,reward,policy} --config FILE [--key value ...]
+USAGE = """usage: python -m train {sft,reward,policy} --config FILE [--key value ...] [--show [N]]
+       python -m train export --checkpoint RUN[@STEP] --out DIR
 
   sft      supervised fine-tuning of a policy
   reward   a reward model from comparisons (Bradley-Terry)
   policy   GOPO, GRPO and their relatives against one or more rewards
+  export   a Hugging Face directory of a policy or a reward model
 
-  --print_config shows every setting; --help explains them. Started again, a run goes on where it was."""
+  --print_config shows every setting; --help explains them. Started again, a run goes on where it was.
+  --show prints the first N (3) prompts with the token ids that the models see, and trains nothing."""
 
 
 def main(arguments: list[str]) -> int:
     kinds: dict[str, type[Any]] = {"sft": SupervisedConfig, "reward": RewardModelConfig, "policy": PolicyConfig}
+    kinds |= {"export": ExportConfig}
     if not arguments or arguments[0] not in kinds:
         print(USAGE, file=sys.stderr)
         return 0 if arguments and arguments[0] in ("-h", "--help") else 2
     command, *rest = arguments
     try:
+        count = 0
+        if command in ("sft", "reward", "policy"):
+            rest, count = take_show(rest)
         config = parse(kinds[command], rest, f"python -m train {command}")
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -31,11 +38,37 @@ def main(arguments: list[str]) -> int:
 
     enable_compile_cache()
     try:
-        program(command)(config)
+        if count:
+            from train.show import show
+
+            show(config, count)
+        else:
+            program(command)(config)
     except SetupError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def take_show(arguments: list[str]) -> tuple[list[str], int]:
+    """The other arguments, and N of `--show [N]` or `--show=N`; 0 without it.
+
+    Raises:
+      ValueError: N is not a number of at least 1.
+    """
+    others, count, rest = [], 0, list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        key, equals, value = argument.partition("=")
+        if key != "--show":
+            others.append(argument)
+            continue
+        if not equals:
+            value = rest.pop(0) if rest and not rest[0].startswith("--") else "3"
+        if not value.isdigit() or int(value) < 1:
+            raise ValueError(f"--show: expected how many prompts, at least 1, got {value!r}")
+        count = int(value)
+    return others, count
 
 
 def program(command: str) -> Callable[[Any], None]:
@@ -48,6 +81,10 @@ def program(command: str) -> Callable[[Any], None]:
         from train.reward_model import train_reward_model
 
         return train_reward_model
+    if command == "export":
+        from train.export import export
+
+        return export
     from train.loop import train_policy
 
     return train_policy

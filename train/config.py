@@ -6,6 +6,7 @@
 import dataclasses
 import difflib
 import inspect
+import re
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +27,6 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation
     param_dtype: Literal["float32", "bfloat16"] = "float32"  # of the parameters and the optimizer state
     remat: Literal["none", "dots", "full"] = "full"  # what the backward pass recomputes
-    enable_thinking: bool = False  # of the chat template
 
     def __post_init__(self) -> None:
         if (self.path is None) == (self.architecture is None):
@@ -37,6 +37,15 @@ class ModelConfig:
     @property
     def tokenizer_path(self) -> str:
         return self.tokenizer or tokenizer_path(str(self.path))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatConfig:
+    """How prompts are rendered for the policy; a reward model reads the same messages by its own template."""
+
+    system_prompt: str | None = None  # before the messages; null: none at all, which is not ""
+    text_as_chat: bool = False  # a prompt that is plain text becomes a user's message
+    enable_thinking: bool = False  # of the chat template
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +106,7 @@ class RunConfig:
     data: DataConfig
     max_steps: int
     seed: int = 0
+    chat: ChatConfig = field(default_factory=ChatConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -140,7 +150,7 @@ class RewardSpec:
     function: str | None = None  # dotted path of f(prompts, completions, **columns) -> list[float | None]
     weight: float = 1.0
     name: str | None = None  # in the metrics; default: the model's or function's last part
-    max_length: int = 4096  # of prompt and completion together, in the reward model's tokens
+    max_length: int = 4096  # of prompt and completion, in the reward model's tokens; longer: unscorable, counted
     batch_prompts: int = 32  # prompts scored at a time
 
     def __post_init__(self) -> None:
@@ -229,6 +239,27 @@ class PolicyConfig(RunConfig):
         labels = [spec.label for spec in self.rewards]
         if len(set(labels)) < len(labels):
             raise ValueError(f"rewards: names must differ, got {labels}; set rewards[i].name")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """`train export`."""
+
+    checkpoint: str  # a run (its newest step) or RUN@STEP; a Hugging Face directory or Hub name works too
+    out: str  # a directory that is not there yet, or empty
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the written weights; auto: as they are stored
+    max_shard_size: str = "5GB"  # weights above this are split over several files
+
+    def __post_init__(self) -> None:
+        _ = self.max_shard_bytes
+
+    @property
+    def max_shard_bytes(self) -> int:
+        match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(GB|MB|KB|)", self.max_shard_size.strip(), re.IGNORECASE)
+        size = float(match[1]) * {"GB": 1e9, "MB": 1e6, "KB": 1e3, "": 1}[match[2].upper()] if match else 0
+        if size < 1:
+            raise ValueError(f"max_shard_size: expected a size such as 5GB or 500MB, got {self.max_shard_size!r}")
+        return int(size)
 
 
 def parse(kind: type[Any], arguments: list[str], program: str = "python -m train") -> Any:

@@ -55,12 +55,13 @@ def train_policy(config: PolicyConfig) -> None:
         batches = (config.prompts_per_step, config.microbatch_prompts, config.validation.batch_prompts)
         groups = (config.num_generations, config.validation.num_generations)
         layout = training.make_layout_for(config.mesh, *batches, *scored_at_a_time, groups=groups)
-        tokenizer = training.make_tokenizer(config.model)
+        tokenizer = training.make_tokenizer(config.model, config.chat)
         prompts = Prompts(config.data.train, config.data.split, config, tokenizer)
         validation = Prompts(
             config.data.validation or config.data.train, config.data.validation_split, config, tokenizer
         )
         rewards = Rewards(config.rewards, layout, config.model.dtype)
+        rewards.check(prompts.prompts(prompts.rows[:1])[0])
         advantages = jax.jit(partial(ADVANTAGES[config.advantage], **config.advantage_options))
         advantages(np.zeros((1, config.num_generations)))  # a wrong option is refused here
         graphdef, params = split(model := training.make_model(config.model, layout, config.seed, tokenizer))

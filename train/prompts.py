@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from models.tokenizer import Prompt, Tokenizer
-from train.config import PolicyConfig
+from models.tokenizer import Prompt, Tokenizer, check_messages
+from train.config import ChatConfig, PolicyConfig
 
 Row = dict[str, Any]
 
@@ -46,17 +46,40 @@ def require_columns(rows: Sequence[Row], source: str, *columns: str) -> None:
                     f"{source}: row {number} has no {column!r}; its columns are {', '.join(row) or '(none)'}; "
                     f"name the right one in the config or mend the row"
                 )
-            if not _is_text(row[column]):
-                raise ValueError(
-                    f"{source}: row {number}: {column!r}: expected text or a list of chat messages with role and "
-                    f"content, got {str(row[column])[:60]!r}"
-                )
+            if not isinstance(row[column], str):
+                try:
+                    check_messages(row[column])
+                except ValueError as error:
+                    raise ValueError(f"{source}: row {number}: {column!r}: {error}") from error
 
 
-def _is_text(value: Any) -> bool:
-    messages = value if isinstance(value, list) else []
-    good = [isinstance(message, dict) and {"role", "content"} <= message.keys() for message in messages]
-    return isinstance(value, str) or (bool(good) and all(good))
+def as_chat(prompt: Prompt, chat: ChatConfig, where: str) -> Prompt:
+    """The prompt as it is asked: text in a user's message if that is wanted, the system prompt before it.
+
+    Raises:
+      ValueError: a system prompt for plain text, or for messages that have one.
+    """
+    if isinstance(prompt, str) and chat.text_as_chat:
+        prompt = [{"role": "user", "content": prompt}]
+    if chat.system_prompt is None:
+        return prompt
+    if isinstance(prompt, str):
+        raise ValueError(
+            f"{where}: chat.system_prompt is set, but this is plain text; expected chat messages, or "
+            f"chat.text_as_chat: true"
+        )
+    if any(message["role"] == "system" for message in prompt):
+        raise ValueError(
+            f"{where}: chat.system_prompt is set, but the messages have a system message of their own; expected one "
+            f"of them; set chat.system_prompt: null or take it out of the data"
+        )
+    return [{"role": "system", "content": chat.system_prompt}, *prompt]
+
+
+def conversations(rows: Sequence[Row], source: str, column: str, chat: ChatConfig) -> list[Row]:
+    """The rows with the column's prompts as they are asked, see `as_chat`."""
+    require_columns(rows, source, column)
+    return [row | {column: as_chat(row[column], chat, f"{source}: row {i}")} for i, row in enumerate(rows, 1)]
 
 
 def shuffled(size: int, count: int, seed: int, step: int) -> list[int]:
@@ -70,10 +93,9 @@ def fitting(rows: Sequence[Row], source: str, column: str, tokenizer: Tokenizer,
     """The numbers of the rows whose rendered prompt has 1 to max_length tokens.
 
     Raises:
-      ValueError: a row without a prompt, or none that fits.
+      ValueError: no prompt fits.
     """
-    require_columns(rows, source, column)
-    lengths = [len(ids) for ids in tokenizer.encode([tokenizer.render(row[column]) for row in rows])]
+    lengths = [len(ids) for ids in tokenizer.prompt_ids([row[column] for row in rows])]
     kept = [i for i, length in enumerate(lengths) if 0 < length <= max_length]
     if not kept:
         raise ValueError(
@@ -88,7 +110,7 @@ class Prompts:
 
     def __init__(self, source: str, split: str, config: PolicyConfig, tokenizer: Tokenizer) -> None:
         column, max_length = config.data.prompt_column, config.max_prompt_length
-        rows = load_rows(source, split)
+        rows = conversations(load_rows(source, split), source, column, config.chat)
         self.rows = [rows[i] for i in fitting(rows, source, column, tokenizer, max_length)]
         self.too_long = len(rows) - len(self.rows)
         self.column, self.source = column, source

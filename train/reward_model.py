@@ -16,8 +16,8 @@ from gopo_jax import preference_loss
 from gopo_jax.losses import Metrics
 from models.config import REWARD_MODEL
 from models.tokenizer import Prompt, Tokenizer, pad
-from train.config import RewardModelConfig
-from train.prompts import Row, require_columns
+from train.config import ChatConfig, RewardModelConfig
+from train.prompts import Row, as_chat, require_columns
 from train.supervised import Batch, Task, train_supervised
 
 Example = tuple[list[int], list[int], float]  # chosen, rejected, margin
@@ -31,12 +31,13 @@ def train_reward_model(config: RewardModelConfig) -> None:
     train_supervised(config, task)
 
 
-def encode(rows: Sequence[Row], tokenizer: Tokenizer, source: str) -> list[Example]:
+def encode(rows: Sequence[Row], tokenizer: Tokenizer, source: str, chat: ChatConfig) -> list[Example]:
     require_columns(rows, source, "chosen", "rejected")
-    sides = [
-        tokenizer.encode([tokenizer.render_conversation(*prompt_and_answer(row, side)) for row in rows])
-        for side in ("chosen", "rejected")
-    ]
+    sides = []
+    for side in ("chosen", "rejected"):
+        pairs = [prompt_and_answer(row, side) for row in rows]
+        prompts = [as_chat(prompt, chat, f"{source}: row {i}") for i, (prompt, _) in enumerate(pairs, 1)]
+        sides.append(tokenizer.conversation_ids(prompts, [answer for _, answer in pairs]))
     margins = [float(row.get("margin") or 0.0) for row in rows]
     return list(zip(*sides, margins, strict=True))
 

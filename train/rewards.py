@@ -43,16 +43,32 @@ class Rewards:
             for spec in specs
         }
 
+    def check(self, prompt: Prompt) -> None:
+        """Refuse, before anything is drawn, reward models that cannot read such a prompt.
+
+        Raises:
+          ValueError: no chat template for chat messages, or no room for a single token of a completion.
+        """
+        for name, scorer in self.scorers.items():
+            if isinstance(scorer, RewardModelScorer):
+                length = len(scorer.tokenizer.conversation_ids([prompt], ["."])[0])
+                if length > scorer.max_length:
+                    raise ValueError(
+                        f"rewards: {name}: a prompt and the completion '.' are {length} tokens of its tokenizer, more "
+                        f"than its max_length = {scorer.max_length}, so nothing could be scored; raise it"
+                    )
+
     def score(
         self, prompts: Sequence[Prompt], completions_PG: Sequence[Sequence[str]], columns: dict[str, list[Any]]
     ) -> tuple[np.ndarray, dict[str, float]]:
-        """float32 `rewards_PG` (NaN = unscorable) and the metrics rewards/NAME/mean and /std."""
+        """float32 `rewards_PG` (NaN = unscorable) and the metrics rewards/NAME/mean, /std and /unscorable, a count."""
         rewards_RPG = np.stack([score(prompts, completions_PG, columns) for score in self.scorers.values()])
         metrics = {}
         for name, rewards_PG in zip(self.scorers, rewards_RPG, strict=True):
             scored = rewards_PG[~np.isnan(rewards_PG)]
             metrics[f"rewards/{name}/mean"] = float(scored.mean()) if scored.size else math.nan
             metrics[f"rewards/{name}/std"] = float(scored.std(ddof=1)) if scored.size > 1 else math.nan
+            metrics[f"rewards/{name}/unscorable"] = float(np.isnan(rewards_PG).sum())
         weighted_RPG = rewards_RPG * self.weights_R[:, None, None]
         missing_PG = np.isnan(weighted_RPG).all(0)
         return np.where(missing_PG, np.nan, np.nansum(weighted_RPG, 0)).astype(np.float32), metrics
@@ -85,7 +101,7 @@ class RewardModelScorer:
         completions_PG: Sequence[Sequence[str]],
         columns: dict[str, list[Any]] | None = None,
     ) -> np.ndarray:
-        """float32 rewards [P, G]; NaN for a text longer than max_length."""
+        """float32 rewards [P, G]; NaN for a text longer than max_length, which is neither cut nor given a value."""
         return np.concatenate(
             [
                 self._score_batch(prompts[i : i + self.batch_prompts], completions_PG[i : i + self.batch_prompts])
@@ -95,12 +111,8 @@ class RewardModelScorer:
 
     def _score_batch(self, prompts: Sequence[Prompt], completions_PG: Sequence[Sequence[str]]) -> np.ndarray:
         P, G = len(prompts), len(completions_PG[0])
-        texts = [
-            self.tokenizer.render_conversation(prompt, completion)
-            for prompt, completions in zip(prompts, completions_PG, strict=True)
-            for completion in completions
-        ]
-        rows = self.tokenizer.encode(texts)
+        repeated = [prompt for prompt in prompts for _ in range(G)]
+        rows = self.tokenizer.conversation_ids(repeated, [text for group in completions_PG for text in group])
         too_long = np.array([not 0 < len(row) <= self.max_length for row in rows]).reshape(P, G)
         rows = [row[: self.max_length] or [self.tokenizer.pad_id] for row in rows]
         groups = [rows[p * G : (p + 1) * G] for p in range(P)]

@@ -1,7 +1,8 @@
 """Supervised fine-tuning: the mean negative log-likelihood of the completion's tokens.
 
 A row is {"text": ...}, all of which is learned, or {"prompt": ..., "completion": ...}, of which the completion is;
-prompt and completion may be chat messages. The end-of-text token is learned too.
+prompt and completion may be chat messages, which are rendered as the config's `chat` says. The end-of-text token is
+learned too.
 """
 
 from collections.abc import Sequence
@@ -15,8 +16,8 @@ from flax import nnx
 from gopo_jax import token_logprobs
 from gopo_jax.losses import Metrics
 from models.tokenizer import Tokenizer, pad
-from train.config import SupervisedConfig
-from train.prompts import Row, require_columns
+from train.config import ChatConfig, SupervisedConfig
+from train.prompts import Row, conversations, require_columns
 from train.supervised import Batch, Task, train_supervised
 
 Example = tuple[list[int], int]  # token ids, how many of them are prompt
@@ -26,16 +27,21 @@ def train_sft(config: SupervisedConfig) -> None:
     train_supervised(config, Task(encode, lambda example: len(example[0]), collate, objective, lambda _: {}))
 
 
-def encode(rows: Sequence[Row], tokenizer: Tokenizer, source: str) -> list[Example]:
+def encode(rows: Sequence[Row], tokenizer: Tokenizer, source: str, chat: ChatConfig) -> list[Example]:
     if "text" in rows[0]:
         require_columns(rows, source, "text")
+        if chat.system_prompt is not None or chat.text_as_chat:
+            raise ValueError(
+                f"{source}: chat.system_prompt and chat.text_as_chat are for rows with prompt and completion; the "
+                f"column 'text' is learned as it is"
+            )
         prompts: list[list[int]] = [[] for _ in rows]
         completions = tokenizer.encode([row["text"] for row in rows])
     else:
         require_columns(rows, source, "prompt", "completion")
-        prompts = tokenizer.encode([tokenizer.render(row["prompt"]) for row in rows])
+        prompts = tokenizer.prompt_ids([row["prompt"] for row in conversations(rows, source, "prompt", chat)])
         answers = [row["completion"] for row in rows]
-        completions = tokenizer.encode([a if isinstance(a, str) else a[-1]["content"] for a in answers])
+        completions = tokenizer.encode_literally([a if isinstance(a, str) else a[-1]["content"] for a in answers])
     return [(p + c + [tokenizer.eos_ids[0]], len(p)) for p, c in zip(prompts, completions, strict=True)]
 
 

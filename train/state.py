@@ -15,7 +15,7 @@ from models.hf_weights import abstract_model, split
 from models.qwen3 import Backbone
 from models.sharding import Layout, make_layout, parameter_shardings
 from models.tokenizer import Tokenizer
-from train.config import MeshConfig, ModelConfig, OptimizerConfig
+from train.config import ChatConfig, MeshConfig, ModelConfig, OptimizerConfig
 
 TRAIN, VALIDATION, EVALUATION, INIT = range(4)  # streams of random numbers
 
@@ -52,7 +52,7 @@ def make_layout_for(mesh: MeshConfig, *batches: int, groups: Sequence[int] = ())
     return layout
 
 
-def make_tokenizer(model: ModelConfig) -> Tokenizer:
+def make_tokenizer(model: ModelConfig, chat: ChatConfig) -> Tokenizer:
     """The tokenizer of a run.
 
     Raises:
@@ -60,7 +60,7 @@ def make_tokenizer(model: ModelConfig) -> Tokenizer:
     """
     if model.path is not None:
         check(model.path)  # first: of a wrong path, that there is no tokenizer is half the story
-    return Tokenizer(model.tokenizer_path, model.enable_thinking)
+    return Tokenizer(model.tokenizer_path, chat.enable_thinking)
 
 
 def make_model(

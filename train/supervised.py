@@ -16,7 +16,7 @@ from models.hf_weights import split
 from models.sharding import Layout
 from models.tokenizer import Tokenizer
 from train import state as training
-from train.config import SupervisedConfig
+from train.config import ChatConfig, SupervisedConfig
 from train.metrics import Run, Timer, console, divide, setup_errors
 from train.prompts import Row, load_rows, shuffled
 from train.state import TrainState
@@ -27,7 +27,7 @@ Batch = dict[str, np.ndarray]
 class Task(NamedTuple):
     """What differs between the two: how a row becomes tokens, and the loss of a batch."""
 
-    encode: Callable[[Sequence[Row], Tokenizer, str], list[Any]]  # (rows, tokenizer, source) -> examples
+    encode: Callable[[Sequence[Row], Tokenizer, str, ChatConfig], list[Any]]  # (.., source, chat) -> examples
     length: Callable[[Any], int]  # the longest token row of an example
     collate: Callable[[Sequence[Any], Tokenizer, int], Batch]  # (examples, tokenizer, max_length) -> arrays
     objective: Callable[..., tuple[jax.Array, Metrics]]  # (params, batch, graphdef) -> loss, metrics
@@ -43,7 +43,7 @@ def train_supervised(config: SupervisedConfig, task: Task) -> None:
     """
     with setup_errors():
         layout = training.make_layout_for(config.mesh, config.batch_size)
-        tokenizer = training.make_tokenizer(config.model)
+        tokenizer = training.make_tokenizer(config.model, config.chat)
         examples = load_examples(config.data.train, config.data.split, config, task, tokenizer)
         held_out: list[Any] = []
         if config.data.validation is not None:
@@ -94,7 +94,7 @@ def load_examples(
     source: str, split_name: str, config: SupervisedConfig, task: Task, tokenizer: Tokenizer
 ) -> list[Any]:
     """The encoded rows of a data set that fit into max_length; how many did not is printed."""
-    encoded = task.encode(load_rows(source, split_name), tokenizer, source)
+    encoded = task.encode(load_rows(source, split_name), tokenizer, source, config.chat)
     kept = [example for example in encoded if 2 <= task.length(example) <= config.max_length]
     console.print(
         f"{source}: {len(kept)} rows ({len(encoded) - len(kept)} left out, not of 2 to {config.max_length} tokens)"

@@ -1,0 +1,65 @@
+"""`--show`: the first prompts as the models see them, text and token ids, before any weight is read."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.text import Text
+
+from models.tokenizer import Tokenizer, tokenizer_path
+from train import reward_model, sft
+from train import state as training
+from train.config import PolicyConfig, RewardModelConfig, SupervisedConfig
+from train.metrics import console, setup_errors
+from train.prompts import Prompts, load_rows
+
+STAND_IN = "(the completion)"
+
+
+def show(config: SupervisedConfig | RewardModelConfig | PolicyConfig, count: int) -> None:
+    """Print the first `count` rows of `data.train`.
+
+    Raises:
+      SetupError: a mistake in the config or the data.
+    """
+    with setup_errors():
+        tokenizer = training.make_tokenizer(config.model, config.chat)
+        ends = ", ".join(f"{i} {tokenizer.piece(i)}" for i in tokenizer.eos_ids)
+        line(f"tokenizer {tokenizer.path}: a sequence ends with {ends}; padding {tokenizer.pad_id}")
+        if isinstance(config, PolicyConfig):
+            show_policy(config, tokenizer, count)
+            return
+        rows = load_rows(config.data.train, config.data.split)[:count]
+        if isinstance(config, RewardModelConfig):
+            for i, (chosen, rejected, margin) in enumerate(
+                reward_model.encode(rows, tokenizer, config.data.train, config.chat)
+            ):
+                show_tokens(f"row {i + 1}, chosen, margin {margin:g}", chosen, tokenizer)
+                show_tokens(f"row {i + 1}, rejected", rejected, tokenizer)
+            return
+        for i, (ids, learned_from) in enumerate(sft.encode(rows, tokenizer, config.data.train, config.chat)):
+            show_tokens(f"row {i + 1}, learned from token {learned_from} on", ids, tokenizer)
+
+
+def show_policy(config: PolicyConfig, tokenizer: Tokenizer, count: int) -> None:
+    prompts = Prompts(config.data.train, config.data.split, config, tokenizer)
+    first = prompts.prompts(prompts.rows[:count])
+    for i, ids in enumerate(tokenizer.prompt_ids(first)):
+        show_tokens(f"prompt {i + 1}", ids, tokenizer)
+    for spec in config.rewards:
+        if spec.model is None:
+            continue
+        reader = Tokenizer(tokenizer_path(spec.model))
+        for i, ids in enumerate(reader.conversation_ids(first, [STAND_IN] * len(first))):
+            show_tokens(f"prompt {i + 1} with its completion, as reward {spec.label} reads it", ids, reader)
+
+
+def show_tokens(title: str, ids: Sequence[int], tokenizer: Tokenizer) -> None:
+    """The text, then every id with its piece."""
+    console.rule(f"{title}: {len(ids)} tokens", align="left")
+    line(tokenizer.hf.decode(ids, clean_up_tokenization_spaces=False))
+    pieces = [Text(str(i), style="dim").append(f" {tokenizer.piece(i)}", style="bold") for i in ids]
+    console.print(Text("  ").join(pieces), highlight=False)
+
+
+def line(text: Any) -> None:
+    console.print(text, markup=False, highlight=False)
