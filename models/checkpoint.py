@@ -15,9 +15,10 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from models.config import Qwen3Config, read_config
-from models.hf_weights import abstract_model, as_layout, could_be_on_hub, load_pretrained, split
+from models.hf_weights import abstract_model, as_layout, load_pretrained, split
 from models.qwen3 import Backbone
 from models.sharding import Layout, parameter_shardings
+from models.weight_files import could_be_on_hub
 
 FOLDER = "checkpoints"
 

@@ -9,25 +9,23 @@ import math
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes  # noqa: F401  (teaches numpy the name "bfloat16")
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, SingleDeviceSharding
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from models.config import DTYPES, Qwen3Config, read_config, read_json, stored_dtype
+from models.config import DTYPES, Qwen3Config, read_config, stored_dtype
 from models.qwen3 import Backbone, Qwen3
 from models.reward_model import Qwen3RewardModel
 from models.sharding import RULES, Layout, parameter_shardings
+from models.weight_files import INDEX_FILE, SINGLE_FILE, Stored, aligned, find_directory, open_weights
 
-INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 BLOCK_BYTES = 64 * 2**20  # of a file that are read at a time
 
 # ours -> (Hugging Face's name, its axes in our letters); {} is the layer, our axes are the name's last letters
@@ -56,7 +54,6 @@ SIZES = {
     **{"V": "vocab_size", "D": "hidden_size", "F": "intermediate_size", "L": "num_hidden_layers"},
     **{"H": "num_attention_heads", "K": "num_key_value_heads", "E": "head_dim"},
 }  # the config field that says how long an axis is
-STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # safetensors' names
 
 Parameters = dict[str, Any]
 
@@ -108,7 +105,7 @@ def load_pretrained(
       ValueError: a config that is not supported, or tensors that are missing, left over, of another shape or
         dtype than the config's, unreadable, or not finite.
     """
-    directory = _directory(path_or_hub_id)
+    directory = find_directory(path_or_hub_id)
     config = read_config(directory)
     if dtype == "auto":
         dtype = stored_dtype(directory) or _first_dtype(directory)
@@ -119,7 +116,7 @@ def load_pretrained(
     shardings = flatten(parameter_shardings(model, layout)) if layout is not None else {}
     here = SingleDeviceSharding(jnp.zeros(()).devices().pop())
 
-    with _open(directory) as opened:
+    with open_weights(directory) as opened:
         _check(directory, opened, config, list(flatten(shapes)))
         if config.tie_word_embeddings and not config.is_reward_model and "lm_head.weight" in opened:
             _check_tied(directory, opened)
@@ -225,7 +222,7 @@ def _ranges(index: tuple[slice, ...] | None, shape: tuple[int, ...]) -> tuple[ra
 
 
 def _read_shard(
-    opened: Mapping[str, "_Stored"],
+    opened: Mapping[str, Stored],
     name: str,
     ranges: tuple[range, ...],
     config: Qwen3Config,
@@ -233,7 +230,7 @@ def _read_shard(
     advance: Callable[[int], None],
 ) -> np.ndarray:
     """The part of a parameter at `ranges`, in memory that a CPU device takes over without a copy."""
-    out = _aligned(tuple(len(part) for part in ranges), dtype)
+    out = aligned(tuple(len(part) for part in ranges), dtype)
     stacked = "{}" in TENSORS[name][0]
     at = dict(zip(_axes(name), ranges[1:] if stacked else ranges, strict=True))
     for row, layer in enumerate(ranges[0] if stacked else [None]):
@@ -243,9 +240,7 @@ def _read_shard(
     return out
 
 
-def _unfold(
-    stored: "_Stored", name: str, at: Mapping[str, range], out: np.ndarray, config: Qwen3Config
-) -> Iterator[int]:
+def _unfold(stored: Stored, name: str, at: Mapping[str, range], out: np.ndarray, config: Qwen3Config) -> Iterator[int]:
     """Copy the part `at` of a tensor of theirs to our axes, block by block of its rows; yields elements copied."""
     groups, axes = _hf_groups(name), _axes(name)
     whole = {letter: at.get(letter, range(1)) for group in groups for letter in group}
@@ -269,90 +264,12 @@ def _unfold(
         yield array.size
 
 
-def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """An empty array that starts at a multiple of 64 bytes: JAX on CPUs uses such memory as it is."""
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    memory = np.empty(size + 64, np.uint8)
-    start = -memory.ctypes.data % 64
-    return memory[start : start + size].view(dtype).reshape(shape)
-
-
-class _Stored(NamedTuple):
-    """A tensor in an open safetensors file."""
-
-    file: Path
-    name: str
-    part: Any  # safetensors' view of it: sliced, it reads
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.part.get_shape())
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        return np.dtype(STORED[self.part.get_dtype()])
-
-    def read(self, *index: slice) -> np.ndarray:
-        """Part of the tensor; refuses NaN and infinity."""
-        array = self.part[index]
-        if not _all_finite(array):
-            raise ValueError(
-                f"{self.file}: {self.name} has NaN or infinite values; expected finite weights: the training that "
-                f"wrote them diverged or the file was damaged"
-            )
-        return array
-
-
-def _all_finite(array: np.ndarray) -> bool:
-    if array.dtype == jnp.bfloat16:  # numpy has no fast test; all bits of the exponent are set
-        return not ((array.view(np.uint16) & 0x7F80) == 0x7F80).any()
-    return bool(np.isfinite(array).all())
-
-
-@contextmanager
-def _open(directory: Path) -> Iterator[dict[str, _Stored]]:
-    """The tensors of a directory by name; their files stay open meanwhile."""
-    weight_map: dict[str, str] | None = None
-    if (directory / INDEX_FILE).is_file():
-        weight_map = read_json(directory / INDEX_FILE).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise ValueError(f"{directory / INDEX_FILE}: expected a weight_map from tensors to files")
-    elif not (directory / SINGLE_FILE).is_file():
-        pickled = [*directory.glob("*.bin"), *directory.glob("*.pt"), *directory.glob("*.pth")]
-        raise FileNotFoundError(
-            f"{directory}: expected {SINGLE_FILE} or {INDEX_FILE}, found neither"
-            + (f"; {pickled[0].name} is a pickle, which is never loaded: convert it to safetensors" if pickled else "")
-        )
-    opened: dict[str, _Stored] = {}
-    with ExitStack() as stack:
-        for file in sorted({directory / name for name in (weight_map or {"": SINGLE_FILE}).values()}):
-            if not file.is_file():
-                raise FileNotFoundError(f"{file}: {INDEX_FILE} names this file, but it is not there")
-            try:
-                tensors = stack.enter_context(safe_open(file, framework="numpy"))
-            except (SafetensorError, OSError) as error:
-                raise ValueError(
-                    f"{file}: not a readable safetensors file ({error}); was it downloaded whole?"
-                ) from error
-            opened |= {name: _Stored(file, name, tensors.get_slice(name)) for name in tensors.keys()}  # noqa: SIM118
-        for name, file_name in (weight_map or {}).items():
-            if name not in opened or opened[name].file.name != file_name:
-                raise ValueError(f"{directory / file_name}: {INDEX_FILE} says that {name} is there, but it is not")
-        for name, stored in opened.items():
-            if (found := stored.part.get_dtype()) not in STORED:
-                raise ValueError(
-                    f"{stored.file}: {name} is stored as {found}; expected one of {', '.join(STORED)} "
-                    f"(quantized weights are not supported)"
-                )
-        yield opened
-
-
 def _first_dtype(directory: Path) -> Any:
-    with _open(directory) as opened:
+    with open_weights(directory) as opened:
         return next(iter(opened.values())).dtype
 
 
-def _check(directory: Path, opened: Mapping[str, _Stored], config: Qwen3Config, names: list[str]) -> None:
+def _check(directory: Path, opened: Mapping[str, Stored], config: Qwen3Config, names: list[str]) -> None:
     """Refuse tensors that are not those of the config."""
     wanted = {theirs: name for name in names for theirs in _hf_names(name, config).values()}
     # a tied head may be written out; a reward model has no use for one
@@ -393,7 +310,7 @@ def _advice(tensor: str, weights: str) -> str:
     return f"expected {weights}"
 
 
-def _check_tied(directory: Path, opened: Mapping[str, _Stored]) -> None:
+def _check_tied(directory: Path, opened: Mapping[str, Stored]) -> None:
     """Refuse a written-out head that is not the embedding which config.json says it is."""
     embed, head = opened["model.embed_tokens.weight"], opened["lm_head.weight"]
     equal = (embed.shape, embed.dtype) == (head.shape, head.dtype)
@@ -429,27 +346,3 @@ def _progress(
     with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
         task = progress.add_task(str(directory.name), total=total)
         yield lambda done: progress.advance(task, done)
-
-
-def could_be_on_hub(name: str | Path) -> bool:
-    """Whether it looks like ORGANISATION/MODEL."""
-    return str(name).count("/") == 1 and not str(name).startswith(("/", "."))
-
-
-def _directory(path_or_hub_id: str | Path) -> Path:
-    path = Path(path_or_hub_id)
-    if path.is_dir():
-        return path
-    if not could_be_on_hub(path_or_hub_id):
-        raise FileNotFoundError(f"{path}: no such directory; expected a Hugging Face model directory")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    try:
-        patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja"]  # what is pickled is not even downloaded
-        return Path(snapshot_download(str(path_or_hub_id), allow_patterns=patterns))
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
-        raise FileNotFoundError(
-            f"{path_or_hub_id}: no such directory here, and the Hub could not give a model of that name "
-            f"({type(error).__name__}); check the spelling, or download it first where there is a network"
-        ) from error

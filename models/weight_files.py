@@ -1,0 +1,128 @@
+"""The files of a Hugging Face directory: found here or on the Hub, opened, checked to be whole, read in parts."""
+
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes  # noqa: F401  (teaches numpy the name "bfloat16")
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from models.config import read_json
+
+INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
+STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # safetensors' names
+
+
+class Stored(NamedTuple):
+    """A tensor in an open safetensors file."""
+
+    file: Path
+    name: str
+    part: Any  # safetensors' view of it: sliced, it reads
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.part.get_shape())
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return np.dtype(STORED[self.part.get_dtype()])
+
+    def read(self, *index: slice) -> np.ndarray:
+        """Part of the tensor; refuses NaN and infinity."""
+        array = self.part[index]
+        if not _all_finite(array):
+            raise ValueError(
+                f"{self.file}: {self.name} has NaN or infinite values; expected finite weights: the training that "
+                f"wrote them diverged or the file was damaged"
+            )
+        return array
+
+
+def _all_finite(array: np.ndarray) -> bool:
+    if array.dtype.name == "bfloat16":  # numpy has no fast test; all bits of the exponent are set
+        return not ((array.view(np.uint16) & 0x7F80) == 0x7F80).any()
+    return bool(np.isfinite(array).all())
+
+
+def could_be_on_hub(name: str | Path) -> bool:
+    """Whether it looks like ORGANISATION/MODEL."""
+    return str(name).count("/") == 1 and not str(name).startswith(("/", "."))
+
+
+def find_directory(path_or_hub_id: str | Path) -> Path:
+    """A local directory, or what the Hub has under that name, downloaded or from its cache.
+
+    Raises:
+      FileNotFoundError: neither.
+    """
+    path = Path(path_or_hub_id)
+    if path.is_dir():
+        return path
+    if not could_be_on_hub(path_or_hub_id):
+        raise FileNotFoundError(f"{path}: no such directory; expected a Hugging Face model directory")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja"]  # what is pickled is not even downloaded
+        return Path(snapshot_download(str(path_or_hub_id), allow_patterns=patterns))
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+        raise FileNotFoundError(
+            f"{path_or_hub_id}: no such directory here, and the Hub could not give a model of that name "
+            f"({type(error).__name__}); check the spelling, or download it first where there is a network"
+        ) from error
+
+
+@contextmanager
+def open_weights(directory: Path) -> Iterator[dict[str, Stored]]:
+    """The tensors of a directory by name; their files stay open meanwhile.
+
+    Raises:
+      FileNotFoundError: no weights, or a file missing that the index names.
+      ValueError: a file that is cut short, an index that is wrong, weights that are not floating point.
+    """
+    weight_map: dict[str, str] | None = None
+    if (directory / INDEX_FILE).is_file():
+        weight_map = read_json(directory / INDEX_FILE).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ValueError(f"{directory / INDEX_FILE}: expected a weight_map from tensors to files")
+    elif not (directory / SINGLE_FILE).is_file():
+        pickled = [*directory.glob("*.bin"), *directory.glob("*.pt"), *directory.glob("*.pth")]
+        raise FileNotFoundError(
+            f"{directory}: expected {SINGLE_FILE} or {INDEX_FILE}, found neither"
+            + (f"; {pickled[0].name} is a pickle, which is never loaded: convert it to safetensors" if pickled else "")
+        )
+    opened: dict[str, Stored] = {}
+    with ExitStack() as stack:
+        for file in sorted({directory / name for name in (weight_map or {"": SINGLE_FILE}).values()}):
+            if not file.is_file():
+                raise FileNotFoundError(f"{file}: {INDEX_FILE} names this file, but it is not there")
+            try:
+                tensors = stack.enter_context(safe_open(file, framework="numpy"))
+            except (SafetensorError, OSError) as error:
+                raise ValueError(
+                    f"{file}: not a readable safetensors file ({error}); was it downloaded whole?"
+                ) from error
+            opened |= {name: Stored(file, name, tensors.get_slice(name)) for name in tensors.keys()}  # noqa: SIM118
+        for name, file_name in (weight_map or {}).items():
+            if name not in opened or opened[name].file.name != file_name:
+                raise ValueError(f"{directory / file_name}: {INDEX_FILE} says that {name} is there, but it is not")
+        for name, stored in opened.items():
+            if (found := stored.part.get_dtype()) not in STORED:
+                raise ValueError(
+                    f"{stored.file}: {name} is stored as {found}; expected one of {', '.join(STORED)} "
+                    f"(quantized weights are not supported)"
+                )
+        yield opened
+
+
+def aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An empty array that starts at a multiple of 64 bytes: JAX on CPUs uses such memory as it is."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.empty(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(dtype).reshape(shape)
