@@ -95,13 +95,13 @@ class Layers(nnx.Module):
     ) -> tuple[jax.Array, KeyValues]:
         config, dtype = self.config, x_PGTD.dtype
 
-        def project(subscripts: str, x: jax.Array, weight: nnx.Param) -> jax.Array:
-            return jnp.einsum(subscripts, x, weight[...].astype(dtype))
+        def project(x: jax.Array, weight: nnx.Param, inputs: int = 1) -> jax.Array:
+            return linear(x, weight[...].astype(dtype), inputs)
 
         y_PGTD = rms_norm(x_PGTD, self.attention_norm_LD, config.rms_norm_eps)
-        query_PGTHE = project("pgtd,dhe->pgthe", y_PGTD, self.query_LDHE)
-        key_PGTKE = project("pgtd,dke->pgtke", y_PGTD, self.key_LDKE)
-        value_PGTKE = project("pgtd,dke->pgtke", y_PGTD, self.value_LDKE)
+        query_PGTHE = project(y_PGTD, self.query_LDHE)
+        key_PGTKE = project(y_PGTD, self.key_LDKE)
+        value_PGTKE = project(y_PGTD, self.value_LDKE)
         if config.attention_bias:
             query_PGTHE += self.query_bias_LHE[...].astype(dtype)
             key_PGTKE += self.key_bias_LKE[...].astype(dtype)
@@ -110,21 +110,21 @@ class Layers(nnx.Module):
         key_PGTKE = rotate(rms_norm(key_PGTKE, self.key_norm_LE, config.rms_norm_eps), rotary)
         query_PGTHE = constrain(self.layout, query_PGTHE, "prompt", "group", "sequence", "heads", None)
         # keys as [.., K, S, E]: twice as fast to decode on a CPU as [.., S, K, E]
-        own = KeyValues(jnp.einsum("pgtke->pgkte", key_PGTKE), jnp.einsum("pgtke->pgkte", value_PGTKE))
+        own = KeyValues(jnp.einsum("pgtke->pkgte", key_PGTKE), jnp.einsum("pgtke->pkgte", value_PGTKE))
 
         P, G, T, H, E = query_PGTHE.shape
         query_PGTKQE = query_PGTHE.reshape(P, G, T, config.num_key_value_heads, -1, E)
         out_PGTHE = group_attention(query_PGTKQE, own, **attention).reshape(P, G, T, H, E)
-        y_PGTD = project("pgthe,hed->pgtd", out_PGTHE, self.output_LHED)
+        y_PGTD = project(out_PGTHE, self.output_LHED, inputs=2)
         if config.attention_bias:
             y_PGTD += self.output_bias_LD[...].astype(dtype)
         x_PGTD = constrain(self.layout, x_PGTD + y_PGTD, "prompt", "group", "sequence", "width")
 
         y_PGTD = rms_norm(x_PGTD, self.mlp_norm_LD, config.rms_norm_eps)
-        gate_PGTF = ACTIVATIONS[config.hidden_act](project("pgtd,df->pgtf", y_PGTD, self.gate_LDF))
-        hidden_PGTF = gate_PGTF * project("pgtd,df->pgtf", y_PGTD, self.up_LDF)
+        gate_PGTF = ACTIVATIONS[config.hidden_act](project(y_PGTD, self.gate_LDF))
+        hidden_PGTF = gate_PGTF * project(y_PGTD, self.up_LDF)
         hidden_PGTF = constrain(self.layout, hidden_PGTF, "prompt", "group", "sequence", "mlp")
-        x_PGTD = x_PGTD + project("pgtf,fd->pgtd", hidden_PGTF, self.down_LFD)
+        x_PGTD = x_PGTD + project(hidden_PGTF, self.down_LFD)
         return constrain(self.layout, x_PGTD, "prompt", "group", "sequence", "width"), own
 
 
@@ -154,22 +154,22 @@ class Backbone(nnx.Module):
         hidden_P1SD, own = self._decode(prompt_PS[:, None], jnp.zeros_like(lengths_P)[:, None, None])
         hidden_PSD = hidden_P1SD[:, 0]
         last_PD = jnp.take_along_axis(hidden_PSD, (lengths_P - 1)[:, None, None], axis=1)[:, 0]
-        return hidden_PSD, Prefix(KeyValues(own.keys[:, :, 0], own.values[:, :, 0]), lengths_P, last_PD)
+        return hidden_PSD, Prefix(KeyValues(own.keys[:, :, :, 0], own.values[:, :, :, 0]), lengths_P, last_PD)
 
     def extend(
         self,
         tokens_PGT: jax.Array,
         prefix: Prefix,
         *,
-        past_LPGKTE: KeyValues | None = None,
+        past_LPKGTE: KeyValues | None = None,
         past_length: jax.typing.ArrayLike = 0,
     ) -> tuple[jax.Array, KeyValues]:
         """Hidden states of T further tokens of each completion, and their keys and values.
 
-        `past_LPGKTE` holds those of the completion's earlier tokens, `past_length` says how many are real.
+        `past_LPKGTE` holds those of the completion's earlier tokens, `past_length` says how many are real.
         """
         start_P11 = prefix.lengths_P[:, None, None] + past_length
-        return self._decode(tokens_PGT, start_P11, prefix=prefix, past_LPGKTE=past_LPGKTE, past_length=past_length)
+        return self._decode(tokens_PGT, start_P11, prefix=prefix, past_LPKGTE=past_LPKGTE, past_length=past_length)
 
     def predict(self, prompt_PS: jax.Array, lengths_P: jax.Array, tokens_PGT: jax.Array) -> jax.Array:
         """The hidden state that predicts each completion token, [P, G, T, D]; the last token is never input."""
@@ -191,7 +191,7 @@ class Backbone(nnx.Module):
         start_P11: jax.Array,
         *,
         prefix: Prefix | None = None,
-        past_LPGKTE: KeyValues | None = None,
+        past_LPKGTE: KeyValues | None = None,
         past_length: jax.typing.ArrayLike = 0,
     ) -> tuple[jax.Array, KeyValues]:
         config = self.config
@@ -207,14 +207,14 @@ class Backbone(nnx.Module):
                 rotary,
                 prefix_PKSE=prefix_kv,
                 prefix_lengths_P=prefix.lengths_P if prefix is not None else None,
-                past_PGKTE=past_kv,
+                past_PKGTE=past_kv,
                 past_length=past_length,
                 window=window,
             )
 
         everything = np.iinfo(np.int32).max
         windows_L = None if config.windows is None else jnp.array([w or everything for w in config.windows], jnp.int32)
-        slices = (stacked, prefix.kv_LPKSE if prefix is not None else None, past_LPGKTE, windows_L)
+        slices = (stacked, prefix.kv_LPKSE if prefix is not None else None, past_LPKGTE, windows_L)
         policy = REMAT[self.remat]
         x_PGTD, own = jax.lax.scan(jax.checkpoint(body, policy=policy) if policy else body, x_PGTD, slices)
         return rms_norm(x_PGTD, self.norm_D, config.rms_norm_eps), own
@@ -243,6 +243,17 @@ class Qwen3(Backbone):
         """float32 logits [B, S, V] of right-padded sequences; those at or behind `lengths_B` mean nothing."""
         del lengths_B  # causal attention never sees the padding behind a token
         return self.logits(self.hidden(tokens_BS))
+
+
+def linear(x: jax.Array, weight: jax.Array, inputs: int = 1) -> jax.Array:
+    """The last `inputs` axes of x, contracted with the first of the weight.
+
+    As one product of two matrices: of a gradient's contraction over several axes XLA makes, on a CPU, a transposed
+    copy of the activations that takes longer than the product.
+    """
+    rows, columns = x.shape[: x.ndim - inputs], weight.shape[inputs:]
+    width = math.prod(weight.shape[:inputs])
+    return (x.reshape(-1, width) @ weight.reshape(width, -1)).reshape(*rows, *columns)
 
 
 def rms_norm(x: jax.Array, scale: nnx.Param, epsilon: float) -> jax.Array:

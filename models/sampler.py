@@ -59,8 +59,8 @@ def sample(
     eos_ids = jnp.asarray(params.eos_ids)
 
     _, prefix = model.prefill(prompt_PS, lengths_P)
-    past_LPGKTE = jax.tree.map(
-        lambda kv_LPKSE: jnp.zeros((kv_LPKSE.shape[0], P, G, kv_LPKSE.shape[2], T, kv_LPKSE.shape[4]), kv_LPKSE.dtype),
+    past_LPKGTE = jax.tree.map(
+        lambda kv_LPKSE: jnp.zeros((*kv_LPKSE.shape[:3], G, T, kv_LPKSE.shape[4]), kv_LPKSE.dtype),
         prefix.kv_LPKSE,
     )
     hidden_PGD = jnp.broadcast_to(prefix.last_PD[:, None], (P, G, prefix.last_PD.shape[-1]))
@@ -70,7 +70,7 @@ def sample(
         hidden_PGD: jax.Array
         done_PG: jax.Array
         rollout: Rollout
-        past_LPGKTE: KeyValues
+        past_LPKGTE: KeyValues
 
     def going_on(state: State) -> jax.Array:
         return (state.t < T) & ~state.done_PG.all()
@@ -91,13 +91,13 @@ def sample(
             rollout.lengths_PG + live_PG,
             rollout.finished_PG | ended_PG,
         )
-        hidden_PG1D, own_LPGK1E = model.extend(
-            token_PG[..., None], prefix, past_LPGKTE=state.past_LPGKTE, past_length=t
+        hidden_PG1D, own_LPKG1E = model.extend(
+            token_PG[..., None], prefix, past_LPKGTE=state.past_LPKGTE, past_length=t
         )
-        past_LPGKTE = jax.tree.map(
-            lambda past, own: jax.lax.dynamic_update_slice_in_dim(past, own, t, axis=4), state.past_LPGKTE, own_LPGK1E
+        past_LPKGTE = jax.tree.map(
+            lambda past, own: jax.lax.dynamic_update_slice_in_dim(past, own, t, axis=4), state.past_LPKGTE, own_LPKG1E
         )
-        return State(t + 1, hidden_PG1D[:, :, 0], state.done_PG | ended_PG, rollout, past_LPGKTE)
+        return State(t + 1, hidden_PG1D[:, :, 0], state.done_PG | ended_PG, rollout, past_LPKGTE)
 
     nothing = Rollout(
         jnp.full((P, G, T), pad_id, jnp.int32),
@@ -105,7 +105,7 @@ def sample(
         jnp.zeros((P, G), jnp.int32),
         jnp.zeros((P, G), bool),
     )
-    start = State(jnp.zeros((), jnp.int32), hidden_PGD, jnp.zeros((P, G), bool), nothing, past_LPGKTE)
+    start = State(jnp.zeros((), jnp.int32), hidden_PGD, jnp.zeros((P, G), bool), nothing, past_LPKGTE)
     return jax.lax.while_loop(going_on, one_token, start).rollout
 
 

@@ -71,9 +71,9 @@ def test_one_token_at_a_time_equals_all_at_once(model: Qwen3) -> None:
     _, prefix = model.prefill(prompt_PS, LENGTHS_P)
     expected_PGTD, _ = model.extend(tokens_PGT, prefix)
     config = model.config
-    shape = (config.num_hidden_layers, P, G, config.num_key_value_heads, T, config.head_dim)
+    shape = (config.num_hidden_layers, P, config.num_key_value_heads, G, T, config.head_dim)
     past = KeyValues(jnp.full(shape, 3.0), jnp.full(shape, 7.0))  # what is not filled yet must not be seen
-    step = jax.jit(lambda t, past, n: model.extend(t, prefix, past_LPGKTE=past, past_length=n))
+    step = jax.jit(lambda t, past, n: model.extend(t, prefix, past_LPKGTE=past, past_length=n))
     for t in range(T):
         hidden_PG1D, own = step(tokens_PGT[..., t : t + 1], past, t)
         np.testing.assert_allclose(hidden_PG1D[:, :, 0], expected_PGTD[:, :, t], atol=1e-5)

@@ -239,7 +239,8 @@ class Chain:
 
     def extend(self, tokens_PGT: jax.Array, prefix: Prefix, **_: Any) -> tuple[jax.Array, KeyValues]:
         jax.debug.callback(self._count)
-        nothing = jnp.zeros((1, *tokens_PGT.shape[:2], 1, tokens_PGT.shape[2], 1))
+        P, G, T = tokens_PGT.shape
+        nothing = jnp.zeros((1, P, 1, G, T, 1))
         return self._one_hot(tokens_PGT), KeyValues(nothing, nothing)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
