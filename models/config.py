@@ -4,6 +4,7 @@ Every field of such a file is honoured or, where this code would compute somethi
 """
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,16 @@ _INERT = {
     *("id2label", "label2id", "num_labels", "problem_type", "_attn_implementation", "attn_implementation"),
     *("chunk_size_feed_forward", "is_encoder_decoder", "output_attentions", "output_hidden_states", "return_dict"),
     *("is_decoder", "add_cross_attention", "pruned_heads", "tie_encoder_decoder", "torchscript", "use_bfloat16"),
-    *("tokenizer_class", "_attn_implementation_autoset", "unsloth_fixed", "unsloth_version"),
+    *("tokenizer_class", "_attn_implementation_autoset", "_attn_implementation_internal", "_commit_hash"),
+    *("name_or_path", "prefix", "finetuning_task", "task_specific_params", "keys_to_ignore_at_inference"),
+    *("tf_legacy_loss", "gradient_checkpointing", "model_max_length", "pretraining_tp", "cross_attention_hidden_size"),
+    *("decoder_start_token_id", "sep_token_id", "unsloth_fixed", "unsloth_version"),
+    # how transformers 4 would generate, which it kept here
+    *("max_length", "min_length", "max_new_tokens", "do_sample", "early_stopping", "num_beams", "num_beam_groups"),
+    *("diversity_penalty", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty"),
+    *("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences"),
+    *("output_scores", "return_dict_in_generate", "forced_bos_token_id", "forced_eos_token_id"),
+    *("remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens"),
 }
 
 
@@ -47,8 +57,17 @@ class RopeScaling:
     def __post_init__(self) -> None:
         if self.rope_type not in ("linear", "yarn"):
             raise ValueError(f"rope_type: expected 'linear' or 'yarn', got {self.rope_type!r}")
-        if not _is_number(self.factor) or self.factor <= 0:
-            raise ValueError(f"factor: expected a number above 0, got {self.factor!r}")
+        for name in ("factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"):
+            value = getattr(self, name)
+            if not (_is_number(value) and value > 0) and (value is not None or name == "factor"):
+                raise ValueError(f"{name}: expected a number above 0, got {value!r}")
+        original = self.original_max_position_embeddings
+        if original is not None and not _is_size(original):
+            raise ValueError(
+                f"original_max_position_embeddings: expected a whole number of at least 1, got {original!r}"
+            )
+        if not isinstance(self.truncate, bool):
+            raise ValueError(f"truncate: expected true or false, got {self.truncate!r}")
 
 
 @dataclass(frozen=True)
@@ -81,11 +100,14 @@ class Qwen3Config:
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         for name in (*sizes, "num_key_value_heads", "head_dim", "max_position_embeddings"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+            if not _is_size(getattr(self, name)):
                 raise ValueError(f"{name}: expected a whole number of at least 1, got {getattr(self, name)!r}")
         for name in ("rms_norm_eps", "rope_theta", "initializer_range"):
             if not _is_number(getattr(self, name)) or getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected a number of at least 0, got {getattr(self, name)!r}")
+        for name in ("tie_word_embeddings", "attention_bias"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}: expected true or false, got {getattr(self, name)!r}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads: expected a multiple of num_key_value_heads = {self.num_key_value_heads}, "
@@ -103,9 +125,10 @@ class Qwen3Config:
                 f"layer_types: expected num_hidden_layers = {self.num_hidden_layers} entries, each {FULL} or "
                 f"{SLIDING}, got {len(types)}: {', '.join(sorted(set(map(str, types))))}"
             )
-        if SLIDING in (types or ()) and (self.sliding_window or 0) < 1:
+        if SLIDING in (types or ()) and not _is_size(self.sliding_window):
             raise ValueError(
-                f"sliding_window: expected at least 1, since layer_types has {SLIDING}, got {self.sliding_window}"
+                f"sliding_window: expected a whole number of at least 1, since layer_types has {SLIDING}, got "
+                f"{self.sliding_window!r}"
             )
 
     @property
@@ -140,7 +163,7 @@ class Qwen3Config:
             refuse("architectures", architecture, f"{POLICY} or {REWARD_MODEL}")
         if architecture == REWARD_MODEL:
             for field, labels in (("id2label", hf.get("id2label") or {0: ""}), ("num_labels", hf.get("num_labels", 1))):
-                if (len(labels) if isinstance(labels, dict) else labels) != 1:
+                if (len(labels) if isinstance(labels, dict | list) else labels) != 1:
                     refuse(field, labels, "one label, the reward")
         for field in ("dtype", "torch_dtype"):
             if str(hf.get(field, "float32")).removeprefix("torch.") not in DTYPES:
@@ -151,12 +174,15 @@ class Qwen3Config:
             refuse("quantization_config", hf["quantization_config"], "unquantized weights")
         if (partial := hf.pop("partial_rotary_factor", 1.0)) != 1.0:
             refuse("partial_rotary_factor", partial, "1 (all of head_dim is rotated)")
+        if not _is_size(layers := hf.get("num_hidden_layers", 1)):  # what follows counts layers
+            refuse("num_hidden_layers", layers, "a whole number of at least 1")
         theta, scaling = _rope(hf, refuse)
-        window, types = _windows(hf, source)
+        window, types = _windows(hf, refuse)
         fields = {name: hf.pop(name) for name in cls.__dataclass_fields__ if name in hf}
         if isinstance(fields.get("eos_token_id"), list):  # hashable: a config is part of what is compiled
             fields["eos_token_id"] = tuple(fields["eos_token_id"])
-        if unknown := sorted(hf.keys() - _INERT):
+        # what is false, 0 or empty asks for nothing
+        if unknown := sorted(name for name in hf.keys() - _INERT if hf[name]):
             refuse(unknown[0], hf[unknown[0]], "a field of a Qwen3 config; remove it if it changes nothing")
         # transformers' defaults for Qwen3, where they are not those of this class
         defaults = {"head_dim": 128, "max_position_embeddings": 32_768}
@@ -226,10 +252,16 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def _rope(hf: dict[str, Any], refuse: Any) -> tuple[float, RopeScaling | None]:
     """The rotary base and its scaling, taken out of `hf`: `rope_theta` with `rope_scaling`, or `rope_parameters`."""
-    theta, found = hf.pop("rope_theta", None), []
+    theta = flat = hf.pop("rope_theta", None)
+    found: list[RopeScaling | None] = []
     original = hf.pop("original_max_position_embeddings", None)
     for field in ("rope_parameters", "rope_scaling"):
-        rope = {name: value for name, value in (hf.pop(field, None) or {}).items() if value is not None}
+        given = hf.pop(field, None) or {}
+        if not isinstance(given, dict):
+            refuse(field, given, "an object with rope_type and its settings")
+        if given.get("truncate", True) is None:
+            given = given | {"truncate": False}  # as transformers reads null here
+        rope = {name: value for name, value in given.items() if value is not None}
         if not rope:
             continue
         kind = rope.pop("type", None)  # the older spelling
@@ -239,6 +271,8 @@ def _rope(hf: dict[str, Any], refuse: Any) -> tuple[float, RopeScaling | None]:
             refuse(f"{field}.rope_type", kind, f"'default', 'linear' or 'yarn' ({why} cannot know)")
         if kind not in ("default", "linear", "yarn"):
             refuse(f"{field}.rope_type", kind, "'default', 'linear' or 'yarn'")
+        if field == "rope_scaling" and found and theta is not None and theta != flat and "rope_theta" not in rope:
+            refuse(field, rope, "the same rope_theta as in rope_parameters, which it replaces in transformers")
         nested = rope.pop("rope_theta", theta)
         if theta is not None and nested != theta:
             refuse(f"{field}.rope_theta", nested, f"the same as rope_theta = {theta}")
@@ -248,12 +282,17 @@ def _rope(hf: dict[str, Any], refuse: Any) -> tuple[float, RopeScaling | None]:
         if kind == "yarn" and original is not None:
             rope["original_max_position_embeddings"] = original
         known = {"default": (), "linear": ("factor",), "yarn": tuple(RopeScaling.__dataclass_fields__)}[kind]
+        for idle in {"factor", "original_max_position_embeddings"} - set(known):
+            rope.pop(idle, None)  # transformers does not look at it either
         if unknown := sorted(rope.keys() - set(known)):
             refuse(f"{field}.{unknown[0]}", rope[unknown[0]], f"a field of {kind} scaling")
         if kind != "default" and "factor" not in rope:
             if kind == "linear" or "original_max_position_embeddings" not in rope:
                 refuse(f"{field}.factor", None, "a number")
-            rope["factor"] = hf.get("max_position_embeddings", 32_768) / rope["original_max_position_embeddings"]
+            longest, trained = hf.get("max_position_embeddings", 32_768), rope["original_max_position_embeddings"]
+            if not _is_size(longest) or not _is_size(trained):
+                refuse(f"{field}.original_max_position_embeddings", trained, "a whole number of at least 1")
+            rope["factor"] = longest / trained
         try:
             found.append(RopeScaling(kind, **rope) if kind != "default" else None)
         except ValueError as error:
@@ -261,31 +300,40 @@ def _rope(hf: dict[str, Any], refuse: Any) -> tuple[float, RopeScaling | None]:
     if len(found) == 2 and found[0] != found[1]:
         refuse("rope_scaling", found[1], "the same as rope_parameters")
     theta = 10_000.0 if theta is None else theta  # transformers' default
-    if not _is_number(theta) or theta <= 0:
-        refuse("rope_theta", theta, "a number above 0")
+    if not _is_number(theta) or theta <= 0 or (theta == 1 and found and found[0]):
+        refuse("rope_theta", theta, "a number above 0, and not 1 if it is scaled")
     return float(theta), found[0] if found else None
 
 
-def _windows(hf: dict[str, Any], source: str) -> tuple[int | None, tuple[str, ...] | None]:
+def _windows(hf: dict[str, Any], refuse: Any) -> tuple[int | None, tuple[str, ...] | None]:
     """`sliding_window` and `layer_types`, taken out of `hf`; None and None where every layer sees everything.
 
     As in transformers: the window counts only with `use_sliding_window`; the layers from `max_window_layers` on have
     it, unless `layer_types` names them.
     """
     window = hf.pop("sliding_window", 4096)
-    window = window if hf.pop("use_sliding_window", False) else None
+    if not isinstance(use := hf.pop("use_sliding_window", False), bool):
+        refuse("use_sliding_window", use, "true or false")
+    window = window if use else None
     first, types = hf.pop("max_window_layers", 28), hf.pop("layer_types", None)
+    if not isinstance(first, int):
+        refuse("max_window_layers", first, "a whole number")
+    if types is not None and not (isinstance(types, list) and all(isinstance(kind, str) for kind in types)):
+        refuse("layer_types", types, f"a list of {FULL} and {SLIDING}")
     if types is None:
         layers = hf.get("num_hidden_layers", 0)
         types = [SLIDING if window is not None and layer >= first else FULL for layer in range(layers)]
     if SLIDING in types and window is None:
-        raise ValueError(
-            f"{source}: layer_types has {SLIDING}, but use_sliding_window is not set or sliding_window is null; "
-            f"expected both, or {FULL} in every layer"
+        refuse(
+            "layer_types", types, f"{FULL} in every layer, or use_sliding_window = true and a number as sliding_window"
         )
     everywhere = list(types) == [FULL] * hf.get("num_hidden_layers", 0)
     return (None, None) if everywhere else (window, tuple(types))
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

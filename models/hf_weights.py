@@ -213,7 +213,13 @@ def _fold(name: str, array: jax.Array, config: Qwen3Config, dtype: Any) -> np.nd
     """One layer of ours as the tensor of theirs."""
     letters = "".join(_hf_groups(name)).replace("1", "")
     part = np.asarray(array).transpose([_axes(name).index(letter) for letter in letters])
+    _refuse_overflow(part, dtype, name)
     return np.ascontiguousarray(part.reshape(_hf_shape(name, config)).astype(dtype))
+
+
+def _refuse_overflow(array: np.ndarray, dtype: Any, name: str) -> None:
+    if dtype == np.float16 and array.dtype != np.float16 and array.size and np.abs(array).max() > 65_504:
+        raise ValueError(f"{name} has values beyond 65504, the largest in float16; expected dtype bfloat16 or float32")
 
 
 def _ranges(index: tuple[slice, ...] | None, shape: tuple[int, ...]) -> tuple[range, ...]:
@@ -260,6 +266,7 @@ def _unfold(stored: Stored, name: str, at: Mapping[str, range], out: np.ndarray,
         array = array.reshape([n for x, n in zip(letters, array.shape, strict=True) if x != "1"])
         named = [x for x in letters if x != "1"]
         where = tuple(slice(start - rows.start, block.stop - rows.start) if x == first else slice(None) for x in axes)
+        _refuse_overflow(array, out.dtype, f"{stored.file}: {stored.name}")
         np.copyto(out[where], array.transpose([named.index(x) for x in axes]), casting="unsafe")
         yield array.size
 

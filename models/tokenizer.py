@@ -36,6 +36,18 @@ class Rendered(NamedTuple):
         return self.marked.replace(self.mark, "") if self.mark else self.marked
 
 
+def check_text(text: str) -> None:
+    """Refuse half of a surrogate pair, which no tokenizer reads.
+
+    Raises:
+      ValueError: see above.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"expected text, got the half of a surrogate pair at character {error.start}") from error
+
+
 def check_messages(messages: Any) -> None:
     """Refuse what a chat template would drop in silence.
 
@@ -53,6 +65,7 @@ def check_messages(messages: Any) -> None:
             raise ValueError(f"expected a message's role to be one of {', '.join(ROLES)}, got {message['role']!r}")
         if not isinstance(message["content"], str):
             raise ValueError(f"expected a message's content to be text, got {str(message['content'])[:60]!r}")
+        check_text(message["content"])
 
 
 class Tokenizer:
@@ -66,7 +79,7 @@ class Tokenizer:
         self.path = str(path)
         try:
             self.hf = AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # a damaged file: whatever its reader stumbles over
             why = textwrap.shorten(str(error), 200, placeholder=" ...")  # some have many lines
             raise FileNotFoundError(f"{path}: no Hugging Face tokenizer could be read there ({why})") from error
         self.enable_thinking = enable_thinking
@@ -96,7 +109,10 @@ class Tokenizer:
         """Every id that ends a completion: end of turn, end of text, and those of generation_config.json."""
         ids = [self.hf.eos_token_id] if self.hf.eos_token_id is not None else []
         more = self.generation.get("eos_token_id")
-        ids += [more] if isinstance(more, int) else more or []
+        more = [more] if isinstance(more, int) else more or []
+        if not isinstance(more, list) or not all(isinstance(token, int) for token in more):
+            raise ValueError(f"{self.path}/generation_config.json: eos_token_id: expected ids, got {more!r}")
+        ids += more
         vocabulary = self.hf.get_vocab()
         ids += [vocabulary[token] for token in ("<|im_end|>", "<|endoftext|>") if token in vocabulary]
         return tuple(dict.fromkeys(ids))
@@ -259,7 +275,7 @@ def _strings(value: Any) -> list[str]:
     """All texts in nested lists and dictionaries."""
     if isinstance(value, str):
         return [value]
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    inner = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ()
     return [text for item in inner for text in _strings(item)]
 
 
@@ -268,7 +284,7 @@ def _mark(value: Any, starts: re.Pattern[str], mark: str) -> Any:
     if isinstance(value, str):
         return starts.sub(lambda match: match[0] + mark, value)
     if isinstance(value, dict):
-        return {key: _mark(item, starts, mark) for key, item in value.items()}
+        return {_mark(key, starts, mark): _mark(item, starts, mark) for key, item in value.items()}
     return [_mark(item, starts, mark) for item in value] if isinstance(value, list) else value
 
 

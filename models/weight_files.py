@@ -48,6 +48,10 @@ def _all_finite(array: np.ndarray) -> bool:
     return bool(np.isfinite(array).all())
 
 
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
 def could_be_on_hub(name: str | Path) -> bool:
     """Whether it looks like ORGANISATION/MODEL."""
     return str(name).count("/") == 1 and not str(name).startswith(("/", "."))
@@ -86,11 +90,13 @@ def open_weights(directory: Path) -> Iterator[dict[str, Stored]]:
       ValueError: a file that is cut short, an index that is wrong, weights that are not floating point.
     """
     weight_map: dict[str, str] | None = None
-    if (directory / INDEX_FILE).is_file():
+    if (directory / SINGLE_FILE).is_file():
+        pass  # an index beside it is ignored, as transformers does
+    elif (directory / INDEX_FILE).is_file():
         weight_map = read_json(directory / INDEX_FILE).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise ValueError(f"{directory / INDEX_FILE}: expected a weight_map from tensors to files")
-    elif not (directory / SINGLE_FILE).is_file():
+        if not isinstance(weight_map, dict) or not weight_map or not all(map(_is_text, weight_map.values())):
+            raise ValueError(f"{directory / INDEX_FILE}: expected a weight_map from the names of tensors to files")
+    else:
         pickled = [*directory.glob("*.bin"), *directory.glob("*.pt"), *directory.glob("*.pth")]
         raise FileNotFoundError(
             f"{directory}: expected {SINGLE_FILE} or {INDEX_FILE}, found neither"

@@ -19,8 +19,7 @@ from models.tokenizer import Tokenizer
 from train import reward_model, sft
 from train.config import ChatConfig, DataConfig, PolicyConfig, RewardSpec, SupervisedConfig, parse, resolved
 from train.metrics import divide, read_metrics, rollout_metrics, write_jsonl
-from train.prompts import Prompts, as_chat, conversations, load_rows, require_columns, shuffled
-from train.reward_model import prompt_and_answer
+from train.prompts import Prompts, as_chat, conversations, load_rows, prompt_and_answer, require_columns, shuffled
 
 # Order
 
@@ -245,11 +244,11 @@ def test_what_does_not_exist_is_nan() -> None:
 def test_every_form_of_a_comparison_is_the_same_conversation(side: str) -> None:
     asked, answer = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}
     expected = ([asked], "So.")
-    assert prompt_and_answer({"prompt": [asked], side: [answer]}, side) == expected
-    assert prompt_and_answer({"prompt": "Why?", side: [answer]}, side) == expected
-    assert prompt_and_answer({side: [asked, answer]}, side) == expected
-    assert prompt_and_answer({"prompt": "Why?", side: "So."}, side) == ("Why?", "So.")
-    assert prompt_and_answer({side: "So."}, side) == ("", "So.")
+    assert prompt_and_answer({"prompt": [asked], side: [answer]}, side, "file") == expected
+    assert prompt_and_answer({"prompt": "Why?", side: [answer]}, side, "file") == expected
+    assert prompt_and_answer({side: [asked, answer]}, side, "file") == expected
+    assert prompt_and_answer({"prompt": "Why?", side: "So."}, side, "file") == ("Why?", "So.")
+    assert prompt_and_answer({side: "So."}, side, "file") == ("", "So.")
 
 
 # Chats
@@ -318,3 +317,30 @@ def test_whole_texts_of_a_comparison_keep_their_special_tokens(chatty: Tokenizer
     row = {"chosen": "user:Q<|im_end|>assistant:A<|im_end|>", "rejected": "user:Q<|im_end|>assistant:B<|im_end|>"}
     ((chosen, _, _),) = reward_model.encode([row], chatty, "file", ChatConfig())
     assert chosen.count(chatty.eos_ids[0]) == 2
+
+
+def test_a_completion_of_several_messages_is_learned_at_its_end(chatty: Tokenizer) -> None:
+    turns = [{"role": "assistant", "content": "A"}, {"role": "user", "content": "B"}]
+    row = {"prompt": ASKED, "completion": [*turns, {"role": "assistant", "content": "C"}]}
+    ((ids, learned_from),) = sft.encode([row], chatty, "file", ChatConfig())
+    asked = "user:Good food?<|im_end|>assistant:A<|im_end|>user:B<|im_end|>assistant:"
+    assert chatty.hf.decode(ids[:learned_from]) == asked and chatty.hf.decode(ids[learned_from:]) == "C<|im_end|>"
+    for encode, rows in (
+        (sft.encode, [{"prompt": ASKED, "completion": turns}]),
+        (reward_model.encode, [{"prompt": ASKED, "chosen": turns, "rejected": turns}]),
+    ):
+        with pytest.raises(ValueError, match="file: row 1: .* end with the assistant's, got 'user'"):
+            encode(rows, chatty, "file", ChatConfig())
+
+
+@pytest.mark.parametrize(
+    ("row", "named"),
+    [
+        ({"chosen": "a", "rejected": "b"}, "row 1: chat.text_as_chat is set, but there is no prompt"),
+        ({"prompt": 5, "chosen": "a", "rejected": "b"}, "row 1: 'prompt': expected text"),
+        ({"prompt": "\ud800", "chosen": "a", "rejected": "b"}, "row 1: 'prompt': .*surrogate"),
+    ],
+)
+def test_a_comparison_that_cannot_be_asked_is_refused(chatty: Tokenizer, row: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        reward_model.encode([row], chatty, "file", ChatConfig(text_as_chat=True))

@@ -381,6 +381,10 @@ def _cut(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:100])
 
 
+def _nonsense(file: Path) -> None:
+    file.write_text('{"a": 1}')
+
+
 def _reconfigure(**changes: Any) -> Callable[[Path], None]:
     def change(file: Path) -> None:
         config = json.loads(file.read_text())
@@ -414,6 +418,8 @@ def test_a_reward_model_that_cannot_read_the_prompts(door: Door, tiny_policy_dir
         ("config.json", _reconfigure(num_hidden_layers=3), "layer_types: expected num_hidden_layers = 3 entries"),
         ("config.json", _reconfigure(num_hidden_layers=3, layer_types=None), "tensors are missing from the weights"),
         ("tokenizer.json", _cut, "no Hugging Face tokenizer could be read there"),
+        ("tokenizer.json", _nonsense, "no Hugging Face tokenizer could be read there"),
+        ("generation_config.json", _reconfigure(eos_token_id="x"), "eos_token_id: expected ids, got 'x'"),
     ],
 )
 @pytest.mark.parametrize("role", ["policy", "reward"])

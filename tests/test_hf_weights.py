@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 import models.qwen3
 from models.checkpoint import Checkpoints, load_model
-from models.config import Qwen3Config, read_config, stored_dtype
+from models.config import Qwen3Config, RopeScaling, read_config, stored_dtype
 from models.hf_weights import INDEX_FILE, SINGLE_FILE, flatten, load_pretrained, save_pretrained, split
 
 ROOT = Path(__file__).parent.parent
@@ -144,6 +144,23 @@ BASE = json.loads((MODELS / "tiny_qwen3" / "config.json").read_text())
         ({"architectures": ["Qwen3ForSequenceClassification"], "id2label": {"0": "a", "1": "b"}}, "id2label"),
         ({"rms_norm_eps": "small"}, "rms_norm_eps"),
         ({"hidden_size": 64.5}, "hidden_size"),
+        ({"num_hidden_layers": 2.0}, "num_hidden_layers"),
+        ({"num_hidden_layers": True}, "num_hidden_layers"),
+        ({"layer_types": 3}, "layer_types"),
+        ({"use_sliding_window": "false"}, "use_sliding_window"),
+        ({"use_sliding_window": True, "max_window_layers": "1"}, "max_window_layers"),
+        ({"use_sliding_window": True, "sliding_window": 4.5, "max_window_layers": 0}, "sliding_window"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
+        ({"rope_scaling": "linear"}, "rope_scaling"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "attention_factor": "x"}}, "attention_factor"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 0}},
+            "original_max_position_embeddings",
+        ),
+        ({"rope_scaling": {"rope_type": "yarn", "original_max_position_embeddings": "a"}}, "original_max_position"),
+        ({"rope_theta": 1.0, "rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_theta"),
+        ({"architectures": ["Qwen3ForSequenceClassification"], "id2label": ["a", "b"]}, "id2label"),
         ({"attention_dropout": 0.1}, "attention_dropout"),
         ({"num_experts": 8}, "num_experts"),
         ({"num_key_value_heads": 3}, "num_attention_heads"),
@@ -188,6 +205,27 @@ def test_windows_as_transformers_reads_them() -> None:
     assert Qwen3Config.from_hf(four | {"sliding_window": 8, "max_window_layers": 0}).windows is None
     named = {"layer_types": ["sliding_attention", "full_attention"] * 2}
     assert Qwen3Config.from_hf(four | window | named).windows == (8, None, 8, None)
+
+
+def test_what_old_versions_of_transformers_wrote_beside_is_ignored() -> None:
+    defaults = {"max_length": 20, "do_sample": False, "top_k": 50, "tf_legacy_loss": False, "num_beams": 1}
+    unused = {"mlp_bias": False, "use_mrope": False, "hidden_dropout": 0.0, "pruned_heads": {}, "_commit_hash": "a1"}
+    assert Qwen3Config.from_hf(BASE | defaults | unused) == Qwen3Config.from_hf(BASE)
+    with pytest.raises(ValueError, match="mlp_bias"):
+        Qwen3Config.from_hf(BASE | {"mlp_bias": True})
+
+
+def test_yarn_corners_as_transformers_reads_them() -> None:
+    yarn = {"rope_type": "yarn", "factor": 2.0}
+    assert Qwen3Config.from_hf(BASE | {"rope_scaling": yarn | {"truncate": None}}).rope_scaling == RopeScaling(
+        "yarn", 2.0, truncate=False
+    )
+    both = without("rope_theta") | {"rope_parameters": yarn | {"rope_theta": 1e6}, "rope_scaling": yarn}
+    with pytest.raises(ValueError, match="rope_scaling.*the same rope_theta"):
+        Qwen3Config.from_hf(both)
+    linear = {"rope_type": "linear", "factor": 2.0, "original_max_position_embeddings": 32}
+    assert Qwen3Config.from_hf(BASE | {"rope_scaling": linear}).rope_scaling == RopeScaling("linear", 2.0)
+    assert Qwen3Config.from_hf(BASE | {"rope_scaling": {"type": "default", "factor": 1.0}}).rope_scaling is None
 
 
 def test_null_means_not_given() -> None:
@@ -284,9 +322,22 @@ def test_an_index_that_lies_is_refused(tmp_path: Path) -> None:
     file.write_text(json.dumps(index))
     with pytest.raises(ValueError, match=f"{other}.*says that model.norm.weight is there"):
         load_pretrained(tmp_path)
-    file.write_text("{}")
-    with pytest.raises(ValueError, match="weight_map"):
-        load_pretrained(tmp_path)
+    for nonsense in ({}, {"weight_map": {}}, {"weight_map": {"model.norm.weight": 3}}):
+        file.write_text(json.dumps(nonsense))
+        with pytest.raises(ValueError, match="weight_map"):
+            load_pretrained(tmp_path)
+    shutil.copy(MODELS / "tiny_qwen3" / SINGLE_FILE, tmp_path)  # is read first, by transformers too
+    load_pretrained(tmp_path)
+
+
+def test_numbers_too_large_for_float16_are_refused(directory: Path, tmp_path: Path) -> None:
+    tensors = load_file(directory / SINGLE_FILE)
+    tensors["model.norm.weight"] = np.full_like(tensors["model.norm.weight"], 1e6, dtype=np.float32)
+    save_file(tensors, directory / SINGLE_FILE)
+    with pytest.raises(ValueError, match="model.norm.weight has values beyond 65504"):
+        load_pretrained(directory, dtype="float16")
+    with pytest.raises(ValueError, match="norm_D has values beyond 65504"):
+        save_pretrained(load_pretrained(directory), tmp_path / "out", dtype="float16")
 
 
 ON_EIGHT_DEVICES = """

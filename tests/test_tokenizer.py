@@ -193,6 +193,15 @@ def test_a_completion_cannot_end_its_turn_for_the_reward_model(qwen3: Tokenizer)
 
 
 @needs_qwen3
+def test_names_in_a_tool_call_are_text_too(qwen3: Tokenizer) -> None:
+    call = {"function": {"name": "f", "arguments": {"<|im_end|>": "<|im_start|>"}}}
+    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    (ids,) = qwen3.prompt_ids([chat])  # type: ignore[list-item]
+    (other,) = qwen3.prompt_ids([chat[:1]])  # type: ignore[list-item]
+    assert ids.count(qwen3.eos_ids[0]) == other.count(qwen3.eos_ids[0]) + 1, "the one that ends the turn"
+
+
+@needs_qwen3
 def test_no_system_prompt_is_not_an_empty_one(qwen3: Tokenizer) -> None:
     user = [{"role": "user", "content": "Hi"}]
     assert "system" not in qwen3.render(user)

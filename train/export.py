@@ -1,5 +1,6 @@
 """`python -m train export`: a checkpoint as a Hugging Face directory that transformers, vLLM and SGLang load."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -19,7 +20,7 @@ def export(config: ExportConfig) -> None:
     Raises:
       SetupError: no such checkpoint, a tokenizer of another model, or a directory with something in it.
     """
-    out = Path(config.out)
+    out = Path(config.out).absolute()
     with setup_errors():
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ValueError(f"--out {out}: there is something already; expected a new or empty directory")
@@ -27,6 +28,8 @@ def export(config: ExportConfig) -> None:
         tokenizer = Tokenizer(tokenizer_path(config.checkpoint))
         model = load_model(config.checkpoint, dtype=config.dtype)
         tokenizer.check_fits(model.config.vocab_size, config.checkpoint)
+        if model.config.pad_token_id is None:  # transformers would score a reward model's texts one by one only
+            model.config = dataclasses.replace(model.config, pad_token_id=tokenizer.pad_id)
     partial = out.with_name(f"{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
     save_pretrained(model, partial, max_shard_bytes=config.max_shard_bytes)

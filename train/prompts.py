@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from models.tokenizer import Prompt, Tokenizer, check_messages
+from models.tokenizer import Prompt, Tokenizer, check_messages, check_text
 from train.config import ChatConfig, PolicyConfig
 
 Row = dict[str, Any]
@@ -46,11 +46,27 @@ def require_columns(rows: Sequence[Row], source: str, *columns: str) -> None:
                     f"{source}: row {number} has no {column!r}; its columns are {', '.join(row) or '(none)'}; "
                     f"name the right one in the config or mend the row"
                 )
-            if not isinstance(row[column], str):
-                try:
-                    check_messages(row[column])
-                except ValueError as error:
-                    raise ValueError(f"{source}: row {number}: {column!r}: {error}") from error
+            try:
+                check_text(row[column]) if isinstance(row[column], str) else check_messages(row[column])
+            except ValueError as error:
+                raise ValueError(f"{source}: row {number}: {column!r}: {error}") from error
+
+
+def prompt_and_answer(row: Row, column: str, where: str) -> tuple[Prompt, str]:
+    """What precedes the answer in `column`, and its text; an answer in chat messages ends with the assistant's.
+
+    Raises:
+      ValueError: it ends with another's message.
+    """
+    prompt, answer = row.get("prompt") or "", row[column]
+    if isinstance(answer, str):
+        return prompt, answer
+    if answer[-1]["role"] != "assistant":
+        raise ValueError(
+            f"{where}: {column!r}: expected messages that end with the assistant's, got {answer[-1]['role']!r}"
+        )
+    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) and prompt else list(prompt)
+    return [*asked, *answer[:-1]], answer[-1]["content"]
 
 
 def as_chat(prompt: Prompt, chat: ChatConfig, where: str) -> Prompt:
@@ -60,6 +76,8 @@ def as_chat(prompt: Prompt, chat: ChatConfig, where: str) -> Prompt:
       ValueError: a system prompt for plain text, or for messages that have one.
     """
     if isinstance(prompt, str) and chat.text_as_chat:
+        if not prompt:
+            raise ValueError(f"{where}: chat.text_as_chat is set, but there is no prompt; expected a column 'prompt'")
         prompt = [{"role": "user", "content": prompt}]
     if chat.system_prompt is None:
         return prompt
@@ -74,6 +92,16 @@ def as_chat(prompt: Prompt, chat: ChatConfig, where: str) -> Prompt:
             f"of them; set chat.system_prompt: null or take it out of the data"
         )
     return [{"role": "system", "content": chat.system_prompt}, *prompt]
+
+
+def asked_and_answered(
+    rows: Sequence[Row], source: str, column: str, chat: ChatConfig
+) -> tuple[list[Prompt], list[str]]:
+    """What precedes each row's answer, as it is asked, and the answers in `column`."""
+    wheres = [f"{source}: row {number}" for number in range(1, len(rows) + 1)]
+    pairs = [prompt_and_answer(row, column, where) for row, where in zip(rows, wheres, strict=True)]
+    prompts = [as_chat(prompt, chat, where) for (prompt, _), where in zip(pairs, wheres, strict=True)]
+    return prompts, [answer for _, answer in pairs]
 
 
 def conversations(rows: Sequence[Row], source: str, column: str, chat: ChatConfig) -> list[Row]:

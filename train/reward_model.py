@@ -15,9 +15,9 @@ from flax import nnx
 from gopo_jax import preference_loss
 from gopo_jax.losses import Metrics
 from models.config import REWARD_MODEL
-from models.tokenizer import Prompt, Tokenizer, pad
+from models.tokenizer import Tokenizer, pad
 from train.config import ChatConfig, RewardModelConfig
-from train.prompts import Row, as_chat, require_columns
+from train.prompts import Row, asked_and_answered, require_columns
 from train.supervised import Batch, Task, train_supervised
 
 Example = tuple[list[int], list[int], float]  # chosen, rejected, margin
@@ -33,22 +33,12 @@ def train_reward_model(config: RewardModelConfig) -> None:
 
 def encode(rows: Sequence[Row], tokenizer: Tokenizer, source: str, chat: ChatConfig) -> list[Example]:
     require_columns(rows, source, "chosen", "rejected")
-    sides = []
-    for side in ("chosen", "rejected"):
-        pairs = [prompt_and_answer(row, side) for row in rows]
-        prompts = [as_chat(prompt, chat, f"{source}: row {i}") for i, (prompt, _) in enumerate(pairs, 1)]
-        sides.append(tokenizer.conversation_ids(prompts, [answer for _, answer in pairs]))
+    require_columns([{"prompt": row.get("prompt") or "-"} for row in rows], source, "prompt")  # it may be missing
+    sides = [
+        tokenizer.conversation_ids(*asked_and_answered(rows, source, side, chat)) for side in ("chosen", "rejected")
+    ]
     margins = [float(row.get("margin") or 0.0) for row in rows]
     return list(zip(*sides, margins, strict=True))
-
-
-def prompt_and_answer(row: Row, side: str) -> tuple[Prompt, str]:
-    """What precedes the answer, and its text; an answer in chat messages ends with the assistant's."""
-    prompt, answer = row.get("prompt") or "", row[side]
-    if isinstance(answer, str):
-        return prompt, answer
-    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) and prompt else list(prompt)
-    return [*asked, *answer[:-1]], answer[-1]["content"]
 
 
 def collate(examples: Sequence[Example], tokenizer: Tokenizer, max_length: int) -> Batch:

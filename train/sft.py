@@ -17,7 +17,7 @@ from gopo_jax import token_logprobs
 from gopo_jax.losses import Metrics
 from models.tokenizer import Tokenizer, pad
 from train.config import ChatConfig, SupervisedConfig
-from train.prompts import Row, conversations, require_columns
+from train.prompts import Row, asked_and_answered, require_columns
 from train.supervised import Batch, Task, train_supervised
 
 Example = tuple[list[int], int]  # token ids, how many of them are prompt
@@ -39,9 +39,8 @@ def encode(rows: Sequence[Row], tokenizer: Tokenizer, source: str, chat: ChatCon
         completions = tokenizer.encode([row["text"] for row in rows])
     else:
         require_columns(rows, source, "prompt", "completion")
-        prompts = tokenizer.prompt_ids([row["prompt"] for row in conversations(rows, source, "prompt", chat)])
-        answers = [row["completion"] for row in rows]
-        completions = tokenizer.encode_literally([a if isinstance(a, str) else a[-1]["content"] for a in answers])
+        asked, answers = asked_and_answered(rows, source, "completion", chat)
+        prompts, completions = tokenizer.prompt_ids(asked), tokenizer.encode_literally(answers)
     return [(p + c + [tokenizer.eos_ids[0]], len(p)) for p, c in zip(prompts, completions, strict=True)]
 
 

@@ -81,7 +81,8 @@ def make_model(
             return loaded
         if architecture == POLICY:
             raise ValueError(f"model.path: {model.path} is a reward model; expected a policy")
-        config = dataclasses.replace(loaded.config, architecture=architecture)
+        pad_id = tokenizer.pad_id if loaded.config.pad_token_id is None else loaded.config.pad_token_id
+        config = dataclasses.replace(loaded.config, architecture=architecture, pad_token_id=pad_id)
     else:
         assert model.architecture is not None  # ModelConfig has checked it
         tokenizer.check_fits(model.architecture.vocab_size, "model.architecture")
