@@ -2,16 +2,21 @@
 
 Each row (one completion) draws from its own key, so what it draws does not depend on the other rows, on how the
 batch is cut, or on the sharding. A token costs one uniform number and a two-level inverse CDF.
+What has ended is not computed: as completions end, those that go on move into half as many slots.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from models.attention import KeyValues
-from models.qwen3 import Qwen3
+from models.qwen3 import Prefix, Qwen3
+from models.sharding import Layout
+
+FEWEST = 8  # completions that are computed at a time, once the others have ended
 
 
 class SamplingParams(NamedTuple):
@@ -60,29 +65,26 @@ def sample(
 
     _, prefix = model.prefill(prompt_PS, lengths_P)
     past_LPKGTE = jax.tree.map(
-        lambda kv_LPKSE: jnp.zeros((*kv_LPKSE.shape[:3], G, T, kv_LPKSE.shape[4]), kv_LPKSE.dtype),
-        prefix.kv_LPKSE,
+        lambda kv_LPKSE: jnp.zeros((*kv_LPKSE.shape[:3], G, T, kv_LPKSE.shape[4]), kv_LPKSE.dtype), prefix.kv_LPKSE
+    )
+    nothing = Rollout(
+        jnp.full((P, G, T), pad_id, jnp.int32),
+        jnp.zeros((P, G, T), jnp.float32),
+        jnp.zeros((P, G), jnp.int32),
+        jnp.zeros((P, G), bool),
     )
     hidden_PGD = jnp.broadcast_to(prefix.last_PD[:, None], (P, G, prefix.last_PD.shape[-1]))
+    completion_PG = jnp.tile(jnp.arange(G), (P, 1))
+    slots = Slots(completion_PG, jnp.zeros((P, G), bool), hidden_PGD, uniforms_PGT, nothing)
 
-    class State(NamedTuple):
-        t: jax.Array
-        hidden_PGD: jax.Array
-        done_PG: jax.Array
-        rollout: Rollout
-        past_LPKGTE: KeyValues
-
-    def going_on(state: State) -> jax.Array:
-        return (state.t < T) & ~state.done_PG.all()
-
-    def one_token(state: State) -> State:
-        t, rollout = state.t, state.rollout
-        logits_PGV = model.logits(state.hidden_PGD)
-        uniform_PG = jax.lax.dynamic_index_in_dim(uniforms_PGT, t, axis=2, keepdims=False)
+    def one_token(prefix: Prefix, state: State) -> State:
+        t, slots, past_LPKGTE = state
+        logits_PGV = model.logits(slots.hidden_PGD)
+        uniform_PG = jax.lax.dynamic_index_in_dim(slots.uniforms_PGT, t, axis=2, keepdims=False)
         banned_V = jnp.zeros(logits_PGV.shape[-1], bool).at[eos_ids].set(t < params.min_tokens)
         token_PG, logprob_PG = draw(logits_PGV, uniform_PG, banned_V, params)
 
-        live_PG = ~state.done_PG
+        live_PG, rollout = ~slots.done_PG, slots.rollout
         token_PG = jnp.where(live_PG, token_PG, pad_id)
         ended_PG = live_PG & (token_PG[..., None] == eos_ids).any(-1)
         rollout = Rollout(
@@ -91,22 +93,96 @@ def sample(
             rollout.lengths_PG + live_PG,
             rollout.finished_PG | ended_PG,
         )
-        hidden_PG1D, own_LPKG1E = model.extend(
-            token_PG[..., None], prefix, past_LPKGTE=state.past_LPKGTE, past_length=t
-        )
+        hidden_PG1D, own_LPKG1E = model.extend(token_PG[..., None], prefix, past_LPKGTE=past_LPKGTE, past_length=t)
         past_LPKGTE = jax.tree.map(
-            lambda past, own: jax.lax.dynamic_update_slice_in_dim(past, own, t, axis=4), state.past_LPKGTE, own_LPKG1E
+            lambda past, own: jax.lax.dynamic_update_slice_in_dim(past, own, t, axis=4), past_LPKGTE, own_LPKG1E
         )
-        return State(t + 1, hidden_PG1D[:, :, 0], state.done_PG | ended_PG, rollout, past_LPKGTE)
+        done_PG = slots.done_PG | ended_PG
+        slots = slots._replace(done_PG=done_PG, hidden_PGD=hidden_PG1D[:, :, 0], rollout=rollout)
+        return State(t + 1, slots, past_LPKGTE)
 
-    nothing = Rollout(
-        jnp.full((P, G, T), pad_id, jnp.int32),
-        jnp.zeros((P, G, T), jnp.float32),
-        jnp.zeros((P, G), jnp.int32),
-        jnp.zeros((P, G), bool),
-    )
-    start = State(jnp.zeros((), jnp.int32), hidden_PGD, jnp.zeros((P, G), bool), nothing, past_LPKGTE)
-    return jax.lax.while_loop(going_on, one_token, start).rollout
+    prompt_P, whole = jnp.arange(P), nothing
+    state = State(jnp.zeros((), jnp.int32), slots, past_LPKGTE)
+    sizes = stages(P, G, model.layout)
+    for here, smaller in zip(sizes, [*sizes[1:], None], strict=True):
+
+        def going_on(state: State, smaller: tuple[int, int] | None = smaller) -> jax.Array:
+            done_PG = state.slots.done_PG
+            return (state.t < T) & ~done_PG.all() & ~fits(done_PG, smaller)
+
+        state = jax.lax.while_loop(going_on, partial(one_token, prefix), state)
+        origin = (prompt_P[:, None], state.slots.completion_PG)
+        whole = jax.tree.map(lambda all, some, origin=origin: all.at[origin].set(some), whole, state.slots.rollout)
+        if smaller is not None and smaller[1] < here[1]:
+            state = fewer_completions(state, smaller[1])
+        elif smaller is not None:
+            prompt_P, prefix, state = fewer_prompts(prompt_P, prefix, state, smaller[0])
+    return whole
+
+
+class Slots(NamedTuple):
+    """The completions that are computed: some of the prompts, some of each one's G."""
+
+    completion_PG: jax.Array  # which of its prompt's completions it is
+    done_PG: jax.Array
+    hidden_PGD: jax.Array  # predicts the next token
+    uniforms_PGT: jax.Array
+    rollout: Rollout
+
+
+class State(NamedTuple):
+    t: jax.Array
+    slots: Slots
+    past_LPKGTE: KeyValues
+
+
+def stages(P: int, G: int, layout: Layout | None) -> list[tuple[int, int]]:
+    """The sizes [prompts, completions of each] that the slots shrink through as completions end: halves.
+
+    Down to FEWEST slots: fewer cost hardly less. First completions of each prompt, which stay on their device; then
+    prompts, unless those live on several devices.
+    """
+    ways = {meaning: layout.ways(meaning) if layout is not None else 1 for meaning in ("prompt", "group")}
+    sizes = [(P, G)]
+    while P * G >= 2 * FEWEST:
+        if G % 2 == 0 and (G // 2) % ways["group"] == 0:
+            G //= 2
+        elif P % 2 == 0 and ways["prompt"] == 1:
+            P //= 2
+        else:
+            break
+        sizes.append((P, G))
+    return sizes
+
+
+def fits(done_PG: jax.Array, size: tuple[int, int] | None) -> jax.Array:
+    """Whether all that goes on fits into so many prompts and completions of each."""
+    if size is None:
+        return jnp.zeros((), bool)
+    live_PG = ~done_PG
+    return (live_PG.any(1).sum() <= size[0]) & (live_PG.sum(1).max() <= size[1])
+
+
+def fewer_completions(state: State, G: int) -> State:
+    """G slots of each prompt: those that go on, filled up with some that have ended."""
+    kept_PG = jnp.argsort(state.slots.done_PG, axis=1, stable=True)[:, :G]
+
+    def take(array_PG: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(array_PG, jnp.expand_dims(kept_PG, range(2, array_PG.ndim)), axis=1)
+
+    def take_past(past_LPKGTE: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(past_LPKGTE, kept_PG[None, :, None, :, None, None], axis=3)
+
+    return State(state.t, jax.tree.map(take, state.slots), jax.tree.map(take_past, state.past_LPKGTE))
+
+
+def fewer_prompts(prompt_P: jax.Array, prefix: Prefix, state: State, P: int) -> tuple[jax.Array, Prefix, State]:
+    """P prompts with their slots: those of which a completion goes on, filled up with some others."""
+    kept_P = jnp.argsort(state.slots.done_PG.all(1), stable=True)[:P]
+    of_layers = partial(jnp.take, indices=kept_P, axis=1)
+    prefix = Prefix(jax.tree.map(of_layers, prefix.kv_LPKSE), prefix.lengths_P[kept_P], prefix.last_PD[kept_P])
+    slots = jax.tree.map(lambda array: array[kept_P], state.slots)
+    return prompt_P[kept_P], prefix, State(state.t, slots, jax.tree.map(of_layers, state.past_LPKGTE))
 
 
 def draw(

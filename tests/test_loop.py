@@ -51,7 +51,7 @@ def some_batch(config: PolicyConfig, vocabulary: int) -> dict[str, jax.Array]:
         jnp.ones((P, G), bool),
     )
     prompt_PS, lengths_P = rng.integers(0, vocabulary, (P, S)), rng.integers(1, S + 1, P)
-    return make_batch(make_layout(data=1), prompt_PS, lengths_P, rollout, rewards_PG, ADVANTAGES["gopo"](rewards_PG))
+    return make_batch(prompt_PS, lengths_P, rollout, rewards_PG, ADVANTAGES["gopo"](rewards_PG))
 
 
 @pytest.mark.parametrize("aggregate", ["token", "sequence", "constant"])

@@ -1,6 +1,7 @@
 """Laws of the sampler: which distribution it draws from, what it reports, where it ends, what a row depends on."""
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -226,8 +227,10 @@ def test_min_tokens_bans_the_end_until_then(net: Net, temperature: float) -> Non
 class Chain:
     """A Markov chain behind the model's calls; `extend` is counted at run time."""
 
+    layout = None
+
     def __init__(self, logits_VV: np.ndarray) -> None:
-        self.logits_VV, self.steps = jnp.asarray(logits_VV), 0
+        self.logits_VV, self.steps, self.slots = jnp.asarray(logits_VV), 0, 0
 
     def _one_hot(self, tokens: jax.Array) -> jax.Array:
         return jax.nn.one_hot(tokens, len(self.logits_VV))
@@ -238,16 +241,17 @@ class Chain:
         return self._one_hot(prompt_PS), Prefix(KeyValues(nothing, nothing), lengths_P, self._one_hot(last_P))
 
     def extend(self, tokens_PGT: jax.Array, prefix: Prefix, **_: Any) -> tuple[jax.Array, KeyValues]:
-        jax.debug.callback(self._count)
         P, G, T = tokens_PGT.shape
+        jax.debug.callback(functools.partial(self._count, P * G))
         nothing = jnp.zeros((1, P, 1, G, T, 1))
         return self._one_hot(tokens_PGT), KeyValues(nothing, nothing)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         return hidden @ self.logits_VV
 
-    def _count(self) -> None:
+    def _count(self, slots: int) -> None:
         self.steps += 1
+        self.slots += slots
 
 
 def test_the_loop_stops_when_all_completions_have_ended() -> None:
@@ -273,6 +277,45 @@ def test_the_loop_stops_when_all_completions_have_ended() -> None:
         assert chain.steps == out.lengths_PG.max()
         assert chain.steps == longest if longest else 1 < chain.steps < limit
         np.testing.assert_array_equal(out.finished_PG, eos[0] != size)
+
+
+@pytest.mark.parametrize("fewest", [1, 2, 4])
+def test_what_has_ended_is_not_computed_and_nothing_else_changes(fewest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same tokens, log-probabilities and lengths as with all slots kept; slots computed follow those that go on."""
+    size, limit, P, G = 12, 60, 4, 8
+    logits_VV = np.random.default_rng(0).normal(size=(size, size)).astype(np.float32)
+    options = SamplingParams(np.float32(1), np.int32(0), np.float32(1), np.int32(0), np.array([3], np.int32))
+
+    def draw_all(fewest: int) -> tuple[Rollout, int]:
+        monkeypatch.setattr("models.sampler.FEWEST", fewest)
+        chain = Chain(logits_VV)
+        call = jax.jit(
+            lambda params: sample(
+                chain,  # type: ignore[arg-type]
+                jnp.arange(P)[:, None],
+                jnp.ones(P, jnp.int32),
+                jnp.arange(P),
+                KEY,
+                params,
+                num_generations=G,
+                max_completion_length=limit,
+            )
+        )
+        out = jax.tree.map(np.asarray, call(options))
+        jax.effects_barrier()
+        return out, chain.slots
+
+    kept, all_slots = draw_all(10**6)
+    out, slots = draw_all(fewest)
+    jax.tree.map(np.testing.assert_array_equal, out, kept)
+    assert all_slots == P * G * out.lengths_PG.max()
+    live = (np.arange(limit)[:, None, None] < out.lengths_PG).sum((1, 2))
+    assert len(set(out.lengths_PG.reshape(-1))) > 8 and live.sum() <= slots
+    # at each token at most P x (the largest number of completions of one prompt that go on, rounded up to 2^n),
+    # once those are 1 each fewer prompts
+    widest = (np.arange(limit)[:, None, None] < out.lengths_PG).sum(2).max(1)
+    bound = sum(max(P * 2 ** math.ceil(math.log2(n)), fewest) for n in widest if n)
+    assert slots <= bound < all_slots
 
 
 # The distribution

@@ -52,7 +52,7 @@ def compute(layout):
     graphdef, params = split(load_pretrained(directory, mesh=layout))
     sgd = optax.sgd(1.0)
     state = make_state(copy(params), sgd, layout)
-    batch = make_batch(layout, prompt_PS, lengths_P, Rollout(*map(jnp.asarray, rollout)), advantages_PG, advantages_PG)
+    batch = make_batch(prompt_PS, lengths_P, rollout, advantages_PG, advantages_PG)
     reference = jax.tree.map(lambda p: p * 1.1, params)
     spread = len({s.device for leaf in jax.tree.leaves(params) for s in leaf.addressable_shards})
     after, metrics = make_update(graphdef, sgd, config, layout, state)(state, reference, batch)

@@ -181,12 +181,17 @@ class LossConfig:
 @dataclass(frozen=True, kw_only=True)
 class ValidationConfig:
     every: int = 25  # steps; also at step 0 and at the end
-    prompts: int = 500  # the first so many of data.validation
+    prompts: int = 500  # the first so many of data.validation; 0: no validation
     num_generations: int = 1  # completions per prompt
     batch_prompts: int = 64
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "every", "prompts", "num_generations", "batch_prompts")
+        _at_least(self, 1, "every", "num_generations", "batch_prompts")
+        _at_least(self, 0, "prompts")
+
+    def due(self, step: int, last: int) -> bool:
+        """Whether the policy is validated after so many of `last` steps."""
+        return self.prompts > 0 and (step % self.every == 0 or step == last)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ Every step of `train_policy`:
     4  rewards      rewards_PG, NaN = unscorable
     5  advantages   ADVANTAGES[name](rewards_PG): the one line in which GOPO and GRPO differ
     6  loss         clipped policy loss and KL penalty on the log-probabilities of the same tokens
-    7  update       one jitted call, micro-batches of whole groups in a scan
+    7  update       micro-batches of whole groups, each as long as its own longest completion; one optimizer step
     8  log, validate, checkpoint
 
 One update per batch: the policy that is trained is the one that sampled, so the old log-probabilities are the
@@ -18,7 +18,7 @@ Left out on purpose: several updates per batch, rollouts on other machines.
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -33,7 +33,8 @@ from gopo_jax.losses import Metrics
 from models.generate import Generator
 from models.hf_weights import split
 from models.sampler import Rollout
-from models.sharding import Layout, constrain
+from models.sharding import Layout
+from models.tokenizer import bucket
 from train import state as training
 from train.config import PolicyConfig
 from train.metrics import Run, Timer, console, divide, rollout_metrics, setup_errors
@@ -41,7 +42,7 @@ from train.prompts import Prompts
 from train.rewards import Rewards
 from train.state import TrainState
 
-Batch = dict[str, jax.Array]
+Batch = dict[str, np.ndarray]
 
 
 def train_policy(config: PolicyConfig) -> None:
@@ -84,7 +85,7 @@ def train_policy(config: PolicyConfig) -> None:
     update = make_update(graphdef, optimizer, config, layout, state)
     evaluate = partial(validate, run, config, validation, rewards, generator)
     describe(run, config, prompts, validation, layout)
-    if run.start == 0:
+    if run.start == 0 and config.validation.due(0, config.max_steps):
         run.write(0, evaluate(state, 0))
 
     for step in run.steps():
@@ -106,7 +107,7 @@ def train_policy(config: PolicyConfig) -> None:
         advantages_PG = advantages(rewards_PG)
         # 6 loss, 7 update
         with timer("update"):
-            batch = make_batch(layout, prompt_PS, lengths_P, rollout, rewards_PG, advantages_PG)
+            batch = make_batch(prompt_PS, lengths_P, rollout, rewards_PG, advantages_PG)
             state, learned = update(state, ref_params, batch)
             metrics |= divide(learned)
         # 8 log, validate, checkpoint
@@ -114,7 +115,7 @@ def train_policy(config: PolicyConfig) -> None:
         finished_PG = np.asarray(rollout.finished_PG)
         metrics |= rollout_metrics(rewards_PG, lengths_PG, finished_PG)
         metrics |= {"learning_rate": schedule(step), "epoch": done * config.prompts_per_step / len(prompts)}
-        if done % config.validation.every == 0 or done == config.max_steps:
+        if config.validation.due(done, config.max_steps):
             with timer("validation"):
                 metrics |= evaluate(state, done)
         seconds = time.perf_counter() - began
@@ -127,27 +128,47 @@ def train_policy(config: PolicyConfig) -> None:
 
 
 def make_batch(
-    layout: Layout,
-    prompt_PS: np.ndarray,
-    lengths_P: np.ndarray,
-    rollout: Rollout,
-    rewards_PG: np.ndarray,
-    advantages_PG: jax.Array,
+    prompt_PS: np.ndarray, lengths_P: np.ndarray, rollout: Rollout, rewards_PG: np.ndarray, advantages_PG: jax.Array
 ) -> Batch:
     """What the loss needs, [P, ...]. Tokens behind the end are masked out, and unscorable completions."""
-    mask_PGT = jnp.arange(rollout.tokens_PGT.shape[-1]) < rollout.lengths_PG[..., None]
+    tokens_PGT, sampled_PGT, lengths_PG, _ = map(np.asarray, rollout)
+    mask_PGT = np.arange(tokens_PGT.shape[-1]) < lengths_PG[..., None]
     return {
-        "prompt_PS": layout.put(prompt_PS, ("prompt", None)),
-        "lengths_P": layout.put(lengths_P, ("prompt",)),
-        "tokens_PGT": layout.put(rollout.tokens_PGT, ("prompt", "group", None)),
-        "sampled_PGT": layout.put(rollout.logprobs_PGT, ("prompt", "group", None)),
-        "mask_PGT": layout.put(mask_PGT & ~jnp.isnan(rewards_PG)[..., None], ("prompt", "group", None)),
-        "advantages_PG": layout.put(advantages_PG, ("prompt", "group")),
+        "prompt_PS": prompt_PS,
+        "lengths_P": lengths_P,
+        "tokens_PGT": tokens_PGT,
+        "sampled_PGT": sampled_PGT,
+        "mask_PGT": mask_PGT & ~np.isnan(rewards_PG)[..., None],
+        "advantages_PG": np.asarray(advantages_PG),
     }
 
 
+def cut(batch: Batch, prompts: int, layout: Layout) -> Iterator[dict[str, jax.Array]]:
+    """Micro-batches of so many whole groups, those with the longest completions together.
+
+    Each is only as long as its own longest completion, rounded up to a `bucket`: few shapes, little padding.
+    """
+    axes = {"PS": ("prompt", None), "P": ("prompt",), "PG": ("prompt", "group"), "PGT": ("prompt", "group", None)}
+    lengths_PG = np.where(batch["mask_PGT"], 1 + np.arange(batch["mask_PGT"].shape[-1]), 0).max(-1)
+    order_P = np.argsort(lengths_PG.max(-1), kind="stable")
+    for rows in order_P.reshape(-1, prompts):
+        longest = bucket(int(lengths_PG[rows].max()), batch["mask_PGT"].shape[-1])
+        micro = {}
+        for name, array in batch.items():
+            letters = name.rpartition("_")[2]
+            part = array[rows][..., :longest] if letters.endswith("T") else array[rows]
+            micro[name] = layout.put(part, axes[letters])
+        yield micro
+
+
 def policy_objective(
-    params: Any, ref_params: Any, batch: Batch, denominator: jax.Array, *, graphdef: Any, config: PolicyConfig
+    params: Any,
+    ref_params: Any,
+    batch: dict[str, jax.Array],
+    denominator: jax.Array,
+    *,
+    graphdef: Any,
+    config: PolicyConfig,
 ) -> tuple[jax.Array, Metrics]:
     """The loss of some whole groups, divided by the count of the whole batch, and its metrics."""
 
@@ -187,32 +208,37 @@ def policy_objective(
 def make_update(
     graphdef: Any, optimizer: optax.GradientTransformation, config: PolicyConfig, layout: Layout, state: TrainState
 ) -> Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]:
-    """One optimizer step on a batch, jitted; the state's buffers are reused, its shardings kept."""
+    """One optimizer step on a batch: the gradients of its micro-batches are added up in place, then applied."""
     microbatches = config.prompts_per_step // config.microbatch_prompts
     loss_and_gradient = jax.value_and_grad(partial(policy_objective, graphdef=graphdef, config=config), has_aux=True)
+    where = training.shardings(state)
 
-    def cut(array: jax.Array) -> jax.Array:
-        """[P, ...] -> [micro-batches, P / micro-batches, ...]; every device has its part of every micro-batch."""
-        cut = array.reshape(-1, microbatches, *array.shape[1:]).swapaxes(0, 1)
-        return constrain(layout, cut, None, "prompt", *("group",) * (array.ndim > 1), *(None,) * (array.ndim - 2))
+    @partial(jax.jit, out_shardings=where.params)
+    def nothing(params: Any) -> Any:
+        return jax.tree.map(jnp.zeros_like, params)
 
-    @partial(jax.jit, donate_argnums=0, out_shardings=(training.shardings(state), None))
-    def update(state: TrainState, ref_params: Any, batch: Batch) -> tuple[TrainState, Metrics]:
-        mask_PGT, aggregate = batch["mask_PGT"], config.loss.aggregate
-        count = loss_count(mask_PGT, aggregate, max_length=config.max_completion_length)
-        denominator = microbatches * count if aggregate == "token_per_microbatch" else count
+    @partial(jax.jit, donate_argnums=0, out_shardings=(where.params, None))
+    def add(total: Any, params: Any, ref_params: Any, micro: Any, denominator: jax.Array) -> tuple[Any, Metrics]:
+        (loss, metrics), gradient = loss_and_gradient(params, ref_params, micro, denominator)
+        metrics["loss"] = (loss, jnp.ones(()) / microbatches)
+        return jax.tree.map(jnp.add, total, gradient), metrics
 
-        def one_microbatch(total: Any, micro: Batch) -> tuple[Any, Any]:
-            (loss, metrics), gradient = loss_and_gradient(state.params, ref_params, micro, denominator)
-            return jax.tree.map(jnp.add, total, gradient), (loss, metrics)
-
-        zero = jax.tree.map(jnp.zeros_like, state.params)
-        gradient, parts = jax.lax.scan(one_microbatch, zero, jax.tree.map(cut, batch))
-        loss, metrics = jax.tree.map(lambda part: part.sum(0), parts)
+    @partial(jax.jit, donate_argnums=0, out_shardings=(where, None))
+    def apply(state: TrainState, gradient: Any) -> tuple[TrainState, Metrics]:
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-        one = jnp.ones(())
-        metrics |= {"loss": (loss, one), "grad_norm": (optax.tree.norm(gradient), one)}
+        metrics = {"grad_norm": (optax.tree.norm(gradient), jnp.ones(()))}
         return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1), metrics
+
+    def update(state: TrainState, ref_params: Any, batch: Batch) -> tuple[TrainState, Metrics]:
+        aggregate = config.loss.aggregate
+        count = loss_count(jnp.asarray(batch["mask_PGT"]), aggregate, max_length=config.max_completion_length)
+        denominator = microbatches * count if aggregate == "token_per_microbatch" else count
+        gradient, parts = nothing(state.params), []
+        for micro in cut(batch, config.microbatch_prompts, layout):
+            gradient, metrics = add(gradient, state.params, ref_params, micro, denominator)
+            parts.append(metrics)
+        state, metrics = apply(state, gradient)
+        return state, metrics | jax.tree.map(lambda *sums: sum(sums), *jax.device_get(parts))
 
     return update
 

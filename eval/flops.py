@@ -1,0 +1,35 @@
+"""The least arithmetic that a step needs, with every prompt computed once per group: what speed is measured against."""
+
+from collections.abc import Sequence
+
+from models.config import Qwen3Config
+
+
+def forward_flops(config: Qwen3Config, prompts: Sequence[int], completions: Sequence[Sequence[int]]) -> float:
+    """Floating point operations of one forward pass (a multiply-add is two) over prompts and their completions.
+
+        2 * positions * weights of the layers + 4 * pairs of positions * H * E * L + 2 * completion tokens * D * V
+
+    A prompt of n tokens and completions of m tokens each are n + sum(m - 1) positions: the last token of a completion
+    predicts nothing. A position attends to what stands before it and to itself. Logits exist where a completion token
+    is predicted, nowhere else. Sampling the same tokens one by one is the same arithmetic.
+
+    Args:
+      prompts: tokens of each of the P prompts.
+      completions: tokens of each of the completions of each prompt.
+    """
+    D, F, L = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    query, key = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    weights = L * (2 * D * query + 2 * D * key + 3 * D * F)
+    positions = pairs = predicted = 0
+    for n, lengths in zip(prompts, completions, strict=True):
+        positions += n + sum(m - 1 for m in lengths)
+        pairs += n * (n + 1) // 2 + sum((m - 1) * n + (m - 1) * m // 2 for m in lengths)
+        predicted += sum(lengths)
+    return 2.0 * positions * weights + 4.0 * pairs * query * L + 2.0 * predicted * D * config.vocab_size
+
+
+def step_flops(forward: float, *, reference: bool) -> dict[str, float]:
+    """Of a step's parts: sampling is one forward pass, an update three, one more for a reference policy."""
+    update = (4 if reference else 3) * forward
+    return {"generate": forward, "update": update, "step": forward + update}

@@ -1,0 +1,281 @@
+"""`python -m eval speed`: how long a step takes, what it needs, and what share of the machine's arithmetic that is.
+
+A workload is a network with random weights and prompts of fixed lengths. What is timed is the program itself:
+`python -m train policy` in a process of its own, with nothing in its compilation cache and then with what the first
+process left there. The peak is the best square matrix product on the same machine just before.
+"""
+
+import json
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from eval.flops import forward_flops, step_flops
+from models.config import Qwen3Config
+from models.tokenizer import Tokenizer, train_bpe
+from train.config import parse
+from train.metrics import console, read_metrics, setup_errors
+
+SMALL = Qwen3Config(4096, 256, 768, 4, 8, 4, 32, tie_word_embeddings=True)
+WARMUP = 2  # steps left out of every median
+END_SHARE = 100  # w3: every so many ids one ends a completion, so lengths are geometric with this mean
+
+
+@dataclass(frozen=True)
+class Workload:
+    """P prompts of at most `prompt` tokens (the first of every step has just as many), G completions of each."""
+
+    prompt: int
+    completion: int
+    network: Qwen3Config = SMALL
+    prompts_per_step: int = 8
+    num_generations: int = 8
+    microbatch_prompts: int = 8
+    dtype: str = "float32"
+    ends: bool = False  # completions end by themselves, most of them early
+
+
+def _qwen3(width: int, mlp: int, layers: int, heads: int, tied: bool, microbatch_prompts: int) -> Workload:
+    network = Qwen3Config(151_936, width, mlp, layers, heads, 8, 128, tie_word_embeddings=tied)
+    return Workload(512, 512, network, 16, 8, microbatch_prompts, dtype="bfloat16")
+
+
+WORKLOADS = {
+    "w1": Workload(64, 64),
+    "w2": Workload(512, 64),  # the shape of TL;DR
+    "w3": Workload(128, 512, ends=True),  # of chat: most completions short, a few at the limit
+    "qwen3-0.6b": _qwen3(1024, 3072, 28, 16, tied=True, microbatch_prompts=4),
+    "qwen3-1.7b": _qwen3(2048, 6144, 28, 16, tied=True, microbatch_prompts=2),
+    "qwen3-4b": _qwen3(2560, 9728, 36, 32, tied=True, microbatch_prompts=1),
+    "qwen3-8b": _qwen3(4096, 12288, 36, 32, tied=False, microbatch_prompts=1),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeedConfig:
+    workload: str = "w1"  # one of eval.speed.WORKLOADS
+    steps: int = 7  # timed ones, after two that are not
+    json: str | None = None  # write the figures here too
+
+    def __post_init__(self) -> None:
+        if self.workload not in WORKLOADS:
+            raise ValueError(f"workload: expected one of {', '.join(WORKLOADS)}, got {self.workload!r}")
+        if self.steps < 1:
+            raise ValueError(f"steps: expected at least 1, got {self.steps}")
+
+
+def parse_speed(arguments: list[str]) -> SpeedConfig:
+    return parse(SpeedConfig, arguments, "python -m eval speed")
+
+
+def speed(config: SpeedConfig) -> dict[str, Any]:
+    """Measure a workload, print a table; returns what `--json` holds.
+
+    Raises:
+      SetupError: the program did not run to its end.
+    """
+    workload = WORKLOADS[config.workload]
+    with setup_errors(), tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        prepare(workload, work, WARMUP + config.steps)
+        cold = run_program(work, max_steps=1)
+        warm = run_program(work, max_steps=WARMUP + config.steps)
+        prompts = Tokenizer(work / "tokenizer").encode([row["prompt"] for row in rows_of(work / "prompts.jsonl")])
+    peak = matmul_gflops(workload.dtype)
+    timed = warm.rows[WARMUP:]
+
+    def median(name: str) -> float:
+        return statistics.median(row[name] for row in timed)
+
+    P, G = workload.prompts_per_step, workload.num_generations
+    length = median("completions/mean_length")
+    forward = forward_flops(workload.network, [len(ids) for ids in prompts[:P]], [[round(length)] * G] * P) / 1e9
+    flops = step_flops(forward, reference=True)
+    seconds = {part: median(f"timing_s/{part}") for part in ("step", "generate", "reward", "update")}
+    result = {
+        "workload": config.workload,
+        "step_s": seconds["step"],
+        "generate_s": seconds["generate"],
+        "score_s": seconds["reward"],
+        "update_s": seconds["update"],
+        "peak_rss_mib": warm.peak_rss_mib,
+        "cold_start_s": cold.first_step_s,
+        "warm_start_s": warm.first_step_s,
+        "matmul_gflops": peak,
+        "update_fraction_of_peak": flops["update"] / seconds["update"] / peak,
+        "generate_fraction_of_peak": flops["generate"] / seconds["generate"] / peak,
+        "step_fraction_of_peak": flops["step"] / seconds["step"] / peak,
+        "least_gflop": flops,
+        "mean_completion_length": length,
+        "compilations": warm.compilations,
+        "steps": [{name: row[f"timing_s/{name}"] for name in seconds} for row in timed],
+    }
+    show(result, workload)
+    if config.json:
+        Path(config.json).write_text(json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def show(result: dict[str, Any], workload: Workload) -> None:
+    P, G = workload.prompts_per_step, workload.num_generations
+    console.print(
+        f"{result['workload']}: {P} prompts of at most {workload.prompt} tokens, {G} completions of at most "
+        f"{workload.completion} (mean {result['mean_completion_length']:.0f}); medians of {len(result['steps'])} steps"
+    )
+    console.print(f"{'':18}{'seconds':>9}{'GFLOP/s':>9}{'of peak':>9}", highlight=False)
+    for part in ("step", "generate", "update"):
+        rate = result["least_gflop"][part] / result[f"{part}_s"]
+        line = f"{part:18}{result[f'{part}_s']:9.3f}{rate:9.1f}{rate / result['matmul_gflops']:9.0%}"
+        console.print(line, highlight=False)
+    console.print(
+        f"{'score':18}{result['score_s']:9.3f}\n"
+        f"{'cold start':18}{result['cold_start_s']:9.2f}  to the end of the first step, nothing cached\n"
+        f"{'warm start':18}{result['warm_start_s']:9.2f}  with the compilation cache\n"
+        f"{'peak memory':18}{result['peak_rss_mib']:9.0f}  MiB\n"
+        f"{'matmul peak':18}{'':9}{result['matmul_gflops']:9.1f}\n"
+        f"{'compilations':18}{result['compilations']['all']:9d}  {result['compilations']['timed']} in the timed steps",
+        highlight=False,
+    )
+
+
+def even_share(prompts: list[str], completions: list[str]) -> list[float]:
+    """The reward of the workloads: the share of a completion's characters with an even code point."""
+    return [sum(ord(c) % 2 == 0 for c in text) / max(len(text), 1) for text in completions]
+
+
+def prepare(workload: Workload, work: Path, steps: int) -> None:
+    """Tokenizer, prompts and config of a workload, from the source texts of Python's own library."""
+    texts = [
+        file.read_text(encoding="utf-8", errors="ignore")
+        for file in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:80]
+    ]
+    tokenizer_size = min(SMALL.vocab_size, workload.network.vocab_size)
+    train_bpe(texts, work / "tokenizer", tokenizer_size)
+    tokenizer = Tokenizer(work / "tokenizer")
+    if workload.ends:
+        ends = list(range(END_SHARE, tokenizer_size, END_SHARE))
+        (work / "tokenizer" / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    rows: list[dict[str, str]] = []
+    count, shortest = workload.prompts_per_step * 8, workload.prompt // 2
+    span = max(2000, 8 * workload.prompt)
+    for piece in (text[start : start + span] for text in texts for start in range(0, len(text) - span, span)):
+        wanted = workload.prompt if len(rows) % workload.prompts_per_step == 0 else None
+        wanted = wanted or shortest + 7 * len(rows) % (workload.prompt - shortest + 1)
+        prompt = tokenizer.hf.decode(tokenizer.encode([piece])[0][:wanted])
+        if len(tokenizer.encode([prompt])[0]) == wanted:
+            rows.append({"prompt": prompt})
+        if len(rows) == count:
+            break
+    (work / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    network = {name: value for name, value in asdict(workload.network).items() if value is not None}
+    settings = {
+        "output_dir": str(work / "run"),
+        "data": {"train": str(work / "prompts.jsonl")},
+        "model": {
+            "tokenizer": str(work / "tokenizer"),
+            "architecture": network,
+            "dtype": workload.dtype,
+            "param_dtype": workload.dtype,
+        },
+        "rewards": [{"function": "eval.speed.even_share"}],
+        "max_steps": steps,
+        "prompts_per_step": workload.prompts_per_step,
+        "num_generations": workload.num_generations,
+        "microbatch_prompts": workload.microbatch_prompts,
+        "max_prompt_length": workload.prompt,
+        "max_completion_length": workload.completion,
+        "optimizer": {"learning_rate": 1e-5, "warmup_steps": 0},
+        "validation": {"prompts": 0},
+        "checkpoint": {"every": 10**6},
+        "log": {"tensorboard": False, "progress": False},
+    }
+    (work / "config.yaml").write_text(yaml.safe_dump(settings))
+
+
+def rows_of(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+@dataclass
+class Measured:
+    """What a run of the program left behind."""
+
+    rows: list[dict[str, float]]  # metrics, one row a step
+    first_step_s: float  # from the start of the process to the end of its first step
+    peak_rss_mib: float
+    compilations: dict[str, int]  # in the whole run, and in its timed steps
+
+
+def run_program(work: Path, max_steps: int) -> Measured:
+    """`python -m train policy` on a prepared workload, from scratch, with the workload's own compilation cache.
+
+    Raises:
+      ValueError: it failed; the message has the end of what it printed.
+    """
+    shutil.rmtree(work / "run", ignore_errors=True)
+    command = [sys.executable, "-m", "train", "policy", "--config", str(work / "config.yaml")]
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(work / "xla"), "JAX_LOG_COMPILES": "1"}
+    environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5"}
+    began = time.monotonic()
+    process = subprocess.Popen(
+        [*command, "--max_steps", str(max_steps)], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    log: list[tuple[float, str]] = []
+
+    def read() -> None:
+        assert process.stderr is not None
+        log.extend((time.monotonic(), line.decode(errors="replace")) for line in process.stderr)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    ends: list[float] = []  # of steps
+    ended, status, usage = 0, 0, None
+    while not ended:  # not by Popen's own means, which do not tell the memory
+        ended, status, usage = os.wait4(process.pid, os.WNOHANG)
+        found = sum(row["step"] > 0 for row in read_metrics(work / "run"))
+        ends += [time.monotonic()] * (found - len(ends))
+        time.sleep(0.01)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    reader.join()
+    if process.returncode or not ends or usage is None:
+        tail = "".join(line for _, line in log[-5:]).strip()
+        raise ValueError(f"{' '.join(command)}: failed ({process.returncode}): {tail}")
+    compiled = [at for at, line in log if re.search(r"Finished XLA compilation", line)]
+    timed = ends[min(WARMUP, len(ends)) - 1]
+    return Measured(
+        [row for row in read_metrics(work / "run") if row["step"] > 0],
+        ends[0] - began,
+        usage.ru_maxrss / 1024,
+        {"all": len(compiled), "timed": sum(timed < at <= ends[-1] for at in compiled)},
+    )
+
+
+def matmul_gflops(dtype: str, repeats: int = 9) -> float:
+    """The best median rate of a square matrix product, 10^9 floating point operations per second."""
+    import jax
+    import jax.numpy as jnp
+
+    sizes = (1024, 2048) if jax.default_backend() == "cpu" else (4096, 8192)
+    multiply, rates = jax.jit(jnp.matmul), []
+    for size in sizes:
+        matrix = jnp.ones((size, size), dtype)
+        multiply(matrix, matrix).block_until_ready()
+        seconds = []
+        for _ in range(repeats):
+            began = time.perf_counter()
+            multiply(matrix, matrix).block_until_ready()
+            seconds.append(time.perf_counter() - began)
+        rates.append(2 * size**3 / statistics.median(seconds) / 1e9)
+    return max(rates)
