@@ -249,6 +249,8 @@ def run_program(work: Path, max_steps: int) -> Measured:
         time.sleep(0.01)
     process.returncode = os.waitstatus_to_exitcode(status)
     reader.join()
+    assert process.stderr is not None
+    process.stderr.close()
     if process.returncode or not ends or usage is None:
         tail = "".join(line for _, line in log[-5:]).strip()
         raise ValueError(f"{' '.join(command)}: failed ({process.returncode}): {tail}")
