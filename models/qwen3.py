@@ -5,7 +5,8 @@
     hidden_PGTD        = model.predict(prompt_PS, lengths_P, tokens_PGT)     # aligned: hidden[t] predicts token t
 
 Prompts and completions are right-padded; lengths, not token values, say where a prompt ends. A completion needs
-no mask of its own: what is padded comes after what is real, and causal attention never looks ahead.
+no mask of its own: what is padded comes after what is real, and causal attention never looks ahead. A row may also
+hold several completions of its prompt one behind the other: `offset_PGT` says where in its completion a token stands.
 The layers are stacked on a leading L axis and scanned, so compile time does not grow with depth.
 Left out on purpose: dropout (Qwen3 has none), mixture of experts.
 """
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from models.attention import KeyValues, group_attention
+from models.attention import KeyValues, Past, group_attention
 from models.config import Qwen3Config
 from models.sharding import Layout, constrain
 
@@ -161,25 +162,30 @@ class Backbone(nnx.Module):
         tokens_PGT: jax.Array,
         prefix: Prefix,
         *,
-        past_LPKGTE: KeyValues | None = None,
-        past_length: jax.typing.ArrayLike = 0,
+        past: Past | None = None,
+        offset_PGT: jax.Array | None = None,
     ) -> tuple[jax.Array, KeyValues]:
         """Hidden states of T further tokens of each completion, and their keys and values.
 
-        `past_LPKGTE` holds those of the completion's earlier tokens, `past_length` says how many are real.
+        `past` holds those of the completion's earlier tokens; `offset_PGT` is for rows of several completions
+        (see `group_attention`).
         """
-        start_P11 = prefix.lengths_P[:, None, None] + past_length
-        return self._decode(tokens_PGT, start_P11, prefix=prefix, past_LPKGTE=past_LPKGTE, past_length=past_length)
+        start_P11 = prefix.lengths_P[:, None, None] + (past.length if past is not None else 0)
+        return self._decode(tokens_PGT, start_P11, prefix=prefix, past=past, offset_PGT=offset_PGT)
 
-    def predict(self, prompt_PS: jax.Array, lengths_P: jax.Array, tokens_PGT: jax.Array) -> jax.Array:
-        """The hidden state that predicts each completion token, [P, G, T, D]; the last token is never input."""
+    def predict(
+        self, prompt_PS: jax.Array, lengths_P: jax.Array, tokens_PGT: jax.Array, offset_PGT: jax.Array | None = None
+    ) -> jax.Array:
+        """The hidden state that predicts each completion token, [P, G, T, D]; a row's last token is never input."""
         _, prefix = self.prefill(prompt_PS, lengths_P)
         P, G, T = tokens_PGT.shape
         first_PG1D = jnp.broadcast_to(prefix.last_PD[:, None, None], (P, G, 1, prefix.last_PD.shape[-1]))
         if T == 1:
             return first_PG1D
-        hidden_PGTD, _ = self.extend(tokens_PGT[..., :-1], prefix)
-        return jnp.concatenate([first_PG1D, hidden_PGTD], axis=2)
+        inputs_PGT = None if offset_PGT is None else offset_PGT[..., :-1]
+        hidden_PGTD, _ = self.extend(tokens_PGT[..., :-1], prefix, offset_PGT=inputs_PGT)
+        hidden_PGTD = jnp.concatenate([first_PG1D, hidden_PGTD], axis=2)
+        return hidden_PGTD if offset_PGT is None else jnp.where(offset_PGT[..., None] == 0, first_PG1D, hidden_PGTD)
 
     def hidden(self, tokens_BS: jax.Array) -> jax.Array:
         """Hidden states of right-padded sequences, [B, S, D]."""
@@ -191,30 +197,34 @@ class Backbone(nnx.Module):
         start_P11: jax.Array,
         *,
         prefix: Prefix | None = None,
-        past_LPKGTE: KeyValues | None = None,
-        past_length: jax.typing.ArrayLike = 0,
+        past: Past | None = None,
+        offset_PGT: jax.Array | None = None,
     ) -> tuple[jax.Array, KeyValues]:
         config = self.config
-        rotary = rotary_angles(start_P11 + jnp.arange(tokens_PGT.shape[-1]), config)
+        rotary = rotary_angles(
+            start_P11 + (jnp.arange(tokens_PGT.shape[-1]) if offset_PGT is None else offset_PGT), config
+        )
         x_PGTD = jnp.take(self.embed_VD[...], tokens_PGT, axis=0).astype(self.dtype)
         x_PGTD = constrain(self.layout, x_PGTD, "prompt", "group", "sequence", "width")
         graphdef, stacked = nnx.split(self.layers)
 
         def body(x_PGTD: jax.Array, slices: Any) -> tuple[jax.Array, KeyValues]:
-            parameters, prefix_kv, past_kv, window = slices
+            parameters, prefix_kv, layer, window = slices
             return nnx.merge(graphdef, parameters)(
                 x_PGTD,
                 rotary,
                 prefix_PKSE=prefix_kv,
                 prefix_lengths_P=prefix.lengths_P if prefix is not None else None,
-                past_PKGTE=past_kv,
-                past_length=past_length,
+                past=past,
+                layer=layer,
+                offset_PGT=offset_PGT,
                 window=window,
             )
 
         everything = np.iinfo(np.int32).max
         windows_L = None if config.windows is None else jnp.array([w or everything for w in config.windows], jnp.int32)
-        slices = (stacked, prefix.kv_LPKSE if prefix is not None else None, past_LPKGTE, windows_L)
+        layers_L = jnp.arange(config.num_hidden_layers)
+        slices = (stacked, prefix.kv_LPKSE if prefix is not None else None, layers_L, windows_L)
         policy = REMAT[self.remat]
         x_PGTD, own = jax.lax.scan(jax.checkpoint(body, policy=policy) if policy else body, x_PGTD, slices)
         return rms_norm(x_PGTD, self.norm_D, config.rms_norm_eps), own

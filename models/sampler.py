@@ -12,11 +12,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from models.attention import KeyValues
+from models.attention import Past
 from models.qwen3 import Prefix, Qwen3
 from models.sharding import Layout
 
 FEWEST = 8  # completions that are computed at a time, once the others have ended
+LONG = 128  # tokens; for shorter completions fewer slots save less time than compiling loops for them takes
 
 
 class SamplingParams(NamedTuple):
@@ -64,9 +65,6 @@ def sample(
     eos_ids = jnp.asarray(params.eos_ids)
 
     _, prefix = model.prefill(prompt_PS, lengths_P)
-    past_LPKGTE = jax.tree.map(
-        lambda kv_LPKSE: jnp.zeros((*kv_LPKSE.shape[:3], G, T, kv_LPKSE.shape[4]), kv_LPKSE.dtype), prefix.kv_LPKSE
-    )
     nothing = Rollout(
         jnp.full((P, G, T), pad_id, jnp.int32),
         jnp.zeros((P, G, T), jnp.float32),
@@ -78,7 +76,7 @@ def sample(
     slots = Slots(completion_PG, jnp.zeros((P, G), bool), hidden_PGD, uniforms_PGT, nothing)
 
     def one_token(prefix: Prefix, state: State) -> State:
-        t, slots, past_LPKGTE = state
+        slots, t = state.slots, state.past.length
         logits_PGV = model.logits(slots.hidden_PGD)
         uniform_PG = jax.lax.dynamic_index_in_dim(slots.uniforms_PGT, t, axis=2, keepdims=False)
         banned_V = jnp.zeros(logits_PGV.shape[-1], bool).at[eos_ids].set(t < params.min_tokens)
@@ -93,22 +91,19 @@ def sample(
             rollout.lengths_PG + live_PG,
             rollout.finished_PG | ended_PG,
         )
-        hidden_PG1D, own_LPKG1E = model.extend(token_PG[..., None], prefix, past_LPKGTE=past_LPKGTE, past_length=t)
-        past_LPKGTE = jax.tree.map(
-            lambda past, own: jax.lax.dynamic_update_slice_in_dim(past, own, t, axis=4), past_LPKGTE, own_LPKG1E
-        )
+        hidden_PG1D, own_LPKG1E = model.extend(token_PG[..., None], prefix, past=state.past)
         done_PG = slots.done_PG | ended_PG
         slots = slots._replace(done_PG=done_PG, hidden_PGD=hidden_PG1D[:, :, 0], rollout=rollout)
-        return State(t + 1, slots, past_LPKGTE)
+        return State(slots, state.past.append(own_LPKG1E))
 
     prompt_P, whole = jnp.arange(P), nothing
-    state = State(jnp.zeros((), jnp.int32), slots, past_LPKGTE)
-    sizes = stages(P, G, model.layout)
+    state = State(slots, Past.empty(prefix.kv_LPKSE, G, T))
+    sizes = stages(P, G, model.layout) if T >= LONG else [(P, G)]
     for here, smaller in zip(sizes, [*sizes[1:], None], strict=True):
 
         def going_on(state: State, smaller: tuple[int, int] | None = smaller) -> jax.Array:
             done_PG = state.slots.done_PG
-            return (state.t < T) & ~done_PG.all() & ~fits(done_PG, smaller)
+            return (state.past.length < T) & ~done_PG.all() & ~fits(done_PG, smaller)
 
         state = jax.lax.while_loop(going_on, partial(one_token, prefix), state)
         origin = (prompt_P[:, None], state.slots.completion_PG)
@@ -131,9 +126,8 @@ class Slots(NamedTuple):
 
 
 class State(NamedTuple):
-    t: jax.Array
     slots: Slots
-    past_LPKGTE: KeyValues
+    past: Past
 
 
 def stages(P: int, G: int, layout: Layout | None) -> list[tuple[int, int]]:
@@ -170,10 +164,10 @@ def fewer_completions(state: State, G: int) -> State:
     def take(array_PG: jax.Array) -> jax.Array:
         return jnp.take_along_axis(array_PG, jnp.expand_dims(kept_PG, range(2, array_PG.ndim)), axis=1)
 
-    def take_past(past_LPKGTE: jax.Array) -> jax.Array:
-        return jnp.take_along_axis(past_LPKGTE, kept_PG[None, :, None, :, None, None], axis=3)
-
-    return State(state.t, jax.tree.map(take, state.slots), jax.tree.map(take_past, state.past_LPKGTE))
+    kept_LPKGTE = kept_PG[None, :, None, :, None, None]
+    keys_LPKGET = jnp.take_along_axis(state.past.keys_LPKGET, kept_LPKGTE, axis=3)
+    values_LPKGTE = jnp.take_along_axis(state.past.values_LPKGTE, kept_LPKGTE, axis=3)
+    return State(jax.tree.map(take, state.slots), Past(keys_LPKGET, values_LPKGTE, state.past.length))
 
 
 def fewer_prompts(prompt_P: jax.Array, prefix: Prefix, state: State, P: int) -> tuple[jax.Array, Prefix, State]:
@@ -182,7 +176,8 @@ def fewer_prompts(prompt_P: jax.Array, prefix: Prefix, state: State, P: int) -> 
     of_layers = partial(jnp.take, indices=kept_P, axis=1)
     prefix = Prefix(jax.tree.map(of_layers, prefix.kv_LPKSE), prefix.lengths_P[kept_P], prefix.last_PD[kept_P])
     slots = jax.tree.map(lambda array: array[kept_P], state.slots)
-    return prompt_P[kept_P], prefix, State(state.t, slots, jax.tree.map(of_layers, state.past_LPKGTE))
+    past = Past(of_layers(state.past.keys_LPKGET), of_layers(state.past.values_LPKGTE), state.past.length)
+    return prompt_P[kept_P], prefix, State(slots, past)
 
 
 def draw(
@@ -204,7 +199,8 @@ def draw(
     weights = jnp.exp(allowed - allowed.max(-1, keepdims=True))
     truncates = (jnp.asarray(params.top_k) > 0) | (jnp.asarray(params.top_p) < 1)
     weights = jax.lax.cond(truncates, lambda w: _truncate(w, params), lambda w: w, weights)
-    token = jnp.where(temperature > 0, inverse_cdf(weights, uniform), weights.argmax(-1)).astype(jnp.int32)
+    token = jax.lax.cond(temperature > 0, inverse_cdf, lambda weights, _: weights.argmax(-1), weights, uniform)
+    token = token.astype(jnp.int32)
     chosen = jnp.take_along_axis(logits, token[..., None], axis=-1)
     return token, (chosen - normalizer)[..., 0]
 

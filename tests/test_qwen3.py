@@ -1,13 +1,16 @@
 """The decoder's laws: the group axis is a way to compute, not another model."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
+import models.attention
 from gopo_jax import token_logprobs
-from models.attention import KeyValues
+from models.attention import Past
 from models.config import Qwen3Config
 from models.hf_weights import split
 from models.qwen3 import REMAT, Qwen3
@@ -66,18 +69,45 @@ def test_shared_prefix_equals_whole_sequences(model: Qwen3) -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4), gradient, expected_gradient)
 
 
-def test_one_token_at_a_time_equals_all_at_once(model: Qwen3) -> None:
+@pytest.mark.parametrize("chunk", [64, 3])  # of one piece; of pieces that do not divide the length
+def test_one_token_at_a_time_equals_all_at_once(model: Qwen3, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models.attention, "CHUNK", chunk)
     prompt_PS, tokens_PGT = tokens(0, P, S), tokens(1, P, G, T)
     _, prefix = model.prefill(prompt_PS, LENGTHS_P)
     expected_PGTD, _ = model.extend(tokens_PGT, prefix)
-    config = model.config
-    shape = (config.num_hidden_layers, P, config.num_key_value_heads, G, T, config.head_dim)
-    past = KeyValues(jnp.full(shape, 3.0), jnp.full(shape, 7.0))  # what is not filled yet must not be seen
-    step = jax.jit(lambda t, past, n: model.extend(t, prefix, past_LPKGTE=past, past_length=n))
+    empty = Past.empty(prefix.kv_LPKSE, G, T)
+    # what is not filled yet must not be seen
+    past = Past(jnp.full_like(empty.keys_LPKGET, 3), jnp.full_like(empty.values_LPKGTE, 7), empty.length)
+    step = jax.jit(lambda t, past: model.extend(t, prefix, past=past))
     for t in range(T):
-        hidden_PG1D, own = step(tokens_PGT[..., t : t + 1], past, t)
+        hidden_PG1D, own = step(tokens_PGT[..., t : t + 1], past)
         np.testing.assert_allclose(hidden_PG1D[:, :, 0], expected_PGTD[:, :, t], atol=1e-5)
-        past = KeyValues(*(p.at[..., t, :].set(o[..., 0, :]) for p, o in zip(past, own, strict=True)))
+        past = past.append(own)
+
+
+def test_blocks_of_queries_change_nothing(model: Qwen3, monkeypatch: pytest.MonkeyPatch) -> None:
+    graphdef, params = split(model)
+    weight_PGTD = jax.random.normal(jax.random.key(5), (P, G, T, model.config.hidden_size))
+
+    def value(params: Any) -> jax.Array:
+        return jnp.vdot(
+            nnx.merge(graphdef, params).predict(tokens(0, P, S), LENGTHS_P, tokens(1, P, G, T)), weight_PGTD
+        )
+
+    expected = jax.value_and_grad(value)(params)
+    monkeypatch.setattr(models.attention, "SHORTEST_BLOCK", 1)
+    monkeypatch.setattr(models.attention, "BLOCKS", 3)
+    blocks = jax.value_and_grad(value)(params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4), blocks, expected)
+
+
+def test_completions_in_one_row_do_not_see_each_other(model: Qwen3) -> None:
+    prompt_PS, tokens_PGT = tokens(0, P, S), tokens(1, P, G, T)
+    expected_PGTD = model.predict(prompt_PS, LENGTHS_P, tokens_PGT)
+    one_row_P1N = tokens_PGT.reshape(P, 1, G * T)
+    offset_P1N = jnp.tile(jnp.arange(T), (P, 1, G))
+    hidden_P1ND = model.predict(prompt_PS, LENGTHS_P, one_row_P1N, offset_P1N)
+    np.testing.assert_allclose(hidden_P1ND.reshape(expected_PGTD.shape), expected_PGTD, atol=1e-5)
 
 
 def test_padding_is_invisible(model: Qwen3) -> None:

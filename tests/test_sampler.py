@@ -288,6 +288,7 @@ def test_what_has_ended_is_not_computed_and_nothing_else_changes(fewest: int, mo
 
     def draw_all(fewest: int) -> tuple[Rollout, int]:
         monkeypatch.setattr("models.sampler.FEWEST", fewest)
+        monkeypatch.setattr("models.sampler.LONG", 1)
         chain = Chain(logits_VV)
         call = jax.jit(
             lambda params: sample(

@@ -3,8 +3,6 @@
 import json
 from pathlib import Path
 
-import jax
-import numpy as np
 import pytest
 
 import eval.speed as measuring
@@ -12,9 +10,6 @@ from eval.__main__ import main
 from eval.flops import forward_flops, step_flops
 from eval.speed import WORKLOADS, Workload, even_share, parse_speed
 from models.config import Qwen3Config
-from train.config import MeshConfig
-from train.loop import cut
-from train.state import make_layout_for
 
 TINY = Qwen3Config(300, 32, 64, 2, 4, 2, 16, tie_word_embeddings=True)
 
@@ -49,32 +44,6 @@ def test_sharing_the_prompt_is_what_is_saved() -> None:
     shared = forward_flops(small, [512] * P, [[64] * G] * P)
     repeated = forward_flops(small, [512] * P * G, [[64]] * P * G)
     assert 3 < repeated / shared < G
-
-
-def test_micro_batches_are_whole_groups_as_long_as_their_longest_completion() -> None:
-    rng = np.random.default_rng(0)
-    P, G, T = 8, 3, 64
-    lengths_PG = rng.integers(1, 5, (P, G))
-    lengths_PG[:2, 0] = 60, 33  # two groups with one long completion
-    batch = {
-        "prompt_PS": np.repeat(np.arange(P)[:, None], 4, 1),
-        "lengths_P": np.arange(P),
-        "tokens_PGT": rng.integers(0, 9, (P, G, T)),
-        "mask_PGT": np.arange(T) < lengths_PG[..., None],
-        "advantages_PG": rng.normal(size=(P, G)).astype(np.float32),
-    }
-    layout = make_layout_for(MeshConfig(), P)
-    parts = [jax.device_get(micro) for micro in cut(batch, 2, layout)]
-    assert [part["tokens_PGT"].shape for part in parts] == [(2, G, 8)] * 3 + [(2, G, 64)]
-    order = np.concatenate([part["lengths_P"] for part in parts])
-    assert sorted(order) == list(range(P)) and set(order[-2:]) == {0, 1}
-    for part in parts:
-        rows = part["lengths_P"]
-        np.testing.assert_array_equal(part["prompt_PS"][:, 0], rows)
-        np.testing.assert_array_equal(part["advantages_PG"], batch["advantages_PG"][rows])
-        length = part["tokens_PGT"].shape[-1]
-        np.testing.assert_array_equal(part["tokens_PGT"], batch["tokens_PGT"][rows][..., :length])
-        assert batch["mask_PGT"][rows].sum() == part["mask_PGT"].sum()
 
 
 def test_the_reward_of_the_workloads() -> None:

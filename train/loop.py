@@ -8,7 +8,7 @@ Every step of `train_policy`:
     4  rewards      rewards_PG, NaN = unscorable
     5  advantages   ADVANTAGES[name](rewards_PG): the one line in which GOPO and GRPO differ
     6  loss         clipped policy loss and KL penalty on the log-probabilities of the same tokens
-    7  update       micro-batches of whole groups, each as long as its own longest completion; one optimizer step
+    7  update       micro-batches of whole groups, their completions packed into rows; one optimizer step
     8  log, validate, checkpoint
 
 One update per batch: the policy that is trained is the one that sampled, so the old log-probabilities are the
@@ -18,7 +18,7 @@ Left out on purpose: several updates per batch, rollouts on other machines.
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -34,15 +34,13 @@ from models.generate import Generator
 from models.hf_weights import split
 from models.sampler import Rollout
 from models.sharding import Layout
-from models.tokenizer import bucket
 from train import state as training
 from train.config import PolicyConfig
 from train.metrics import Run, Timer, console, divide, rollout_metrics, setup_errors
+from train.packing import Batch, cut, unpack
 from train.prompts import Prompts
 from train.rewards import Rewards
 from train.state import TrainState
-
-Batch = dict[str, np.ndarray]
 
 
 def train_policy(config: PolicyConfig) -> None:
@@ -143,24 +141,6 @@ def make_batch(
     }
 
 
-def cut(batch: Batch, prompts: int, layout: Layout) -> Iterator[dict[str, jax.Array]]:
-    """Micro-batches of so many whole groups, those with the longest completions together.
-
-    Each is only as long as its own longest completion, rounded up to a `bucket`: few shapes, little padding.
-    """
-    axes = {"PS": ("prompt", None), "P": ("prompt",), "PG": ("prompt", "group"), "PGT": ("prompt", "group", None)}
-    lengths_PG = np.where(batch["mask_PGT"], 1 + np.arange(batch["mask_PGT"].shape[-1]), 0).max(-1)
-    order_P = np.argsort(lengths_PG.max(-1), kind="stable")
-    for rows in order_P.reshape(-1, prompts):
-        longest = bucket(int(lengths_PG[rows].max()), batch["mask_PGT"].shape[-1])
-        micro = {}
-        for name, array in batch.items():
-            letters = name.rpartition("_")[2]
-            part = array[rows][..., :longest] if letters.endswith("T") else array[rows]
-            micro[name] = layout.put(part, axes[letters])
-        yield micro
-
-
 def policy_objective(
     params: Any,
     ref_params: Any,
@@ -174,11 +154,12 @@ def policy_objective(
 
     def logprobs_of(params: Any, **options: Any) -> Any:
         model = nnx.merge(graphdef, params)
-        hidden_PGTD = model.predict(batch["prompt_PS"], batch["lengths_P"], batch["tokens_PGT"])
-        chunk, temperature = config.loss.logprob_chunk, config.temperature
-        return token_logprobs(
-            hidden_PGTD, model.head_VD, batch["tokens_PGT"], chunk=chunk, temperature=temperature, **options
+        tokens_PBT, chunk = batch["tokens_PBT"], config.loss.logprob_chunk
+        hidden_PBTD = model.predict(batch["prompt_PS"], batch["lengths_P"], tokens_PBT, batch["offset_PBT"])
+        found_PBT = token_logprobs(
+            hidden_PBTD, model.head_VD, tokens_PBT, chunk=chunk, temperature=config.temperature, **options
         )
+        return jax.tree.map(lambda array_PBT: unpack(array_PBT, batch["slot_PGT"]), found_PBT)
 
     logprobs_PGT, entropy_PGT = logprobs_of(params, with_entropy=True)
     penalized = ref_params is not None
