@@ -16,13 +16,14 @@ import sysconfig
 import tempfile
 import threading
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from eval.flops import forward_flops, step_flops
+from eval.peers import SCRIPTS, Timings, ratio_table, run_peer
 from models.config import Qwen3Config
 from models.tokenizer import Tokenizer, train_bpe
 from train.config import parse
@@ -68,12 +69,32 @@ class SpeedConfig:
     workload: str = "w1"  # one of eval.speed.WORKLOADS
     steps: int = 7  # timed ones, after two that are not
     json: str | None = None  # write the figures here too
+    against: str | None = None  # a folder with scripts of peers (see eval.peers), run in turn with ours
+    trl: str | None = None  # a Python that has TRL; none = left out
+    tunix: str | None = None  # a Python that has Tunix; none = left out
+    rounds: int = 2  # of peers and ours in turn
+    sweep: str | None = None  # a picture: step time against each of G, lengths and vocabulary
 
     def __post_init__(self) -> None:
         if self.workload not in WORKLOADS:
             raise ValueError(f"workload: expected one of {', '.join(WORKLOADS)}, got {self.workload!r}")
         if self.steps < 1:
             raise ValueError(f"steps: expected at least 1, got {self.steps}")
+        if self.rounds < 1:
+            raise ValueError(f"rounds: expected at least 1, got {self.rounds}")
+        if self.against is not None:
+            if not self.peers:
+                raise ValueError("against: expected --trl PYTHON or --tunix PYTHON, of an environment that has it")
+            for name, python in self.peers.items():
+                if not (Path(self.against) / SCRIPTS[name]).is_file():
+                    raise ValueError(f"against: expected {SCRIPTS[name]} in {self.against}, there is none")
+                if shutil.which(python) is None:
+                    raise ValueError(f"{name}: {python} is not a program; expected the path of a Python that has it")
+
+    @property
+    def peers(self) -> dict[str, str]:
+        """The Python of each peer that takes part."""
+        return {name: python for name in SCRIPTS if (python := getattr(self, name)) is not None}
 
 
 def parse_speed(arguments: list[str]) -> SpeedConfig:
@@ -84,10 +105,24 @@ def speed(config: SpeedConfig) -> dict[str, Any]:
     """Measure a workload, print a table; returns what `--json` holds.
 
     Raises:
-      SetupError: the program did not run to its end.
+      SetupError: the program, or a peer's, did not run to its end.
     """
     workload = WORKLOADS[config.workload]
-    with setup_errors(), tempfile.TemporaryDirectory() as folder:
+    with setup_errors():
+        if config.sweep is not None:
+            result = sweep(workload, config.steps, Path(config.sweep))
+        elif config.against is not None:
+            result = compare_with_peers(config, workload)
+        else:
+            result = measure(config, workload)
+    if config.json:
+        Path(config.json).write_text(json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def measure(config: SpeedConfig, workload: Workload) -> dict[str, Any]:
+    """The program on a workload, once cold and once warm."""
+    with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         prepare(workload, work, WARMUP + config.steps)
         cold = run_program(work, max_steps=1)
@@ -123,9 +158,88 @@ def speed(config: SpeedConfig) -> dict[str, Any]:
         "steps": [{name: row[f"timing_s/{name}"] for name in seconds} for row in timed],
     }
     show(result, workload)
-    if config.json:
-        Path(config.json).write_text(json.dumps(result, indent=2) + "\n")
     return result
+
+
+def compare_with_peers(config: SpeedConfig, workload: Workload) -> dict[str, Any]:
+    """Peer, ours, peer, ours; every one of our cold starts with an empty compilation cache."""
+    assert config.against is not None
+    ours, peers = Timings(), {name: Timings() for name in config.peers}
+    lengths = {"PROMPT": workload.prompt, "COMPLETION": workload.completion}
+    lengths |= {"ENDS": END_SHARE} if workload.ends else {}
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        prepare(workload, work, WARMUP + config.steps)
+        for _ in range(config.rounds):
+            for name, python in config.peers.items():
+                script = Path(config.against).resolve() / SCRIPTS[name]
+                run = run_peer(script, python, work / "peers", config.steps, WARMUP, lengths)
+                peers[name].add(run)
+                shutil.rmtree(work / "xla", ignore_errors=True)
+                mine = run_program(work, WARMUP + config.steps)
+                ours.add(
+                    Timings(
+                        [row["timing_s/step"] for row in mine.rows[WARMUP:]], [mine.first_step_s], [mine.peak_rss_mib]
+                    )
+                )
+        warm = run_program(work, max_steps=1)
+    console.print(ratio_table(ours, peers), highlight=False)
+    console.print(f"warm start  {warm.first_step_s:.1f} s", highlight=False)
+    medians = {name: timings.medians() for name, timings in {"gopo_jax": ours, **peers}.items()}
+    return {"workload": config.workload, "warm_start_s": warm.first_step_s, "against": medians}
+
+
+SWEEPS = {
+    "num_generations": [2, 4, 8, 16, 32],
+    "prompt": [64, 128, 256, 512, 1024],
+    "completion": [64, 128, 256, 512],
+    "vocab_size": [4096, 16384, 65536, 151_936],
+}
+PARTS = ("step", "generate", "update")
+
+
+def sweep(workload: Workload, steps: int, picture: Path) -> dict[str, Any]:
+    """Step time against each setting, the others as in the workload."""
+    points: dict[str, list[dict[str, float]]] = {}
+    for name, values in SWEEPS.items():
+        points[name] = []
+        for value in values:
+            changed = (
+                {name: value} if name != "vocab_size" else {"network": replace(workload.network, vocab_size=value)}
+            )
+            with tempfile.TemporaryDirectory() as folder:
+                prepare(replace(workload, **changed), Path(folder), WARMUP + steps)
+                run = run_program(Path(folder), WARMUP + steps)
+            timed = run.rows[WARMUP:]
+            parts = {part: statistics.median(row[f"timing_s/{part}"] for row in timed) for part in PARTS}
+            points[name].append({"value": value, **parts, "peak_rss_mib": run.peak_rss_mib})
+            console.print(
+                f"{name:16}{value:8d}  "
+                + "  ".join(f"{part} {parts[part]:7.3f} s" for part in PARTS)
+                + f"  {run.peak_rss_mib:6.0f} MiB",
+                highlight=False,
+            )
+    draw_sweep(points, picture)
+    return {"sweep": points}
+
+
+def draw_sweep(points: dict[str, list[dict[str, float]]], picture: Path) -> None:
+    """One panel for each setting, seconds of a step and of its parts, on logarithmic axes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 6.4), layout="constrained")
+    for axes, (name, rows) in zip(figure.subplots(2, 2).flat, points.items(), strict=True):
+        values = [row["value"] for row in rows]
+        for part, marker in zip(PARTS, "os^", strict=False):
+            axes.plot(values, [row[part] for row in rows], marker=marker, label=part)
+        axes.plot(values, [rows[0]["step"] * value / values[0] for value in values], ":", color="0.6", label="linear")
+        axes.set(xscale="log", yscale="log", xlabel=name, ylabel="seconds")
+        axes.set_xticks(values, [f"{value:,}" for value in values])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    axes.legend()
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(picture, dpi=120)
 
 
 def show(result: dict[str, Any], workload: Workload) -> None:

@@ -25,7 +25,7 @@ class Past(NamedTuple):
 
     keys_LPKGET: jax.Array  # T last: the scores of one new token are four times faster than with E last, on a CPU
     values_LPKGTE: jax.Array
-    length: jax.typing.ArrayLike
+    length: jax.Array
 
     @classmethod
     def empty(cls, prefix_LPKSE: KeyValues, G: int, T: int) -> "Past":

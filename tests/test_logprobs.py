@@ -157,6 +157,22 @@ def test_the_law_can_fail(loss: Callable[..., jax.Array]) -> None:
     assert all_logits(loss, 4) != []
 
 
+def test_compiled_memory_grows_with_neither_length_times_vocabulary() -> None:
+    def scratch(length: int, vocabulary: int) -> int:
+        """Bytes that the gradient needs beside its inputs and outputs."""
+        hidden, unembed = jnp.zeros((2, length, D)), jnp.zeros((vocabulary, D))
+        tokens = jnp.zeros((2, length), jnp.int32)
+        loss = jax.grad(lambda h, u: token_logprobs(h, u, tokens, chunk=8).sum(), argnums=(0, 1))
+        memory = jax.jit(loss).lower(hidden, unembed).compile().memory_analysis()
+        return int(memory.temp_size_in_bytes)
+
+    vocabulary = 4096
+    short, long = scratch(32, vocabulary), scratch(512, vocabulary)
+    assert long - short < 0.05 * 4 * 2 * (512 - 32) * vocabulary  # all logits would be this much more
+    wide = scratch(512, 2 * vocabulary)
+    assert wide - long < 0.2 * 4 * 2 * 512 * vocabulary
+
+
 # Errors
 
 

@@ -2,11 +2,12 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from models.checkpoint import load_model
 from models.hf_weights import split
 from models.sampler import Rollout
 from models.sharding import make_layout
-from train.config import CheckpointConfig, LossConfig, PolicyConfig, RewardSpec
+from train.config import CheckpointConfig, LossConfig, ModelConfig, PolicyConfig, RewardSpec, ValidationConfig
 from train.loop import make_batch, make_update, train_policy
 from train.metrics import read_metrics
 from train.state import copy, make_state
@@ -202,3 +203,64 @@ def test_killed_and_started_again(policy_config: MakeConfig, tmp_path: Path) -> 
     assert 6 <= len(read_metrics(run)) < 13
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     assert numbers(run) == numbers(runs["whole"][0])
+
+
+def test_nothing_compiles_but_for_shapes_that_are_new(
+    policy_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every backend compilation is counted, over 20 steps of completions of varying lengths."""
+    ends = json.loads((Path(policy_config(tmp_path).model.path or "") / "config.json").read_text())["vocab_size"]
+    policy = tmp_path / "policy"
+    shutil.copytree(str(policy_config(tmp_path).model.path), policy)
+    generation = json.loads((policy / "generation_config.json").read_text())
+    (policy / "generation_config.json").write_text(
+        json.dumps(generation | {"eos_token_id": list(range(0, ends, 5))})  # a fifth of all tokens end a completion
+    )
+    config = policy_config(
+        tmp_path,
+        model=ModelConfig(path=str(policy), remat="none"),
+        rewards=[RewardSpec(function="eval.speed.even_share")],
+        max_steps=20,
+        max_completion_length=24,
+        validation=ValidationConfig(prompts=0),
+        checkpoint=CheckpointConfig(every=100),
+    )
+    compilations: list[str] = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: compilations.append(event) if event.endswith("backend_compile_duration") else None
+    )
+    seen: dict[str, set[Any]] = {"sample": set(), "update": set()}
+    new, counts, lengths = [], [], []
+    rollout, cut = train.loop.Generator.rollout, train.loop.cut
+
+    def note(kind: str, shape: Any) -> None:
+        new.append(shape not in seen[kind])
+        seen[kind].add(shape)
+
+    def counted_rollout(self: Any, params: Any, prompt_PS: Any, *rest: Any) -> Rollout:
+        note("sample", prompt_PS.shape)
+        out = rollout(self, params, prompt_PS, *rest)
+        lengths.append(np.asarray(out.lengths_PG).max())
+        return out
+
+    def counted_cut(*arguments: Any) -> Iterator[Any]:
+        for micro in cut(*arguments):
+            note("update", (micro["prompt_PS"].shape, micro["tokens_PBT"].shape))
+            yield micro
+
+    def end_of_step(self: Any, step: int, metrics: Any) -> None:
+        counts.append((len(compilations), sum(new)))
+        compilations.clear()
+        new.clear()
+
+    monkeypatch.setattr(train.loop.Generator, "rollout", counted_rollout)
+    monkeypatch.setattr(train.loop, "cut", counted_cut)
+    monkeypatch.setattr(train.loop.Run, "write", end_of_step)
+    try:
+        train_policy(config)
+    finally:
+        jax.monitoring.clear_event_listeners()
+    assert len(counts) == 20 and len(set(map(int, lengths))) > 5  # lengths do vary
+    assert counts[0][0] >= counts[0][1] >= 2
+    assert all(compiled == shapes for compiled, shapes in counts[1:]), counts
+    assert len(seen["update"]) <= 4 * len(seen["sample"]) <= 8  # rows of tokens: 1, 2, 3, 4

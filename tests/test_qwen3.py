@@ -85,9 +85,9 @@ def test_one_token_at_a_time_equals_all_at_once(model: Qwen3, chunk: int, monkey
         past = past.append(own)
 
 
-def test_blocks_of_queries_change_nothing(model: Qwen3, monkeypatch: pytest.MonkeyPatch) -> None:
-    graphdef, params = split(model)
-    weight_PGTD = jax.random.normal(jax.random.key(5), (P, G, T, model.config.hidden_size))
+def test_blocks_of_queries_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphdef, params = split(Qwen3(CONFIG, nnx.Rngs(0)))
+    weight_PGTD = jax.random.normal(jax.random.key(5), (P, G, T, CONFIG.hidden_size))
 
     def value(params: Any) -> jax.Array:
         return jnp.vdot(
