@@ -54,8 +54,8 @@ def _qwen3(width: int, mlp: int, layers: int, heads: int, tied: bool, microbatch
 
 
 WORKLOADS = {
-    "w1": Workload(64, 64),
-    "w2": Workload(512, 64),  # the shape of TL;DR
+    "w1": Workload(64, 64, microbatch_prompts=4),
+    "w2": Workload(512, 64, microbatch_prompts=2),  # the shape of TL;DR
     "w3": Workload(128, 512, microbatch_prompts=1, ends=True),  # of chat: most completions short, a few at the limit
     "qwen3-0.6b": _qwen3(1024, 3072, 28, 16, tied=True, microbatch_prompts=4),
     "qwen3-1.7b": _qwen3(2048, 6144, 28, 16, tied=True, microbatch_prompts=2),

@@ -72,13 +72,11 @@ class Tokenizer:
     """A Hugging Face tokenizer with the few calls that training and evaluation need."""
 
     def __init__(self, path: str | Path, enable_thinking: bool = False) -> None:
-        from transformers import AutoTokenizer
-
         if not Path(path).is_dir() and str(path).count("/") != 1:
             raise FileNotFoundError(f"{path}: no such directory; expected a Hugging Face tokenizer directory")
         self.path = str(path)
         try:
-            self.hf = AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)
+            self.hf = _read(self.path)
         except Exception as error:  # a damaged file: whatever its reader stumbles over
             why = textwrap.shorten(str(error), 200, placeholder=" ...")  # some have many lines
             raise FileNotFoundError(f"{path}: no Hugging Face tokenizer could be read there ({why})") from error
@@ -264,6 +262,20 @@ class Tokenizer:
         self.hf.save_pretrained(str(directory))
         generation = self.generation | {"eos_token_id": list(self.eos_ids), "pad_token_id": self.pad_id}
         (Path(directory) / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+
+
+def _read(path: str) -> Any:
+    """tokenizer.json holds all there is to know; only what has none needs the class that its config names.
+
+    That class would be found among all models' code, which takes seconds to import where torch is installed.
+    """
+    if (Path(path) / "tokenizer.json").is_file():
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast.from_pretrained(path)
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
 
 
 def _starts(tokens: Iterable[str]) -> re.Pattern[str]:

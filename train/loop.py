@@ -62,7 +62,8 @@ def train_policy(config: PolicyConfig) -> None:
         rewards = Rewards(config.rewards, layout, config.model.dtype)
         rewards.check(prompts.prompts(prompts.rows[:1])[0])
         advantages = jax.jit(partial(ADVANTAGES[config.advantage], **config.advantage_options))
-        advantages(np.zeros((1, config.num_generations)))  # a wrong option is refused here
+        # a wrong option is refused here
+        advantages(np.zeros((config.prompts_per_step, config.num_generations), np.float32))
         graphdef, params = split(model := training.make_model(config.model, layout, config.seed, tokenizer))
         run = Run(config, model.config.to_hf(), tokenizer)
         optimizer, schedule = training.make_optimizer(config.optimizer, config.max_steps)

@@ -93,6 +93,8 @@ def make_model(
     init = jax.jit(
         lambda key: split(type(abstract)(config, nnx.Rngs(params=key), layout=layout, **options))[1],
         out_shardings=parameter_shardings(abstract, layout),
+        # it runs once: on a CPU compiling it well takes longer than running it
+        compiler_options={"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None,
     )
     params = init(stream_key(seed, INIT, 0))
     if loaded is not None:
