@@ -1,6 +1,7 @@
 """The arithmetic that speed is measured against, counted twice; and the whole of `eval speed` on a tiny workload."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,8 @@ import pytest
 import eval.speed as measuring
 from eval.__main__ import main
 from eval.flops import forward_flops, step_flops
-from eval.speed import WORKLOADS, Workload, even_share, parse_speed
+from eval.peers import run_peer
+from eval.speed import WORKLOADS, Measured, Workload, even_share, parse_speed
 from models.config import Qwen3Config
 
 TINY = Qwen3Config(300, 32, 64, 2, 4, 2, 16, tie_word_embeddings=True)
@@ -51,10 +53,76 @@ def test_the_reward_of_the_workloads() -> None:
     assert even_share(["p"], [""]) == [0.0]
 
 
-@pytest.mark.parametrize("arguments", [["--workload", "w9"], ["--steps", "0"]])
-def test_a_workload_that_is_not_there_is_refused(arguments: list[str]) -> None:
-    with pytest.raises(ValueError, match="expected"):
-        parse_speed(arguments)
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--workload", "w9"], "workload: expected one of w1"),
+        (["--steps", "0"], "steps: expected at least 1"),
+        (["--rounds", "0"], "rounds: expected at least 1"),
+        (["--against", "."], "against: expected --trl PYTHON or --tunix PYTHON"),
+        (["--against", ".", "--trl", sys.executable], "expected run_trl.py in ."),
+        (["--against", "PEERS", "--trl", "no/python"], "trl: no/python is not a program"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(arguments: list[str], message: str, tmp_path: Path) -> None:
+    (tmp_path / "run_trl.py").touch()
+    with pytest.raises(ValueError, match=message):
+        parse_speed([str(tmp_path) if argument == "PEERS" else argument for argument in arguments])
+
+
+PEER = """
+import json, os, sys
+arguments = dict(zip(sys.argv[2::2], sys.argv[3::2]))
+assert sys.argv[1] == "grpo" and os.environ["PEER_PROMPT"] == "64" and os.environ["PEER_COMPLETION"] == "64"
+steps = [{"step": 100.0}, {"step": 100.0}] + [{"step": 6.0}] * (int(arguments["--steps"]) - 2)
+row = {"steps": steps, "cold_start_s": 30.0, "peak_rss_mib": 2000}
+open(arguments["--out"], "a").write(json.dumps(row) + "\\n")
+"""
+
+
+def test_peers_and_ours_take_turns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run_trl.py").write_text(PEER)
+    turns: list[int] = []
+
+    def ours(work: Path, max_steps: int) -> Measured:
+        turns.append(max_steps)
+        assert not (work / "xla").exists() or max_steps == 1
+        (work / "xla").mkdir(exist_ok=True)
+        return Measured([{"timing_s/step": 9.0}] * 2 + [{"timing_s/step": 2.0}] * (max_steps - 2), 15.0, 1000.0, {})
+
+    monkeypatch.setattr(measuring, "prepare", lambda *_: None)
+    monkeypatch.setattr(measuring, "run_program", ours)
+    settings = ["--steps", "3", "--against", str(tmp_path), "--trl", sys.executable]
+    assert main(["speed", *settings, "--json", str(tmp_path / "out.json")]) == 0
+    assert turns == [5, 5, 1]
+    found = json.loads((tmp_path / "out.json").read_text())["against"]
+    assert found["trl"] == {"step_s": 6.0, "cold_start_s": 30.0, "peak_rss_mib": 2000, "steps": [6.0] * 6}
+    assert found["gopo_jax"]["step_s"] == 2.0
+    table = capsys.readouterr().out
+    assert all(ratio in table for ratio in ("1.00x", "3.00x", "2.00x"))
+
+
+def test_a_peer_that_fails_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "run_trl.py").write_text("print('no such optimizer'); raise SystemExit(3)")
+    with pytest.raises(ValueError, match=r"failed \(3\): no such optimizer"):
+        run_peer(tmp_path / "run_trl.py", sys.executable, tmp_path / "work", 1, 2, {})
+
+
+def test_a_sweep_is_a_table_and_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Workload] = []
+
+    def ours(work: Path, max_steps: int) -> Measured:
+        row = {f"timing_s/{part}": float(len(asked)) for part in ("step", "generate", "update")}
+        return Measured([row] * max_steps, 1.0, 500.0, {})
+
+    monkeypatch.setattr(measuring, "prepare", lambda workload, *_: asked.append(workload))
+    monkeypatch.setattr(measuring, "run_program", ours)
+    found = measuring.sweep(WORKLOADS["w1"], 1, tmp_path / "cost.png")["sweep"]
+    assert {name: [row["value"] for row in rows] for name, rows in found.items()} == measuring.SWEEPS
+    assert asked[0].num_generations == 2 and asked[-1].network.vocab_size == 151_936
+    assert (tmp_path / "cost.png").stat().st_size > 10_000
 
 
 @pytest.mark.slow
