@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from models.attention import KeyValues, Past, group_attention
+from models.attention import KeyValues, Past, PrefixKeyValues, group_attention
 from models.config import Qwen3Config
 from models.sharding import Layout, constrain
 
@@ -54,7 +54,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 class Prefix(NamedTuple):
     """What completions need of their prompt."""
 
-    kv_LPKSE: KeyValues
+    kv: PrefixKeyValues  # of all layers
     lengths_P: jax.Array
     last_PD: jax.Array  # hidden state of the last real prompt token: it predicts the first completion token
 
@@ -155,7 +155,8 @@ class Backbone(nnx.Module):
         hidden_P1SD, own = self._decode(prompt_PS[:, None], jnp.zeros_like(lengths_P)[:, None, None])
         hidden_PSD = hidden_P1SD[:, 0]
         last_PD = jnp.take_along_axis(hidden_PSD, (lengths_P - 1)[:, None, None], axis=1)[:, 0]
-        return hidden_PSD, Prefix(KeyValues(own.keys[:, :, :, 0], own.values[:, :, :, 0]), lengths_P, last_PD)
+        kv = PrefixKeyValues(jnp.swapaxes(own.keys[:, :, :, 0], -1, -2), own.values[:, :, :, 0])
+        return hidden_PSD, Prefix(kv, lengths_P, last_PD)
 
     def extend(
         self,
@@ -213,7 +214,7 @@ class Backbone(nnx.Module):
             return nnx.merge(graphdef, parameters)(
                 x_PGTD,
                 rotary,
-                prefix_PKSE=prefix_kv,
+                prefix=prefix_kv,
                 prefix_lengths_P=prefix.lengths_P if prefix is not None else None,
                 past=past,
                 layer=layer,
@@ -224,7 +225,7 @@ class Backbone(nnx.Module):
         everything = np.iinfo(np.int32).max
         windows_L = None if config.windows is None else jnp.array([w or everything for w in config.windows], jnp.int32)
         layers_L = jnp.arange(config.num_hidden_layers)
-        slices = (stacked, prefix.kv_LPKSE if prefix is not None else None, layers_L, windows_L)
+        slices = (stacked, prefix.kv if prefix is not None else None, layers_L, windows_L)
         policy = REMAT[self.remat]
         x_PGTD, own = jax.lax.scan(jax.checkpoint(body, policy=policy) if policy else body, x_PGTD, slices)
         return rms_norm(x_PGTD, self.norm_D, config.rms_norm_eps), own

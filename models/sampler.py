@@ -97,7 +97,7 @@ def sample(
         return State(slots, state.past.append(own_LPKG1E))
 
     prompt_P, whole = jnp.arange(P), nothing
-    state = State(slots, Past.empty(prefix.kv_LPKSE, G, T))
+    state = State(slots, Past.empty(prefix.kv, G, T))
     sizes = stages(P, G, model.layout) if T >= LONG else [(P, G)]
     for here, smaller in zip(sizes, [*sizes[1:], None], strict=True):
 
@@ -174,7 +174,7 @@ def fewer_prompts(prompt_P: jax.Array, prefix: Prefix, state: State, P: int) -> 
     """P prompts with their slots: those of which a completion goes on, filled up with some others."""
     kept_P = jnp.argsort(state.slots.done_PG.all(1), stable=True)[:P]
     of_layers = partial(jnp.take, indices=kept_P, axis=1)
-    prefix = Prefix(jax.tree.map(of_layers, prefix.kv_LPKSE), prefix.lengths_P[kept_P], prefix.last_PD[kept_P])
+    prefix = Prefix(jax.tree.map(of_layers, prefix.kv), prefix.lengths_P[kept_P], prefix.last_PD[kept_P])
     slots = jax.tree.map(lambda array: array[kept_P], state.slots)
     past = Past(of_layers(state.past.keys_LPKGET), of_layers(state.past.values_LPKGTE), state.past.length)
     return prompt_P[kept_P], prefix, State(slots, past)

@@ -75,7 +75,7 @@ def test_one_token_at_a_time_equals_all_at_once(model: Qwen3, chunk: int, monkey
     prompt_PS, tokens_PGT = tokens(0, P, S), tokens(1, P, G, T)
     _, prefix = model.prefill(prompt_PS, LENGTHS_P)
     expected_PGTD, _ = model.extend(tokens_PGT, prefix)
-    empty = Past.empty(prefix.kv_LPKSE, G, T)
+    empty = Past.empty(prefix.kv, G, T)
     # what is not filled yet must not be seen
     past = Past(jnp.full_like(empty.keys_LPKGET, 3), jnp.full_like(empty.values_LPKGTE, 7), empty.length)
     step = jax.jit(lambda t, past: model.extend(t, prefix, past=past))

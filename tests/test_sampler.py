@@ -15,7 +15,7 @@ from flax import nnx
 from scipy.stats import chisquare
 
 from gopo_jax import token_logprobs
-from models.attention import KeyValues
+from models.attention import KeyValues, PrefixKeyValues
 from models.config import Qwen3Config
 from models.generate import Generator
 from models.hf_weights import split
@@ -237,8 +237,9 @@ class Chain:
 
     def prefill(self, prompt_PS: jax.Array, lengths_P: jax.Array) -> tuple[jax.Array, Prefix]:
         last_P = jnp.take_along_axis(prompt_PS, lengths_P[:, None] - 1, 1)[:, 0]
-        nothing = jnp.zeros((1, len(prompt_PS), 1, prompt_PS.shape[1], 1))
-        return self._one_hot(prompt_PS), Prefix(KeyValues(nothing, nothing), lengths_P, self._one_hot(last_P))
+        P, S = prompt_PS.shape
+        nothing = PrefixKeyValues(jnp.zeros((1, P, 1, 1, S)), jnp.zeros((1, P, 1, S, 1)))
+        return self._one_hot(prompt_PS), Prefix(nothing, lengths_P, self._one_hot(last_P))
 
     def extend(self, tokens_PGT: jax.Array, prefix: Prefix, **_: Any) -> tuple[jax.Array, KeyValues]:
         P, G, T = tokens_PGT.shape
