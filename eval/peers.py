@@ -33,7 +33,8 @@ class Timings:
         self.cold_start_s += other.cold_start_s
         self.peak_rss_mib += other.peak_rss_mib
 
-    def medians(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, Any]:
+        """Medians of the seconds, the largest peak."""
         return {
             "step_s": statistics.median(self.step_s),
             "cold_start_s": statistics.median(self.cold_start_s),
@@ -63,10 +64,10 @@ def run_peer(script: Path, python: str, work: Path, steps: int, warmup: int, len
 
 def ratio_table(ours: Timings, peers: dict[str, Timings]) -> str:
     """Seconds and MiB of all, and how many times ours each of them is."""
-    mine = ours.medians()
+    mine = ours.summary()
     lines = [f"{'':12}{'step':>9}{'':>8}{'cold start':>12}{'':>8}{'peak MiB':>10}{'':>8}"]
     for name, timings in {"gopo_jax": ours, **peers}.items():
-        theirs = timings.medians()
+        theirs = timings.summary()
         ratios = {key: theirs[key] / mine[key] for key in ("step_s", "cold_start_s", "peak_rss_mib")}
         lines.append(
             f"{name:12}{theirs['step_s']:9.2f}{ratios['step_s']:7.2f}x{theirs['cold_start_s']:12.1f}"

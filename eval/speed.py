@@ -28,6 +28,7 @@ from models.config import Qwen3Config
 from models.tokenizer import Tokenizer, train_bpe
 from train.config import parse
 from train.metrics import console, read_metrics, setup_errors
+from train.prompts import load_rows
 
 SMALL = Qwen3Config(4096, 256, 768, 4, 8, 4, 32, tie_word_embeddings=True)
 WARMUP = 2  # steps left out of every median
@@ -82,6 +83,8 @@ class SpeedConfig:
             raise ValueError(f"steps: expected at least 1, got {self.steps}")
         if self.rounds < 1:
             raise ValueError(f"rounds: expected at least 1, got {self.rounds}")
+        if self.against is not None and self.sweep is not None:
+            raise ValueError("against, sweep: expected one of the two at a time")
         if self.against is not None:
             if not self.peers:
                 raise ValueError("against: expected --trl PYTHON or --tunix PYTHON, of an environment that has it")
@@ -93,8 +96,9 @@ class SpeedConfig:
 
     @property
     def peers(self) -> dict[str, str]:
-        """The Python of each peer that takes part."""
-        return {name: python for name in SCRIPTS if (python := getattr(self, name)) is not None}
+        """The Python of each peer that takes part, as an absolute path: the scripts run in their own folder."""
+        given = {name: getattr(self, name) for name in SCRIPTS if getattr(self, name) is not None}
+        return {name: os.path.abspath(shutil.which(python) or python) for name, python in given.items()}
 
 
 def parse_speed(arguments: list[str]) -> SpeedConfig:
@@ -127,7 +131,8 @@ def measure(config: SpeedConfig, workload: Workload) -> dict[str, Any]:
         prepare(workload, work, WARMUP + config.steps)
         cold = run_program(work, max_steps=1)
         warm = run_program(work, max_steps=WARMUP + config.steps)
-        prompts = Tokenizer(work / "tokenizer").encode([row["prompt"] for row in rows_of(work / "prompts.jsonl")])
+        rows = load_rows(str(work / "prompts.jsonl"))
+        prompts = Tokenizer(work / "tokenizer").encode([row["prompt"] for row in rows])
     peak = matmul_gflops(workload.dtype)
     timed = warm.rows[WARMUP:]
 
@@ -185,8 +190,8 @@ def compare_with_peers(config: SpeedConfig, workload: Workload) -> dict[str, Any
         warm = run_program(work, max_steps=1)
     console.print(ratio_table(ours, peers), highlight=False)
     console.print(f"warm start  {warm.first_step_s:.1f} s", highlight=False)
-    medians = {name: timings.medians() for name, timings in {"gopo_jax": ours, **peers}.items()}
-    return {"workload": config.workload, "warm_start_s": warm.first_step_s, "against": medians}
+    summaries = {name: timings.summary() for name, timings in {"gopo_jax": ours, **peers}.items()}
+    return {"workload": config.workload, "warm_start_s": warm.first_step_s, "against": summaries}
 
 
 SWEEPS = {
@@ -292,6 +297,10 @@ def prepare(workload: Workload, work: Path, steps: int) -> None:
             rows.append({"prompt": prompt})
         if len(rows) == count:
             break
+    if len(rows) < count:
+        raise ValueError(
+            f"expected {count} prompts of {workload.prompt} tokens in Python's own library, got {len(rows)}"
+        )
     (work / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     network = {name: value for name, value in asdict(workload.network).items() if value is not None}
     settings = {
@@ -316,10 +325,6 @@ def prepare(workload: Workload, work: Path, steps: int) -> None:
         "log": {"tensorboard": False, "progress": False},
     }
     (work / "config.yaml").write_text(yaml.safe_dump(settings))
-
-
-def rows_of(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 @dataclass

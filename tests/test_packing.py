@@ -76,8 +76,9 @@ def test_there_are_few_shapes() -> None:
 
 
 def test_packed_equals_padded() -> None:
-    """Log-probabilities and gradients."""
-    config = Qwen3Config(V, 32, 48, 2, 4, 2, 16, initializer_range=0.2)
+    """Log-probabilities and gradients; one of the layers sees only so far back."""
+    sliding = {"sliding_window": 3, "layer_types": ("full_attention", "sliding_attention")}
+    config = Qwen3Config(V, 32, 48, 2, 4, 2, 16, initializer_range=0.2, **sliding)
     graphdef, params = split(Qwen3(config, nnx.Rngs(0)))
     batch = make_batch(np.random.default_rng(1).integers(1, 8, (2, G)))
     (part,) = parts_of(batch, 2)

@@ -61,7 +61,8 @@ def test_the_reward_of_the_workloads() -> None:
         (["--rounds", "0"], "rounds: expected at least 1"),
         (["--against", "."], "against: expected --trl PYTHON or --tunix PYTHON"),
         (["--against", ".", "--trl", sys.executable], "expected run_trl.py in ."),
-        (["--against", "PEERS", "--trl", "no/python"], "trl: no/python is not a program"),
+        (["--against", "PEERS", "--trl", "no/python"], "trl: .*no/python is not a program"),
+        (["--against", "PEERS", "--sweep", "cost.png"], "against, sweep: expected one of the two"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(arguments: list[str], message: str, tmp_path: Path) -> None:
@@ -94,7 +95,11 @@ def test_peers_and_ours_take_turns(
 
     monkeypatch.setattr(measuring, "prepare", lambda *_: None)
     monkeypatch.setattr(measuring, "run_program", ours)
-    settings = ["--steps", "3", "--against", str(tmp_path), "--trl", sys.executable]
+    (tmp_path / "python").symlink_to(sys.executable)
+    monkeypatch.chdir(tmp_path)  # a relative path is one from here, not from the scripts' folder
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "run_trl.py").rename(tmp_path / "scripts" / "run_trl.py")
+    settings = ["--steps", "3", "--against", "scripts", "--trl", "./python"]
     assert main(["speed", *settings, "--json", str(tmp_path / "out.json")]) == 0
     assert turns == [5, 5, 1]
     found = json.loads((tmp_path / "out.json").read_text())["against"]
