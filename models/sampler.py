@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from models.attention import Past
 from models.qwen3 import Prefix, Qwen3
-from models.sharding import Layout
+from models.sharding import Layout, ways
 
 FEWEST = 8  # completions that are computed at a time, once the others have ended
 LONG = 128  # tokens; for shorter completions fewer slots save less time than compiling loops for them takes
@@ -136,12 +136,11 @@ def stages(P: int, G: int, layout: Layout | None) -> list[tuple[int, int]]:
     Down to FEWEST slots: fewer cost hardly less. First completions of each prompt, which stay on their device; then
     prompts, unless those live on several devices.
     """
-    ways = {meaning: layout.ways(meaning) if layout is not None else 1 for meaning in ("prompt", "group")}
     sizes = [(P, G)]
     while P * G >= 2 * FEWEST:
-        if G % 2 == 0 and (G // 2) % ways["group"] == 0:
+        if G % 2 == 0 and (G // 2) % ways(layout, "group") == 0:
             G //= 2
-        elif P % 2 == 0 and ways["prompt"] == 1:
+        elif P % 2 == 0 and ways(layout, "prompt") == 1:
             P //= 2
         else:
             break

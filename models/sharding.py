@@ -4,6 +4,7 @@ Layers name meanings ("prompt", "heads", "mlp"); this file alone says which mesh
 parallelism is an edit of `RULES`, or an override in the run's config.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -76,6 +77,11 @@ class Layout:
     def put(self, array: Any, axes: Axes) -> jax.Array:
         """A host array as a global array with that sharding."""
         return jax.device_put(array, self.sharding(axes))
+
+
+def ways(layout: Layout | None, *meanings: str) -> int:
+    """Over how many devices axes of these meanings are split together; without a layout there is one."""
+    return math.prod(layout.ways(meaning) for meaning in meanings) if layout is not None else 1
 
 
 def make_layout(

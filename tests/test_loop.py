@@ -1,7 +1,9 @@
 """The training loop's laws: how a batch is cut changes nothing, interrupted equals uninterrupted, order is all."""
 
 import json
+import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -9,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +29,9 @@ from models.hf_weights import split
 from models.sampler import Rollout
 from models.sharding import make_layout
 from train.config import CheckpointConfig, LossConfig, ModelConfig, PolicyConfig, RewardSpec, ValidationConfig
-from train.loop import make_batch, make_update, train_policy
+from train.loop import make_batch, make_update, policy_objective, train_policy
 from train.metrics import read_metrics
+from train.packing import cut
 from train.state import copy, make_state
 
 ROOT = Path(__file__).parent.parent
@@ -57,7 +61,7 @@ def some_batch(config: PolicyConfig, vocabulary: int) -> dict[str, jax.Array]:
 
 @pytest.mark.parametrize("aggregate", ["token", "sequence", "constant"])
 def test_the_cut_into_micro_batches_changes_nothing(aggregate: Any, policy_config: MakeConfig, tmp_path: Path) -> None:
-    base = policy_config(tmp_path, loss=LossConfig(aggregate=aggregate, logprob_chunk=3))
+    base = policy_config(tmp_path, loss=LossConfig(aggregate=aggregate, logprob_chunk=24))
     layout = make_layout(data=1)
     graphdef, params = split(load_model(str(base.model.path), mesh=layout))
     ref_params = jax.tree.map(lambda p: p * 1.01, params)
@@ -75,6 +79,22 @@ def test_the_cut_into_micro_batches_changes_nothing(aggregate: Any, policy_confi
             np.testing.assert_allclose(after[fewer][1][name], value, rtol=1e-5, atol=1e-6, err_msg=name)
     moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), after[4][0], params)
     assert max(jax.tree.leaves(moved)) > 1e-3  # there was a gradient to compare
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 64])
+def test_so_many_tokens_have_logits_at_a_time(tokens: int, policy_config: MakeConfig, tmp_path: Path) -> None:
+    """`logprob_chunk` bounds the arrays of the update that have a vocabulary axis, however many rows there are."""
+    config = policy_config(tmp_path, loss=LossConfig(logprob_chunk=tokens))
+    layout = make_layout(data=1)
+    graphdef, params = split(load_model(str(config.model.path), mesh=layout))
+    V = params["embed_VD"].shape[0]
+    (micro,) = cut(some_batch(config, V), config.prompts_per_step, layout)
+    rows = math.prod(micro["tokens_PBT"].shape[:2])
+    gradient = jax.grad(partial(policy_objective, graphdef=graphdef, config=config), has_aux=True)
+    program = str(jax.make_jaxpr(gradient)(params, params, micro, jnp.float32(1)))
+    shapes = {tuple(map(int, shape.split(","))) for shape in re.findall(rf"f32\[([\d,]+,{V})\]", program)}
+    held = max(math.prod(shape[:-1]) for shape in shapes)
+    assert held == max(tokens // rows, 1) * rows < math.prod(micro["tokens_PBT"].shape)
 
 
 def test_interrupted_equals_uninterrupted(

@@ -41,7 +41,7 @@ P, G, S, T, V = 8, 4, 8, 6, 64
 config = PolicyConfig(
     output_dir="x", model=ModelConfig(path=directory), data=DataConfig(train="x"), max_steps=1,
     rewards=[RewardSpec(function="a.b")], prompts_per_step=P, num_generations=G, microbatch_prompts=8,
-    max_completion_length=T, loss=LossConfig(logprob_chunk=4))
+    max_completion_length=T, loss=LossConfig(logprob_chunk=64))
 rng = np.random.default_rng(0)
 prompt_PS, lengths_P = rng.integers(0, V, (P, S)), rng.integers(1, S + 1, P)
 rollout = Rollout(rng.integers(0, V, (P, G, T)), np.zeros((P, G, T), np.float32),

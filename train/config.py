@@ -171,7 +171,7 @@ class LossConfig:
     clip_high: float = 0.2
     ratio: Literal["token", "sequence"] = "token"
     aggregate: Literal["token", "sequence", "constant", "token_per_microbatch"] = "token"
-    logprob_chunk: int = 128  # completion positions whose logits exist at a time
+    logprob_chunk: int = 1024  # tokens whose logits exist at a time on each device; at least one of every row
 
     def __post_init__(self) -> None:
         _at_least(self, 0, "beta", "clip_low", "clip_high")

@@ -33,7 +33,7 @@ from gopo_jax.losses import Metrics
 from models.generate import Generator
 from models.hf_weights import split
 from models.sampler import Rollout
-from models.sharding import Layout
+from models.sharding import Layout, ways
 from train import state as training
 from train.config import PolicyConfig
 from train.metrics import Run, Timer, console, divide, rollout_metrics, setup_errors
@@ -154,8 +154,9 @@ def policy_objective(
     """The loss of some whole groups, divided by the count of the whole batch, and its metrics."""
 
     def logprobs_of(params: Any, **options: Any) -> Any:
-        model = nnx.merge(graphdef, params)
-        tokens_PBT, chunk = batch["tokens_PBT"], config.loss.logprob_chunk
+        model, tokens_PBT = nnx.merge(graphdef, params), batch["tokens_PBT"]
+        rows = math.prod(tokens_PBT.shape[:2]) // ways(model.layout, "prompt", "group")  # on each device
+        chunk = max(config.loss.logprob_chunk // rows, 1)
         hidden_PBTD = model.predict(batch["prompt_PS"], batch["lengths_P"], tokens_PBT, batch["offset_PBT"])
         found_PBT = token_logprobs(
             hidden_PBTD, model.head_VD, tokens_PBT, chunk=chunk, temperature=config.temperature, **options

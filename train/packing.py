@@ -57,9 +57,9 @@ def place(mask_PGT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def round_up(rows: int, G: int, ways: int) -> int:
-    """Up to a power of two or three times one, in units of the devices that share the rows; at most G."""
-    sizes = sorted(size << power for power in range(G.bit_length()) for size in (1, 3))
-    return min(next(size for size in sizes if size * ways >= rows) * ways, G)
+    """Up to a power of two, in units of the devices that share the rows; at most G."""
+    units = -(-rows // ways)
+    return min((1 << (units - 1).bit_length()) * ways, G)
 
 
 def pack(batch: Batch, row_PG: np.ndarray, start_PG: np.ndarray, rows: int) -> Batch:
