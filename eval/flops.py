@@ -12,7 +12,8 @@ def forward_flops(config: Qwen3Config, prompts: Sequence[int], completions: Sequ
 
     A prompt of n tokens and completions of m tokens each are n + sum(m - 1) positions: the last token of a completion
     predicts nothing. A position attends to what stands before it and to itself. Logits exist where a completion token
-    is predicted, nowhere else. Sampling the same tokens one by one is the same arithmetic.
+    is predicted, nowhere else. Sampling the same tokens one by one is the same arithmetic. A reward model has no logits
+    and computes the last token too: it reads its score there.
 
     Args:
       prompts: tokens of each of the P prompts.
@@ -23,9 +24,10 @@ def forward_flops(config: Qwen3Config, prompts: Sequence[int], completions: Sequ
     weights = L * (2 * D * query + 2 * D * key + 3 * D * F)
     positions = pairs = predicted = 0
     for n, lengths in zip(prompts, completions, strict=True):
-        positions += n + sum(m - 1 for m in lengths)
-        pairs += n * (n + 1) // 2 + sum((m - 1) * n + (m - 1) * m // 2 for m in lengths)
-        predicted += sum(lengths)
+        computed = lengths if config.is_reward_model else [m - 1 for m in lengths]
+        positions += n + sum(computed)
+        pairs += n * (n + 1) // 2 + sum(m * n + m * (m + 1) // 2 for m in computed)
+        predicted += 0 if config.is_reward_model else sum(lengths)
     return 2.0 * positions * weights + 4.0 * pairs * query * L + 2.0 * predicted * D * config.vocab_size
 
 
@@ -33,3 +35,27 @@ def step_flops(forward: float, *, reference: bool) -> dict[str, float]:
     """Of a step's parts: sampling is one forward pass, an update three, one more for a reference policy."""
     update = (4 if reference else 3) * forward
     return {"generate": forward, "update": update, "step": forward + update}
+
+
+def decode_bytes(
+    config: Qwen3Config, prompts: Sequence[int], completions: Sequence[Sequence[int]], itemsize: int
+) -> float:
+    """The least bytes that sampling reads, its cache of keys and values kept in memory: the bound of small batches.
+
+        tokens of the longest completion * weights, the head's included
+        + keys and values of each prompt, once for every token of its longest completion
+        + keys and values of each completion's own tokens before each of them
+
+    Args:
+      prompts, completions: as for `forward_flops`.
+      itemsize: bytes of a number.
+    """
+    D, F, L = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    query, key = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    weights = L * (2 * D * query + 2 * D * key + 3 * D * F) + D * config.vocab_size
+    cached = sum(
+        n * max(lengths) + sum(m * (m - 1) // 2 for m in lengths)
+        for n, lengths in zip(prompts, completions, strict=True)
+    )
+    longest = max(max(lengths) for lengths in completions)
+    return float(itemsize * (longest * weights + 2 * key * L * cached))

@@ -22,9 +22,9 @@ from typing import Any
 
 import yaml
 
-from eval.flops import forward_flops, step_flops
+from eval.flops import decode_bytes, forward_flops, step_flops
 from eval.peers import SCRIPTS, Timings, ratio_table, run_peer
-from models.config import Qwen3Config
+from models.config import REWARD_MODEL, Qwen3Config
 from models.tokenizer import Tokenizer, train_bpe
 from train.config import parse
 from train.metrics import console, read_metrics, setup_errors
@@ -46,12 +46,13 @@ class Workload:
     num_generations: int = 8
     microbatch_prompts: int = 8
     dtype: str = "float32"
+    remat: str = "dots"
     ends: bool = False  # completions end by themselves, most of them early
 
 
 def _qwen3(width: int, mlp: int, layers: int, heads: int, tied: bool, microbatch_prompts: int) -> Workload:
     network = Qwen3Config(151_936, width, mlp, layers, heads, 8, 128, tie_word_embeddings=tied)
-    return Workload(512, 512, network, 16, 8, microbatch_prompts, dtype="bfloat16")
+    return Workload(512, 512, network, 16, 8, microbatch_prompts, dtype="bfloat16", remat="full")
 
 
 WORKLOADS = {
@@ -133,22 +134,26 @@ def measure(config: SpeedConfig, workload: Workload) -> dict[str, Any]:
         warm = run_program(work, max_steps=WARMUP + config.steps)
         rows = load_rows(str(work / "prompts.jsonl"))
         prompts = Tokenizer(work / "tokenizer").encode([row["prompt"] for row in rows])
-    peak = matmul_gflops(workload.dtype)
+        length = round(statistics.median(row["completions/mean_length"] for row in warm.rows[WARMUP:]))
+        reward_model_s = score_seconds(workload, work, prompts, length)
+    peak, copy = matmul_gflops(workload.dtype), copy_gbytes()
     timed = warm.rows[WARMUP:]
 
     def median(name: str) -> float:
         return statistics.median(row[name] for row in timed)
 
     P, G = workload.prompts_per_step, workload.num_generations
-    length = median("completions/mean_length")
-    forward = forward_flops(workload.network, [len(ids) for ids in prompts[:P]], [[round(length)] * G] * P) / 1e9
-    flops = step_flops(forward, reference=True)
+    work_done = ([len(ids) for ids in prompts[:P]], [[length] * G] * P)
+    flops = step_flops(forward_flops(workload.network, *work_done) / 1e9, reference=True)
+    flops["reward_model"] = forward_flops(replace(workload.network, architecture=REWARD_MODEL), *work_done) / 1e9
+    read = decode_bytes(workload.network, *work_done, itemsize=4 if workload.dtype == "float32" else 2) / 1e9
     seconds = {part: median(f"timing_s/{part}") for part in ("step", "generate", "reward", "update")}
     result = {
         "workload": config.workload,
         "step_s": seconds["step"],
         "generate_s": seconds["generate"],
         "score_s": seconds["reward"],
+        "reward_model_s": reward_model_s,
         "update_s": seconds["update"],
         "peak_rss_mib": warm.peak_rss_mib,
         "cold_start_s": cold.first_step_s,
@@ -157,6 +162,8 @@ def measure(config: SpeedConfig, workload: Workload) -> dict[str, Any]:
         "update_fraction_of_peak": flops["update"] / seconds["update"] / peak,
         "generate_fraction_of_peak": flops["generate"] / seconds["generate"] / peak,
         "step_fraction_of_peak": flops["step"] / seconds["step"] / peak,
+        "copy_gbytes": copy,
+        "generate_fraction_of_copy": read / seconds["generate"] / copy,
         "least_gflop": flops,
         "mean_completion_length": length,
         "compilations": warm.compilations,
@@ -254,16 +261,18 @@ def show(result: dict[str, Any], workload: Workload) -> None:
         f"{workload.completion} (mean {result['mean_completion_length']:.0f}); medians of {len(result['steps'])} steps"
     )
     console.print(f"{'':18}{'seconds':>9}{'GFLOP/s':>9}{'of peak':>9}", highlight=False)
-    for part in ("step", "generate", "update"):
+    for part in ("step", "generate", "update", "reward_model"):
         rate = result["least_gflop"][part] / result[f"{part}_s"]
         line = f"{part:18}{result[f'{part}_s']:9.3f}{rate:9.1f}{rate / result['matmul_gflops']:9.0%}"
         console.print(line, highlight=False)
     console.print(
-        f"{'score':18}{result['score_s']:9.3f}\n"
+        f"{'score':18}{result['score_s']:9.3f}  by a function; reward_model is a network of the policy's size\n"
         f"{'cold start':18}{result['cold_start_s']:9.2f}  to the end of the first step, nothing cached\n"
         f"{'warm start':18}{result['warm_start_s']:9.2f}  with the compilation cache\n"
         f"{'peak memory':18}{result['peak_rss_mib']:9.0f}  MiB\n"
         f"{'matmul peak':18}{'':9}{result['matmul_gflops']:9.1f}\n"
+        f"{'copy':18}{'':9}{result['copy_gbytes']:9.1f}  GB/s; generate reads "
+        f"{result['generate_fraction_of_copy']:.0%} of that\n"
         f"{'compilations':18}{result['compilations']['all']:9d}  {result['compilations']['timed']} in the timed steps",
         highlight=False,
     )
@@ -311,6 +320,7 @@ def prepare(workload: Workload, work: Path, steps: int) -> None:
             "architecture": network,
             "dtype": workload.dtype,
             "param_dtype": workload.dtype,
+            "remat": workload.remat,
         },
         "rewards": [{"function": "eval.speed.even_share"}],
         "max_steps": steps,
@@ -381,6 +391,43 @@ def run_program(work: Path, max_steps: int) -> Measured:
         usage.ru_maxrss / 1024,
         {"all": len(compiled), "timed": sum(timed < at <= ends[-1] for at in compiled)},
     )
+
+
+def score_seconds(workload: Workload, work: Path, prompts: list[list[int]], length: int, repeats: int = 5) -> float:
+    """Median seconds in which a reward model with random weights scores one batch of such completions."""
+    from flax import nnx
+
+    from models.hf_weights import save_pretrained
+    from models.reward_model import Qwen3RewardModel
+    from train.rewards import RewardModelScorer
+
+    tokenizer, P, G = Tokenizer(work / "tokenizer"), workload.prompts_per_step, workload.num_generations
+    network = replace(workload.network, architecture=REWARD_MODEL)
+    save_pretrained(Qwen3RewardModel(network, nnx.Rngs(0), param_dtype=workload.dtype), work / "reward")
+    tokenizer.save(work / "reward")
+    scorer = RewardModelScorer(str(work / "reward"), dtype=workload.dtype, batch_prompts=P)
+    ids = [token for prompt in prompts for token in prompt]
+    texts = [tokenizer.hf.decode(ids[g * 37 :][:length]) for g in range(G)]
+    seconds = []
+    for _ in range(1 + repeats):
+        began = time.perf_counter()
+        scorer([tokenizer.hf.decode(prompt) for prompt in prompts[:P]], [texts] * P)
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds[1:])
+
+
+def copy_gbytes(repeats: int = 9) -> float:
+    """The median rate at which 256 MiB are read and written, 10^9 bytes per second."""
+    import jax
+    import jax.numpy as jnp
+
+    array = jnp.ones(1 << 26, jnp.float32)
+    add, seconds = jax.jit(lambda x: x + 1), []
+    for _ in range(1 + repeats):
+        began = time.perf_counter()
+        add(array).block_until_ready()
+        seconds.append(time.perf_counter() - began)
+    return 2 * array.nbytes / statistics.median(seconds[1:]) / 1e9
 
 
 def matmul_gflops(dtype: str, repeats: int = 9) -> float:

@@ -2,16 +2,17 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import eval.speed as measuring
 from eval.__main__ import main
-from eval.flops import forward_flops, step_flops
+from eval.flops import decode_bytes, forward_flops, step_flops
 from eval.peers import run_peer
 from eval.speed import WORKLOADS, Measured, Workload, even_share, parse_speed
-from models.config import Qwen3Config
+from models.config import REWARD_MODEL, Qwen3Config
 
 TINY = Qwen3Config(300, 32, 64, 2, 4, 2, 16, tie_word_embeddings=True)
 
@@ -38,6 +39,30 @@ def test_the_least_arithmetic_is_that_of_every_product_once() -> None:
     assert forward_flops(TINY, list(groups), list(groups.values())) == expected
     assert step_flops(2.0, reference=True) == {"generate": 2.0, "update": 8.0, "step": 10.0}
     assert step_flops(2.0, reference=False)["update"] == 6.0
+
+
+def test_a_reward_model_reads_its_score_at_the_last_token() -> None:
+    """As a policy without logits whose completions are a token longer."""
+    reward = replace(TINY, architecture=REWARD_MODEL)
+    groups = {7: [3, 1, 9], 4: [5, 5, 2]}
+    longer = [[m + 1 for m in lengths] for lengths in groups.values()]
+    logits = 2 * sum(map(sum, longer)) * TINY.hidden_size * TINY.vocab_size
+    assert (
+        forward_flops(reward, list(groups), list(groups.values())) == forward_flops(TINY, list(groups), longer) - logits
+    )
+
+
+def test_the_least_bytes_are_those_of_every_token() -> None:
+    groups = {7: [3, 1, 9], 4: [5, 5, 2]}
+    D, E, K, L = TINY.hidden_size, TINY.head_dim, TINY.num_key_value_heads, TINY.num_hidden_layers
+    layer = D * TINY.num_attention_heads * E * 2 + 2 * D * K * E + 3 * D * TINY.intermediate_size
+    numbers = 0
+    for t in range(9):
+        numbers += L * layer + D * TINY.vocab_size
+        for n, lengths in groups.items():
+            live = [t for m in lengths if t < m]
+            numbers += 2 * L * K * E * (n * bool(live) + sum(live))
+    assert decode_bytes(TINY, list(groups), list(groups.values()), itemsize=2) == 2 * numbers
 
 
 def test_sharing_the_prompt_is_what_is_saved() -> None:
@@ -139,7 +164,16 @@ def test_the_program_is_measured(
     monkeypatch.setattr(measuring, "SMALL", network)
     assert main(["speed", "--workload", "w1", "--steps", "2", "--json", str(tmp_path / "out.json")]) == 0
     result = json.loads((tmp_path / "out.json").read_text())
-    for name in ("step_s", "generate_s", "update_s", "cold_start_s", "warm_start_s", "peak_rss_mib", "matmul_gflops"):
+    for name in (
+        "step_s",
+        "generate_s",
+        "update_s",
+        "reward_model_s",
+        "cold_start_s",
+        "warm_start_s",
+        "peak_rss_mib",
+        "matmul_gflops",
+    ):
         assert result[name] > 0, name
     assert result["workload"] == "w1" and "score_s" in result
     assert result["generate_s"] + result["update_s"] < result["step_s"] * 1.01
