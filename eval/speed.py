@@ -46,13 +46,12 @@ class Workload:
     num_generations: int = 8
     microbatch_prompts: int = 8
     dtype: str = "float32"
-    remat: str = "dots"
     ends: bool = False  # completions end by themselves, most of them early
 
 
 def _qwen3(width: int, mlp: int, layers: int, heads: int, tied: bool, microbatch_prompts: int) -> Workload:
     network = Qwen3Config(151_936, width, mlp, layers, heads, 8, 128, tie_word_embeddings=tied)
-    return Workload(512, 512, network, 16, 8, microbatch_prompts, dtype="bfloat16", remat="full")
+    return Workload(512, 512, network, 16, 8, microbatch_prompts, dtype="bfloat16")
 
 
 WORKLOADS = {
@@ -320,7 +319,6 @@ def prepare(workload: Workload, work: Path, steps: int) -> None:
             "architecture": network,
             "dtype": workload.dtype,
             "param_dtype": workload.dtype,
-            "remat": workload.remat,
         },
         "rewards": [{"function": "eval.speed.even_share"}],
         "max_steps": steps,

@@ -68,15 +68,14 @@ def test_the_cut_into_micro_batches_changes_nothing(aggregate: Any, policy_confi
     batch = some_batch(base, params["embed_VD"].shape[0])
     sgd = optax.sgd(1.0)  # the step is the gradient
     after = {}
-    for microbatch_prompts in (4, 2, 1):
+    for microbatch_prompts in (4, 1):
         config = replace(base, microbatch_prompts=microbatch_prompts)
         state = make_state(copy(params), sgd, layout)
         state, metrics = make_update(graphdef, sgd, config, layout, state)(state, ref_params, batch)
         after[microbatch_prompts] = (state.params, {k: float(s) / float(n) for k, (s, n) in metrics.items()})
-    for fewer in (2, 1):
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), after[4][0], after[fewer][0])
-        for name, value in after[4][1].items():
-            np.testing.assert_allclose(after[fewer][1][name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), after[4][0], after[1][0])
+    for name, value in after[4][1].items():
+        np.testing.assert_allclose(after[1][1][name], value, rtol=1e-5, atol=1e-6, err_msg=name)
     moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), after[4][0], params)
     assert max(jax.tree.leaves(moved)) > 1e-3  # there was a gradient to compare
 
@@ -283,4 +282,4 @@ def test_nothing_compiles_but_for_shapes_that_are_new(
     assert len(counts) == 20 and len(set(map(int, lengths))) > 5  # lengths do vary
     assert counts[0][0] >= counts[0][1] >= 2
     assert all(compiled == shapes for compiled, shapes in counts[1:]), counts
-    assert len(seen["update"]) <= 4 * len(seen["sample"]) <= 8  # rows of tokens: 1, 2, 3, 4
+    assert len(seen["update"]) <= 3 * len(seen["sample"]) <= 6  # rows of tokens: 1, 2, 4
