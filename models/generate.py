@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from models.sampler import Rollout, SamplingParams, sample
-from models.sharding import Layout
+from models.sharding import Layout, fetch
 from models.tokenizer import Prompt, Tokenizer
 
 
@@ -67,7 +67,7 @@ class Generator:
             full = batch + batch[-1:] * (batch_prompts - len(batch))  # one shape: nothing new to compile
             prompt_PS, lengths_P = self.tokenizer.encode_prompts(full, self.max_prompt_length)
             out = self.rollout(params, prompt_PS, lengths_P, key, num_generations, start)
-            parts.append([np.asarray(x)[: len(batch)] for x in (out.tokens_PGT, out.lengths_PG, out.finished_PG)])
+            parts.append([fetch(x)[: len(batch)] for x in (out.tokens_PGT, out.lengths_PG, out.finished_PG)])
         tokens_PGT, lengths_PG, finished_PG = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         return Completions(self.tokenizer.decode(tokens_PGT, lengths_PG), lengths_PG, finished_PG)
 

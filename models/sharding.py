@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -75,13 +77,23 @@ class Layout:
         return size
 
     def put(self, array: Any, axes: Axes) -> jax.Array:
-        """A host array as a global array with that sharding."""
-        return jax.device_put(array, self.sharding(axes))
+        """A host array as a global array with that sharding; every process has it and puts what its devices hold."""
+        if jax.process_count() == 1:
+            return jax.device_put(array, self.sharding(axes))
+        whole = np.asarray(array)
+        return jax.make_array_from_callback(whole.shape, self.sharding(axes), whole.__getitem__)
 
 
 def ways(layout: Layout | None, *meanings: str) -> int:
     """Over how many devices axes of these meanings are split together; without a layout there is one."""
     return math.prod(layout.ways(meaning) for meaning in meanings) if layout is not None else 1
+
+
+def fetch(array: jax.Array) -> np.ndarray:
+    """A global array as a host array, whole on every process."""
+    if isinstance(array, jax.Array) and not array.is_fully_addressable and not array.is_fully_replicated:
+        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    return np.asarray(array)
 
 
 def make_layout(

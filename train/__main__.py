@@ -1,6 +1,7 @@
 """`python -m train {sft,reward,policy} --config FILE [--key value ...]`, and `python -m train export`."""
 
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -34,20 +35,32 @@ def main(arguments: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     from models.compile_cache import enable_compile_cache
-    from train.metrics import SetupError
+    from train import processes
+    from train.metrics import SetupError, console
 
     enable_compile_cache()
     try:
+        processes.start()
+        console.quiet = not processes.is_first()
         if count:
             from train.show import show
 
             show(config, count)
         else:
             program(command)(config)
-    except SetupError as error:
+    except (SetupError, processes.JoinError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        code = 2
+    except (Exception, KeyboardInterrupt):
+        if not processes.are_several():
+            raise
+        traceback.print_exc()
+        code = 1
+    else:
+        return 0
+    if processes.are_several():
+        processes.leave(code)
+    return code
 
 
 def take_show(arguments: list[str]) -> tuple[list[str], int]:

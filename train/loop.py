@@ -33,11 +33,12 @@ from gopo_jax.losses import Metrics
 from models.generate import Generator
 from models.hf_weights import split
 from models.sampler import Rollout
-from models.sharding import Layout, ways
+from models.sharding import Layout, fetch, ways
 from train import state as training
 from train.config import PolicyConfig
 from train.metrics import Run, Timer, console, divide, rollout_metrics, setup_errors
 from train.packing import Batch, cut, unpack
+from train.processes import share
 from train.prompts import Prompts
 from train.rewards import Rewards
 from train.state import TrainState
@@ -96,12 +97,13 @@ def train_policy(config: PolicyConfig) -> None:
         # 3 rollouts
         with timer("generate"):
             key = training.stream_key(config.seed, training.TRAIN, step)
-            rollout = generator.rollout(state.params, prompt_PS, lengths_P, key, config.num_generations)
-            tokens_PGT, lengths_PG = np.asarray(rollout.tokens_PGT), np.asarray(rollout.lengths_PG)
+            drawn = generator.rollout(state.params, prompt_PS, lengths_P, key, config.num_generations)
+            rollout = jax.tree.map(fetch, drawn)
         # 4 rewards
         with timer("reward"):
-            texts_PG = tokenizer.decode(tokens_PGT, lengths_PG)
-            rewards_PG, metrics = rewards.score(prompts.prompts(rows), texts_PG, prompts.columns(rows))
+            mine = share(len(rows))  # each process scores its part, and all get the whole
+            texts_PG = tokenizer.decode(rollout.tokens_PGT[mine], rollout.lengths_PG[mine])
+            rewards_PG, metrics = rewards.score(prompts.prompts(rows[mine]), texts_PG, prompts.columns(rows, mine))
         # 5 advantages
         advantages_PG = advantages(rewards_PG)
         # 6 loss, 7 update
@@ -111,14 +113,13 @@ def train_policy(config: PolicyConfig) -> None:
             metrics |= divide(learned)
         # 8 log, validate, checkpoint
         done = step + 1
-        finished_PG = np.asarray(rollout.finished_PG)
-        metrics |= rollout_metrics(rewards_PG, lengths_PG, finished_PG)
+        metrics |= rollout_metrics(rewards_PG, rollout.lengths_PG, rollout.finished_PG)
         metrics |= {"learning_rate": schedule(step), "epoch": done * config.prompts_per_step / len(prompts)}
         if config.validation.due(done, config.max_steps):
             with timer("validation"):
                 metrics |= evaluate(state, done)
         seconds = time.perf_counter() - began
-        metrics |= {**timer.seconds, "timing_s/step": seconds, "perf/tokens_per_s": lengths_PG.sum() / seconds}
+        metrics |= {**timer.seconds, "timing_s/step": seconds, "perf/tokens_per_s": rollout.lengths_PG.sum() / seconds}
         run.write(done, metrics)
         run.show(done, {name: metrics.get(name, math.nan) for name in ("reward", "kl", "perf/tokens_per_s")})
         if run.checkpoint_due(done):
@@ -241,7 +242,8 @@ def validate(
     prompts, G = validation.prompts(rows), settings.num_generations
     key = training.stream_key(config.seed, training.VALIDATION, step)
     texts_PG, lengths_PG, finished_PG = generator.complete(state.params, prompts, key, G, settings.batch_prompts)
-    rewards_PG, metrics = rewards.score(prompts, texts_PG, validation.columns(rows))
+    mine = share(len(rows))
+    rewards_PG, metrics = rewards.score(prompts[mine], texts_PG[mine], validation.columns(rows, mine))
     table = [
         {
             "prompt_id": p,

@@ -23,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from models.checkpoint import Checkpoints
 from models.tokenizer import Tokenizer
 from train.config import RunConfig, resolved
+from train.processes import is_first
 from train.state import TrainState
 
 console = Console(soft_wrap=True)
@@ -52,9 +53,10 @@ class Run:
         self.config = config
         plain = json.loads(json.dumps(resolved(config)))
         self._refuse_another(plain)
-        self.path.mkdir(parents=True, exist_ok=True)
-        (self.path / CONFIG).write_text(yaml.safe_dump(plain, sort_keys=False))
-        tokenizer.save(self.path / "tokenizer")
+        if is_first():
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_whole(self.path / CONFIG, yaml.safe_dump(plain, sort_keys=False))
+            tokenizer.save(self.path / "tokenizer")
         self._about = {"model": dict(model), "run": plain}
         self._checkpoints = Checkpoints(self.path, keep=config.checkpoint.keep)
         self._trackers: list[Any] = []
@@ -83,11 +85,10 @@ class Run:
             state = TrainState(params, train["opt_state"], train["step"])
             self.start = latest
             console.print(f"{self.path}: going on from step {latest} of {self.config.max_steps}")
-        rows = [row for row in read_metrics(self.path) if latest is not None and row["step"] <= latest]
-        temporary = self.path / f"{METRICS}.tmp"
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        temporary.replace(self.path / METRICS)
-        self._open_trackers()
+        if is_first():
+            rows = [row for row in read_metrics(self.path) if latest is not None and row["step"] <= latest]
+            write_whole(self.path / METRICS, "".join(json.dumps(row) + "\n" for row in rows))
+            self._open_trackers()
         return state
 
     def _open_trackers(self) -> None:
@@ -107,6 +108,8 @@ class Run:
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """One row of metrics; a number that does not exist (NaN) is left out."""
+        if not is_first():
+            return
         row = {name: float(value) for name, value in values.items()}
         row = {name: value for name, value in row.items() if not math.isnan(value)}
         with open(self.path / METRICS, "a", encoding="utf-8") as file:
@@ -122,7 +125,8 @@ class Run:
 
     def write_completions(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """completions/NAME.jsonl."""
-        write_jsonl(self.path / COMPLETIONS / f"{name}.jsonl", rows)
+        if is_first():
+            write_jsonl(self.path / COMPLETIONS / f"{name}.jsonl", rows)
 
     def checkpoint_due(self, step: int) -> bool:
         return step % self.config.checkpoint.every == 0 or step == self.config.max_steps
@@ -183,10 +187,15 @@ def read_metrics(run: str | Path) -> list[dict[str, float]]:
 
 
 def write_jsonl(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """A whole JSONL file at once: it is there complete, or not at all."""
+    """A JSONL file, whole."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    write_whole(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def write_whole(file: Path, text: str) -> None:
+    """A file at once: it is there complete, or not at all."""
+    temporary = file.with_name(f"{file.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(file)
 
 

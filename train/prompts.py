@@ -153,10 +153,10 @@ class Prompts:
     def prompts(self, rows: Sequence[Row]) -> list[Prompt]:
         return [row[self.column] for row in rows]
 
-    def columns(self, rows: Sequence[Row]) -> dict[str, list[Any]]:
-        """The other columns, which reward functions get by name."""
+    def columns(self, rows: Sequence[Row], part: slice = slice(None)) -> dict[str, list[Any]]:
+        """The other columns of some of the rows, which reward functions get by name; None where a row has none."""
         names = {name for row in rows for name in row} - {self.column}
-        return {name: [row.get(name) for row in rows] for name in sorted(names)}
+        return {name: [row.get(name) for row in rows[part]] for name in sorted(names)}
 
 
 def _read_jsonl(path: Path) -> list[Row]:

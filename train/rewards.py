@@ -18,11 +18,12 @@ from flax import nnx
 from models.checkpoint import load_model
 from models.hf_weights import split
 from models.reward_model import Qwen3RewardModel
-from models.sharding import Layout
+from models.sharding import Layout, fetch
 from models.tokenizer import Prompt, Tokenizer, bucket, tokenizer_path
 from train.config import RewardSpec
+from train.processes import gather, gather_lists
 
-Scorer = Callable[..., np.ndarray]  # (prompts, completions_PG, columns) -> rewards_PG
+Scorer = Callable[..., np.ndarray]  # (prompts, completions_PG, columns) of a process' share -> rewards_PG of all
 
 
 class Rewards:
@@ -61,7 +62,10 @@ class Rewards:
     def score(
         self, prompts: Sequence[Prompt], completions_PG: Sequence[Sequence[str]], columns: dict[str, list[Any]]
     ) -> tuple[np.ndarray, dict[str, float]]:
-        """float32 `rewards_PG` (NaN = unscorable) and the metrics rewards/NAME/mean, /std and /unscorable, a count."""
+        """float32 `rewards_PG` (NaN = unscorable) and the metrics rewards/NAME/mean, /std and /unscorable, a count.
+
+        Where there are several processes each gives its share of the prompts, and all get the rewards of the whole.
+        """
         rewards_RPG = np.stack([score(prompts, completions_PG, columns) for score in self.scorers.values()])
         metrics = {}
         for name, rewards_PG in zip(self.scorers, rewards_RPG, strict=True):
@@ -102,20 +106,18 @@ class RewardModelScorer:
         columns: dict[str, list[Any]] | None = None,
     ) -> np.ndarray:
         """float32 rewards [P, G]; NaN for a text longer than max_length, which is neither cut nor given a value."""
-        return np.concatenate(
-            [
-                self._score_batch(prompts[i : i + self.batch_prompts], completions_PG[i : i + self.batch_prompts])
-                for i in range(0, len(prompts), self.batch_prompts)
-            ]
-        )
-
-    def _score_batch(self, prompts: Sequence[Prompt], completions_PG: Sequence[Sequence[str]]) -> np.ndarray:
-        P, G = len(prompts), len(completions_PG[0])
+        G = len(completions_PG[0])
         repeated = [prompt for prompt in prompts for _ in range(G)]
         rows = self.tokenizer.conversation_ids(repeated, [text for group in completions_PG for text in group])
-        too_long = np.array([not 0 < len(row) <= self.max_length for row in rows]).reshape(P, G)
-        rows = [row[: self.max_length] or [self.tokenizer.pad_id] for row in rows]
-        groups = [rows[p * G : (p + 1) * G] for p in range(P)]
+        rows = gather_lists(rows)
+        groups = [rows[start : start + G] for start in range(0, len(rows), G)]
+        batches = range(0, len(groups), self.batch_prompts)
+        return np.concatenate([self._score_batch(groups[i : i + self.batch_prompts]) for i in batches])
+
+    def _score_batch(self, groups: Sequence[Sequence[list[int]]]) -> np.ndarray:
+        P, G = len(groups), len(groups[0])
+        too_long_PG = np.array([[not 0 < len(row) <= self.max_length for row in group] for group in groups])
+        groups = [[row[: self.max_length] or [self.tokenizer.pad_id] for row in group] for group in groups]
         shared_P = [common_prefix(group) for group in groups]
         prefix = [group[0][:n] for group, n in zip(groups, shared_P, strict=True)]
         suffix = [row[n:] for group, n in zip(groups, shared_P, strict=True) for row in group]
@@ -130,8 +132,8 @@ class RewardModelScorer:
             ("prompt", "group"): suffix_lengths_B.reshape(-1, G),
         }
         placed = [self.layout.put(array, axes) if self.layout else array for axes, array in arrays.items()]
-        rewards_PG = np.asarray(self._score(self.params, *placed))[:P]
-        return np.where(too_long, np.nan, rewards_PG)
+        rewards_PG = fetch(self._score(self.params, *placed))[:P]
+        return np.where(too_long_PG, np.nan, rewards_PG)
 
     def _pad(self, rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
         lengths = np.array([len(row) for row in rows], np.int32)
@@ -188,6 +190,6 @@ def function_scorer(dotted: str) -> Scorer:
         if len(values) != len(flat):
             raise ValueError(f"{dotted}: expected {len(flat)} rewards, one per completion, got {len(values)}")
         rewards = np.array([np.nan if value is None else value for value in values], np.float32)
-        return rewards.reshape(len(prompts), G)
+        return gather(rewards.reshape(len(prompts), G))
 
     return score

@@ -1,0 +1,180 @@
+"""Several processes are one program: what each does is its part, what all of them get is the whole."""
+
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import yaml
+
+from train import processes
+from train.config import CheckpointConfig, PolicyConfig, RewardSpec, ValidationConfig
+from train.metrics import read_metrics
+
+ROOT = Path(__file__).parent.parent
+MakeConfig = Callable[..., PolicyConfig]
+
+
+def test_the_shares_are_the_whole_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    for count in (3, 4, 7, 128):
+        for several in (1, 2, 3):
+            monkeypatch.setattr(jax, "process_count", lambda several=several: several)
+            rows: list[int] = []
+            for index in range(several):
+                monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+                mine = list(range(count))[processes.share(count)]
+                assert 0 <= len(mine) - count // several <= 1
+                rows += mine
+            assert rows == list(range(count))
+    with pytest.raises(ValueError, match="at least one prompt for each of the 3 processes, got 2"):
+        processes.share(2)
+
+
+def test_one_process_has_everything() -> None:
+    mine = np.arange(6).reshape(3, 2)
+    assert processes.gather(mine) is mine
+    assert processes.gather_lists([[1, 2], []]) == [[1, 2], []]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("localhost:1234", "", ""), "JAX_COORDINATOR_ADDRESS: set, but not JAX_NUM_PROCESSES, JAX_PROCESS_ID"),
+        (("", "2", "0"), "JAX_NUM_PROCESSES, JAX_PROCESS_ID: set, but not JAX_COORDINATOR_ADDRESS"),
+        (("localhost:1234", "2", "2"), "expected a number and one from 0 below it, got '2' and '2'"),
+        (("localhost:1234", "two", "0"), "got 'two' and '0'"),
+    ],
+)
+def test_processes_that_cannot_find_each_other_are_told_why(
+    given: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in zip(processes.VARIABLES, given, strict=True):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(processes.JoinError, match=message):
+        processes.start()
+
+
+def launch(config: PolicyConfig, folder: Path, count: int, devices: int) -> list[subprocess.Popen[str]]:
+    """`python -m train policy` as so many processes on loopback, each with so many CPU devices."""
+    file = folder / f"{count}.yaml"
+    file.write_text(yaml.safe_dump(asdict(config)))
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)]),
+    }
+    command = [sys.executable, "-m", "train", "policy", "--config", str(file)]
+    started = []
+    for index in range(count):
+        names = dict(zip(processes.VARIABLES, (f"localhost:{port}", str(count), str(index)), strict=True))
+        own = environment | (names if count > 1 else {})
+        with open(folder / f"{count}-{index}.log", "w") as out:
+            started.append(
+                subprocess.Popen(command, cwd=ROOT, env=own, stdout=out, stderr=subprocess.STDOUT, text=True)
+            )
+    return started
+
+
+def run(config: PolicyConfig, folder: Path, count: int, devices: int) -> list[dict[str, float]]:
+    """Its metrics; all processes must end well."""
+    started = launch(config, folder, count, devices)
+    codes = [process.wait(timeout=400) for process in started]
+    logs = [(folder / f"{count}-{index}.log").read_text()[-2000:] for index in range(count)]
+    assert codes == [0] * count, logs
+    return read_metrics(config.output_dir)
+
+
+def assert_same(found: Sequence[dict[str, float]], expected: Sequence[dict[str, float]]) -> None:
+    assert [row["step"] for row in found] == [row["step"] for row in expected]
+    for row, other in zip(found, expected, strict=True):
+        assert row.keys() == other.keys()
+        for name, value in row.items():
+            if not name.startswith(("timing_s/", "perf/")):
+                assert math.isclose(value, other[name], rel_tol=1e-5, abs_tol=1e-6), (row["step"], name)
+
+
+def vowels(completions: list[str], wanted: list[str], **_: Any) -> list[float | None]:
+    """Of one's own share only: as many columns as completions, no more than a process' part."""
+    assert len(completions) == len(wanted) <= 16 // jax.process_count()
+    return [None if len(text) == 1 else sum(c in "aeiou" for c in text) / 8 for text in completions]
+
+
+@pytest.fixture
+def config_of(policy_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> MakeConfig:
+    """policy_config with a reward model and a function, 5 steps."""
+
+    def make(folder: Path, **overrides: Any) -> PolicyConfig:
+        model = policy_config(folder).rewards[0]
+        function = RewardSpec(function="test_processes.vowels", name="vowels")
+        settings: dict[str, Any] = {
+            "max_steps": 5,
+            "validation": ValidationConfig(every=3, prompts=4, num_generations=2, batch_prompts=4),
+            "microbatch_prompts": 4,
+            "checkpoint": CheckpointConfig(every=2),
+        }
+        return policy_config(folder, rewards=[model, function], **(settings | overrides))
+
+    return make
+
+
+@pytest.mark.slow
+def test_several_processes_equal_one(config_of: MakeConfig, tmp_path: Path) -> None:
+    """2 x 2 and 4 x 1 devices write the metrics of 1 x 4; what four processes saved goes on with two, and with one."""
+    folders = {count: tmp_path / str(count) for count in (1, 2, 4)}
+    for folder in folders.values():
+        folder.mkdir()
+    expected = run(config_of(folders[1]), folders[1], 1, 4)
+    assert [row["step"] for row in expected] == [0, 1, 2, 3, 4, 5]
+    assert_same(run(config_of(folders[2]), folders[2], 2, 2), expected)
+    assert_same(run(config_of(folders[4]), folders[4], 4, 1), expected)
+    texts = [(folder / "run" / "completions" / "validation_000003.jsonl").read_text() for folder in folders.values()]
+    assert texts[0] == texts[1] == texts[2]
+    expected = run(config_of(folders[1], max_steps=7), folders[1], 1, 4)
+    run(config_of(folders[4], max_steps=6), folders[4], 2, 2)
+    assert_same(run(config_of(folders[4], max_steps=7), folders[4], 1, 4), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_when_one_is_killed_the_others_end(victim: int, config_of: MakeConfig, tmp_path: Path) -> None:
+    config = config_of(tmp_path, max_steps=10_000, checkpoint=CheckpointConfig(every=10_000))
+    started = launch(config, tmp_path, 2, 1)
+    deadline = time.monotonic() + 300
+    while len(read_metrics(config.output_dir)) < 3 and time.monotonic() < deadline:
+        assert all(process.poll() is None for process in started), (tmp_path / "2-0.log").read_text()[-2000:]
+        time.sleep(0.1)
+    os.kill(started[victim].pid, signal.SIGKILL)
+    began = time.monotonic()
+    code = started[1 - victim].wait(timeout=120)
+    assert code != 0 and time.monotonic() - began < 60
+    log = (tmp_path / f"2-{1 - victim}.log").read_text()
+    assert f"process {1 - victim} of 2 has failed" in log or "JAX distributed service" in log, log[-3000:]
+    assert started[victim].wait() == -signal.SIGKILL
+
+
+def raises_on_the_second(completions: list[str], **_: Any) -> list[float]:
+    if jax.process_index() == 1:
+        raise KeyError("no such answer")
+    return [float(len(text)) for text in completions]
+
+
+@pytest.mark.slow
+def test_an_error_of_one_ends_all(config_of: MakeConfig, policy_config: MakeConfig, tmp_path: Path) -> None:
+    spec = RewardSpec(function="test_processes.raises_on_the_second", name="r")
+    started = launch(policy_config(tmp_path, rewards=[spec]), tmp_path, 2, 1)
+    codes = [process.wait(timeout=240) for process in started]
+    assert 0 not in codes
+    assert "no such answer" in (tmp_path / "2-1.log").read_text()
