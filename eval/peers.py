@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 SCRIPTS = {"trl": "run_trl.py", "tunix": "run_tunix.py"}
+# glibc's malloc keeps what is freed instead of giving it back and faulting it in again
+TUNED = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_TOP_PAD_": str(1 << 28)}
 
 
 @dataclass
@@ -43,8 +45,10 @@ class Timings:
         }
 
 
-def run_peer(script: Path, python: str, work: Path, steps: int, warmup: int, lengths: dict[str, int]) -> Timings:
-    """One run of a peer; the first steps are left out.
+def run_peer(
+    script: Path, python: str, work: Path, steps: int, warmup: int, lengths: dict[str, int], *, tuned: bool = False
+) -> Timings:
+    """One run of a peer, if wanted with a tuned allocator; the first steps are left out.
 
     Raises:
       ValueError: it failed; the message has the end of what it printed.
@@ -53,6 +57,7 @@ def run_peer(script: Path, python: str, work: Path, steps: int, warmup: int, len
     out = work / f"{script.stem}-{time.monotonic_ns()}.jsonl"
     command = [python, script.name, "grpo", "--data", str(work), "--steps", str(warmup + steps), "--out", str(out)]
     environment = os.environ | {f"PEER_{name}": str(value) for name, value in lengths.items()}
+    environment |= TUNED if tuned else {}
     done = subprocess.run(
         command, cwd=script.parent, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

@@ -12,67 +12,34 @@ import shutil
 import statistics
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import threading
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from eval.flops import decode_bytes, forward_flops, step_flops
 from eval.peers import SCRIPTS, Timings, ratio_table, run_peer
-from models.config import REWARD_MODEL, Qwen3Config
-from models.tokenizer import Tokenizer, train_bpe
+from eval.workloads import END_SHARE, WORKLOADS, Workload, prepare
+from models.config import REWARD_MODEL
+from models.tokenizer import Tokenizer
 from train.config import parse
 from train.metrics import console, read_metrics, setup_errors
 from train.prompts import load_rows
 
-SMALL = Qwen3Config(4096, 256, 768, 4, 8, 4, 32, tie_word_embeddings=True)
 WARMUP = 2  # steps left out of every median
-END_SHARE = 100  # w3: every so many ids one ends a completion, so lengths are geometric with this mean
-
-
-@dataclass(frozen=True)
-class Workload:
-    """P prompts of at most `prompt` tokens (the first of every step has just as many), G completions of each."""
-
-    prompt: int
-    completion: int
-    network: Qwen3Config = SMALL
-    prompts_per_step: int = 8
-    num_generations: int = 8
-    microbatch_prompts: int = 8
-    dtype: str = "float32"
-    ends: bool = False  # completions end by themselves, most of them early
-
-
-def _qwen3(width: int, mlp: int, layers: int, heads: int, tied: bool, microbatch_prompts: int) -> Workload:
-    network = Qwen3Config(151_936, width, mlp, layers, heads, 8, 128, tie_word_embeddings=tied)
-    return Workload(512, 512, network, 16, 8, microbatch_prompts, dtype="bfloat16")
-
-
-WORKLOADS = {
-    "w1": Workload(64, 64, microbatch_prompts=4),
-    "w2": Workload(512, 64, microbatch_prompts=2),  # the shape of TL;DR
-    "w3": Workload(128, 512, microbatch_prompts=1, ends=True),  # of chat: most completions short, a few at the limit
-    "qwen3-0.6b": _qwen3(1024, 3072, 28, 16, tied=True, microbatch_prompts=4),
-    "qwen3-1.7b": _qwen3(2048, 6144, 28, 16, tied=True, microbatch_prompts=2),
-    "qwen3-4b": _qwen3(2560, 9728, 36, 32, tied=True, microbatch_prompts=1),
-    "qwen3-8b": _qwen3(4096, 12288, 36, 32, tied=False, microbatch_prompts=1),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
 class SpeedConfig:
-    workload: str = "w1"  # one of eval.speed.WORKLOADS
+    workload: str = "w1"  # one of eval.workloads.WORKLOADS
     steps: int = 7  # timed ones, after two that are not
     json: str | None = None  # write the figures here too
     against: str | None = None  # a folder with scripts of peers (see eval.peers), run in turn with ours
     trl: str | None = None  # a Python that has TRL; none = left out
     tunix: str | None = None  # a Python that has Tunix; none = left out
+    tuned: bool = False  # TRL once more, with an allocator that keeps what is freed
     rounds: int = 2  # of peers and ours in turn
     sweep: str | None = None  # a picture: step time against each of G, lengths and vocabulary
 
@@ -85,6 +52,8 @@ class SpeedConfig:
             raise ValueError(f"rounds: expected at least 1, got {self.rounds}")
         if self.against is not None and self.sweep is not None:
             raise ValueError("against, sweep: expected one of the two at a time")
+        if self.tuned and (self.against is None or self.trl is None):
+            raise ValueError("tuned: expected --against DIR and --trl PYTHON with it")
         if self.against is not None:
             if not self.peers:
                 raise ValueError("against: expected --trl PYTHON or --tunix PYTHON, of an environment that has it")
@@ -175,17 +144,19 @@ def measure(config: SpeedConfig, workload: Workload) -> dict[str, Any]:
 def compare_with_peers(config: SpeedConfig, workload: Workload) -> dict[str, Any]:
     """Peer, ours, peer, ours; every one of our cold starts with an empty compilation cache."""
     assert config.against is not None
-    ours, peers = Timings(), {name: Timings() for name in config.peers}
+    turns = [(name, name, python) for name, python in config.peers.items()]
+    turns += [("trl_tuned", "trl", config.peers["trl"])] if config.tuned else []
+    ours, peers = Timings(), {label: Timings() for label, _, _ in turns}
     lengths = {"PROMPT": workload.prompt, "COMPLETION": workload.completion}
     lengths |= {"ENDS": END_SHARE} if workload.ends else {}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         prepare(workload, work, WARMUP + config.steps)
         for _ in range(config.rounds):
-            for name, python in config.peers.items():
+            for label, name, python in turns:
                 script = Path(config.against).resolve() / SCRIPTS[name]
-                run = run_peer(script, python, work / "peers", config.steps, WARMUP, lengths)
-                peers[name].add(run)
+                tuned = label != name
+                peers[label].add(run_peer(script, python, work / "peers", config.steps, WARMUP, lengths, tuned=tuned))
                 shutil.rmtree(work / "xla", ignore_errors=True)
                 mine = run_program(work, WARMUP + config.steps)
                 ours.add(
@@ -275,64 +246,6 @@ def show(result: dict[str, Any], workload: Workload) -> None:
         f"{'compilations':18}{result['compilations']['all']:9d}  {result['compilations']['timed']} in the timed steps",
         highlight=False,
     )
-
-
-def even_share(prompts: list[str], completions: list[str]) -> list[float]:
-    """The reward of the workloads: the share of a completion's characters with an even code point."""
-    return [sum(ord(c) % 2 == 0 for c in text) / max(len(text), 1) for text in completions]
-
-
-def prepare(workload: Workload, work: Path, steps: int) -> None:
-    """Tokenizer, prompts and config of a workload, from the source texts of Python's own library."""
-    texts = [
-        file.read_text(encoding="utf-8", errors="ignore")
-        for file in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:80]
-    ]
-    tokenizer_size = min(SMALL.vocab_size, workload.network.vocab_size)
-    train_bpe(texts, work / "tokenizer", tokenizer_size)
-    tokenizer = Tokenizer(work / "tokenizer")
-    if workload.ends:
-        ends = list(range(END_SHARE, tokenizer_size, END_SHARE))
-        (work / "tokenizer" / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
-    rows: list[dict[str, str]] = []
-    count, shortest = workload.prompts_per_step * 8, workload.prompt // 2
-    span = max(2000, 8 * workload.prompt)
-    for piece in (text[start : start + span] for text in texts for start in range(0, len(text) - span, span)):
-        wanted = workload.prompt if len(rows) % workload.prompts_per_step == 0 else None
-        wanted = wanted or shortest + 7 * len(rows) % (workload.prompt - shortest + 1)
-        prompt = tokenizer.hf.decode(tokenizer.encode([piece])[0][:wanted])
-        if len(tokenizer.encode([prompt])[0]) == wanted:
-            rows.append({"prompt": prompt})
-        if len(rows) == count:
-            break
-    if len(rows) < count:
-        raise ValueError(
-            f"expected {count} prompts of {workload.prompt} tokens in Python's own library, got {len(rows)}"
-        )
-    (work / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    network = {name: value for name, value in asdict(workload.network).items() if value is not None}
-    settings = {
-        "output_dir": str(work / "run"),
-        "data": {"train": str(work / "prompts.jsonl")},
-        "model": {
-            "tokenizer": str(work / "tokenizer"),
-            "architecture": network,
-            "dtype": workload.dtype,
-            "param_dtype": workload.dtype,
-        },
-        "rewards": [{"function": "eval.speed.even_share"}],
-        "max_steps": steps,
-        "prompts_per_step": workload.prompts_per_step,
-        "num_generations": workload.num_generations,
-        "microbatch_prompts": workload.microbatch_prompts,
-        "max_prompt_length": workload.prompt,
-        "max_completion_length": workload.completion,
-        "optimizer": {"learning_rate": 1e-5, "warmup_steps": 0},
-        "validation": {"prompts": 0},
-        "checkpoint": {"every": 10**6},
-        "log": {"tensorboard": False, "progress": False},
-    }
-    (work / "config.yaml").write_text(yaml.safe_dump(settings))
 
 
 @dataclass

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 
 import eval.speed as measuring
+import eval.workloads as workloads
 from eval.__main__ import main
 from eval.flops import decode_bytes, forward_flops, step_flops
 from eval.peers import run_peer
-from eval.speed import WORKLOADS, Measured, Workload, even_share, parse_speed
+from eval.speed import Measured, parse_speed
+from eval.workloads import WORKLOADS, Workload, even_share
 from models.config import REWARD_MODEL, Qwen3Config
 
 TINY = Qwen3Config(300, 32, 64, 2, 4, 2, 16, tie_word_embeddings=True)
@@ -87,6 +89,7 @@ def test_the_reward_of_the_workloads() -> None:
         (["--against", "."], "against: expected --trl PYTHON or --tunix PYTHON"),
         (["--against", ".", "--trl", sys.executable], "expected run_trl.py in ."),
         (["--against", "PEERS", "--trl", "no/python"], "trl: .*no/python is not a program"),
+        (["--tuned", "true"], "tuned: expected --against DIR and --trl PYTHON"),
         (["--against", "PEERS", "--sweep", "cost.png"], "against, sweep: expected one of the two"),
     ],
 )
@@ -100,7 +103,8 @@ PEER = """
 import json, os, sys
 arguments = dict(zip(sys.argv[2::2], sys.argv[3::2]))
 assert sys.argv[1] == "grpo" and os.environ["PEER_PROMPT"] == "64" and os.environ["PEER_COMPLETION"] == "64"
-steps = [{"step": 100.0}, {"step": 100.0}] + [{"step": 6.0}] * (int(arguments["--steps"]) - 2)
+kept = "MALLOC_TRIM_THRESHOLD_" in os.environ
+steps = [{"step": 100.0}, {"step": 100.0}] + [{"step": 5.0 if kept else 6.0}] * (int(arguments["--steps"]) - 2)
 row = {"steps": steps, "cold_start_s": 30.0, "peak_rss_mib": 2000}
 open(arguments["--out"], "a").write(json.dumps(row) + "\\n")
 """
@@ -124,12 +128,12 @@ def test_peers_and_ours_take_turns(
     monkeypatch.chdir(tmp_path)  # a relative path is one from here, not from the scripts' folder
     (tmp_path / "scripts").mkdir()
     (tmp_path / "run_trl.py").rename(tmp_path / "scripts" / "run_trl.py")
-    settings = ["--steps", "3", "--against", "scripts", "--trl", "./python"]
+    settings = ["--steps", "3", "--against", "scripts", "--trl", "./python", "--tuned", "true"]
     assert main(["speed", *settings, "--json", str(tmp_path / "out.json")]) == 0
-    assert turns == [5, 5, 1]
+    assert turns == [5, 5, 5, 5, 1]
     found = json.loads((tmp_path / "out.json").read_text())["against"]
     assert found["trl"] == {"step_s": 6.0, "cold_start_s": 30.0, "peak_rss_mib": 2000, "steps": [6.0] * 6}
-    assert found["gopo_jax"]["step_s"] == 2.0
+    assert found["trl_tuned"]["step_s"] == 5.0 and found["gopo_jax"]["step_s"] == 2.0
     table = capsys.readouterr().out
     assert all(ratio in table for ratio in ("1.00x", "3.00x", "2.00x"))
 
@@ -161,7 +165,7 @@ def test_the_program_is_measured(
 ) -> None:
     network = Qwen3Config(2048, 32, 64, 1, 2, 1, 16, tie_word_embeddings=True)
     monkeypatch.setitem(measuring.WORKLOADS, "w1", Workload(16, 16, network, 4, 4, 2, ends=True))
-    monkeypatch.setattr(measuring, "SMALL", network)
+    monkeypatch.setattr(workloads, "SMALL", network)
     assert main(["speed", "--workload", "w1", "--steps", "2", "--json", str(tmp_path / "out.json")]) == 0
     result = json.loads((tmp_path / "out.json").read_text())
     for name in (
