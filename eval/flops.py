@@ -5,6 +5,13 @@ from collections.abc import Sequence
 from models.config import Qwen3Config
 
 
+def layer_weights(config: Qwen3Config) -> int:
+    """Entries of the matrices of all layers."""
+    D, F = config.hidden_size, config.intermediate_size
+    query, key = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    return config.num_hidden_layers * (2 * D * query + 2 * D * key + 3 * D * F)
+
+
 def forward_flops(config: Qwen3Config, prompts: Sequence[int], completions: Sequence[Sequence[int]]) -> float:
     """Floating point operations of one forward pass (a multiply-add is two) over prompts and their completions.
 
@@ -19,9 +26,8 @@ def forward_flops(config: Qwen3Config, prompts: Sequence[int], completions: Sequ
       prompts: tokens of each of the P prompts.
       completions: tokens of each of the completions of each prompt.
     """
-    D, F, L = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    query, key = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    weights = L * (2 * D * query + 2 * D * key + 3 * D * F)
+    D, L, query = config.hidden_size, config.num_hidden_layers, config.num_attention_heads * config.head_dim
+    weights = layer_weights(config)
     positions = pairs = predicted = 0
     for n, lengths in zip(prompts, completions, strict=True):
         computed = lengths if config.is_reward_model else [m - 1 for m in lengths]
@@ -50,12 +56,11 @@ def decode_bytes(
       prompts, completions: as for `forward_flops`.
       itemsize: bytes of a number.
     """
-    D, F, L = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    query, key = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    weights = L * (2 * D * query + 2 * D * key + 3 * D * F) + D * config.vocab_size
+    key = config.num_key_value_heads * config.head_dim
+    weights = layer_weights(config) + config.hidden_size * config.vocab_size
     cached = sum(
         n * max(lengths) + sum(m * (m - 1) // 2 for m in lengths)
         for n, lengths in zip(prompts, completions, strict=True)
     )
     longest = max(max(lengths) for lengths in completions)
-    return float(itemsize * (longest * weights + 2 * key * L * cached))
+    return float(itemsize * (longest * weights + 2 * key * config.num_hidden_layers * cached))

@@ -60,6 +60,8 @@ def train_policy(config: PolicyConfig) -> None:
         validation = Prompts(
             config.data.validation or config.data.train, config.data.validation_split, config, tokenizer
         )
+        for count in filter(None, (config.prompts_per_step, len(validation.rows[: config.validation.prompts]))):
+            share(count)  # fewer prompts than processes are refused here
         rewards = Rewards(config.rewards, layout, config.model.dtype)
         rewards.check(prompts.prompts(prompts.rows[:1])[0])
         advantages = jax.jit(partial(ADVANTAGES[config.advantage], **config.advantage_options))
