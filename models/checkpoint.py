@@ -1,8 +1,10 @@
 """Orbax checkpoints of a run: one atomic step each, with everything that evaluation and resuming need.
 
-runs/NAME/checkpoints/STEP/params   the parameters, a nested dict of arrays
+runs/NAME/checkpoints/STEP/params   the trained parameters, a nested dict of arrays
                           /train    optimizer state and whatever else the trainer carries
-                          /about    JSON: {"model": a Hugging Face config, "run": the resolved run config}
+                          /about    JSON: {"model": a Hugging Face config, "run": the resolved run config, and
+                                    "lora" where adapters are trained}
+runs/NAME/checkpoints/base          of a run that trains adapters: all other parameters, which never change
 """
 
 import textwrap
@@ -15,12 +17,13 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from models.config import Qwen3Config, read_config
-from models.hf_weights import abstract_model, as_layout, load_pretrained, split
+from models.hf_weights import abstract_model, abstract_params, as_layout, load_pretrained, split
+from models.lora import Lora, join, merge, separate
 from models.qwen3 import Backbone
-from models.sharding import Layout, parameter_shardings
+from models.sharding import Layout
 from models.weight_files import could_be_on_hub
 
-FOLDER = "checkpoints"
+FOLDER, BASE = "checkpoints", "base"
 
 
 class Checkpoints:
@@ -28,7 +31,8 @@ class Checkpoints:
 
     def __init__(self, run: str | Path, *, keep: int | None = None) -> None:
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True)
-        self._manager = ocp.CheckpointManager((Path(run) / FOLDER).absolute(), options=options)
+        self._folder = (Path(run) / FOLDER).absolute()
+        self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def latest(self) -> int | None:
         return self._manager.latest_step()
@@ -53,6 +57,14 @@ class Checkpoints:
             ),
         )
         return restored["params"], restored["train"]
+
+    def keep_base(self, frozen: Any) -> Any:
+        """What is never trained: as it was first kept; kept now if it was not yet."""
+        if (self._folder / BASE).is_dir():
+            return _restore_base(self._folder, frozen)
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(self._folder / BASE, frozen)
+        return frozen
 
     def close(self) -> None:
         """Wait for the save in flight."""
@@ -84,7 +96,7 @@ def exact_name(checkpoint: str) -> str:
 
 
 def about(checkpoint: str | Path) -> dict[str, Any]:
-    """What a checkpoint says of itself: {"model": ..., "run": ...}."""
+    """What a checkpoint says of itself: {"model": ..., "run": ...}, and "lora" if it holds adapters."""
     return _restore(*find(checkpoint), about=ocp.args.JsonRestore())["about"]
 
 
@@ -97,9 +109,30 @@ def _restore(run: Path, step: int, **items: Any) -> Any:
         raise ValueError(f"{run}: step {step} is not a checkpoint that can be read ({why})") from error
 
 
-def _stored_dtype(run: Path, step: int) -> Any:
-    directory = (run / FOLDER / str(step) / "params").absolute()
-    return ocp.StandardCheckpointHandler().metadata(directory)["embed_VD"].dtype
+def _restore_base(folder: Path, frozen: Any) -> Any:
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(folder.absolute() / BASE, jax.tree.map(ocp.utils.to_shape_dtype_struct, frozen))
+
+
+def _stored_dtype(run: Path, step: int, *, base: bool) -> Any:
+    directory = run / FOLDER / BASE if base else run / FOLDER / str(step) / "params"
+    return ocp.StandardCheckpointHandler().metadata(directory.absolute())["embed_VD"].dtype
+
+
+def load_adapters(checkpoint: str | Path) -> tuple[dict[str, Any], Lora, Qwen3Config]:
+    """What a run with adapters has trained: their parameters (and a reward model's head), sizes, and the network.
+
+    Raises:
+      ValueError: a checkpoint without adapters.
+    """
+    check(checkpoint)
+    said = about(checkpoint) if (Path(str(checkpoint).partition("@")[0]) / FOLDER).is_dir() else {}
+    if "lora" not in said:
+        raise ValueError(f"{checkpoint}: has no adapters; expected a run that was trained with lora.rank above 0")
+    lora, config = Lora(**said["lora"]), Qwen3Config.from_hf(said["model"], source=str(checkpoint))
+    trained, _ = separate(abstract_params(abstract_model(config, lora=lora), None))
+    run, step = find(checkpoint)
+    return _restore(run, step, params=ocp.args.StandardRestore(trained))["params"], lora, config
 
 
 def check(path: str | Path) -> None:
@@ -132,7 +165,7 @@ def load_model(
 ) -> Backbone:
     """A policy or reward model from a run's checkpoint, a Hugging Face directory, or the Hub.
 
-    With dtype "auto" it computes in the dtype in which the weights are stored.
+    With dtype "auto" it computes in the dtype in which the weights are stored. Adapters are merged into their base.
 
     Raises:
       FileNotFoundError: neither a run with checkpoints nor a model directory.
@@ -142,16 +175,13 @@ def load_model(
     if not (Path(str(path).partition("@")[0]) / FOLDER).is_dir():
         return load_pretrained(path, mesh=mesh, dtype=dtype, param_dtype=param_dtype, **options)
     run, step = find(path)
-    layout = as_layout(mesh)
-    config = Qwen3Config.from_hf(about(path)["model"], source=str(path))
-    dtype = _stored_dtype(run, step) if dtype == "auto" else dtype
-    model = abstract_model(config, dtype=dtype, param_dtype=param_dtype or dtype, layout=layout, **options)
-    graphdef, shapes = split(model)
-    if layout is not None:
-        shapes = jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            shapes,
-            parameter_shardings(model, layout),
-        )
-    restored = _restore(run, step, params=ocp.args.StandardRestore(shapes))
-    return nnx.merge(graphdef, restored["params"])
+    layout, said = as_layout(mesh), about(path)
+    lora = Lora(**said["lora"]) if "lora" in said else None
+    config = Qwen3Config.from_hf(said["model"], source=str(path))
+    dtype = _stored_dtype(run, step, base=lora is not None) if dtype == "auto" else dtype
+    options |= {"dtype": dtype, "param_dtype": param_dtype or dtype, "layout": layout}
+    trained, frozen = separate(abstract_params(abstract_model(config, lora=lora, **options), layout))
+    params = _restore(run, step, params=ocp.args.StandardRestore(trained))["params"]
+    if lora is not None:
+        params = merge(join(params, _restore_base(run / FOLDER, frozen)), lora)
+    return nnx.merge(split(abstract_model(config, **options))[0], params)

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+from flax import nnx, traverse_util
 from jax.sharding import Mesh, SingleDeviceSharding
 from safetensors.numpy import save_file
 
@@ -70,10 +70,28 @@ def split(model: nnx.Module) -> tuple[Any, Parameters]:
     return graphdef, nnx.to_pure_dict(state)
 
 
+def abstract_params(model: Backbone, layout: Layout | None) -> Parameters:
+    """The shapes and, on a mesh, the shardings of a network's parameters.
+
+    Raises:
+      ValueError: a parameter axis that the mesh does not divide.
+    """
+    _, shapes = split(model)
+    if layout is None:
+        return shapes
+    place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
+    return jax.tree.map(place, shapes, parameter_shardings(model, layout))
+
+
 def flatten(params: Mapping[str, Any]) -> dict[str, Any]:
     """Nested parameters as {"layers.query_LDHE": array}."""
     flat, _ = jax.tree_util.tree_flatten_with_path(params)
     return {".".join(str(key.key) for key in path): leaf for path, leaf in flat}
+
+
+def nest(flat: Mapping[str, Any]) -> Parameters:
+    """What `flatten` made flat."""
+    return traverse_util.unflatten_dict(dict(flat), sep=".")
 
 
 def as_layout(mesh: Mesh | Layout | None) -> Layout | None:

@@ -23,6 +23,7 @@ from flax import nnx
 
 from models.attention import KeyValues, Past, PrefixKeyValues, group_attention
 from models.config import Qwen3Config
+from models.lora import Lora, add_adapters, pairs
 from models.sharding import Layout, constrain
 
 # What the backward pass keeps of a layer's forward pass instead of computing it again.
@@ -62,8 +63,10 @@ class Prefix(NamedTuple):
 class Layers(nnx.Module):
     """The parameters of all L layers, stacked; `__call__` runs one layer, its slice of them."""
 
-    def __init__(self, config: Qwen3Config, rngs: nnx.Rngs, param_dtype: Any, layout: Layout | None) -> None:
-        self.config, self.layout = config, layout
+    def __init__(
+        self, config: Qwen3Config, rngs: nnx.Rngs, param_dtype: Any, layout: Layout | None, lora: Lora | None
+    ) -> None:
+        self.config, self.layout, self.lora = config, layout, lora
         L, D, F, E = config.num_hidden_layers, config.hidden_size, config.intermediate_size, config.head_dim
         H, K = config.num_attention_heads, config.num_key_value_heads
 
@@ -90,19 +93,25 @@ class Layers(nnx.Module):
         self.gate_LDF = weight((D, F), "embed", "mlp")
         self.up_LDF = weight((D, F), "embed", "mlp")
         self.down_LFD = weight((F, D), "mlp", "embed")
+        add_adapters(self, lora, rngs)
 
     def __call__(
         self, x_PGTD: jax.Array, rotary: tuple[jax.Array, jax.Array], **attention: Any
     ) -> tuple[jax.Array, KeyValues]:
         config, dtype = self.config, x_PGTD.dtype
 
-        def project(x: jax.Array, weight: nnx.Param, inputs: int = 1) -> jax.Array:
-            return linear(x, weight[...].astype(dtype), inputs)
+        def project(x: jax.Array, name: str, inputs: int = 1) -> jax.Array:
+            y = linear(x, getattr(self, name)[...].astype(dtype), inputs)
+            if (adapters := pairs(self.lora).get(name)) is None:
+                return y
+            assert self.lora is not None
+            a, b = (getattr(self, part)[...].astype(dtype) for part in adapters)
+            return y + self.lora.scale * linear(linear(x, a, inputs), b)
 
         y_PGTD = rms_norm(x_PGTD, self.attention_norm_LD, config.rms_norm_eps)
-        query_PGTHE = project(y_PGTD, self.query_LDHE)
-        key_PGTKE = project(y_PGTD, self.key_LDKE)
-        value_PGTKE = project(y_PGTD, self.value_LDKE)
+        query_PGTHE = project(y_PGTD, "query_LDHE")
+        key_PGTKE = project(y_PGTD, "key_LDKE")
+        value_PGTKE = project(y_PGTD, "value_LDKE")
         if config.attention_bias:
             query_PGTHE += self.query_bias_LHE[...].astype(dtype)
             key_PGTKE += self.key_bias_LKE[...].astype(dtype)
@@ -116,16 +125,16 @@ class Layers(nnx.Module):
         P, G, T, H, E = query_PGTHE.shape
         query_PGTKQE = query_PGTHE.reshape(P, G, T, config.num_key_value_heads, -1, E)
         out_PGTHE = group_attention(query_PGTKQE, own, **attention).reshape(P, G, T, H, E)
-        y_PGTD = project(out_PGTHE, self.output_LHED, inputs=2)
+        y_PGTD = project(out_PGTHE, "output_LHED", inputs=2)
         if config.attention_bias:
             y_PGTD += self.output_bias_LD[...].astype(dtype)
         x_PGTD = constrain(self.layout, x_PGTD + y_PGTD, "prompt", "group", "sequence", "width")
 
         y_PGTD = rms_norm(x_PGTD, self.mlp_norm_LD, config.rms_norm_eps)
-        gate_PGTF = ACTIVATIONS[config.hidden_act](project(y_PGTD, self.gate_LDF))
-        hidden_PGTF = gate_PGTF * project(y_PGTD, self.up_LDF)
+        gate_PGTF = ACTIVATIONS[config.hidden_act](project(y_PGTD, "gate_LDF"))
+        hidden_PGTF = gate_PGTF * project(y_PGTD, "up_LDF")
         hidden_PGTF = constrain(self.layout, hidden_PGTF, "prompt", "group", "sequence", "mlp")
-        x_PGTD = x_PGTD + project(hidden_PGTF, self.down_LFD)
+        x_PGTD = x_PGTD + project(hidden_PGTF, "down_LFD")
         return constrain(self.layout, x_PGTD, "prompt", "group", "sequence", "width"), own
 
 
@@ -141,13 +150,14 @@ class Backbone(nnx.Module):
         param_dtype: Any = jnp.float32,
         layout: Layout | None = None,
         remat: str = "full",
+        lora: Lora | None = None,
     ) -> None:
         self.config, self.dtype, self.layout, self.remat = config, jnp.dtype(dtype), layout, remat
         table = config.initializer_range * jax.random.normal(
             rngs.params(), (config.vocab_size, config.hidden_size), param_dtype
         )
         self.embed_VD = nnx.Param(table, axes=("vocab", "embed"))
-        self.layers = Layers(config, rngs, param_dtype, layout)
+        self.layers = Layers(config, rngs, param_dtype, layout, lora)
         self.norm_D = nnx.Param(jnp.ones(config.hidden_size, param_dtype), axes=("width",))
 
     def prefill(self, prompt_PS: jax.Array, lengths_P: jax.Array) -> tuple[jax.Array, Prefix]:

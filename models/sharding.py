@@ -31,6 +31,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "kv_heads": ("tensor",),
     "head_dim": (),
     "mlp": ("tensor",),
+    "rank": (),  # of adapters
 }
 
 Axes = Sequence[str | None]

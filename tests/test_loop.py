@@ -90,7 +90,7 @@ def test_so_many_tokens_have_logits_at_a_time(tokens: int, policy_config: MakeCo
     (micro,) = cut(some_batch(config, V), config.prompts_per_step, layout)
     rows = math.prod(micro["tokens_PBT"].shape[:2])
     gradient = jax.grad(partial(policy_objective, graphdef=graphdef, config=config), has_aux=True)
-    program = str(jax.make_jaxpr(gradient)(params, params, micro, jnp.float32(1)))
+    program = str(jax.make_jaxpr(gradient)(params, params, {}, micro, jnp.float32(1)))
     shapes = {tuple(map(int, shape.split(","))) for shape in re.findall(rf"f32\[([\d,]+,{V})\]", program)}
     held = max(math.prod(shape[:-1]) for shape in shapes)
     assert held == max(tokens // rows, 1) * rows < math.prod(micro["tokens_PBT"].shape)

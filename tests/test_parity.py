@@ -8,11 +8,15 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from models.checkpoint import Checkpoints
-from models.config import ACTIVATIONS, Qwen3Config
+from models.config import ACTIVATIONS, POLICY, REWARD_MODEL, Qwen3Config
 from models.hf_weights import INDEX_FILE, load_pretrained, save_pretrained, split
-from models.qwen3 import rotary_frequencies
+from models.lora import Lora, is_adapter, merge, separate
+from models.peft import save_adapters
+from models.qwen3 import Qwen3, rotary_frequencies
+from models.reward_model import Qwen3RewardModel
 from models.tokenizer import train_bpe
 from train.__main__ import main
 
@@ -213,3 +217,35 @@ def test_rotary_frequencies_equal_transformers(seed: int, tmp_path: Path) -> Non
     angles = positions[..., None].astype(np.float32) * frequencies
     wrong = np.abs(np.cos(angles) * factor - cosine.numpy()[..., : hf["head_dim"] // 2])
     assert (wrong <= factor * (1e-6 + angles * ulps)).all()
+
+
+@pytest.mark.parametrize("architecture", [POLICY, REWARD_MODEL])
+def test_peft_loads_our_adapters(architecture: str, tmp_path: Path) -> None:
+    """The base of transformers with our exported adapters computes what our merged network computes."""
+    import torch
+    import transformers
+    from peft import PeftModel
+
+    config = Qwen3Config(VOCABULARY, 32, 56, 3, 4, 2, 8, architecture=architecture, pad_token_id=0)
+    network, lora = Qwen3RewardModel if architecture == REWARD_MODEL else Qwen3, Lora(rank=5, alpha=7.0)
+    base = network(config, nnx.Rngs(0))
+    save_pretrained(base, tmp_path / "base")
+    _, params = split(network(config, nnx.Rngs(0, lora=1), lora=lora))
+    rng = np.random.default_rng(0)
+    for name, value in params["layers"].items():
+        if is_adapter(name):
+            params["layers"][name] = jax.numpy.asarray(rng.normal(0, 0.3, value.shape), "float32")
+    if architecture == REWARD_MODEL:
+        params["score_D"] = params["score_D"] + 1  # trained beside the adapters: the base has another
+    save_adapters(separate(params)[0], lora, config, tmp_path / "adapters", base=str(tmp_path / "base"))
+
+    kind = "AutoModelForCausalLM" if architecture == POLICY else "AutoModelForSequenceClassification"
+    options = {"num_labels": 1} if architecture == REWARD_MODEL else {}
+    theirs = getattr(transformers, kind).from_pretrained(tmp_path / "base", dtype="float32", **options)
+    tokens_BS, lengths_B = rng.integers(1, VOCABULARY, (2, 9)), np.array([9, 9])
+    ours = nnx.merge(split(base)[0], merge(params, lora))(tokens_BS, lengths_B)
+    with torch.no_grad():
+        plain = theirs(torch.tensor(tokens_BS)).logits.numpy()
+        found = PeftModel.from_pretrained(theirs, tmp_path / "adapters")(torch.tensor(tokens_BS)).logits.numpy()
+    assert np.abs(found - plain).max() > 0.1
+    np.testing.assert_allclose(found.reshape(ours.shape), ours, atol=1e-4, rtol=1e-5)

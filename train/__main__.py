@@ -13,7 +13,7 @@ USAGE = """usage: python -m train {sft,reward,policy} --config FILE [--key value
   sft      supervised fine-tuning of a policy
   reward   a reward model from comparisons (Bradley-Terry)
   policy   GOPO, GRPO and their relatives against one or more rewards
-  export   a Hugging Face directory of a policy or a reward model
+  export   a Hugging Face directory of a policy or a reward model, or of the adapters alone (PEFT)
 
   --print_config shows every setting; --help explains them. Started again, a run goes on where it was.
   --show prints the first N (3) prompts with the token ids that the models see, and trains nothing."""

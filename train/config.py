@@ -16,6 +16,7 @@ import yaml
 
 from gopo_jax import ADVANTAGES
 from models.config import Qwen3Config
+from models.lora import Lora
 from models.tokenizer import tokenizer_path
 
 
@@ -108,6 +109,7 @@ class RunConfig:
     seed: int = 0
     chat: ChatConfig = field(default_factory=ChatConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    lora: Lora = field(default_factory=Lora)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     log: LogConfig = field(default_factory=LogConfig)
@@ -254,6 +256,7 @@ class ExportConfig:
     out: str  # a directory that is not there yet, or empty
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the written weights; auto: as they are stored
     max_shard_size: str = "5GB"  # weights above this are split over several files
+    adapters: bool = False  # of a run with lora.rank: the adapters alone, as PEFT loads them; false: merged
 
     def __post_init__(self) -> None:
         _ = self.max_shard_bytes

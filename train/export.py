@@ -1,4 +1,7 @@
-"""`python -m train export`: a checkpoint as a Hugging Face directory that transformers, vLLM and SGLang load."""
+"""`python -m train export`: a checkpoint as a Hugging Face directory that transformers, vLLM and SGLang load.
+
+Adapters are merged into their base or, with `--adapters true`, written alone, as PEFT loads them.
+"""
 
 import dataclasses
 import shutil
@@ -6,9 +9,10 @@ from pathlib import Path
 
 from rich.filesize import decimal
 
-from models.checkpoint import check, exact_name, load_model
+from models.checkpoint import about, check, exact_name, load_adapters, load_model
 from models.config import stored_dtype
 from models.hf_weights import save_pretrained
+from models.peft import save_adapters
 from models.tokenizer import Tokenizer, tokenizer_path
 from train.config import ExportConfig
 from train.metrics import console, setup_errors
@@ -26,20 +30,37 @@ def export(config: ExportConfig) -> None:
             raise ValueError(f"--out {out}: there is something already; expected a new or empty directory")
         check(config.checkpoint)
         tokenizer = Tokenizer(tokenizer_path(config.checkpoint))
-        model = load_model(config.checkpoint, dtype=config.dtype)
-        tokenizer.check_fits(model.config.vocab_size, config.checkpoint)
-        if model.config.pad_token_id is None:  # transformers would score a reward model's texts one by one only
-            model.config = dataclasses.replace(model.config, pad_token_id=tokenizer.pad_id)
-    partial = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
-    save_pretrained(model, partial, max_shard_bytes=config.max_shard_bytes)
+        partial = out.with_name(f"{out.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
+        write = write_adapters if config.adapters else write_model
+        what, dtype = write(config, tokenizer, partial)
     tokenizer.save(partial)
     if out.is_dir():
         out.rmdir()
     partial.rename(out)
     files = [file.stat().st_size for file in out.glob("*.safetensors")]
     console.print(
-        f"{out}: {model.config.architecture} of {exact_name(config.checkpoint)}, {stored_dtype(out)}, "
+        f"{out}: {what} of {exact_name(config.checkpoint)}, {dtype}, "
         f"{decimal(sum(files))} in {len(files)} {'file' if len(files) == 1 else 'files'}",
         soft_wrap=True,
     )
+
+
+def write_model(config: ExportConfig, tokenizer: Tokenizer, out: Path) -> tuple[str, str]:
+    """The whole network; returns what it is, and its dtype."""
+    model = load_model(config.checkpoint, dtype=config.dtype)
+    tokenizer.check_fits(model.config.vocab_size, config.checkpoint)
+    if model.config.pad_token_id is None:  # transformers would score a reward model's texts one by one only
+        model.config = dataclasses.replace(model.config, pad_token_id=tokenizer.pad_id)
+    save_pretrained(model, out, max_shard_bytes=config.max_shard_bytes)
+    return model.config.architecture, str(stored_dtype(out))
+
+
+def write_adapters(config: ExportConfig, tokenizer: Tokenizer, out: Path) -> tuple[str, str]:
+    """The adapters; returns what they are, and their dtype."""
+    params, lora, network = load_adapters(config.checkpoint)
+    tokenizer.check_fits(network.vocab_size, config.checkpoint)
+    base = about(config.checkpoint)["run"]["model"]["path"]
+    dtype = "float32" if config.dtype == "auto" else config.dtype
+    save_adapters(params, lora, network, out, base=base, dtype=dtype)
+    return f"adapters of rank {lora.rank} for {network.architecture}", dtype

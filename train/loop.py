@@ -32,6 +32,7 @@ from gopo_jax import ADVANTAGES, loss_count, policy_loss, token_logprobs
 from gopo_jax.losses import Metrics
 from models.generate import Generator
 from models.hf_weights import split
+from models.lora import join
 from models.sampler import Rollout
 from models.sharding import Layout, fetch, ways
 from train import state as training
@@ -67,11 +68,13 @@ def train_policy(config: PolicyConfig) -> None:
         advantages = jax.jit(partial(ADVANTAGES[config.advantage], **config.advantage_options))
         # a wrong option is refused here
         advantages(np.zeros((config.prompts_per_step, config.num_generations), np.float32))
-        graphdef, params = split(model := training.make_model(config.model, layout, config.seed, tokenizer))
+        model = training.make_model(config.model, config.lora, layout, config.seed, tokenizer)
+        graphdef, params = split(model)
         run = Run(config, model.config.to_hf(), tokenizer)
         optimizer, schedule = training.make_optimizer(config.optimizer, config.max_steps)
-        ref_params = training.copy(params) if config.loss.beta else None
-        state = run.resume(training.make_state(params, optimizer, layout))
+        first = training.make_state(params, optimizer, layout)
+        ref_params = training.copy(first.params) if config.loss.beta else None  # adapters: fresh ones change nothing
+        state = run.resume(first)
 
     generator = Generator(
         graphdef,
@@ -99,7 +102,7 @@ def train_policy(config: PolicyConfig) -> None:
         # 3 rollouts
         with timer("generate"):
             key = training.stream_key(config.seed, training.TRAIN, step)
-            drawn = generator.rollout(state.params, prompt_PS, lengths_P, key, config.num_generations)
+            drawn = generator.rollout(state.all_params, prompt_PS, lengths_P, key, config.num_generations)
             rollout = jax.tree.map(fetch, drawn)
         # 4 rewards
         with timer("reward"):
@@ -148,6 +151,7 @@ def make_batch(
 def policy_objective(
     params: Any,
     ref_params: Any,
+    frozen: Any,
     batch: dict[str, jax.Array],
     denominator: jax.Array,
     *,
@@ -157,7 +161,7 @@ def policy_objective(
     """The loss of some whole groups, divided by the count of the whole batch, and its metrics."""
 
     def logprobs_of(params: Any, **options: Any) -> Any:
-        model, tokens_PBT = nnx.merge(graphdef, params), batch["tokens_PBT"]
+        model, tokens_PBT = nnx.merge(graphdef, join(params, frozen)), batch["tokens_PBT"]
         rows = math.prod(tokens_PBT.shape[:2]) // ways(model.layout, "prompt", "group")  # on each device
         chunk = max(config.loss.logprob_chunk // rows, 1)
         hidden_PBTD = model.predict(batch["prompt_PS"], batch["lengths_P"], tokens_PBT, batch["offset_PBT"])
@@ -204,16 +208,14 @@ def make_update(
         return jax.tree.map(jnp.zeros_like, params)
 
     @partial(jax.jit, donate_argnums=0, out_shardings=(where.params, None))
-    def add(total: Any, params: Any, ref_params: Any, micro: Any, denominator: jax.Array) -> tuple[Any, Metrics]:
-        (loss, metrics), gradient = loss_and_gradient(params, ref_params, micro, denominator)
+    def add(total: Any, state: TrainState, ref_params: Any, micro: Any, denominator: jax.Array) -> tuple[Any, Metrics]:
+        (loss, metrics), gradient = loss_and_gradient(state.params, ref_params, state.frozen, micro, denominator)
         metrics["loss"] = (loss, jnp.ones(()) / microbatches)
         return jax.tree.map(jnp.add, total, gradient), metrics
 
     @partial(jax.jit, donate_argnums=0, out_shardings=(where, None))
     def apply(state: TrainState, gradient: Any) -> tuple[TrainState, Metrics]:
-        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-        metrics = {"grad_norm": (optax.tree.norm(gradient), jnp.ones(()))}
-        return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1), metrics
+        return training.apply(optimizer, state, gradient), {"grad_norm": (optax.tree.norm(gradient), jnp.ones(()))}
 
     def update(state: TrainState, ref_params: Any, batch: Batch) -> tuple[TrainState, Metrics]:
         aggregate = config.loss.aggregate
@@ -221,7 +223,7 @@ def make_update(
         denominator = microbatches * count if aggregate == "token_per_microbatch" else count
         gradient, parts = nothing(state.params), []
         for micro in cut(batch, config.microbatch_prompts, layout):
-            gradient, metrics = add(gradient, state.params, ref_params, micro, denominator)
+            gradient, metrics = add(gradient, state, ref_params, micro, denominator)
             parts.append(metrics)
         state, metrics = apply(state, gradient)
         return state, metrics | jax.tree.map(lambda *sums: sum(sums), *jax.device_get(parts))
@@ -243,7 +245,7 @@ def validate(
     rows = validation.rows[: settings.prompts]
     prompts, G = validation.prompts(rows), settings.num_generations
     key = training.stream_key(config.seed, training.VALIDATION, step)
-    texts_PG, lengths_PG, finished_PG = generator.complete(state.params, prompts, key, G, settings.batch_prompts)
+    texts_PG, lengths_PG, finished_PG = generator.complete(state.all_params, prompts, key, G, settings.batch_prompts)
     mine = share(len(rows))
     rewards_PG, metrics = rewards.score(prompts[mine], texts_PG[mine], validation.columns(rows, mine))
     table = [

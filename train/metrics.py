@@ -57,7 +57,7 @@ class Run:
             self.path.mkdir(parents=True, exist_ok=True)
             write_whole(self.path / CONFIG, yaml.safe_dump(plain, sort_keys=False))
             tokenizer.save(self.path / "tokenizer")
-        self._about = {"model": dict(model), "run": plain}
+        self._about = {"model": dict(model), "run": plain} | ({"lora": plain["lora"]} if config.lora.rank else {})
         self._checkpoints = Checkpoints(self.path, keep=config.checkpoint.keep)
         self._trackers: list[Any] = []
         self._progress: Progress | None = None
@@ -79,10 +79,12 @@ class Run:
 
     def resume(self, state: TrainState) -> TrainState:
         """The newest checkpoint if there is one, else `state`; metrics.jsonl is cut back to its step."""
+        if state.frozen:
+            state = state._replace(frozen=self._checkpoints.keep_base(state.frozen))
         latest = self._checkpoints.latest()
         if latest is not None:
             params, train = self._checkpoints.restore(latest, state.params, _trained(state))
-            state = TrainState(params, train["opt_state"], train["step"])
+            state = state._replace(params=params, **train)
             self.start = latest
             console.print(f"{self.path}: going on from step {latest} of {self.config.max_steps}")
         if is_first():

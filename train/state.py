@@ -11,7 +11,8 @@ from flax import nnx
 
 from models.checkpoint import check, load_model
 from models.config import POLICY
-from models.hf_weights import abstract_model, split
+from models.hf_weights import abstract_model, flatten, nest, split
+from models.lora import Lora, join, separate
 from models.qwen3 import Backbone
 from models.sharding import Layout, make_layout, parameter_shardings
 from models.tokenizer import Tokenizer
@@ -21,9 +22,14 @@ TRAIN, VALIDATION, EVALUATION, INIT = range(4)  # streams of random numbers
 
 
 class TrainState(NamedTuple):
-    params: dict[str, Any]
+    params: dict[str, Any]  # what is trained
+    frozen: dict[str, Any]  # what is not: under adapters the base, else nothing
     opt_state: Any
     step: jax.Array  # updates done
+
+    @property
+    def all_params(self) -> dict[str, Any]:
+        return join(self.params, self.frozen)
 
 
 def stream_key(seed: int, stream: int, step: int, attempt: int = 0) -> jax.Array:
@@ -64,11 +70,11 @@ def make_tokenizer(model: ModelConfig, chat: ChatConfig) -> Tokenizer:
 
 
 def make_model(
-    model: ModelConfig, layout: Layout, seed: int, tokenizer: Tokenizer, architecture: str = POLICY
+    model: ModelConfig, lora: Lora, layout: Layout, seed: int, tokenizer: Tokenizer, architecture: str = POLICY
 ) -> Backbone:
     """The network a run starts from: pretrained, or random, as a policy or as a reward model.
 
-    A reward model may start from a policy's backbone; its head is then new.
+    A reward model may start from a policy's backbone; its head is then new. Adapters are always new.
 
     Raises:
       ValueError: a vocabulary smaller than the tokenizer's, or a reward model where a policy is needed.
@@ -77,30 +83,37 @@ def make_model(
     if model.path is not None:
         loaded = load_model(model.path, mesh=layout, **options)
         tokenizer.check_fits(loaded.config.vocab_size, model.path)
-        if loaded.config.architecture == architecture:
+        if loaded.config.architecture == architecture and not lora.rank:
             return loaded
-        if architecture == POLICY:
+        if loaded.config.is_reward_model and architecture == POLICY:
             raise ValueError(f"model.path: {model.path} is a reward model; expected a policy")
-        pad_id = tokenizer.pad_id if loaded.config.pad_token_id is None else loaded.config.pad_token_id
-        config = dataclasses.replace(loaded.config, architecture=architecture, pad_token_id=pad_id)
+        config = loaded.config
+        if config.architecture != architecture:
+            pad_id = tokenizer.pad_id if config.pad_token_id is None else config.pad_token_id
+            config = dataclasses.replace(config, architecture=architecture, pad_token_id=pad_id)
+        given = flatten(split(loaded)[1])
     else:
         assert model.architecture is not None  # ModelConfig has checked it
         tokenizer.check_fits(model.architecture.vocab_size, "model.architecture")
         ids: dict[str, Any] = {"pad_token_id": tokenizer.pad_id, "eos_token_id": tokenizer.eos_ids}
-        loaded, config = None, dataclasses.replace(model.architecture, architecture=architecture, **ids)
-    abstract = abstract_model(config, layout=layout, **options)
+        config, given = dataclasses.replace(model.architecture, architecture=architecture, **ids), {}
+    options |= {"layout": layout, "lora": lora}
+    abstract = abstract_model(config, **options)
     graphdef, _ = split(abstract)
+    shardings = {k: v for k, v in flatten(parameter_shardings(abstract, layout)).items() if k not in given}
+
+    def new(key: jax.Array) -> dict[str, jax.Array]:
+        whole = flatten(split(type(abstract)(config, nnx.Rngs(params=key, lora=key), **options))[1])
+        return {name: whole[name] for name in shardings}
+
     init = jax.jit(
-        lambda key: split(type(abstract)(config, nnx.Rngs(params=key), layout=layout, **options))[1],
-        out_shardings=parameter_shardings(abstract, layout),
+        new,
+        out_shardings=shardings,
         # it runs once: on a CPU compiling it well takes longer than running it
         compiler_options={"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None,
     )
-    params = init(stream_key(seed, INIT, 0))
-    if loaded is not None:
-        backbone = split(loaded)[1]
-        params = {name: backbone.get(name, value) for name, value in params.items()}
-    return nnx.merge(graphdef, params)
+    values = given | init(stream_key(seed, INIT, 0))
+    return nnx.merge(graphdef, nest({name: values[name] for name in flatten(split(abstract)[1])}))
 
 
 def make_optimizer(config: OptimizerConfig, max_steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
@@ -120,17 +133,30 @@ def make_optimizer(config: OptimizerConfig, max_steps: int) -> tuple[optax.Gradi
 
 
 def make_state(params: dict[str, Any], optimizer: optax.GradientTransformation, layout: Layout) -> TrainState:
-    """Parameters with a fresh optimizer state, which is sharded as they are."""
-    whole = layout.sharding(())
-    shardings = optax.tree_utils.tree_map_params(
+    """Parameters, those of adapters apart from their base, and a fresh optimizer state of those that are trained."""
+    trained, frozen = separate(params)
+    where = shardings(abstract_opt_state(trained, optimizer, layout))
+    opt_state = jax.jit(optimizer.init, out_shardings=where)(trained)
+    return TrainState(trained, frozen, opt_state, layout.put(jnp.zeros((), jnp.int32), ()))
+
+
+def abstract_opt_state(params: Any, optimizer: optax.GradientTransformation, layout: Layout) -> Any:
+    """The shapes of an optimizer's state and its shardings: those of the parameters (which may be shapes too)."""
+    place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
+    return optax.tree_utils.tree_map_params(
         optimizer,
-        lambda _, parameter: parameter.sharding,
+        lambda leaf, parameter: place(leaf, parameter.sharding),
         jax.eval_shape(optimizer.init, params),
         params,
-        transform_non_params=lambda _: whole,
+        transform_non_params=lambda leaf: place(leaf, layout.sharding(())),
     )
-    opt_state = jax.jit(optimizer.init, out_shardings=shardings)(params)
-    return TrainState(params, opt_state, layout.put(jnp.zeros((), jnp.int32), ()))
+
+
+def apply(optimizer: optax.GradientTransformation, state: TrainState, gradient: Any) -> TrainState:
+    """The state after one optimizer step with the gradient of `state.params`."""
+    updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    return state._replace(params=params, opt_state=opt_state, step=state.step + 1)
 
 
 def shardings(tree: Any) -> Any:

@@ -13,6 +13,7 @@ import optax
 from gopo_jax.losses import Metrics
 from models.config import POLICY
 from models.hf_weights import split
+from models.lora import join
 from models.sharding import Layout
 from models.tokenizer import Tokenizer
 from train import state as training
@@ -48,7 +49,7 @@ def train_supervised(config: SupervisedConfig, task: Task) -> None:
         held_out: list[Any] = []
         if config.data.validation is not None:
             held_out = load_examples(config.data.validation, config.data.validation_split, config, task, tokenizer)
-        model = training.make_model(config.model, layout, config.seed, tokenizer, task.architecture)
+        model = training.make_model(config.model, config.lora, layout, config.seed, tokenizer, task.architecture)
         graphdef, params = split(model)
         run = Run(config, model.config.to_hf(), tokenizer)
         optimizer, schedule = training.make_optimizer(config.optimizer, config.max_steps)
@@ -64,7 +65,8 @@ def train_supervised(config: SupervisedConfig, task: Task) -> None:
         for start in range(0, len(held_out), config.batch_size):
             batch = held_out[start : start + config.batch_size]
             arrays = task.collate(batch, tokenizer, config.max_length)
-            for name, pair in jax.device_get(judge(state.params, put(layout, fill(arrays, config.batch_size)))).items():
+            found = judge(state.all_params, put(layout, fill(arrays, config.batch_size)))
+            for name, pair in jax.device_get(found).items():
                 totals.setdefault(name, []).append(pair)
         means = {name: float(np.sum([p[0] for p in v]) / np.sum([p[1] for p in v])) for name, v in totals.items()}
         return {f"validation/{name}": value for name, value in (means | baselines).items()}
@@ -111,11 +113,11 @@ def make_update(
 
     @partial(jax.jit, donate_argnums=0, out_shardings=(training.shardings(state), None))
     def update(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-        (loss, metrics), gradient = jax.value_and_grad(objective, has_aux=True)(state.params, batch)
-        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        of_trained = lambda params: objective(join(params, state.frozen), batch)  # noqa: E731
+        (loss, metrics), gradient = jax.value_and_grad(of_trained, has_aux=True)(state.params)
         one = jnp.ones(())
         metrics |= {"loss": (loss, one), "grad_norm": (optax.tree.norm(gradient), one)}
-        return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1), metrics
+        return training.apply(optimizer, state, gradient), metrics
 
     return update
 
