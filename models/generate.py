@@ -1,6 +1,6 @@
 """The sampler with what it needs around it: jitted, on a mesh, for prompts of any number."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from models.sampler import Rollout, SamplingParams, sample
-from models.sharding import Layout, fetch
+from models.sharding import Layout, fetch, parameter_shardings
 from models.tokenizer import Prompt, Tokenizer
 
 
@@ -34,13 +34,14 @@ class Generator:
         top_k: int = 0,
         top_p: float = 1.0,
         min_tokens: int = 0,
+        sampling_copy: bool = True,
     ) -> None:
         self.tokenizer, self.layout, self.max_prompt_length = tokenizer, layout, max_prompt_length
+        self._graphdef, self._sampling_copy = graphdef, sampling_copy
+        self._copy: Callable[[Any], Any] | None = None
         eos_ids = np.array(tokenizer.eos_ids, np.int32)
         self.sampling = SamplingParams(temperature, top_k, top_p, min_tokens, eos_ids)
-        self._sample = jax.jit(
-            partial(_sample, graphdef, max_completion_length, tokenizer.pad_id), static_argnames="num_generations"
-        )
+        self._sample = sampling_program(graphdef, max_completion_length, tokenizer.pad_id)
 
     def rollout(
         self,
@@ -52,6 +53,27 @@ class Generator:
         first_row: int = 0,
     ) -> Rollout:
         """G completions of each prompt; `first_row` is the number of the first prompt in the whole batch."""
+        return self._rollout(self._prepared(params), prompt_PS, lengths_P, key, num_generations, first_row)
+
+    def _prepared(self, params: Any) -> Any:
+        """What is sampled from: see `sampling_params`."""
+        if not self._sampling_copy:
+            return params
+        if self._copy is None:
+            wanted = sampling_params(self._graphdef, params, self.layout)
+            now, then = (jax.tree.map(lambda leaf: (leaf.dtype, leaf.sharding), tree) for tree in (params, wanted))
+            self._copy = (lambda params: params) if now == then else copying_program(wanted)
+        return self._copy(params)
+
+    def _rollout(
+        self,
+        params: Any,
+        prompt_PS: np.ndarray,
+        lengths_P: np.ndarray,
+        key: jax.Array,
+        num_generations: int,
+        first_row: int,
+    ) -> Rollout:
         rows_P = np.arange(first_row, first_row + len(prompt_PS), dtype=np.int32)
         put = self.layout.put
         arrays = (put(prompt_PS, ("prompt", None)), put(lengths_P, ("prompt",)), put(rows_P, ("prompt",)))
@@ -61,15 +83,36 @@ class Generator:
         self, params: Any, prompts: Sequence[Prompt], key: jax.Array, num_generations: int, batch_prompts: int
     ) -> Completions:
         """Texts for any number of prompts, `batch_prompts` at a time; the batch size changes no token."""
-        parts = []
+        parts, params = [], self._prepared(params)
         for start in range(0, len(prompts), batch_prompts):
             batch = list(prompts[start : start + batch_prompts])
             full = batch + batch[-1:] * (batch_prompts - len(batch))  # one shape: nothing new to compile
             prompt_PS, lengths_P = self.tokenizer.encode_prompts(full, self.max_prompt_length)
-            out = self.rollout(params, prompt_PS, lengths_P, key, num_generations, start)
+            out = self._rollout(params, prompt_PS, lengths_P, key, num_generations, start)
             parts.append([fetch(x)[: len(batch)] for x in (out.tokens_PGT, out.lengths_PG, out.finished_PG)])
         tokens_PGT, lengths_PG, finished_PG = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         return Completions(self.tokenizer.decode(tokens_PGT, lengths_PG), lengths_PG, finished_PG)
+
+
+def sampling_params(graphdef: Any, params: Any, layout: Layout) -> Any:
+    """The shapes of a copy of the parameters to sample from: in the compute dtype, whole wherever prompts are shared.
+
+    Sampled tokens are the same: the copy is rounded as each layer would round its parameters when it uses them.
+    """
+    model = nnx.merge(graphdef, params)
+    shardings = parameter_shardings(model, layout.for_sampling())
+    return jax.tree.map(lambda p, s: jax.ShapeDtypeStruct(p.shape, model.dtype, sharding=s), params, shardings)
+
+
+def copying_program(wanted: Any) -> Any:
+    """The jitted copy of parameters to what `sampling_params` says."""
+    cast = lambda params: jax.tree.map(lambda p, like: p.astype(like.dtype), params, wanted)  # noqa: E731
+    return jax.jit(cast, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, wanted))
+
+
+def sampling_program(graphdef: Any, max_completion_length: int, pad_id: int) -> Any:
+    """The jitted (params, prompt_PS, lengths_P, rows_P, key, sampling, *, num_generations) -> Rollout."""
+    return jax.jit(partial(_sample, graphdef, max_completion_length, pad_id), static_argnames="num_generations")
 
 
 def _sample(

@@ -34,6 +34,8 @@ RULES: dict[str, tuple[str, ...]] = {
     "rank": (),  # of adapters
 }
 
+ACTIVATIONS = ("prompt", "group", "sequence", "width")
+
 Axes = Sequence[str | None]
 
 
@@ -76,6 +78,21 @@ class Layout:
         for mesh_axis in dict(self.rules)[meaning]:
             size *= self.mesh.shape[mesh_axis]
         return size
+
+    def for_sampling(self) -> "Layout":
+        """These rules with parameters whole over the devices that share the prompts.
+
+        A token's layers would otherwise be gathered for it alone: for T tokens, T times over.
+        """
+        rules = dict(self.rules)
+        prompts = {*rules["prompt"], *rules["group"]}
+        return Layout(
+            self.mesh,
+            tuple(
+                (name, axes if name in ACTIVATIONS else tuple(axis for axis in axes if axis not in prompts))
+                for name, axes in self.rules
+            ),
+        )
 
     def put(self, array: Any, axes: Axes) -> jax.Array:
         """A host array as a global array with that sharding; every process has it and puts what its devices hold."""

@@ -1,18 +1,21 @@
 """`python -m train {sft,reward,policy} --config FILE [--key value ...]`, and `python -m train export`."""
 
+import re
 import sys
 import traceback
 from collections.abc import Callable
 from typing import Any
 
-from train.config import ExportConfig, PolicyConfig, RewardModelConfig, SupervisedConfig, parse
+from train.config import ExportConfig, PlanConfig, PolicyConfig, RewardModelConfig, SupervisedConfig, parse
 
 USAGE = """usage: python -m train {sft,reward,policy} --config FILE [--key value ...] [--show [N]]
+       python -m train plan --config FILE [--mesh data=1,fsdp=64,tensor=4] [--devices N] [--chip v5p] [--suggest true]
        python -m train export --checkpoint RUN[@STEP] --out DIR
 
   sft      supervised fine-tuning of a policy
   reward   a reward model from comparisons (Bradley-Terry)
   policy   GOPO, GRPO and their relatives against one or more rewards
+  plan     what a policy's run needs of its devices: memory, arithmetic, communication; needs none of them
   export   a Hugging Face directory of a policy or a reward model, or of the adapters alone (PEFT)
 
   --print_config shows every setting; --help explains them. Started again, a run goes on where it was.
@@ -21,7 +24,7 @@ USAGE = """usage: python -m train {sft,reward,policy} --config FILE [--key value
 
 def main(arguments: list[str]) -> int:
     kinds: dict[str, type[Any]] = {"sft": SupervisedConfig, "reward": RewardModelConfig, "policy": PolicyConfig}
-    kinds |= {"export": ExportConfig}
+    kinds |= {"plan": PlanConfig, "export": ExportConfig}
     if not arguments or arguments[0] not in kinds:
         print(USAGE, file=sys.stderr)
         return 0 if arguments and arguments[0] in ("-h", "--help") else 2
@@ -30,6 +33,8 @@ def main(arguments: list[str]) -> int:
         count = 0
         if command in ("sft", "reward", "policy"):
             rest, count = take_show(rest)
+        if command == "plan":
+            rest = spread_mesh(rest)
         config = parse(kinds[command], rest, f"python -m train {command}")
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -40,8 +45,9 @@ def main(arguments: list[str]) -> int:
 
     enable_compile_cache()
     try:
-        processes.start()
-        console.quiet = not processes.is_first()
+        if command != "plan":  # which makes its own devices
+            processes.start()
+            console.quiet = not processes.is_first()
         if count:
             from train.show import show
 
@@ -61,6 +67,22 @@ def main(arguments: list[str]) -> int:
     if processes.are_several():
         processes.leave(code)
     return code
+
+
+def spread_mesh(arguments: list[str]) -> list[str]:
+    """`--mesh data=1,fsdp=64` as `--mesh.data=1 --mesh.fsdp=64`."""
+    spread, rest = [], list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        key, equals, value = argument.partition("=")
+        if key != "--mesh":
+            spread.append(argument)
+            continue
+        for size in (value if equals else rest.pop(0) if rest else "").split(","):
+            if not re.fullmatch(r"(data|fsdp|tensor)=-?\d+", size):
+                raise ValueError(f"--mesh: expected sizes such as data=1,fsdp=64,tensor=4, got {size!r}")
+            spread.append(f"--mesh.{size}")
+    return spread
 
 
 def take_show(arguments: list[str]) -> tuple[list[str], int]:
@@ -94,6 +116,10 @@ def program(command: str) -> Callable[[Any], None]:
         from train.reward_model import train_reward_model
 
         return train_reward_model
+    if command == "plan":
+        from train.plan import plan
+
+        return plan
     if command == "export":
         from train.export import export
 

@@ -80,6 +80,7 @@ class MeshConfig:
     fsdp: int = 1
     tensor: int = 1
     rules: dict[str, list[str]] = field(default_factory=dict)  # overrides of models.sharding.RULES
+    sampling_copy: bool = True  # sample from whole weights in model.dtype; false: gather each layer for every token
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,6 +247,16 @@ class PolicyConfig(RunConfig):
         labels = [spec.label for spec in self.rewards]
         if len(set(labels)) < len(labels):
             raise ValueError(f"rewards: names must differ, got {labels}; set rewards[i].name")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig(PolicyConfig):
+    """`train plan`: a policy's config, and of what it is to be planned for."""
+
+    devices: int | None = None  # default: the product of the mesh's sizes
+    chip: Literal["v4", "v5e", "v5p", "v6e", "A100", "H100", "H200", "B200"] | None = None  # default: all of them
+    suggest: bool = False  # try meshes until one fits the chip
+    out: str | None = None  # JSON with all figures
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ import math
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -86,6 +86,7 @@ def train_policy(config: PolicyConfig) -> None:
         top_k=config.top_k,
         top_p=config.top_p,
         min_tokens=config.min_tokens,
+        sampling_copy=config.mesh.sampling_copy,
     )
     update = make_update(graphdef, optimizer, config, layout, state)
     evaluate = partial(validate, run, config, validation, rewards, generator)
@@ -195,10 +196,17 @@ def policy_objective(
     return loss, jax.lax.stop_gradient(metrics)
 
 
-def make_update(
-    graphdef: Any, optimizer: optax.GradientTransformation, config: PolicyConfig, layout: Layout, state: TrainState
-) -> Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]:
-    """One optimizer step on a batch: the gradients of its micro-batches are added up in place, then applied."""
+class UpdatePrograms(NamedTuple):
+    """The jitted parts of an update."""
+
+    nothing: Any  # params -> a gradient of zeros
+    add: Any  # (gradient so far, state, ref_params, micro-batch, denominator) -> gradient, metrics
+    apply: Any  # (state, gradient) -> state, metrics
+
+
+def update_programs(
+    graphdef: Any, optimizer: optax.GradientTransformation, config: PolicyConfig, state: TrainState
+) -> UpdatePrograms:
     microbatches = config.prompts_per_step // config.microbatch_prompts
     loss_and_gradient = jax.value_and_grad(partial(policy_objective, graphdef=graphdef, config=config), has_aux=True)
     where = training.shardings(state)
@@ -217,15 +225,25 @@ def make_update(
     def apply(state: TrainState, gradient: Any) -> tuple[TrainState, Metrics]:
         return training.apply(optimizer, state, gradient), {"grad_norm": (optax.tree.norm(gradient), jnp.ones(()))}
 
+    return UpdatePrograms(nothing, add, apply)
+
+
+def make_update(
+    graphdef: Any, optimizer: optax.GradientTransformation, config: PolicyConfig, layout: Layout, state: TrainState
+) -> Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]:
+    """One optimizer step on a batch: the gradients of its micro-batches are added up in place, then applied."""
+    microbatches = config.prompts_per_step // config.microbatch_prompts
+    programs = update_programs(graphdef, optimizer, config, state)
+
     def update(state: TrainState, ref_params: Any, batch: Batch) -> tuple[TrainState, Metrics]:
         aggregate = config.loss.aggregate
         count = loss_count(jnp.asarray(batch["mask_PGT"]), aggregate, max_length=config.max_completion_length)
         denominator = microbatches * count if aggregate == "token_per_microbatch" else count
-        gradient, parts = nothing(state.params), []
+        gradient, parts = programs.nothing(state.params), []
         for micro in cut(batch, config.microbatch_prompts, layout):
-            gradient, metrics = add(gradient, state, ref_params, micro, denominator)
+            gradient, metrics = programs.add(gradient, state, ref_params, micro, denominator)
             parts.append(metrics)
-        state, metrics = apply(state, gradient)
+        state, metrics = programs.apply(state, gradient)
         return state, metrics | jax.tree.map(lambda *sums: sum(sums), *jax.device_get(parts))
 
     return update

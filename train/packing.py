@@ -42,6 +42,19 @@ def cut(batch: Batch, prompts: int, layout: Layout) -> Iterator[dict[str, jax.Ar
         yield {name: layout.put(array, AXES[name.rpartition("_")[2]]) for name, array in part.items()}
 
 
+def abstract_microbatch(prompts: int, S: int, G: int, T: int, layout: Layout) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of the largest part that `cut` gives: every completion has T tokens and so a row of its own."""
+    sizes = {"P": prompts, "S": S, "G": G, "T": T, "B": G}
+    names = {"prompt_PS": "int32", "lengths_P": "int32", "sampled_PGT": "float32", "mask_PGT": "bool"}
+    names |= {"advantages_PG": "float32", "tokens_PBT": "int32", "offset_PBT": "int32", "slot_PGT": "int32"}
+    found = {}
+    for name, dtype in names.items():
+        letters = name.rpartition("_")[2]
+        shape, sharding = tuple(sizes[letter] for letter in letters), layout.sharding(AXES[letters])
+        found[name] = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding)
+    return found
+
+
 def place(mask_PGT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The row of each completion and its first slot there: the longest first, each into the first row with room."""
     P, G, T = mask_PGT.shape

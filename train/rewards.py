@@ -97,7 +97,7 @@ class RewardModelScorer:
         self.tokenizer.check_fits(model.config.vocab_size, path)
         self.layout, self.max_length, self.batch_prompts = layout, max_length, batch_prompts
         graphdef, self.params = split(model)
-        self._score = jax.jit(partial(_score_group, graphdef))
+        self._score = scoring_program(graphdef)
 
     def __call__(
         self,
@@ -125,13 +125,12 @@ class RewardModelScorer:
         filler = self.batch_prompts - P
         prefix_PS, prefix_lengths_P = self._pad(prefix + prefix[-1:] * filler)
         suffix_BT, suffix_lengths_B = self._pad(suffix + suffix[-G:] * filler)
-        arrays = {
-            ("prompt", None): prefix_PS,
-            ("prompt",): prefix_lengths_P,
-            ("prompt", "group", None): suffix_BT.reshape(-1, G, suffix_BT.shape[-1]),
-            ("prompt", "group"): suffix_lengths_B.reshape(-1, G),
-        }
-        placed = [self.layout.put(array, axes) if self.layout else array for axes, array in arrays.items()]
+        suffix_PGT, suffix_lengths_PG = suffix_BT.reshape(-1, G, suffix_BT.shape[-1]), suffix_lengths_B.reshape(-1, G)
+        arrays = (prefix_PS, prefix_lengths_P, suffix_PGT, suffix_lengths_PG)
+        placed = [
+            self.layout.put(array, axes) if self.layout else array
+            for axes, array in zip(SCORED_AXES, arrays, strict=True)
+        ]
         rewards_PG = fetch(self._score(self.params, *placed))[:P]
         return np.where(too_long_PG, np.nan, rewards_PG)
 
@@ -141,6 +140,14 @@ class RewardModelScorer:
         for i, row in enumerate(rows):
             tokens[i, : len(row)] = row
         return tokens.astype(np.int32), lengths
+
+
+SCORED_AXES = (("prompt", None), ("prompt",), ("prompt", "group", None), ("prompt", "group"))
+
+
+def scoring_program(graphdef: Any) -> Any:
+    """The jitted (params, prefix_PS, prefix_lengths_P, suffix_PGT, suffix_lengths_PG) -> rewards_PG."""
+    return jax.jit(partial(_score_group, graphdef))
 
 
 def _score_group(graphdef: Any, params: Any, *arrays: jax.Array) -> jax.Array:

@@ -40,9 +40,11 @@ def stream_key(seed: int, stream: int, step: int, attempt: int = 0) -> jax.Array
     return key
 
 
-def make_layout_for(mesh: MeshConfig, *batches: int, groups: Sequence[int] = ()) -> Layout:
+def make_layout_for(
+    mesh: MeshConfig, *batches: int, groups: Sequence[int] = (), devices: Sequence[jax.Device] | None = None
+) -> Layout:
     """The mesh of a run; refuses one that does not divide the given numbers of rows and sizes of groups."""
-    layout = make_layout(data=mesh.data, fsdp=mesh.fsdp, tensor=mesh.tensor, rules=mesh.rules)
+    layout = make_layout(data=mesh.data, fsdp=mesh.fsdp, tensor=mesh.tensor, rules=mesh.rules, devices=devices)
     for rows in batches:
         if rows % layout.ways("prompt"):
             raise ValueError(
