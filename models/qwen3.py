@@ -21,10 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from gopo_jax import token_logprobs
 from models.attention import KeyValues, Past, PrefixKeyValues, group_attention
 from models.config import Qwen3Config
 from models.lora import Lora, add_adapters, pairs
-from models.sharding import Layout, constrain
+from models.sharding import Layout, constrain, ways
 
 # What the backward pass keeps of a layer's forward pass instead of computing it again.
 REMAT: dict[str, Callable[..., Any] | None] = {
@@ -164,9 +165,7 @@ class Backbone(nnx.Module):
         """Hidden states of right-padded prompts, and what their completions need of them."""
         hidden_P1SD, own = self._decode(prompt_PS[:, None], jnp.zeros_like(lengths_P)[:, None, None])
         hidden_PSD = hidden_P1SD[:, 0]
-        last_PD = jnp.take_along_axis(hidden_PSD, (lengths_P - 1)[:, None, None], axis=1)[:, 0]
-        kv = PrefixKeyValues(jnp.swapaxes(own.keys[:, :, :, 0], -1, -2), own.values[:, :, :, 0])
-        return hidden_PSD, Prefix(kv, lengths_P, last_PD)
+        return hidden_PSD, Prefix(as_prefix(own), lengths_P, last_state(hidden_PSD, lengths_P))
 
     def extend(
         self,
@@ -184,23 +183,50 @@ class Backbone(nnx.Module):
         start_P11 = prefix.lengths_P[:, None, None] + (past.length if past is not None else 0)
         return self._decode(tokens_PGT, start_P11, prefix=prefix, past=past, offset_PGT=offset_PGT)
 
+    def both(
+        self, prompt_PS: jax.Array, lengths_P: jax.Array, tokens_PGT: jax.Array, offset_PGT: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Hidden states of prompts [P, S, D] and of their completions [P, G, T, D]: `prefill` and `extend` at once.
+
+        In one pass over the layers, whose parameters are then gathered once for both.
+        """
+        prompt, prompt_rotary = self._embed(prompt_PS[:, None], jnp.zeros_like(lengths_P)[:, None, None])
+        completion, rotary = self._embed(tokens_PGT, lengths_P[:, None, None], offset_PGT)
+        options = {"prefix_lengths_P": lengths_P, "offset_PGT": offset_PGT}
+
+        def step(layer: Callable[..., Any], x: tuple[jax.Array, jax.Array], _: None) -> tuple[Any, None]:
+            prompt, own = layer(x[0], prompt_rotary)
+            completion, _ = layer(x[1], rotary, prefix=as_prefix(own), **options)
+            return (prompt, completion), None
+
+        (prompt, completion), _ = self._through_layers(step, (prompt, completion), None)
+        return self._normed(prompt)[:, 0], self._normed(completion)
+
     def predict(
         self, prompt_PS: jax.Array, lengths_P: jax.Array, tokens_PGT: jax.Array, offset_PGT: jax.Array | None = None
     ) -> jax.Array:
         """The hidden state that predicts each completion token, [P, G, T, D]; a row's last token is never input."""
-        _, prefix = self.prefill(prompt_PS, lengths_P)
         P, G, T = tokens_PGT.shape
-        first_PG1D = jnp.broadcast_to(prefix.last_PD[:, None, None], (P, G, 1, prefix.last_PD.shape[-1]))
         if T == 1:
-            return first_PG1D
+            last_PD = self.prefill(prompt_PS, lengths_P)[1].last_PD
+            return jnp.broadcast_to(last_PD[:, None, None], (P, G, 1, last_PD.shape[-1]))
         inputs_PGT = None if offset_PGT is None else offset_PGT[..., :-1]
-        hidden_PGTD, _ = self.extend(tokens_PGT[..., :-1], prefix, offset_PGT=inputs_PGT)
+        hidden_PSD, hidden_PGTD = self.both(prompt_PS, lengths_P, tokens_PGT[..., :-1], inputs_PGT)
+        last_P11D = last_state(hidden_PSD, lengths_P)[:, None, None]
+        first_PG1D = jnp.broadcast_to(last_P11D, (P, G, 1, last_P11D.shape[-1]))
         hidden_PGTD = jnp.concatenate([first_PG1D, hidden_PGTD], axis=2)
         return hidden_PGTD if offset_PGT is None else jnp.where(offset_PGT[..., None] == 0, first_PG1D, hidden_PGTD)
 
     def hidden(self, tokens_BS: jax.Array) -> jax.Array:
         """Hidden states of right-padded sequences, [B, S, D]."""
         return self._decode(tokens_BS[:, None], jnp.zeros((len(tokens_BS), 1, 1), jnp.int32))[0][:, 0]
+
+    def whole(self, table_VD: nnx.Param) -> jax.Array:
+        """A table in the compute dtype and whole in D: gathered once, not for every chunk of tokens that reads it.
+
+        From a table cut in D the compiler would look up all tokens on all devices, and hold them there.
+        """
+        return constrain(self.layout, table_VD[...].astype(self.dtype), "vocab", "width")
 
     def _decode(
         self,
@@ -211,34 +237,51 @@ class Backbone(nnx.Module):
         past: Past | None = None,
         offset_PGT: jax.Array | None = None,
     ) -> tuple[jax.Array, KeyValues]:
-        config = self.config
-        rotary = rotary_angles(
-            start_P11 + (jnp.arange(tokens_PGT.shape[-1]) if offset_PGT is None else offset_PGT), config
-        )
-        x_PGTD = jnp.take(self.embed_VD[...], tokens_PGT, axis=0).astype(self.dtype)
+        x_PGTD, rotary = self._embed(tokens_PGT, start_P11, offset_PGT)
+        lengths_P = prefix.lengths_P if prefix is not None else None
+        options = {"prefix_lengths_P": lengths_P, "past": past, "offset_PGT": offset_PGT}
+
+        def step(layer: Callable[..., Any], x_PGTD: jax.Array, kv: PrefixKeyValues | None) -> tuple[Any, KeyValues]:
+            return layer(x_PGTD, rotary, prefix=kv, **options)
+
+        x_PGTD, own = self._through_layers(step, x_PGTD, prefix.kv if prefix is not None else None)
+        return self._normed(x_PGTD), own
+
+    def _embed(
+        self, tokens_PGT: jax.Array, start_P11: jax.Array, offset_PGT: jax.Array | None = None
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """What goes into the first layer, and the rotary angles of its positions."""
+        positions_PGT = start_P11 + (jnp.arange(tokens_PGT.shape[-1]) if offset_PGT is None else offset_PGT)
+        x_PGTD = jnp.take(self.whole(self.embed_VD), tokens_PGT, axis=0)
         x_PGTD = constrain(self.layout, x_PGTD, "prompt", "group", "sequence", "width")
+        return x_PGTD, rotary_angles(positions_PGT, self.config)
+
+    def _through_layers(self, step: Callable[..., Any], x: Any, of_layers: Any) -> tuple[Any, Any]:
+        """(x, stacked outputs) after x, output = step(layer, x, its part of `of_layers`) for each of the layers."""
         graphdef, stacked = nnx.split(self.layers)
 
-        def body(x_PGTD: jax.Array, slices: Any) -> tuple[jax.Array, KeyValues]:
-            parameters, prefix_kv, layer, window = slices
-            return nnx.merge(graphdef, parameters)(
-                x_PGTD,
-                rotary,
-                prefix=prefix_kv,
-                prefix_lengths_P=prefix.lengths_P if prefix is not None else None,
-                past=past,
-                layer=layer,
-                offset_PGT=offset_PGT,
-                window=window,
-            )
+        def body(x: Any, slices: Any) -> tuple[Any, Any]:
+            parameters, number, window, of_layer = slices
+            return step(partial(nnx.merge(graphdef, parameters), layer=number, window=window), x, of_layer)
 
-        everything = np.iinfo(np.int32).max
+        config, everything = self.config, np.iinfo(np.int32).max
         windows_L = None if config.windows is None else jnp.array([w or everything for w in config.windows], jnp.int32)
-        layers_L = jnp.arange(config.num_hidden_layers)
-        slices = (stacked, prefix.kv if prefix is not None else None, layers_L, windows_L)
+        slices = (stacked, jnp.arange(config.num_hidden_layers), windows_L, of_layers)
         policy = REMAT[self.remat]
-        x_PGTD, own = jax.lax.scan(jax.checkpoint(body, policy=policy) if policy else body, x_PGTD, slices)
-        return rms_norm(x_PGTD, self.norm_D, config.rms_norm_eps), own
+        return jax.lax.scan(jax.checkpoint(body, policy=policy) if policy else body, x, slices)
+
+    def _normed(self, x: jax.Array) -> jax.Array:
+        return rms_norm(x, self.norm_D, self.config.rms_norm_eps)
+
+
+def as_prefix(own: KeyValues) -> PrefixKeyValues:
+    """Keys and values of prompts [..., P, K, 1, S, E] as their completions read them."""
+    return PrefixKeyValues(jnp.swapaxes(own.keys[..., 0, :, :], -1, -2), own.values[..., 0, :, :])
+
+
+def last_state(hidden_PSD: jax.Array, lengths_P: jax.Array) -> jax.Array:
+    """[P, D], of the last real token."""
+    return jnp.take_along_axis(hidden_PSD, (lengths_P - 1)[:, None, None], axis=1)[:, 0]
 
 
 class Qwen3(Backbone):
@@ -253,12 +296,29 @@ class Qwen3(Backbone):
 
     @property
     def head_VD(self) -> jax.Array:
-        return (self.embed_VD if self.config.tie_word_embeddings else self.unembed_VD)[...]
+        """[V, D] in the compute dtype."""
+        return self.whole(self.embed_VD if self.config.tie_word_embeddings else self.unembed_VD)
+
+    def logprobs(self, hidden: jax.Array, tokens: jax.Array, *, chunk_tokens: int, **options: Any) -> Any:
+        """`gopo_jax.token_logprobs` of hidden states [P, ..., T, D], their first axis one of prompts.
+
+        Logits of at most `chunk_tokens` tokens exist at a time on each device (of one of every row at least). Devices
+        with other prompts have a head of their own in it, whose gradients are added up once, not after every chunk.
+        """
+        rows = math.prod(tokens.shape[:-1]) // ways(self.layout, "prompt", *["group"] * (tokens.ndim == 3))
+        count = partial(token_logprobs, chunk=max(chunk_tokens // rows, 1), **options)
+        devices = ways(self.layout, "prompt")
+        if devices == 1:
+            return count(hidden, self.head_VD, tokens)
+        heads = jnp.broadcast_to(self.head_VD, (devices, *self.head_VD.shape))
+        heads = constrain(self.layout, heads, "prompt", "vocab", "width")
+        apart = [array.reshape(devices, -1, *array.shape[1:]) for array in (hidden, tokens)]
+        found = jax.vmap(count)(apart[0], heads, apart[1])
+        return jax.tree.map(lambda array: array.reshape(tokens.shape), found)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """float32 [..., V] logits of hidden states [..., D]."""
-        head_VD = self.head_VD.astype(hidden.dtype)
-        return jnp.einsum("...d,vd->...v", hidden, head_VD, preferred_element_type=jnp.float32)
+        return jnp.einsum("...d,vd->...v", hidden, self.head_VD, preferred_element_type=jnp.float32)
 
     def __call__(self, tokens_BS: jax.Array, lengths_B: jax.Array) -> jax.Array:
         """float32 logits [B, S, V] of right-padded sequences; those at or behind `lengths_B` mean nothing."""

@@ -31,8 +31,7 @@ class Qwen3RewardModel(Backbone):
 
         Both parts are right-padded; every suffix has at least one token.
         """
-        _, prefix = self.prefill(prefix_PS, prefix_lengths_P)
-        hidden_PGTD, _ = self.extend(suffix_PGT, prefix)
+        _, hidden_PGTD = self.both(prefix_PS, prefix_lengths_P, suffix_PGT)
         last = (suffix_lengths_PG - 1)[..., None, None]
         return self.read(jnp.take_along_axis(hidden_PGTD, last, axis=2)[:, :, 0])
 

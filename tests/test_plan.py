@@ -109,6 +109,8 @@ def test_the_scanned_network_is_the_unrolled_one_and_the_closed_form() -> None:
         ("replica_groups=mesh['a'=2,'b'=2,'c'=2] {'b'}", "fsdp"),
         ("replica_groups=mesh['a'=2,'b'=4] {'a','b':(2)2}", "data+tensor"),
         ("replica_groups=mesh['a'=8] {'a'}", "data+fsdp+tensor"),
+        ("replica_groups=mesh['a'=4,'b'=1,'c'=2], device_ids=([2,4]T(1,0)) {'c'}", "data"),
+        ("replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}", "fsdp+tensor"),
     ],
 )
 def test_what_is_sent_and_over_which_axes(groups: str, axes: str) -> None:

@@ -183,21 +183,26 @@ def _group(attributes: str) -> tuple[int, ...]:
     """
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
         return tuple(int(n) for n in listed[1].split(","))
-    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\([^)]*\))? \{([^}]*)\}", attributes):
-        return _mesh_group(mesh[1], mesh[2])
-    iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
+    order = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
+    if mesh := re.search(rf"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\({order}\))? \{{([^}}]*)\}}", attributes):
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
+        numbers = _numbers(mesh[2] or str(math.prod(sizes.values())), mesh[3])
+        return _mesh_group(sizes, numbers.reshape(list(sizes.values())), mesh[4])
+    iota = re.search(rf"replica_groups=\[([\d,]+)\]<={order}", attributes)
     if not iota:
         return ()
-    shape, dims = ([int(n) for n in iota[i].split(",")] for i in (1, 2))
-    numbers = np.arange(math.prod(dims)).reshape(dims)
-    if iota[3]:
-        numbers = numbers.transpose([int(n) for n in iota[3].split(",")])
-    return tuple(int(n) for n in numbers.reshape(shape)[0])
+    groups = _numbers(iota[2], iota[3]).reshape([int(n) for n in iota[1].split(",")])
+    return tuple(int(n) for n in groups[0])
 
 
-def _mesh_group(mesh: str, over: str) -> tuple[int, ...]:
-    sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh)}
-    numbers = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
+def _numbers(dims: str, order: str | None) -> np.ndarray:
+    """The devices' numbers in the shape "4,16", its axes put in the order "1,0"."""
+    shape = [int(n) for n in dims.split(",")]
+    numbers = np.arange(math.prod(shape)).reshape(shape)
+    return numbers.transpose([int(n) for n in order.split(",")]) if order else numbers
+
+
+def _mesh_group(sizes: Mapping[str, int], numbers: np.ndarray, over: str) -> tuple[int, ...]:
     index: list[np.ndarray] = [np.zeros(1, int) for _ in sizes]
     for name, before, size in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", over):
         stride = sizes[name] // (int(before) * int(size)) if size else 1

@@ -28,13 +28,13 @@ import numpy as np
 import optax
 from flax import nnx
 
-from gopo_jax import ADVANTAGES, loss_count, policy_loss, token_logprobs
+from gopo_jax import ADVANTAGES, loss_count, policy_loss
 from gopo_jax.losses import Metrics
 from models.generate import Generator
 from models.hf_weights import split
 from models.lora import join
 from models.sampler import Rollout
-from models.sharding import Layout, fetch, ways
+from models.sharding import Layout, fetch
 from train import state as training
 from train.config import PolicyConfig
 from train.metrics import Run, Timer, console, divide, rollout_metrics, setup_errors
@@ -163,12 +163,9 @@ def policy_objective(
 
     def logprobs_of(params: Any, **options: Any) -> Any:
         model, tokens_PBT = nnx.merge(graphdef, join(params, frozen)), batch["tokens_PBT"]
-        rows = math.prod(tokens_PBT.shape[:2]) // ways(model.layout, "prompt", "group")  # on each device
-        chunk = max(config.loss.logprob_chunk // rows, 1)
         hidden_PBTD = model.predict(batch["prompt_PS"], batch["lengths_P"], tokens_PBT, batch["offset_PBT"])
-        found_PBT = token_logprobs(
-            hidden_PBTD, model.head_VD, tokens_PBT, chunk=chunk, temperature=config.temperature, **options
-        )
+        options |= {"chunk_tokens": config.loss.logprob_chunk, "temperature": config.temperature}
+        found_PBT = model.logprobs(hidden_PBTD, tokens_PBT, **options)
         return jax.tree.map(lambda array_PBT: unpack(array_PBT, batch["slot_PGT"]), found_PBT)
 
     logprobs_PGT, entropy_PGT = logprobs_of(params, with_entropy=True)

@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from gopo_jax import token_logprobs
 from gopo_jax.losses import Metrics
 from models.tokenizer import Tokenizer, pad
 from train.config import ChatConfig, SupervisedConfig
 from train.prompts import Row, asked_and_answered, require_columns
 from train.supervised import Batch, Task, train_supervised
 
+LOGPROB_CHUNK = 4096  # tokens whose logits exist at a time on each device
 Example = tuple[list[int], int]  # token ids, how many of them are prompt
 
 
@@ -56,7 +56,7 @@ def objective(params: Any, batch: dict[str, jax.Array], *, graphdef: Any) -> tup
     """-sum log p(token) / learned tokens; the first token of a row has nothing to be predicted from."""
     model = nnx.merge(graphdef, params)
     hidden_BSD = model.hidden(batch["tokens_BS"])[:, :-1]
-    logprobs_BS = token_logprobs(hidden_BSD, model.head_VD, batch["tokens_BS"][:, 1:], chunk=128)
+    logprobs_BS = model.logprobs(hidden_BSD, batch["tokens_BS"][:, 1:], chunk_tokens=LOGPROB_CHUNK)
     mask_BS = batch["learned_BS"][:, 1:] & batch["real_B"][:, None]
     count = mask_BS.sum(dtype=jnp.float32)
     total = -jnp.where(mask_BS, logprobs_BS, 0).sum()
