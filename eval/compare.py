@@ -26,7 +26,7 @@ from eval.stats import (
     same_text_same_score,
     win_rates,
 )
-from models.checkpoint import FOLDER, find
+from models.checkpoint import find, folder_of, is_run
 from train import state as training
 from train.config import MeshConfig
 from train.metrics import console, setup_errors, write_jsonl
@@ -198,9 +198,9 @@ def read_scores(out: str | Path, name: str, step: int) -> list[Row]:
 def last_change(model: str) -> float:
     """When the weights of a model were last written; 0 for one that is on the Hub."""
     directory = Path(model.partition("@")[0])
-    if (directory / FOLDER).is_dir():
+    if is_run(directory):
         run, step = find(model)
-        return (run / FOLDER / str(step)).stat().st_mtime
+        return (folder_of(run) / str(step)).stat().mtime
     return max((file.stat().st_mtime for file in directory.glob("*.safetensors")), default=0.0)
 
 

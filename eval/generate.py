@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from models.checkpoint import FOLDER, about, exact_name, load_model
+from models.checkpoint import about, exact_name, is_run, load_model
 from models.generate import Generator
 from models.hf_weights import split
 from models.qwen3 import Qwen3
@@ -105,7 +105,7 @@ def generate(config: GenerateConfig) -> list[Row]:
 
 def trained_chat(checkpoint: str) -> ChatConfig:
     """How the prompts of a run were rendered."""
-    if not (Path(checkpoint.partition("@")[0]) / FOLDER).is_dir():
+    if not is_run(checkpoint):
         return ChatConfig()
     return ChatConfig(**about(checkpoint)["run"].get("chat", {}))
 

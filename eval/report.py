@@ -18,7 +18,7 @@ from eval import plots, story, tables
 from eval.compare import JUDGE_SCORE, RESULT, SCORES, describe, read_scores, without_nan
 from eval.page import Answer, Content, Sample, markdown, page
 from eval.runs import Arguments, Completions, PolicyRun, differences, same_model
-from models.checkpoint import FOLDER
+from models.checkpoint import is_run
 from train.metrics import METRICS, console, read_metrics, setup_errors
 
 SAMPLES = 6
@@ -198,7 +198,7 @@ def sources(config: ReportConfig, runs: Sequence[PolicyRun]) -> list[tuple[str, 
 
 def commands(config: ReportConfig, runs: Sequence[PolicyRun], result: dict[str, Any]) -> list[str]:
     """How to make every number again."""
-    models = [p.partition("@")[0] for p in config.reward_models if (Path(p.partition("@")[0]) / FOLDER).is_dir()]
+    models = [p.partition("@")[0] for p in config.reward_models if is_run(p)]
     lines = [f"python -m train reward --config {shlex.quote(model)}/config.yaml" for model in models]
     lines += [f"python -m train policy --config {shlex.quote(str(run.path))}/config.yaml" for run in runs]
     a, b = (result["runs"][result[side]]["path"] for side in "ab")

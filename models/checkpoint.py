@@ -5,6 +5,8 @@ runs/NAME/checkpoints/STEP/params   the trained parameters, a nested dict of arr
                           /about    JSON: {"model": a Hugging Face config, "run": the resolved run config, and
                                     "lora" where adapters are trained}
 runs/NAME/checkpoints/base          of a run that trains adapters: all other parameters, which never change
+
+Where they are to lie elsewhere, for example in gs://BUCKET/NAME, `checkpoints` is a file with the name of that place.
 """
 
 import textwrap
@@ -13,6 +15,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -26,12 +29,39 @@ from models.weight_files import could_be_on_hub
 FOLDER, BASE = "checkpoints", "base"
 
 
+def folder_of(run: str | Path) -> epath.Path:
+    """Where a run's checkpoints lie."""
+    here = Path(run).absolute() / FOLDER
+    return epath.Path(here.read_text(encoding="utf-8").strip() if here.is_file() else here)
+
+
+def is_run(checkpoint: str | Path) -> bool:
+    """Whether "runs/NAME" or "runs/NAME@STEP" is a run directory with checkpoints."""
+    return (Path(str(checkpoint).partition("@")[0]) / FOLDER).exists()
+
+
+def point_to(run: str | Path, directory: str) -> None:
+    """Say in a run's directory where its checkpoints lie.
+
+    Raises:
+      ValueError: it says something else already.
+    """
+    there = epath.Path(directory if "://" in directory else Path(directory).absolute())
+    if is_run(run) and folder_of(run) != there:
+        raise ValueError(f"checkpoint.directory: {directory}, but the checkpoints of {run} are in {folder_of(run)}")
+    Path(run).mkdir(parents=True, exist_ok=True)
+    (Path(run) / FOLDER).write_text(f"{there}\n", encoding="utf-8")
+
+
 class Checkpoints:
     """The checkpoints of one run directory. A killed save leaves the previous step intact."""
 
-    def __init__(self, run: str | Path, *, keep: int | None = None) -> None:
+    def __init__(self, run: str | Path, *, keep: int | None = None, directory: str | None = None) -> None:
+        """Of a run whose checkpoints lie in `directory`; None = in the run's own."""
+        if directory is not None:
+            point_to(run, directory)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True)
-        self._folder = (Path(run) / FOLDER).absolute()
+        self._folder = folder_of(run)
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def latest(self) -> int | None:
@@ -78,8 +108,8 @@ def find(checkpoint: str | Path) -> tuple[Path, int]:
       FileNotFoundError: no such run, no checkpoint in it, or not that step.
     """
     run, _, wanted = str(checkpoint).partition("@")
-    folder = Path(run) / FOLDER
-    steps = sorted(int(entry.name) for entry in folder.glob("*") if entry.name.isdigit()) if folder.is_dir() else []
+    folder = folder_of(run)
+    steps = sorted(int(entry.name) for entry in folder.iterdir() if entry.name.isdigit()) if folder.is_dir() else []
     if not steps:
         raise FileNotFoundError(f"{run}: not a checkpoint; expected a run directory with {FOLDER}/STEP in it")
     if not wanted:
@@ -91,8 +121,7 @@ def find(checkpoint: str | Path) -> tuple[Path, int]:
 
 def exact_name(checkpoint: str) -> str:
     """RUN@STEP of a run, of which the newest step is meant when none is named; else the name itself."""
-    run = Path(checkpoint.partition("@")[0])
-    return "{}@{}".format(*find(checkpoint)) if (run / FOLDER).is_dir() else checkpoint
+    return "{}@{}".format(*find(checkpoint)) if is_run(checkpoint) else checkpoint
 
 
 def about(checkpoint: str | Path) -> dict[str, Any]:
@@ -102,21 +131,21 @@ def about(checkpoint: str | Path) -> dict[str, Any]:
 
 def _restore(run: Path, step: int, **items: Any) -> Any:
     try:
-        with ocp.CheckpointManager((run / FOLDER).absolute()) as manager:
+        with ocp.CheckpointManager(folder_of(run)) as manager:
             return manager.restore(step, args=ocp.args.Composite(**items))
     except (KeyError, ValueError, FileNotFoundError) as error:
         why = textwrap.shorten(str(error), 200, placeholder=" ...")
         raise ValueError(f"{run}: step {step} is not a checkpoint that can be read ({why})") from error
 
 
-def _restore_base(folder: Path, frozen: Any) -> Any:
+def _restore_base(folder: epath.Path, frozen: Any) -> Any:
     with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(folder.absolute() / BASE, jax.tree.map(ocp.utils.to_shape_dtype_struct, frozen))
+        return checkpointer.restore(folder / BASE, jax.tree.map(ocp.utils.to_shape_dtype_struct, frozen))
 
 
 def _stored_dtype(run: Path, step: int, *, base: bool) -> Any:
-    directory = run / FOLDER / BASE if base else run / FOLDER / str(step) / "params"
-    return ocp.StandardCheckpointHandler().metadata(directory.absolute())["embed_VD"].dtype
+    directory = folder_of(run) / BASE if base else folder_of(run) / str(step) / "params"
+    return ocp.StandardCheckpointHandler().metadata(directory)["embed_VD"].dtype
 
 
 def load_adapters(checkpoint: str | Path) -> tuple[dict[str, Any], Lora, Qwen3Config]:
@@ -126,7 +155,7 @@ def load_adapters(checkpoint: str | Path) -> tuple[dict[str, Any], Lora, Qwen3Co
       ValueError: a checkpoint without adapters.
     """
     check(checkpoint)
-    said = about(checkpoint) if (Path(str(checkpoint).partition("@")[0]) / FOLDER).is_dir() else {}
+    said = about(checkpoint) if is_run(checkpoint) else {}
     if "lora" not in said:
         raise ValueError(f"{checkpoint}: has no adapters; expected a run that was trained with lora.rank above 0")
     lora, config = Lora(**said["lora"]), Qwen3Config.from_hf(said["model"], source=str(checkpoint))
@@ -143,7 +172,7 @@ def check(path: str | Path) -> None:
       ValueError: a config.json that is not supported.
     """
     run = Path(str(path).partition("@")[0])
-    if (run / FOLDER).is_dir():
+    if is_run(path):
         find(path)
         return
     expected = f"a run directory with {FOLDER}/STEP in it, or a Hugging Face model directory with a config.json"
@@ -172,7 +201,7 @@ def load_model(
       ValueError: see `models.hf_weights.load_pretrained`.
     """
     check(path)
-    if not (Path(str(path).partition("@")[0]) / FOLDER).is_dir():
+    if not is_run(path):
         return load_pretrained(path, mesh=mesh, dtype=dtype, param_dtype=param_dtype, **options)
     run, step = find(path)
     layout, said = as_layout(mesh), about(path)
@@ -183,5 +212,5 @@ def load_model(
     trained, frozen = separate(abstract_params(abstract_model(config, lora=lora, **options), layout))
     params = _restore(run, step, params=ocp.args.StandardRestore(trained))["params"]
     if lora is not None:
-        params = merge(join(params, _restore_base(run / FOLDER, frozen)), lora)
+        params = merge(join(params, _restore_base(folder_of(run), frozen)), lora)
     return nnx.merge(split(abstract_model(config, **options))[0], params)

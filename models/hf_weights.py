@@ -23,7 +23,7 @@ from safetensors.numpy import save_file
 from models.config import DTYPES, Qwen3Config, read_config, stored_dtype
 from models.qwen3 import Backbone, Qwen3
 from models.reward_model import Qwen3RewardModel
-from models.sharding import RULES, Layout, parameter_shardings
+from models.sharding import RULES, Layout, parameter_shardings, placed
 from models.weight_files import INDEX_FILE, SINGLE_FILE, Stored, aligned, find_directory, open_weights
 
 BLOCK_BYTES = 64 * 2**20  # of a file that are read at a time
@@ -77,10 +77,7 @@ def abstract_params(model: Backbone, layout: Layout | None) -> Parameters:
       ValueError: a parameter axis that the mesh does not divide.
     """
     _, shapes = split(model)
-    if layout is None:
-        return shapes
-    place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
-    return jax.tree.map(place, shapes, parameter_shardings(model, layout))
+    return shapes if layout is None else jax.tree.map(placed, shapes, parameter_shardings(model, layout))
 
 
 def flatten(params: Mapping[str, Any]) -> dict[str, Any]:

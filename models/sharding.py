@@ -114,6 +114,27 @@ def fetch(array: jax.Array) -> np.ndarray:
     return np.asarray(array)
 
 
+def placed(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    """A shape with the place where such an array would be."""
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def to_host(tree: Any) -> Any:
+    """Arrays in the memory of the host, each shard in that of its device's; None stays None.
+
+    Raises:
+      ValueError: the backend has no such memory.
+    """
+    if not all("pinned_host" in {memory.kind for memory in d.addressable_memories()} for d in jax.local_devices()):
+        raise ValueError(f"offload: {jax.default_backend()} has no memory of the host that devices can read")
+    return jax.tree.map(lambda a: jax.device_put(a, a.sharding.with_memory_kind("pinned_host")), tree)
+
+
+def to_device(tree: Any) -> Any:
+    """The same arrays in the memory of their devices; those that are there already are not copied."""
+    return jax.tree.map(lambda a: jax.device_put(a, a.sharding.with_memory_kind("device")), tree)
+
+
 def make_layout(
     *,
     data: int = 1,

@@ -43,9 +43,9 @@ def main(arguments: list[str]) -> int:
     from train import processes
     from train.metrics import SetupError, console
 
-    enable_compile_cache()
     try:
         if command != "plan":  # which makes its own devices
+            enable_compile_cache()
             processes.start()
             console.quiet = not processes.is_first()
         if count:

@@ -66,6 +66,7 @@ class OptimizerConfig:
     adam_epsilon: float = 1e-8
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
+    master_weights: bool = False  # keep a float32 copy of bfloat16 parameters, and add updates up in that
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"  # after the warm-up
     warmup_steps: int = 10
 
@@ -87,6 +88,7 @@ class MeshConfig:
 class CheckpointConfig:
     every: int = 25  # steps; the last step is always saved
     keep: int | None = None  # None: all of them
+    directory: str | None = None  # None: output_dir/checkpoints; else a directory or gs://BUCKET/NAME
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "every")
@@ -118,6 +120,11 @@ class RunConfig:
     def __post_init__(self) -> None:
         _at_least(self, 1, "max_steps")
         _at_least(self, 0, "seed")
+        if self.optimizer.master_weights and (self.model.param_dtype == "float32" or self.lora.rank):
+            raise ValueError(
+                "optimizer.master_weights: is for parameters that are trained in bfloat16; set model.param_dtype, or "
+                "leave it out (float32 parameters and adapters are their own master weights)"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +162,7 @@ class RewardSpec:
     name: str | None = None  # in the metrics; default: the model's or function's last part
     max_length: int = 4096  # of prompt and completion, in the reward model's tokens; longer: unscorable, counted
     batch_prompts: int = 32  # prompts scored at a time
+    offload: bool = False  # keep the model in the host's memory while nothing is scored
 
     def __post_init__(self) -> None:
         if (self.model is None) == (self.function is None):
@@ -174,6 +182,7 @@ class LossConfig:
     clip_high: float = 0.2
     ratio: Literal["token", "sequence"] = "token"
     aggregate: Literal["token", "sequence", "constant", "token_per_microbatch"] = "token"
+    offload_reference: bool = False  # keep the reference policy in the host's memory between updates
     logprob_chunk: int = 1024  # tokens whose logits exist at a time on each device; at least one of every row
 
     def __post_init__(self) -> None:

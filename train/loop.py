@@ -34,7 +34,7 @@ from models.generate import Generator
 from models.hf_weights import split
 from models.lora import join
 from models.sampler import Rollout
-from models.sharding import Layout, fetch
+from models.sharding import Layout, fetch, to_device, to_host
 from train import state as training
 from train.config import PolicyConfig
 from train.metrics import Run, Timer, console, divide, rollout_metrics, setup_errors
@@ -74,6 +74,7 @@ def train_policy(config: PolicyConfig) -> None:
         optimizer, schedule = training.make_optimizer(config.optimizer, config.max_steps)
         first = training.make_state(params, optimizer, layout)
         ref_params = training.copy(first.params) if config.loss.beta else None  # adapters: fresh ones change nothing
+        ref_params = to_host(ref_params) if config.loss.offload_reference else ref_params
         state = run.resume(first)
 
     generator = Generator(
@@ -115,7 +116,7 @@ def train_policy(config: PolicyConfig) -> None:
         # 6 loss, 7 update
         with timer("update"):
             batch = make_batch(prompt_PS, lengths_P, rollout, rewards_PG, advantages_PG)
-            state, learned = update(state, ref_params, batch)
+            state, learned = update(state, to_device(ref_params), batch)
             metrics |= divide(learned)
         # 8 log, validate, checkpoint
         done = step + 1
@@ -210,7 +211,8 @@ def update_programs(
 
     @partial(jax.jit, out_shardings=where.params)
     def nothing(params: Any) -> Any:
-        return jax.tree.map(jnp.zeros_like, params)
+        exact = jnp.float32 if config.optimizer.master_weights else None
+        return jax.tree.map(partial(jnp.zeros_like, dtype=exact), params)
 
     @partial(jax.jit, donate_argnums=0, out_shardings=(where.params, None))
     def add(total: Any, state: TrainState, ref_params: Any, micro: Any, denominator: jax.Array) -> tuple[Any, Metrics]:

@@ -20,10 +20,10 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from models.checkpoint import Checkpoints
+from models.checkpoint import Checkpoints, folder_of
 from models.tokenizer import Tokenizer
 from train.config import RunConfig, resolved
-from train.processes import is_first
+from train.processes import are_several, gather, is_first
 from train.state import TrainState
 
 console = Console(soft_wrap=True)
@@ -58,7 +58,8 @@ class Run:
             write_whole(self.path / CONFIG, yaml.safe_dump(plain, sort_keys=False))
             tokenizer.save(self.path / "tokenizer")
         self._about = {"model": dict(model), "run": plain} | ({"lora": plain["lora"]} if config.lora.rank else {})
-        self._checkpoints = Checkpoints(self.path, keep=config.checkpoint.keep)
+        self._checkpoints = Checkpoints(self.path, keep=config.checkpoint.keep, directory=config.checkpoint.directory)
+        self._check_shared()
         self._trackers: list[Any] = []
         self._progress: Progress | None = None
         self._started = time.perf_counter()
@@ -75,6 +76,25 @@ class Run:
             raise ValueError(
                 f"{self.path}: holds a run with another config ({key}: {before.get(key)!r}, now {plain[key]!r}); "
                 f"choose another output_dir, or delete that directory to start over"
+            )
+
+    def _check_shared(self) -> None:
+        """Refuse, where there are several processes, checkpoints in a place that not all of them see."""
+        if not are_several():
+            return
+        number = gather(np.random.default_rng().integers(2**31, size=1, dtype=np.int32))[0]
+        sign = folder_of(self.path) / f"shared-{number}.tmp"
+        if is_first():
+            sign.write_text("all processes see this")
+        gather(np.zeros(1))  # by now it is written
+        seen = sign.exists()
+        gather(np.zeros(1))  # by now all have looked
+        if is_first():
+            sign.unlink()
+        if not seen:
+            raise ValueError(
+                f"{folder_of(self.path)}: process {jax.process_index()} does not see what process 0 writes there; "
+                f"expected one directory for all: a shared output_dir, or checkpoint.directory on one (gs:// too)"
             )
 
     def resume(self, state: TrainState) -> TrainState:

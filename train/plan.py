@@ -14,7 +14,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +31,7 @@ from models.hf_weights import abstract_model, abstract_params, split
 from models.lora import separate
 from models.published import PUBLISHED
 from models.sampler import SamplingParams
-from models.sharding import Layout
+from models.sharding import Layout, placed
 from models.weight_files import find_directory
 from train import state as training
 from train.config import MeshConfig, PlanConfig
@@ -74,6 +74,11 @@ class Cost(NamedTuple):
     seconds: float  # that compiling took
 
 
+def held(arrays: Mapping[str, float], beside: Sequence[str]) -> float:
+    """Bytes of what is always there, and of what stands beside it."""
+    return sum(arrays.get(name, 0.0) for name in {*ALWAYS, *beside})
+
+
 class Plan(NamedTuple):
     mesh: dict[str, int]
     arrays: dict[str, float]  # bytes on each device
@@ -83,7 +88,7 @@ class Plan(NamedTuple):
 
     def memory(self, program: Program, cost: Cost) -> float:
         """Bytes on each device while it runs."""
-        return sum(self.arrays[name] for name in (*ALWAYS, *program.beside)) + cost.temporaries
+        return held(self.arrays, program.beside) + cost.temporaries
 
     @property
     def peak(self) -> float:
@@ -137,10 +142,9 @@ def simulate(config: PlanConfig) -> list[jax.Device]:
 
 def network_config(path: str) -> Qwen3Config:
     """The shape of a model: of a run, of a directory, of a published name, or of what the Hub has."""
-    run = Path(path.partition("@")[0])
-    if (run / checkpoint.FOLDER).is_dir():
+    if checkpoint.is_run(path):
         return Qwen3Config.from_hf(checkpoint.about(path)["model"], source=path)
-    return PUBLISHED[path] if path in PUBLISHED and not run.is_dir() else read_config(find_directory(path))
+    return PUBLISHED[path] if path in PUBLISHED and not Path(path).is_dir() else read_config(find_directory(path))
 
 
 def layout_of(config: PlanConfig, devices: Sequence[jax.Device]) -> Layout:
@@ -163,7 +167,7 @@ def suggestions(
                 arrays, _ = describe(chosen, layout_of(chosen, devices), network, rewards)
             except ValueError:
                 continue  # something does not divide
-            if sum(arrays[name] for name in (*ALWAYS, "gradient")) < FULL * HBM[str(config.chip)]:
+            if held(arrays, ["gradient"]) < FULL * HBM[str(config.chip)]:
                 yield mesh
 
 
@@ -206,65 +210,87 @@ def tpu_devices(chip: str | None, count: int) -> Sequence[Any] | None:
         return None
 
 
-def describe(
-    config: PlanConfig, layout: Layout, network: Qwen3Config, rewards: Sequence[Qwen3Config]
-) -> tuple[dict[str, float], list[Program]]:
-    """The arrays of a run, as bytes on each device, and its programs; all of them shapes alone."""
-    model = abstract_model(
-        network,
-        lora=config.lora,
-        dtype=config.model.dtype,
-        param_dtype=config.model.param_dtype,
-        remat=config.model.remat,
-        layout=layout,
-    )
+Parts = tuple[dict[str, float], list[Program]]  # arrays, as bytes on each device, and programs
+
+
+def describe(config: PlanConfig, layout: Layout, network: Qwen3Config, rewards: Sequence[Qwen3Config]) -> Parts:
+    """The arrays of a run and its programs; all of them shapes alone."""
+    dtypes = {"dtype": config.model.dtype, "param_dtype": config.model.param_dtype}
+    model = abstract_model(network, lora=config.lora, remat=config.model.remat, layout=layout, **dtypes)
     (graphdef, _), params = split(model), abstract_params(model, layout)
+    arrays, programs = updating(config, layout, graphdef, params)
+    for more_arrays, more_programs in (scoring(config, layout, rewards), sampling(config, layout, graphdef, params)):
+        arrays, programs = more_arrays | arrays, more_programs + programs
+    P, G, S, T = sizes(config)
+    size = jnp.dtype(config.model.dtype).itemsize
+    return arrays | {"cache of keys and values": cache_bytes(network, P, G, S, T, layout, size)}, programs
+
+
+def sizes(config: PlanConfig) -> tuple[int, int, int, int]:
+    """P, G, S, T."""
+    lengths = (config.max_prompt_length, config.max_completion_length)
+    return config.prompts_per_step, config.num_generations, *lengths
+
+
+def sampling(config: PlanConfig, layout: Layout, graphdef: Any, params: Any) -> Parts:
+    P, G, S, T = sizes(config)
+    programs: list[Program] = []
+    arrays: dict[str, float] = {}
+    during: tuple[str, ...] = ()
+    if config.mesh.sampling_copy:
+        source, params = params, sampling_params(graphdef, params, layout)
+        programs.append(Program("copy", 1, copying_program(params), (source,), {}))
+        arrays, during = {"sampling copy": on_device(params)}, ("sampling copy",)
+    prompts = [shape(layout, (P, S), jnp.int32, ("prompt", None)), *[shape(layout, (P,), jnp.int32, ("prompt",))] * 2]
+    settings = SamplingParams(config.temperature, config.top_k, config.top_p, config.min_tokens, np.zeros(2, np.int32))
+    arguments = (params, *prompts, jax.eval_shape(lambda: jax.random.key(0)), settings)
+    jitted = sampling_program(graphdef, T, 0)
+    programs.append(Program("sample", 1, jitted, arguments, {"num_generations": G}, during, sampling_trips(T)))
+    return arrays, programs
+
+
+def scoring(config: PlanConfig, layout: Layout, rewards: Sequence[Qwen3Config]) -> Parts:
+    P, G, S, T = sizes(config)
+    arrays: dict[str, float] = {"reward models": 0.0}
+    programs = []
+    for spec, network in zip((spec for spec in config.rewards if spec.model), rewards, strict=True):
+        scorer = abstract_model(network, dtype=config.model.dtype, param_dtype=config.model.dtype, layout=layout)
+        params, n = abstract_params(scorer, layout), spec.batch_prompts
+        shapes = ((n, S), (n,), (n, G, T), (n, G))
+        texts = [shape(layout, dims, jnp.int32, axes) for dims, axes in zip(shapes, SCORED_AXES, strict=True)]
+        place = f"offloaded {spec.label}" if spec.offload else "reward models"
+        arrays[place] = arrays.get(place, 0.0) + on_device(params)
+        jitted, during = scoring_program(split(scorer)[0]), (place,) if spec.offload else ()
+        programs.append(Program(f"score {spec.label}", -(-P // n), jitted, (params, *texts), {}, during))
+    return arrays, programs
+
+
+def updating(config: PlanConfig, layout: Layout, graphdef: Any, params: Any) -> Parts:
+    P, G, S, T = sizes(config)
     optimizer, _ = training.make_optimizer(config.optimizer, config.max_steps)
     trained, frozen = separate(params)
     opt_state = training.abstract_opt_state(trained, optimizer, layout)
-    step: Any = shape(layout, (), jnp.int32, ())
-    state = TrainState(trained, frozen, opt_state, step)
+    scalar: Any = shape(layout, (), jnp.int32, ())
+    state = TrainState(trained, frozen, opt_state, scalar)
     reference = trained if config.loss.beta else None
-    P, G, S, T = (
-        config.prompts_per_step,
-        config.num_generations,
-        config.max_prompt_length,
-        config.max_completion_length,
-    )
-    copied = sampling_params(graphdef, params, layout) if config.mesh.sampling_copy else params
-    programs = []
-    if config.mesh.sampling_copy:
-        programs.append(Program("copy", 1, copying_program(copied), (params,), {}))
-    prompts = [shape(layout, (P, S), jnp.int32, ("prompt", None)), *[shape(layout, (P,), jnp.int32, ("prompt",))] * 2]
-    sampling = SamplingParams(config.temperature, config.top_k, config.top_p, config.min_tokens, np.zeros(2, np.int32))
-    arguments = (copied, *prompts, jax.eval_shape(lambda: jax.random.key(0)), sampling)
-    jitted = sampling_program(graphdef, T, 0)
-    beside = ("sampling copy",) if config.mesh.sampling_copy else ()
-    programs.append(Program("sample", 1, jitted, arguments, {"num_generations": G}, beside, sampling_trips(T)))
-    scored = 0.0
-    for spec, judge in zip((spec for spec in config.rewards if spec.model), rewards, strict=True):
-        scorer = abstract_model(judge, dtype=config.model.dtype, param_dtype=config.model.dtype, layout=layout)
-        weights, n = abstract_params(scorer, layout), spec.batch_prompts
-        shapes = ((n, S), (n,), (n, G, T), (n, G))
-        texts = [shape(layout, dims, jnp.int32, axes) for dims, axes in zip(shapes, SCORED_AXES, strict=True)]
-        scored += on_device(weights)
-        jitted = scoring_program(split(scorer)[0])
-        programs.append(Program(f"score {spec.label}", -(-P // n), jitted, (weights, *texts), {}))
     update = update_programs(graphdef, optimizer, config, state)
+    gradient = jax.tree.map(
+        lambda leaf, like: placed(leaf, like.sharding), jax.eval_shape(update.nothing, trained), trained
+    )
     micro = abstract_microbatch(config.microbatch_prompts, S, G, T, layout)
-    arguments = (trained, state, reference, micro, shape(layout, (), jnp.float32, ()))
-    programs.append(Program("gradient", P // config.microbatch_prompts, update.add, arguments, {}, ("gradient",)))
-    programs.append(Program("optimizer", 1, update.apply, (state, trained), {}, ("gradient",)))
+    arguments = (gradient, state, reference, micro, shape(layout, (), jnp.float32, ()))
+    place = "offloaded reference" if config.loss.offload_reference else "reference"
     arrays = {
         "parameters": on_device(trained),
         "base of adapters": on_device(frozen),
-        "reference": on_device(reference),
         "optimizer": on_device(opt_state),
-        "reward models": scored,
-        "sampling copy": on_device(copied) if config.mesh.sampling_copy else 0.0,
-        "gradient": on_device(trained),
-        "cache of keys and values": cache_bytes(network, P, G, S, T, layout, jnp.dtype(config.model.dtype).itemsize),
+        "gradient": on_device(gradient),
+        place: on_device(reference),
     }
+    programs = [
+        Program("gradient", P // config.microbatch_prompts, update.add, arguments, {}, ("gradient", place)),
+        Program("optimizer", 1, update.apply, (state, gradient), {}, ("gradient",)),
+    ]
     return arrays, programs
 
 

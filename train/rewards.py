@@ -18,7 +18,7 @@ from flax import nnx
 from models.checkpoint import load_model
 from models.hf_weights import split
 from models.reward_model import Qwen3RewardModel
-from models.sharding import Layout, fetch
+from models.sharding import Layout, fetch, to_device, to_host
 from models.tokenizer import Prompt, Tokenizer, bucket, tokenizer_path
 from train.config import RewardSpec
 from train.processes import gather, gather_lists
@@ -40,6 +40,7 @@ class Rewards:
                 dtype=dtype,
                 max_length=spec.max_length,
                 batch_prompts=spec.batch_prompts,
+                offload=spec.offload,
             )
             for spec in specs
         }
@@ -89,6 +90,7 @@ class RewardModelScorer:
         dtype: str = "float32",
         max_length: int = 4096,
         batch_prompts: int = 32,
+        offload: bool = False,
     ) -> None:
         model = load_model(path, mesh=layout, dtype=dtype)
         if not isinstance(model, Qwen3RewardModel):
@@ -96,7 +98,8 @@ class RewardModelScorer:
         self.tokenizer = Tokenizer(tokenizer_path(path))
         self.tokenizer.check_fits(model.config.vocab_size, path)
         self.layout, self.max_length, self.batch_prompts = layout, max_length, batch_prompts
-        graphdef, self.params = split(model)
+        graphdef, params = split(model)
+        self.params = to_host(params) if offload else params
         self._score = scoring_program(graphdef)
 
     def __call__(
@@ -112,9 +115,10 @@ class RewardModelScorer:
         rows = gather_lists(rows)
         groups = [rows[start : start + G] for start in range(0, len(rows), G)]
         batches = range(0, len(groups), self.batch_prompts)
-        return np.concatenate([self._score_batch(groups[i : i + self.batch_prompts]) for i in batches])
+        params = to_device(self.params)
+        return np.concatenate([self._score_batch(params, groups[i : i + self.batch_prompts]) for i in batches])
 
-    def _score_batch(self, groups: Sequence[Sequence[list[int]]]) -> np.ndarray:
+    def _score_batch(self, params: Any, groups: Sequence[Sequence[list[int]]]) -> np.ndarray:
         P, G = len(groups), len(groups[0])
         too_long_PG = np.array([[not 0 < len(row) <= self.max_length for row in group] for group in groups])
         groups = [[row[: self.max_length] or [self.tokenizer.pad_id] for row in group] for group in groups]
@@ -131,7 +135,7 @@ class RewardModelScorer:
             self.layout.put(array, axes) if self.layout else array
             for axes, array in zip(SCORED_AXES, arrays, strict=True)
         ]
-        rewards_PG = fetch(self._score(self.params, *placed))[:P]
+        rewards_PG = fetch(self._score(params, *placed))[:P]
         return np.where(too_long_PG, np.nan, rewards_PG)
 
     def _pad(self, rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:

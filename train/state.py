@@ -14,7 +14,7 @@ from models.config import POLICY
 from models.hf_weights import abstract_model, flatten, nest, split
 from models.lora import Lora, join, separate
 from models.qwen3 import Backbone
-from models.sharding import Layout, make_layout, parameter_shardings
+from models.sharding import Layout, make_layout, parameter_shardings, placed
 from models.tokenizer import Tokenizer
 from train.config import ChatConfig, MeshConfig, ModelConfig, OptimizerConfig
 
@@ -131,7 +131,34 @@ def make_optimizer(config: OptimizerConfig, max_steps: int) -> tuple[optax.Gradi
     adamw = optax.adamw(
         schedule, config.adam_beta1, config.adam_beta2, config.adam_epsilon, weight_decay=config.weight_decay
     )
-    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), adamw), schedule
+    optimizer = optax.chain(optax.clip_by_global_norm(config.max_grad_norm), adamw)
+    return (with_master_weights(optimizer) if config.master_weights else optimizer), schedule
+
+
+class MasterWeights(NamedTuple):
+    master: Any  # the parameters in float32
+    inner: Any
+
+
+def with_master_weights(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """An optimizer on float32 copies of the parameters, which are the copies' rounded to what they are stored in.
+
+    A bfloat16 parameter has 8 bits: an update below 1/512 of it would be lost, every time.
+    """
+
+    def exact(tree: Any) -> Any:
+        return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+    def init(params: Any) -> MasterWeights:
+        return MasterWeights(exact(params), optimizer.init(exact(params)))
+
+    def update(gradient: Any, state: Any, params: Any = None) -> tuple[Any, MasterWeights]:
+        updates, inner = optimizer.update(exact(gradient), state.inner, state.master)
+        master = optax.apply_updates(state.master, updates)
+        rounded = jax.tree.map(lambda m, p: m.astype(p.dtype), master, params)
+        return jax.tree.map(jnp.subtract, exact(rounded), exact(params)), MasterWeights(master, inner)
+
+    return optax.GradientTransformation(init, update)
 
 
 def make_state(params: dict[str, Any], optimizer: optax.GradientTransformation, layout: Layout) -> TrainState:
@@ -144,13 +171,12 @@ def make_state(params: dict[str, Any], optimizer: optax.GradientTransformation, 
 
 def abstract_opt_state(params: Any, optimizer: optax.GradientTransformation, layout: Layout) -> Any:
     """The shapes of an optimizer's state and its shardings: those of the parameters (which may be shapes too)."""
-    place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
     return optax.tree_utils.tree_map_params(
         optimizer,
-        lambda leaf, parameter: place(leaf, parameter.sharding),
+        lambda leaf, parameter: placed(leaf, parameter.sharding),
         jax.eval_shape(optimizer.init, params),
         params,
-        transform_non_params=lambda leaf: place(leaf, layout.sharding(())),
+        transform_non_params=lambda leaf: placed(leaf, layout.sharding(())),
     )
 
 

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# A TPU pod slice: the same command on every host, JAX finds the others by itself.
+# Usage: NAME=my-pod ZONE=us-east5-a RUN=gs://my-bucket/my-run configs/launch/tpu_pod.sh CONFIG [--key value ...]
+# The checkout must lie in ~/gopo_jax on every host:
+#   gcloud compute tpus tpu-vm ssh "$NAME" --zone "$ZONE" --worker=all --command "git clone REPOSITORY gopo_jax"
+set -euo pipefail
+: "${NAME:?the name of the TPU}" "${ZONE:?its zone}" "${RUN:?where checkpoints go: hosts share no disk}"
+train="make install ACCELERATOR=tpu && .venv/bin/pip install -q gcsfs && .venv/bin/python -m train policy --config $1"
+exec gcloud compute tpus tpu-vm ssh "$NAME" --zone "$ZONE" --worker=all \
+    --command "cd gopo_jax && $train --checkpoint.directory $RUN ${*:2}"

@@ -1,0 +1,139 @@
+"""What a step carries on: master weights, arrays kept on the host, checkpoints kept elsewhere."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import train.metrics
+from eval.compare import last_change
+from models.checkpoint import Checkpoints, find, folder_of, load_model
+from models.hf_weights import split
+from models.sharding import make_layout, to_device, to_host
+from train.config import CheckpointConfig, LossConfig, OptimizerConfig, PolicyConfig
+from train.loop import train_policy
+from train.metrics import Run, SetupError, read_metrics
+from train.state import apply, make_optimizer, make_state
+
+MakeConfig = Callable[..., PolicyConfig]
+
+
+def numbers(run: Path) -> list[dict[str, float]]:
+    return [{k: v for k, v in row.items() if not k.startswith(("timing_s/", "perf/"))} for row in read_metrics(run)]
+
+
+@pytest.mark.parametrize("master", [False, True])
+def test_master_weights_keep_what_bfloat16_loses(master: bool) -> None:
+    """1,000 steps of Adam by 1e-4: from 1 to 0.9 with master weights, nowhere without (1/256 is bfloat16's step)."""
+    config = OptimizerConfig(learning_rate=1e-4, warmup_steps=0, master_weights=master)
+    optimizer, _ = make_optimizer(config, 1000)
+    start = jax.device_put(jnp.ones(8, jnp.bfloat16), make_layout().sharding((None,)))
+    state = make_state({"layers": {"x": start}}, optimizer, make_layout())
+    step = jax.jit(lambda state: apply(optimizer, state, {"layers": {"x": jnp.ones(8, jnp.bfloat16)}}))
+    for _ in range(1000):
+        state = step(state)
+        if master:
+            exact = state.opt_state.master["layers"]["x"]
+            np.testing.assert_array_equal(state.params["layers"]["x"], exact.astype(jnp.bfloat16))
+    found = float(state.params["layers"]["x"][0])
+    assert state.params["layers"]["x"].dtype == jnp.bfloat16
+    assert found == pytest.approx(0.9, abs=1 / 256) if master else found == 1.0
+
+
+def test_master_weights_of_float32_would_be_twice_the_same(policy_config: MakeConfig, tmp_path: Path) -> None:
+    config = policy_config(tmp_path)
+    with pytest.raises(ValueError, match="optimizer.master_weights: is for parameters that are trained in bfloat16"):
+        replace(config, optimizer=OptimizerConfig(master_weights=True))
+    model = replace(config.model, param_dtype="bfloat16")
+    train_policy(replace(config, model=model, optimizer=OptimizerConfig(master_weights=True), max_steps=2))
+    saved = Checkpoints(tmp_path / "run")
+    assert saved.latest() == 2
+    saved.close()
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(split(load_model(tmp_path / "run", dtype="auto"))[1])} == {
+        "bfloat16"
+    }
+
+
+def test_what_waits_on_the_host_changes_nothing(policy_config: MakeConfig, tmp_path: Path) -> None:
+    here = policy_config(tmp_path / "here", loss=LossConfig(beta=0.1))
+    away = policy_config(tmp_path / "away", loss=LossConfig(beta=0.1, offload_reference=True))
+    away = replace(away, rewards=[replace(away.rewards[0], offload=True)])
+    train_policy(here)
+    train_policy(away)
+    assert numbers(tmp_path / "here" / "run") == numbers(tmp_path / "away" / "run")
+
+
+def test_host_memory() -> None:
+    tree = {"a": jax.device_put(jnp.arange(3.0), make_layout().sharding((None,))), "b": None}
+    waiting = to_host(tree)
+    assert waiting["a"].sharding.memory_kind == "pinned_host" and waiting["b"] is None
+    back = to_device(waiting)
+    assert back["a"].sharding.memory_kind == "device"
+    np.testing.assert_array_equal(back["a"], tree["a"])
+
+
+def test_host_memory_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Device:
+        def addressable_memories(self) -> list[Any]:
+            return []
+
+    monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
+    with pytest.raises(ValueError, match="offload: cpu has no memory of the host that devices can read"):
+        to_host({})
+
+
+def test_checkpoints_elsewhere(policy_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run is what it is with its checkpoints inside; whoever is given its directory finds them."""
+    monkeypatch.chdir(tmp_path)
+    inside = policy_config(tmp_path / "inside", max_steps=2, checkpoint=CheckpointConfig(every=1))
+    outside = policy_config(
+        tmp_path / "outside", max_steps=2, checkpoint=CheckpointConfig(every=1, directory="far/away")
+    )
+    train_policy(inside)
+    train_policy(outside)
+    run = tmp_path / "outside" / "run"
+    assert (run / "checkpoints").is_file() and {"1", "2"} <= {p.name for p in (tmp_path / "far" / "away").iterdir()}
+    assert find(run) == (run, 2) and last_change(str(run)) > 0
+    ends = [split(load_model(f"{folder}@2"))[1] for folder in (run, tmp_path / "inside" / "run")]
+    jax.tree.map(np.testing.assert_array_equal, *ends)
+    train_policy(replace(outside, max_steps=3, checkpoint=CheckpointConfig(every=1)))  # it remembers where they are
+    assert find(run) == (run, 3)
+    with pytest.raises(SetupError, match="checkpoint.directory: elsewhere, but the checkpoints of .* are in .*away"):
+        train_policy(replace(outside, max_steps=3, checkpoint=CheckpointConfig(directory="elsewhere")))
+    shutil.rmtree(tmp_path / "far")
+    with pytest.raises(FileNotFoundError, match="not a checkpoint"):
+        find(run)
+
+
+def test_a_bucket_is_a_place_for_checkpoints(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("gs://bucket/name\n")
+    assert str(folder_of(tmp_path)) == "gs://bucket/name"
+    assert str(folder_of(tmp_path) / "3" / "params") == "gs://bucket/name/3/params"
+
+
+def test_processes_that_do_not_share_a_directory_are_told(
+    policy_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train.metrics, "are_several", lambda: True)
+    monkeypatch.setattr(train.metrics, "gather", lambda mine: mine)
+    config = policy_config(tmp_path)
+    tokenizer = train.state.make_tokenizer(config.model, config.chat)
+    Run(config, {}, tokenizer).close()  # the first process sees what it writes
+    assert not list((tmp_path / "run" / "checkpoints").glob("shared*"))
+    monkeypatch.setattr(train.metrics, "is_first", lambda: False)
+    with pytest.raises(ValueError, match="process 0 does not see what process 0 writes there; expected one directory"):
+        Run(config, {}, tokenizer)
+
+
+def test_optax_adds_up_what_it_is_given() -> None:
+    """`apply_updates` adds a float32 change to a bfloat16 parameter in float32, which master weights rely on."""
+    p, wanted = jnp.bfloat16(3.0), jnp.bfloat16(3.03125)
+    change = wanted.astype(jnp.float32) - p.astype(jnp.float32)
+    assert optax.apply_updates(p, change) == wanted
