@@ -8,6 +8,7 @@ Axis letters, used as a suffix on every array name in the whole project (`reward
     T  completion tokens            K  key/value heads       R  reward functions
     V  vocabulary                   E  head_dim              N  seeds
     B  rows flattened for a library Q  query heads per key/value head
+    A  rank of adapters
 
 G is always the group, S always the prompt. The functions here take any leading axes in place of P.
 """

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from models.attention import Past
 from models.qwen3 import Prefix, Qwen3
-from models.sharding import Layout, ways
+from models.sharding import Layout, constrain, ways
 
 FEWEST = 8  # completions that are computed at a time, once the others have ended
 LONG = 128  # tokens; for shorter completions fewer slots save less time than compiling loops for them takes
@@ -97,7 +97,7 @@ def sample(
         return State(slots, state.past.append(own_LPKG1E))
 
     prompt_P, whole = jnp.arange(P), nothing
-    state = State(slots, Past.empty(prefix.kv, G, T))
+    state = State(slots, empty_cache(model, prefix, G, T))
     sizes = stages(P, G, model.layout) if T >= LONG else [(P, G)]
     for here, smaller in zip(sizes, [*sizes[1:], None], strict=True):
 
@@ -113,6 +113,14 @@ def sample(
         elif smaller is not None:
             prompt_P, prefix, state = fewer_prompts(prompt_P, prefix, state, smaller[0])
     return whole
+
+
+def empty_cache(model: Qwen3, prefix: Prefix, G: int, T: int) -> Past:
+    """Room for the keys and values of all completions, on the devices of their prompts, completions and heads."""
+    past = Past.empty(prefix.kv, G, T)
+    axes = ("layers", "prompt", "kv_heads", "group", None, None)
+    keys, values = (constrain(model.layout, array, *axes) for array in past[:2])
+    return past._replace(keys_LPKGET=keys, values_LPKGTE=values)
 
 
 class Slots(NamedTuple):

@@ -178,7 +178,9 @@ def make_plan(
     layout = layout_of(config, devices)
     arrays, _ = describe(config, layout, network, rewards)
     float32 = dataclasses.replace(config.model, dtype="float32", param_dtype="float32")
-    _, programs = describe(dataclasses.replace(config, model=float32), layout, network, rewards)
+    no_master = dataclasses.replace(config.optimizer, master_weights=False)
+    twin = dataclasses.replace(config, model=float32, optimizer=no_master)
+    _, programs = describe(twin, layout, network, rewards)
     size = jnp.dtype(config.model.dtype).itemsize / 4
     costs, compiler = [measure(program, layout, size) for program in programs], "the compiler for CPUs (an estimate)"
     if (topology := tpu_devices(config.chip, len(devices))) is not None:
@@ -204,6 +206,8 @@ def tpu_devices(chip: str | None, count: int) -> Sequence[Any] | None:
     shape = "x".join(map(str, sorted(sides)))
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # do not ask a cloud which machine this is
     try:
+        if math.prod(sides) != count:
+            raise ValueError(f"{count} is not a power of two")
         return topologies.get_topology_desc(f"{chip}:{shape}", platform="tpu").devices
     except Exception as error:  # whatever libtpu says: there is the other compiler
         console.print(f"libtpu has no {chip}:{shape} ({str(error).splitlines()[0]}): estimated instead")
