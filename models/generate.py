@@ -61,8 +61,7 @@ class Generator:
             return params
         if self._copy is None:
             wanted = sampling_params(self._graphdef, params, self.layout)
-            now, then = (jax.tree.map(lambda leaf: (leaf.dtype, leaf.sharding), tree) for tree in (params, wanted))
-            self._copy = (lambda params: params) if now == then else copying_program(wanted)
+            self._copy = copying_program(wanted) if differ(params, wanted) else lambda params: params
         return self._copy(params)
 
     def _rollout(
@@ -102,6 +101,12 @@ def sampling_params(graphdef: Any, params: Any, layout: Layout) -> Any:
     model = nnx.merge(graphdef, params)
     shardings = parameter_shardings(model, layout.for_sampling())
     return jax.tree.map(lambda p, s: jax.ShapeDtypeStruct(p.shape, model.dtype, sharding=s), params, shardings)
+
+
+def differ(params: Any, wanted: Any) -> bool:
+    """Whether parameters are not what is wanted already: of another dtype, or elsewhere."""
+    same = lambda p, w: p.dtype == w.dtype and p.sharding.is_equivalent_to(w.sharding, p.ndim)  # noqa: E731
+    return not all(jax.tree.leaves(jax.tree.map(same, params, wanted)))
 
 
 def copying_program(wanted: Any) -> Any:

@@ -132,7 +132,8 @@ def to_host(tree: Any) -> Any:
 
 def to_device(tree: Any) -> Any:
     """The same arrays in the memory of their devices; those that are there already are not copied."""
-    return jax.tree.map(lambda a: jax.device_put(a, a.sharding.with_memory_kind("device")), tree)
+    kind = jax.local_devices()[0].default_memory().kind
+    return jax.tree.map(lambda a: jax.device_put(a, a.sharding.with_memory_kind(kind)), tree)
 
 
 def make_layout(

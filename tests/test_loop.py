@@ -224,6 +224,7 @@ def test_killed_and_started_again(policy_config: MakeConfig, tmp_path: Path) -> 
     assert numbers(run) == numbers(runs["whole"][0])
 
 
+@pytest.mark.slow
 def test_nothing_compiles_but_for_shapes_that_are_new(
     policy_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -77,9 +77,11 @@ def test_gradients_are_those_of_the_merged_matrix(
     graphdef, params = adapted(model)
     trained, frozen = separate(params)
     weight = jax.random.normal(jax.random.key(0), logprobs(graphdef, params).shape)
-    found = jax.grad(lambda trained: (weight * logprobs(graphdef, join(trained, frozen))).mean())(trained)["layers"]
+    of_trained = jax.grad(lambda trained: (weight * logprobs(graphdef, join(trained, frozen))).mean())
+    found = jax.jit(of_trained)(trained)["layers"]
     plain = split(model)[0]
-    whole = jax.grad(lambda params: (weight * logprobs(plain, params)).mean())(merge(params, LORA))["layers"]
+    of_all = jax.grad(lambda params: (weight * logprobs(plain, params)).mean())
+    whole = jax.jit(of_all)(merge(params, LORA))["layers"]
     for name, pair in pairs(LORA).items():
         a, b = (params["layers"][part] for part in pair)
         L, A = len(a), LORA.rank
@@ -118,6 +120,7 @@ def numbers(run: Path) -> list[dict[str, float]]:
     return [{k: v for k, v in row.items() if not k.startswith(("timing_s/", "perf/"))} for row in read_metrics(run)]
 
 
+@pytest.mark.slow
 def test_a_policy_run_leaves_its_base_alone_and_goes_on_exactly(
     policy_config: MakeConfig, tmp_path: Path, tiny_policy_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

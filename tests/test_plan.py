@@ -11,13 +11,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+import yaml
 from flax import nnx
 
 from eval.flops import layer_weights
 from models.config import Qwen3Config
 from models.hf_weights import abstract_model, split
 from models.published import PUBLISHED
+from train import processes
 from train.__main__ import main, spread_mesh
+from train.config import PlanConfig, parse
 from train.hlo import work
 from train.plan import parameter_count
 
@@ -276,3 +279,18 @@ def test_memory_is_what_a_real_process_takes(mesh: tuple[int, int, int], tmp_pat
     taken = json.loads(real.stdout)
     print(f"mesh {mesh}: planned {planned / 2**20:.0f} MiB, taken {taken / 2**20:.0f} MiB")
     assert planned == pytest.approx(taken, rel=0.15)
+
+
+def test_shipped_recipes_can_be_read() -> None:
+    """The paper's sizes (arXiv 2602.03876) and Kubernetes' three variables; shell scripts are syntactically right."""
+    config = parse(PlanConfig, ["--config", str(ROOT / "configs" / "tldr" / "qwen3_8b_gopo.yaml")])
+    sizes = (config.prompts_per_step, config.num_generations, config.max_prompt_length, config.max_completion_length)
+    assert sizes == (128, 8, 1024, 2048) and config.max_steps == 500
+    launch = ROOT / "configs" / "launch"
+    jobset = yaml.safe_load((launch / "jobset.yaml").read_text())
+    pod = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"][0]
+    assert set(processes.VARIABLES) < {item["name"] for item in pod["env"]}
+    command = [*pod["command"], *pod["args"]]
+    assert parse(PlanConfig, command[command.index("--config") :]).mesh.data == 2
+    for script in (launch / "one_host.sh", launch / "tpu_pod.sh", launch / "slurm.sbatch"):
+        subprocess.run(["bash", "-n", str(script)], check=True)

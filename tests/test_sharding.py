@@ -11,8 +11,8 @@ import pytest
 from flax import nnx
 
 from models.config import Qwen3Config
-from models.generate import sampling_params
-from models.hf_weights import abstract_model, split
+from models.generate import differ, sampling_params
+from models.hf_weights import abstract_model, abstract_params, split
 from models.sharding import RULES, constrain, make_layout, parameter_axes, parameter_shardings
 
 ROOT = Path(__file__).parent.parent
@@ -148,7 +148,12 @@ def test_sampled_from_is_whole_where_prompts_are_shared() -> None:
     grouped = make_layout(rules={"prompt": ["data"], "group": ["tensor"], "mlp": ["fsdp"], "embed": []})
     rules = dict(grouped.for_sampling().rules)
     assert rules["mlp"] == ("fsdp",) and rules["heads"] == () and rules["group"] == ("tensor",)
-    graphdef, params = split(abstract_model(CONFIG, dtype="bfloat16", layout=layout))
+    model = abstract_model(CONFIG, dtype="bfloat16", layout=layout)
+    (graphdef, _), params = split(model), abstract_params(model, layout)
     copied = sampling_params(graphdef, params, layout)
+    assert differ(params, copied)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float32"}
     assert {leaf.dtype.name for leaf in jax.tree.leaves(copied)} == {"bfloat16"}
+    exact = abstract_model(CONFIG, layout=layout)  # float32 on one device: nothing to copy
+    params = abstract_params(exact, layout)
+    assert not differ(params, sampling_params(split(exact)[0], params, layout))

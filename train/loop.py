@@ -205,6 +205,7 @@ class UpdatePrograms(NamedTuple):
 def update_programs(
     graphdef: Any, optimizer: optax.GradientTransformation, config: PolicyConfig, state: TrainState
 ) -> UpdatePrograms:
+    """Those of `make_update`; `state` says where everything lies."""
     microbatches = config.prompts_per_step // config.microbatch_prompts
     loss_and_gradient = jax.value_and_grad(partial(policy_objective, graphdef=graphdef, config=config), has_aux=True)
     where = training.shardings(state)

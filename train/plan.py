@@ -26,7 +26,7 @@ from rich.table import Table
 from models import checkpoint
 from models.attention import CHUNK
 from models.config import Qwen3Config, read_config
-from models.generate import copying_program, sampling_params, sampling_program
+from models.generate import copying_program, differ, sampling_params, sampling_program
 from models.hf_weights import abstract_model, abstract_params, split
 from models.lora import separate
 from models.published import PUBLISHED
@@ -241,8 +241,9 @@ def sampling(config: PlanConfig, layout: Layout, graphdef: Any, params: Any) -> 
     programs: list[Program] = []
     arrays: dict[str, float] = {}
     during: tuple[str, ...] = ()
-    if config.mesh.sampling_copy:
-        source, params = params, sampling_params(graphdef, params, layout)
+    wanted = sampling_params(graphdef, params, layout)
+    if config.mesh.sampling_copy and differ(params, wanted):
+        source, params = params, wanted
         programs.append(Program("copy", 1, copying_program(params), (source,), {}))
         arrays, during = {"sampling copy": on_device(params)}, ("sampling copy",)
     prompts = [shape(layout, (P, S), jnp.int32, ("prompt", None)), *[shape(layout, (P,), jnp.int32, ("prompt",))] * 2]
