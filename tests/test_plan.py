@@ -144,6 +144,12 @@ def test_published_shapes_have_the_published_sizes() -> None:
         assert parameter_count(config) / 1e9 == pytest.approx(total, abs=0.06)
         assert layer_weights(config) / 1e9 == pytest.approx(layers, abs=0.06)
     assert PUBLISHED["Skywork/Skywork-Reward-V2-Qwen3-8B"].is_reward_model
+    released = json.loads((ROOT / "tests" / "data" / "models" / "qwen3_dense_configs.json").read_text())
+    for size in ("0.6B", "1.7B", "4B", "8B"):
+        ours, theirs = PUBLISHED[f"Qwen/Qwen3-{size}"].to_hf(), released[f"Qwen3-{size}"]
+        fields = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+        for name in (*fields, "head_dim", "vocab_size", "rms_norm_eps", "tie_word_embeddings"):
+            assert ours[name] == theirs[name], (size, name)
 
 
 def test_a_mesh_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
