@@ -17,6 +17,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from models.config import Qwen3Config, read_config
@@ -49,8 +50,11 @@ def point_to(run: str | Path, directory: str) -> None:
     there = epath.Path(directory if "://" in directory else Path(directory).absolute())
     if is_run(run) and folder_of(run) != there:
         raise ValueError(f"checkpoint.directory: {directory}, but the checkpoints of {run} are in {folder_of(run)}")
-    Path(run).mkdir(parents=True, exist_ok=True)
-    (Path(run) / FOLDER).write_text(f"{there}\n", encoding="utf-8")
+    if not is_run(run):
+        Path(run).mkdir(parents=True, exist_ok=True)
+        mine = Path(run) / f"{FOLDER}.{jax.process_index()}.tmp"  # several processes may write at once
+        mine.write_text(f"{there}\n", encoding="utf-8")
+        mine.replace(Path(run) / FOLDER)
 
 
 class Checkpoints:
@@ -90,15 +94,23 @@ class Checkpoints:
 
     def keep_base(self, frozen: Any) -> Any:
         """What is never trained: as it was first kept; kept now if it was not yet."""
-        if (self._folder / BASE).is_dir():
+        kept = _is_whole(self._folder / BASE)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("all have looked before one writes")
+        if kept:
             return _restore_base(self._folder, frozen)
         with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(self._folder / BASE, frozen)
+            checkpointer.save(self._folder / BASE, frozen, force=True)  # over what a killed save left
         return frozen
 
     def close(self) -> None:
         """Wait for the save in flight."""
         self._manager.close()
+
+
+def _is_whole(folder: epath.Path) -> bool:
+    """Whether a checkpoint is there and was not cut short; in a bucket that is not one and the same."""
+    return folder.is_dir() and ocp.utils.is_checkpoint_finalized(folder)
 
 
 def find(checkpoint: str | Path) -> tuple[Path, int]:
@@ -109,7 +121,8 @@ def find(checkpoint: str | Path) -> tuple[Path, int]:
     """
     run, _, wanted = str(checkpoint).partition("@")
     folder = folder_of(run)
-    steps = sorted(int(entry.name) for entry in folder.iterdir() if entry.name.isdigit()) if folder.is_dir() else []
+    entries = folder.iterdir() if folder.is_dir() else []
+    steps = sorted(int(entry.name) for entry in entries if entry.name.isdigit() and _is_whole(entry))
     if not steps:
         raise FileNotFoundError(f"{run}: not a checkpoint; expected a run directory with {FOLDER}/STEP in it")
     if not wanted:

@@ -1,6 +1,6 @@
 """The sampler with what it needs around it: jitted, on a mesh, for prompts of any number."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -38,7 +38,7 @@ class Generator:
     ) -> None:
         self.tokenizer, self.layout, self.max_prompt_length = tokenizer, layout, max_prompt_length
         self._graphdef, self._sampling_copy = graphdef, sampling_copy
-        self._copy: Callable[[Any], Any] | None = None
+        self._copy: SamplingCopy | None = None
         eos_ids = np.array(tokenizer.eos_ids, np.int32)
         self.sampling = SamplingParams(temperature, top_k, top_p, min_tokens, eos_ids)
         self._sample = sampling_program(graphdef, max_completion_length, tokenizer.pad_id)
@@ -56,12 +56,11 @@ class Generator:
         return self._rollout(self._prepared(params), prompt_PS, lengths_P, key, num_generations, first_row)
 
     def _prepared(self, params: Any) -> Any:
-        """What is sampled from: see `sampling_params`."""
+        """What is sampled from."""
         if not self._sampling_copy:
             return params
         if self._copy is None:
-            wanted = sampling_params(self._graphdef, params, self.layout)
-            self._copy = copying_program(wanted) if differ(params, wanted) else lambda params: params
+            self._copy = SamplingCopy(self._graphdef, params, self.layout)
         return self._copy(params)
 
     def _rollout(
@@ -93,26 +92,38 @@ class Generator:
         return Completions(self.tokenizer.decode(tokens_PGT, lengths_PG), lengths_PG, finished_PG)
 
 
-def sampling_params(graphdef: Any, params: Any, layout: Layout) -> Any:
-    """The shapes of a copy of the parameters to sample from: in the compute dtype, whole wherever prompts are shared.
+class SamplingCopy:
+    """Parameters to sample from: in the compute dtype, and whole wherever prompts are shared.
 
-    Sampled tokens are the same: the copy is rounded as each layer would round its parameters when it uses them.
+    What is so already is not copied. Sampled tokens are the same: the copy is rounded as each layer would round its
+    parameters when it uses them.
     """
-    model = nnx.merge(graphdef, params)
-    shardings = parameter_shardings(model, layout.for_sampling())
-    return jax.tree.map(lambda p, s: jax.ShapeDtypeStruct(p.shape, model.dtype, sharding=s), params, shardings)
 
+    def __init__(self, graphdef: Any, params: Any, layout: Layout) -> None:
+        """Of parameters like these, which may be shapes with shardings."""
+        model = nnx.merge(graphdef, params)
+        shardings = parameter_shardings(model, layout.for_sampling())
+        self.wanted = jax.tree.map(
+            lambda p, s: jax.ShapeDtypeStruct(p.shape, model.dtype, sharding=s), params, shardings
+        )
+        differs = lambda p, w: p.dtype != w.dtype or not p.sharding.is_equivalent_to(w.sharding, p.ndim)  # noqa: E731
+        self.copied = jax.tree.leaves(jax.tree.map(differs, params, self.wanted))
+        targets = self.part(self.wanted)
+        self.program = jax.jit(
+            lambda leaves: [leaf.astype(like.dtype) for leaf, like in zip(leaves, targets, strict=True)],
+            out_shardings=[like.sharding for like in targets],
+        )
 
-def differ(params: Any, wanted: Any) -> bool:
-    """Whether parameters are not what is wanted already: of another dtype, or elsewhere."""
-    same = lambda p, w: p.dtype == w.dtype and p.sharding.is_equivalent_to(w.sharding, p.ndim)  # noqa: E731
-    return not all(jax.tree.leaves(jax.tree.map(same, params, wanted)))
+    def part(self, tree: Any) -> list[Any]:
+        """The leaves that are copied."""
+        return [leaf for leaf, copied in zip(jax.tree.leaves(tree), self.copied, strict=True) if copied]
 
-
-def copying_program(wanted: Any) -> Any:
-    """The jitted copy of parameters to what `sampling_params` says."""
-    cast = lambda params: jax.tree.map(lambda p, like: p.astype(like.dtype), params, wanted)  # noqa: E731
-    return jax.jit(cast, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, wanted))
+    def __call__(self, params: Any) -> Any:
+        leaves, structure = jax.tree.flatten(params)
+        new = iter(self.program(self.part(params)) if any(self.copied) else ())
+        return jax.tree.unflatten(
+            structure, [next(new) if copied else leaf for leaf, copied in zip(leaves, self.copied, strict=True)]
+        )
 
 
 def sampling_program(graphdef: Any, max_completion_length: int, pad_id: int) -> Any:

@@ -222,11 +222,14 @@ class Backbone(nnx.Module):
         return self._decode(tokens_BS[:, None], jnp.zeros((len(tokens_BS), 1, 1), jnp.int32))[0][:, 0]
 
     def whole(self, table_VD: nnx.Param) -> jax.Array:
-        """A table in the compute dtype and whole in D: gathered once, not for every chunk of tokens that reads it.
+        """A table whole in D: gathered once, not for every chunk of tokens that reads it.
 
-        From a table cut in D the compiler would look up all tokens on all devices, and hold them there.
+        From a table cut in D the compiler would look up all tokens on all devices, and hold them there. It is rounded
+        to the compute dtype before it is gathered, and float32 behind that, so that the gradients of many tokens are
+        added up in float32: in bfloat16 a frequent token's would stand still at 256 times its summands.
         """
-        return constrain(self.layout, table_VD[...].astype(self.dtype), "vocab", "width")
+        table = constrain(self.layout, table_VD[...].astype(self.dtype), "vocab", "width")
+        return table.astype(jnp.float32)
 
     def _decode(
         self,
@@ -252,7 +255,7 @@ class Backbone(nnx.Module):
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """What goes into the first layer, and the rotary angles of its positions."""
         positions_PGT = start_P11 + (jnp.arange(tokens_PGT.shape[-1]) if offset_PGT is None else offset_PGT)
-        x_PGTD = jnp.take(self.whole(self.embed_VD), tokens_PGT, axis=0)
+        x_PGTD = jnp.take(self.whole(self.embed_VD), tokens_PGT, axis=0).astype(self.dtype)
         x_PGTD = constrain(self.layout, x_PGTD, "prompt", "group", "sequence", "width")
         return x_PGTD, rotary_angles(positions_PGT, self.config)
 
@@ -296,7 +299,7 @@ class Qwen3(Backbone):
 
     @property
     def head_VD(self) -> jax.Array:
-        """[V, D] in the compute dtype."""
+        """float32 [V, D], rounded to the compute dtype."""
         return self.whole(self.embed_VD if self.config.tie_word_embeddings else self.unembed_VD)
 
     def logprobs(self, hidden: jax.Array, tokens: jax.Array, *, chunk_tokens: int, **options: Any) -> Any:
@@ -318,7 +321,8 @@ class Qwen3(Backbone):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """float32 [..., V] logits of hidden states [..., D]."""
-        return jnp.einsum("...d,vd->...v", hidden, self.head_VD, preferred_element_type=jnp.float32)
+        head_VD = self.head_VD.astype(hidden.dtype)
+        return jnp.einsum("...d,vd->...v", hidden, head_VD, preferred_element_type=jnp.float32)
 
     def __call__(self, tokens_BS: jax.Array, lengths_B: jax.Array) -> jax.Array:
         """float32 logits [B, S, V] of right-padded sequences; those at or behind `lengths_B` mean nothing."""

@@ -95,7 +95,11 @@ class Layout:
         )
 
     def put(self, array: Any, axes: Axes) -> jax.Array:
-        """A host array as a global array with that sharding; every process has it and puts what its devices hold."""
+        """A host array as a global array with that sharding; every process has it and puts what its devices hold.
+
+        Axes of size 1 stay whole.
+        """
+        axes = [None if size == 1 else meaning for meaning, size in zip(axes, np.shape(array), strict=True)]
         if jax.process_count() == 1:
             return jax.device_put(array, self.sharding(axes))
         whole = np.asarray(array)

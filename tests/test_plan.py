@@ -213,7 +213,7 @@ REAL = """
 import ctypes, gc, json, sys
 import jax, numpy as np
 from flax import nnx
-from models.generate import copying_program, sampling_params, sampling_program
+from models.generate import SamplingCopy, sampling_program
 from models.hf_weights import abstract_model, split
 from models.sampler import SamplingParams
 from models.sharding import make_layout, parameter_shardings
@@ -243,8 +243,7 @@ def settle():
 def step():
     state = make_state(init(), optimizer, layout)
     ref = copy(state.params)
-    wanted = sampling_params(graphdef, state.params, layout)
-    copying = programs.setdefault("copy", copying_program(wanted))
+    copying = programs.setdefault("copy", SamplingCopy(graphdef, state.params, layout))
     sampler = programs.setdefault("sample", sampling_program(graphdef, T, 0))
     update = programs.setdefault("update", make_update(graphdef, optimizer, config, layout, state))
     prompt_PS, lengths_P, rows_P = np.zeros((P, S), np.int32), np.full(P, S, np.int32), np.arange(P, dtype=np.int32)

@@ -1,5 +1,6 @@
 """The decoder's laws: the group axis is a way to compute, not another model."""
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -182,3 +183,26 @@ def test_reward_of_a_group_equals_rewards_of_its_texts() -> None:
             text = jnp.concatenate([prefix_PS[p, : LENGTHS_P[p]], suffix_PGT[p, g, : suffix_lengths_PG[p, g]]])
             alone = model(text[None], jnp.array([len(text)]))
             np.testing.assert_allclose(rewards_PG[p, g], alone[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_gradients_of_tables_add_up_in_float32(tied: bool) -> None:
+    """2,048 times the same token, in bfloat16: summed in bfloat16 its gradient would stand still at 256 summands."""
+    config = replace(CONFIG, tie_word_embeddings=tied)
+    prompt_PS, lengths_P = jnp.zeros((1, 1), jnp.int32), jnp.ones(1, jnp.int32)
+    tokens_PGT = jnp.full((1, 32, 64), 7)
+
+    def gradient(dtype: str) -> dict[str, jax.Array]:
+        graphdef, params = split(Qwen3(config, nnx.Rngs(0), dtype=dtype, param_dtype=jnp.float32))
+
+        def loss(params: dict) -> jax.Array:
+            model = nnx.merge(graphdef, params)
+            hidden_PGTD = model.predict(prompt_PS, lengths_P, tokens_PGT)
+            return model.logprobs(hidden_PGTD, tokens_PGT, chunk_tokens=64).sum() + hidden_PGTD.astype("float32").sum()
+
+        return jax.jit(jax.grad(loss))(params)
+
+    exact, rounded = gradient("float32"), gradient("bfloat16")
+    for name in ("embed_VD",) if tied else ("embed_VD", "unembed_VD"):
+        error = jnp.linalg.norm(rounded[name] - exact[name]) / jnp.linalg.norm(exact[name])
+        assert rounded[name].dtype == jnp.float32 and error < 0.02, (name, error)

@@ -11,8 +11,9 @@ import pytest
 from flax import nnx
 
 from models.config import Qwen3Config
-from models.generate import differ, sampling_params
+from models.generate import SamplingCopy
 from models.hf_weights import abstract_model, abstract_params, split
+from models.lora import Lora
 from models.sharding import RULES, constrain, make_layout, parameter_axes, parameter_shardings
 
 ROOT = Path(__file__).parent.parent
@@ -31,7 +32,7 @@ import json, sys
 import jax, jax.numpy as jnp, numpy as np, optax
 from models.config import Qwen3Config
 from models.hf_weights import abstract_model, load_pretrained, save_pretrained, split
-from models.generate import copying_program, sampling_params, sampling_program
+from models.generate import SamplingCopy, sampling_program
 from models.sampler import Rollout, SamplingParams
 from models.sharding import make_layout
 from flax import nnx
@@ -61,7 +62,7 @@ def compute(layout):
     after, metrics = make_update(graphdef, sgd, config, layout, state)(state, reference, batch)
     rows = np.arange(P, dtype=np.int32)
     placed = layout.put(prompt_PS, ("prompt", None)), layout.put(lengths_P, ("prompt",)), layout.put(rows, ("prompt",))
-    copied = copying_program(sampling_params(graphdef, params, layout))(params)
+    copied = SamplingCopy(graphdef, params, layout)(params)
     sampling = SamplingParams(1.0, 0, 1.0, 0, np.array([1], np.int32))
     draw = lambda p: sampling_program(graphdef, T, 0)(p, *placed, jax.random.key(3), sampling, num_generations=G)
     sampled, from_copy = draw(params), draw(copied)
@@ -150,10 +151,14 @@ def test_sampled_from_is_whole_where_prompts_are_shared() -> None:
     assert rules["mlp"] == ("fsdp",) and rules["heads"] == () and rules["group"] == ("tensor",)
     model = abstract_model(CONFIG, dtype="bfloat16", layout=layout)
     (graphdef, _), params = split(model), abstract_params(model, layout)
-    copied = sampling_params(graphdef, params, layout)
-    assert differ(params, copied)
+    copy = SamplingCopy(graphdef, params, layout)
+    assert all(copy.copied)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float32"}
-    assert {leaf.dtype.name for leaf in jax.tree.leaves(copied)} == {"bfloat16"}
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(copy.wanted)} == {"bfloat16"}
     exact = abstract_model(CONFIG, layout=layout)  # float32 on one device: nothing to copy
     params = abstract_params(exact, layout)
-    assert not differ(params, sampling_params(split(exact)[0], params, layout))
+    assert not any(SamplingCopy(split(exact)[0], params, layout).copied)
+    adapted = abstract_model(CONFIG, dtype="bfloat16", param_dtype="bfloat16", layout=layout, lora=Lora(rank=2))
+    params = abstract_params(adapted, layout)
+    copy = SamplingCopy(split(adapted)[0], params, layout)  # adapters are float32: they alone are copied
+    assert len(copy.part(params)) == 14 and {leaf.dtype.name for leaf in copy.part(params)} == {"float32"}

@@ -11,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import yaml
 
 import train.metrics
 from eval.compare import last_change
 from models.checkpoint import Checkpoints, find, folder_of, load_model
 from models.hf_weights import split
 from models.sharding import make_layout, to_device, to_host
-from train.config import CheckpointConfig, LossConfig, OptimizerConfig, PolicyConfig
+from train.config import CheckpointConfig, LossConfig, MeshConfig, OptimizerConfig, PolicyConfig
 from train.loop import train_policy
 from train.metrics import Run, SetupError, read_metrics
 from train.state import apply, make_optimizer, make_state
@@ -134,6 +135,34 @@ def test_processes_that_do_not_share_a_directory_are_told(
     monkeypatch.setattr(train.metrics, "is_first", lambda: False)
     with pytest.raises(ValueError, match="process 0 does not see what process 0 writes there; expected one directory"):
         Run(config, {}, tokenizer)
+
+
+def test_a_run_goes_on_elsewhere_but_not_as_another(policy_config: MakeConfig, tmp_path: Path) -> None:
+    """Mesh, offloading and batches of scoring may change, and a config from before a setting existed is its default."""
+    config = policy_config(tmp_path)
+    tokenizer = train.state.make_tokenizer(config.model, config.chat)
+    Run(config, {}, tokenizer).close()
+    file = tmp_path / "run" / "config.yaml"
+    older = yaml.safe_load(file.read_text())
+    del older["lora"], older["chat"], older["optimizer"]["master_weights"], older["rewards"][0]["offload"]
+    file.write_text(yaml.safe_dump(older))
+    rewards = [replace(config.rewards[0], offload=True, batch_prompts=2)]
+    moved = replace(config, rewards=rewards, mesh=MeshConfig(sampling_copy=False), loss=LossConfig(logprob_chunk=7))
+    Run(moved, {}, tokenizer).close()
+    for another in (replace(config, seed=5), replace(config, rewards=[replace(config.rewards[0], weight=2.0)])):
+        with pytest.raises(ValueError, match="holds a run with another config"):
+            Run(another, {}, tokenizer)
+
+
+@pytest.mark.slow
+def test_two_runs_do_not_share_a_place_for_checkpoints(policy_config: MakeConfig, tmp_path: Path) -> None:
+    place = CheckpointConfig(every=1, directory=str(tmp_path / "place"))
+    one = policy_config(tmp_path / "one", max_steps=1, checkpoint=place)
+    train_policy(one)
+    with pytest.raises(SetupError, match="place: holds a run with another config \\(seed: 0, now 1\\)"):
+        train_policy(replace(one, output_dir=str(tmp_path / "two"), seed=1))
+    train_policy(replace(one, output_dir=str(tmp_path / "moved"), max_steps=2))
+    assert [row["step"] for row in read_metrics(tmp_path / "moved")][-1] == 2
 
 
 def test_optax_adds_up_what_it_is_given() -> None:

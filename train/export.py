@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.filesize import decimal
 
-from models.checkpoint import about, check, exact_name, load_adapters, load_model
+from models.checkpoint import about, check, exact_name, is_run, load_adapters, load_model
 from models.config import stored_dtype
 from models.hf_weights import save_pretrained
 from models.peft import save_adapters
@@ -61,6 +61,9 @@ def write_adapters(config: ExportConfig, tokenizer: Tokenizer, out: Path) -> tup
     params, lora, network = load_adapters(config.checkpoint)
     tokenizer.check_fits(network.vocab_size, config.checkpoint)
     base = about(config.checkpoint)["run"]["model"]["path"]
+    if base is not None and is_run(base):  # which PEFT cannot read
+        console.print(f"PEFT must be told where its base is: python -m train export --checkpoint {base} --out BASE")
+        base = None
     dtype = "float32" if config.dtype == "auto" else config.dtype
     save_adapters(params, lora, network, out, base=base, dtype=dtype)
     return f"adapters of rank {lora.rank} for {network.architecture}", dtype

@@ -52,10 +52,7 @@ def train_policy(config: PolicyConfig) -> None:
       SetupError: a mistake in the config or the data, before anything is computed.
     """
     with setup_errors():
-        scored_at_a_time = [spec.batch_prompts for spec in config.rewards if spec.model]
-        batches = (config.prompts_per_step, config.microbatch_prompts, config.validation.batch_prompts)
-        groups = (config.num_generations, config.validation.num_generations)
-        layout = training.make_layout_for(config.mesh, *batches, *scored_at_a_time, groups=groups)
+        layout = training.policy_layout(config)
         tokenizer = training.make_tokenizer(config.model, config.chat)
         prompts = Prompts(config.data.train, config.data.split, config, tokenizer)
         validation = Prompts(
@@ -76,6 +73,7 @@ def train_policy(config: PolicyConfig) -> None:
         ref_params = training.copy(first.params) if config.loss.beta else None  # adapters: fresh ones change nothing
         ref_params = to_host(ref_params) if config.loss.offload_reference else ref_params
         state = run.resume(first)
+        del model, params, first  # a resumed run has others
 
     generator = Generator(
         graphdef,

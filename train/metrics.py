@@ -6,6 +6,7 @@
 """
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -20,7 +21,7 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from models.checkpoint import Checkpoints, folder_of
+from models.checkpoint import Checkpoints, about, folder_of
 from models.tokenizer import Tokenizer
 from train.config import RunConfig, resolved
 from train.processes import are_several, gather, is_first
@@ -29,7 +30,8 @@ from train.state import TrainState
 console = Console(soft_wrap=True)
 METRICS, CONFIG, COMPLETIONS = "metrics.jsonl", "config.yaml", "completions"
 # What may differ between a run and its continuation: it changes no number that is already written.
-_MAY_CHANGE = ("max_steps", "log", "checkpoint")
+_MAY_CHANGE = ("max_steps", "log", "checkpoint", "mesh", "output_dir")
+_WHERE = ("offload", "offload_reference", "logprob_chunk", "batch_prompts")  # of parts: where and how much at a time
 
 
 class SetupError(ValueError):
@@ -52,7 +54,8 @@ class Run:
         self.path = Path(config.output_dir)
         self.config = config
         plain = json.loads(json.dumps(resolved(config)))
-        self._refuse_another(plain)
+        if (self.path / CONFIG).is_file():
+            self._refuse_another(yaml.safe_load((self.path / CONFIG).read_text()) or {}, self.path)
         if is_first():
             self.path.mkdir(parents=True, exist_ok=True)
             write_whole(self.path / CONFIG, yaml.safe_dump(plain, sort_keys=False))
@@ -65,17 +68,15 @@ class Run:
         self._started = time.perf_counter()
         self.start = 0
 
-    def _refuse_another(self, plain: dict[str, Any]) -> None:
-        file = self.path / CONFIG
-        if not file.is_file():
-            return
-        before = yaml.safe_load(file.read_text()) or {}
-        changed = [key for key in plain if key not in _MAY_CHANGE and plain[key] != before.get(key)]
+    def _refuse_another(self, before: dict[str, Any], place: Any) -> None:
+        """Refuse to go on with a run of another config; what an older one did not say was as is the default now."""
+        plain, before = json.loads(json.dumps(resolved(self.config))), _with_defaults(before, self.config)
+        changed = [key for key in plain if key not in _MAY_CHANGE and _what(plain[key]) != _what(before.get(key))]
         if changed:
             key = changed[0]
             raise ValueError(
-                f"{self.path}: holds a run with another config ({key}: {before.get(key)!r}, now {plain[key]!r}); "
-                f"choose another output_dir, or delete that directory to start over"
+                f"{place}: holds a run with another config ({key}: {before.get(key)!r}, now {plain[key]!r}); "
+                f"choose another place, or delete that directory to start over"
             )
 
     def _check_shared(self) -> None:
@@ -102,6 +103,8 @@ class Run:
         if state.frozen:
             state = state._replace(frozen=self._checkpoints.keep_base(state.frozen))
         latest = self._checkpoints.latest()
+        if latest is not None and self.config.checkpoint.directory is not None:
+            self._refuse_another(about(f"{self.path}@{latest}")["run"], folder_of(self.path))
         if latest is not None:
             params, train = self._checkpoints.restore(latest, state.params, _trained(state))
             state = state._replace(params=params, **train)
@@ -190,6 +193,31 @@ class Run:
         for tracker in self._trackers:
             tracker.close() if hasattr(tracker, "close") else tracker.finish()
         console.print(f"{self.path}: done, {self.config.max_steps} steps, {time.perf_counter() - self._started:.0f} s")
+
+
+def _with_defaults(before: Any, config: Any) -> Any:
+    """A saved config with what was not yet a setting when it was saved."""
+    if isinstance(config, list) and isinstance(before, list) and len(config) == len(before):
+        return [_with_defaults(old, new) for old, new in zip(before, config, strict=True)]
+    if not dataclasses.is_dataclass(config) or not isinstance(before, dict):
+        return before
+    filled = dict(before)
+    for item in dataclasses.fields(config):
+        if item.name in before:
+            filled[item.name] = _with_defaults(before[item.name], getattr(config, item.name))
+        elif item.default is not dataclasses.MISSING:
+            filled[item.name] = item.default
+        elif item.default_factory is not dataclasses.MISSING:
+            value = item.default_factory()
+            filled[item.name] = resolved(value) if dataclasses.is_dataclass(value) else value
+    return json.loads(json.dumps(filled))
+
+
+def _what(value: Any) -> Any:
+    """A part of a config without what says only where things are, or how much at a time."""
+    if isinstance(value, list):
+        return [_what(item) for item in value]
+    return {k: v for k, v in value.items() if k not in _WHERE} if isinstance(value, dict) else value
 
 
 def _trained(state: TrainState) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from rich.table import Table
 from models import checkpoint
 from models.attention import CHUNK
 from models.config import Qwen3Config, read_config
-from models.generate import copying_program, differ, sampling_params, sampling_program
+from models.generate import SamplingCopy, sampling_program
 from models.hf_weights import abstract_model, abstract_params, split
 from models.lora import separate
 from models.published import PUBLISHED
@@ -147,12 +147,6 @@ def network_config(path: str) -> Qwen3Config:
     return PUBLISHED[path] if path in PUBLISHED and not Path(path).is_dir() else read_config(find_directory(path))
 
 
-def layout_of(config: PlanConfig, devices: Sequence[jax.Device]) -> Layout:
-    batches = [spec.batch_prompts for spec in config.rewards if spec.model]
-    batches += [config.prompts_per_step, config.microbatch_prompts]
-    return training.make_layout_for(config.mesh, *batches, groups=[config.num_generations], devices=devices)
-
-
 def suggestions(
     config: PlanConfig, devices: Sequence[jax.Device], network: Qwen3Config, rewards: Sequence[Qwen3Config]
 ) -> Iterator[MeshConfig]:
@@ -164,7 +158,7 @@ def suggestions(
             mesh = dataclasses.replace(config.mesh, data=len(devices) // (fsdp * tensor), fsdp=fsdp, tensor=tensor)
             chosen = dataclasses.replace(config, mesh=mesh)
             try:
-                arrays, _ = describe(chosen, layout_of(chosen, devices), network, rewards)
+                arrays, _ = describe(chosen, training.policy_layout(chosen, devices), network, rewards)
             except ValueError:
                 continue  # something does not divide
             if held(arrays, ["gradient"]) < FULL * HBM[str(config.chip)]:
@@ -175,23 +169,25 @@ def make_plan(
     config: PlanConfig, devices: Sequence[jax.Device], network: Qwen3Config, rewards: Sequence[Qwen3Config]
 ) -> Plan:
     """Compile everything: for CPUs in float32, and for the TPU itself where that is possible."""
-    layout = layout_of(config, devices)
-    arrays, _ = describe(config, layout, network, rewards)
+    layout = training.policy_layout(config, devices)
+    arrays, programs = describe(config, layout, network, rewards)
     float32 = dataclasses.replace(config.model, dtype="float32", param_dtype="float32")
     no_master = dataclasses.replace(config.optimizer, master_weights=False)
     twin = dataclasses.replace(config, model=float32, optimizer=no_master)
-    _, programs = describe(twin, layout, network, rewards)
     size = jnp.dtype(config.model.dtype).itemsize / 4
-    costs, compiler = [measure(program, layout, size) for program in programs], "the compiler for CPUs (an estimate)"
+    # a copy that changes the dtype alone is none in float32
+    costs = {"copy": Cost(arrays.get("sampling copy", 0.0), arrays.get("sampling copy", 0.0), 0.0, {}, 0.0)}
+    for program in describe(twin, layout, network, rewards)[1]:
+        costs[program.name] = measure(program, layout, size)
+    compiler = "the compiler for CPUs (an estimate)"
     if (topology := tpu_devices(config.chip, len(devices))) is not None:
         compiler = f"the compiler for TPU {config.chip}"
-        _, real = describe(config, layout_of(config, topology), network, rewards)
-        for i, program in enumerate(real):
-            began = time.perf_counter()
+        for program in describe(config, training.policy_layout(config, topology), network, rewards)[1]:
+            began, cost = time.perf_counter(), costs[program.name]
             needed = temporaries(program.jitted.lower(*program.arguments, **program.options).compile())
-            seconds = costs[i].seconds + time.perf_counter() - began
-            costs[i] = costs[i]._replace(temporaries=needed, seconds=seconds)
-    return Plan(dict(layout.mesh.shape), arrays, programs, costs, compiler)
+            seconds = cost.seconds + time.perf_counter() - began
+            costs[program.name] = cost._replace(temporaries=needed, seconds=seconds)
+    return Plan(dict(layout.mesh.shape), arrays, programs, [costs[program.name] for program in programs], compiler)
 
 
 def tpu_devices(chip: str | None, count: int) -> Sequence[Any] | None:
@@ -241,11 +237,11 @@ def sampling(config: PlanConfig, layout: Layout, graphdef: Any, params: Any) -> 
     programs: list[Program] = []
     arrays: dict[str, float] = {}
     during: tuple[str, ...] = ()
-    wanted = sampling_params(graphdef, params, layout)
-    if config.mesh.sampling_copy and differ(params, wanted):
-        source, params = params, wanted
-        programs.append(Program("copy", 1, copying_program(params), (source,), {}))
-        arrays, during = {"sampling copy": on_device(params)}, ("sampling copy",)
+    copy = SamplingCopy(graphdef, params, layout) if config.mesh.sampling_copy else None
+    if copy is not None and any(copy.copied):
+        programs.append(Program("copy", 1, copy.program, (copy.part(params),), {}))
+        arrays, during = {"sampling copy": on_device(copy.part(copy.wanted))}, ("sampling copy",)
+        params = copy.wanted
     prompts = [shape(layout, (P, S), jnp.int32, ("prompt", None)), *[shape(layout, (P,), jnp.int32, ("prompt",))] * 2]
     settings = SamplingParams(config.temperature, config.top_k, config.top_p, config.min_tokens, np.zeros(2, np.int32))
     arguments = (params, *prompts, jax.eval_shape(lambda: jax.random.key(0)), settings)

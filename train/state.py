@@ -16,7 +16,7 @@ from models.lora import Lora, join, separate
 from models.qwen3 import Backbone
 from models.sharding import Layout, make_layout, parameter_shardings, placed
 from models.tokenizer import Tokenizer
-from train.config import ChatConfig, MeshConfig, ModelConfig, OptimizerConfig
+from train.config import ChatConfig, MeshConfig, ModelConfig, OptimizerConfig, PolicyConfig
 
 TRAIN, VALIDATION, EVALUATION, INIT = range(4)  # streams of random numbers
 
@@ -58,6 +58,14 @@ def make_layout_for(
                 f"choose num_generations (of the run and of its validation) that are multiples of it"
             )
     return layout
+
+
+def policy_layout(config: PolicyConfig, devices: Sequence[jax.Device] | None = None) -> Layout:
+    """The mesh of a run of `train policy`; refuses one that does not divide everything that is put on it."""
+    batches = [spec.batch_prompts for spec in config.rewards if spec.model]
+    batches += [config.prompts_per_step, config.microbatch_prompts, config.validation.batch_prompts]
+    groups = (config.num_generations, config.validation.num_generations)
+    return make_layout_for(config.mesh, *batches, groups=groups, devices=devices)
 
 
 def make_tokenizer(model: ModelConfig, chat: ChatConfig) -> Tokenizer:

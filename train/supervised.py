@@ -54,6 +54,7 @@ def train_supervised(config: SupervisedConfig, task: Task) -> None:
         run = Run(config, model.config.to_hf(), tokenizer)
         optimizer, schedule = training.make_optimizer(config.optimizer, config.max_steps)
         state = run.resume(training.make_state(params, optimizer, layout))
+        del model, params  # a resumed run has others
 
     objective = partial(task.objective, graphdef=graphdef)
     update = make_update(objective, optimizer, state)
