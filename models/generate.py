@@ -53,7 +53,11 @@ class Generator:
         first_row: int = 0,
     ) -> Rollout:
         """G completions of each prompt; `first_row` is the number of the first prompt in the whole batch."""
-        return self._rollout(self._prepared(params), prompt_PS, lengths_P, key, num_generations, first_row)
+        rows_P = np.arange(first_row, first_row + len(prompt_PS), dtype=np.int32)
+        put = self.layout.put
+        arrays = (put(prompt_PS, ("prompt", None)), put(lengths_P, ("prompt",)), put(rows_P, ("prompt",)))
+        weights = self._prepared(params)
+        return self._sample(weights, *arrays, key, self.sampling, num_generations=num_generations)
 
     def _prepared(self, params: Any) -> Any:
         """What is sampled from."""
@@ -62,20 +66,6 @@ class Generator:
         if self._copy is None:
             self._copy = SamplingCopy(self._graphdef, params, self.layout)
         return self._copy(params)
-
-    def _rollout(
-        self,
-        params: Any,
-        prompt_PS: np.ndarray,
-        lengths_P: np.ndarray,
-        key: jax.Array,
-        num_generations: int,
-        first_row: int,
-    ) -> Rollout:
-        rows_P = np.arange(first_row, first_row + len(prompt_PS), dtype=np.int32)
-        put = self.layout.put
-        arrays = (put(prompt_PS, ("prompt", None)), put(lengths_P, ("prompt",)), put(rows_P, ("prompt",)))
-        return self._sample(params, *arrays, key, self.sampling, num_generations=num_generations)
 
     def complete(
         self, params: Any, prompts: Sequence[Prompt], key: jax.Array, num_generations: int, batch_prompts: int
@@ -86,7 +76,7 @@ class Generator:
             batch = list(prompts[start : start + batch_prompts])
             full = batch + batch[-1:] * (batch_prompts - len(batch))  # one shape: nothing new to compile
             prompt_PS, lengths_P = self.tokenizer.encode_prompts(full, self.max_prompt_length)
-            out = self._rollout(params, prompt_PS, lengths_P, key, num_generations, start)
+            out = self.rollout(params, prompt_PS, lengths_P, key, num_generations, start)
             parts.append([fetch(x)[: len(batch)] for x in (out.tokens_PGT, out.lengths_PG, out.finished_PG)])
         tokens_PGT, lengths_PG, finished_PG = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         return Completions(self.tokenizer.decode(tokens_PGT, lengths_PG), lengths_PG, finished_PG)
@@ -106,21 +96,27 @@ class SamplingCopy:
         self.wanted = jax.tree.map(
             lambda p, s: jax.ShapeDtypeStruct(p.shape, model.dtype, sharding=s), params, shardings
         )
-        differs = lambda p, w: p.dtype != w.dtype or not p.sharding.is_equivalent_to(w.sharding, p.ndim)  # noqa: E731
-        self.copied = jax.tree.leaves(jax.tree.map(differs, params, self.wanted))
+        self.copied = self._differing(params)
         targets = self.part(self.wanted)
         self.program = jax.jit(
             lambda leaves: [leaf.astype(like.dtype) for leaf, like in zip(leaves, targets, strict=True)],
             out_shardings=[like.sharding for like in targets],
         )
 
+    def _differing(self, params: Any) -> list[bool]:
+        differs = lambda p, w: p.dtype != w.dtype or not p.sharding.is_equivalent_to(w.sharding, p.ndim)  # noqa: E731
+        return jax.tree.leaves(jax.tree.map(differs, params, self.wanted))
+
     def part(self, tree: Any) -> list[Any]:
         """The leaves that are copied."""
         return [leaf for leaf, copied in zip(jax.tree.leaves(tree), self.copied, strict=True) if copied]
 
     def __call__(self, params: Any) -> Any:
+        """The copy; of a copy, itself."""
+        if not any(self._differing(params)):
+            return params
         leaves, structure = jax.tree.flatten(params)
-        new = iter(self.program(self.part(params)) if any(self.copied) else ())
+        new = iter(self.program(self.part(params)))
         return jax.tree.unflatten(
             structure, [next(new) if copied else leaf for leaf, copied in zip(leaves, self.copied, strict=True)]
         )

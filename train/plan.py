@@ -3,9 +3,9 @@
 The programs of the loop (copy, sample, score, gradient, optimizer step) are compiled ahead of time for as many devices
 as are asked for, from shapes alone, for the longest case: every prompt and completion as long as they may be.
 Arithmetic and communication are read from the compiled programs (`train.hlo`). Memory is what the compiler says: for a
-TPU the TPU's own, through libtpu where it is installed, else the one for CPUs. That one widens bfloat16 to float32, a
-matrix product's temporaries to three times their bytes, so it compiles the run in float32 and what is temporary is
-counted by the compute dtype's size: an estimate, too low by what stays float32 (scores, logits) and is called so.
+TPU the TPU's own, through libtpu where it is installed, else the one for CPUs. That one widens bfloat16 to float32, so
+it compiles the run in float32, and what is temporary is counted by the compute dtype's size: an estimate, too low by
+what stays float32 (scores, logits), and called so.
 """
 
 import dataclasses
