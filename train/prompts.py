@@ -110,10 +110,14 @@ def conversations(rows: Sequence[Row], source: str, column: str, chat: ChatConfi
     return [row | {column: as_chat(row[column], chat, f"{source}: row {i}")} for i, row in enumerate(rows, 1)]
 
 
-def shuffled(size: int, count: int, seed: int, step: int) -> list[int]:
-    """The indices of batch number `step` of `count`: epochs of one permutation each, a new one every epoch."""
+def shuffled(size: int, count: int, seed: int, step: int, attempt: int = 0) -> list[int]:
+    """The indices of batch number `step` of `count`: epochs of one permutation each, a new one every epoch.
+
+    Each attempt has an order of its own.
+    """
     positions = range(step * count, (step + 1) * count)
-    epochs = {epoch: np.random.default_rng([seed, epoch]).permutation(size) for epoch in {i // size for i in positions}}
+    keys = {epoch: [seed, epoch, attempt] if attempt else [seed, epoch] for epoch in {i // size for i in positions}}
+    epochs = {epoch: np.random.default_rng(key).permutation(size) for epoch, key in keys.items()}
     return [int(epochs[i // size][i % size]) for i in positions]
 
 
@@ -146,9 +150,9 @@ class Prompts:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def batch(self, seed: int, step: int, count: int) -> list[Row]:
-        """The `count` rows of a step: a pure function of (seed, step)."""
-        return [self.rows[i] for i in shuffled(len(self.rows), count, seed, step)]
+    def batch(self, seed: int, step: int, count: int, attempt: int = 0) -> list[Row]:
+        """The `count` rows of a step: a pure function of (seed, step, attempt)."""
+        return [self.rows[i] for i in shuffled(len(self.rows), count, seed, step, attempt)]
 
     def prompts(self, rows: Sequence[Row]) -> list[Prompt]:
         return [row[self.column] for row in rows]
