@@ -20,6 +20,8 @@ from models.lora import Lora
 from models.tokenizer import tokenizer_path
 from train import dotted
 
+VARIANTS = Path(__file__).parent.parent / "configs" / "variants"  # other trainers' algorithms, by name
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -342,6 +344,7 @@ def parse(kind: type[Any], arguments: list[str], program: str = "python -m train
     parser.add_argument("--config", action="config", help="YAML file; what else is on the command line overrides it")
     parser.add_class_arguments(kind)
     files: list[str] = []  # they go first, wherever they stand: a file would override what stands before it
+    variants: list[str] = []  # after the files, which write out what a variant changes
     others: list[str] = []
     following = iter(arguments)
     for argument in following:
@@ -351,14 +354,27 @@ def parse(kind: type[Any], arguments: list[str], program: str = "python -m train
             _check_file(kind, value)
             files.append(f"--config={value}")
             continue
+        if key == "--variant":
+            value = _variant_file(value if equals else next(following, ""))
+            _check_file(kind, value)
+            variants.append(f"--config={value}")
+            continue
         if key.startswith("--") and key not in ("--help", "--print_config"):
             _check_keys(kind, key[2:].split("."), "command line")
         others.append(argument)
     try:
-        values = parser.instantiate(parser.parse_args([*files, *others]))
+        values = parser.instantiate(parser.parse_args([*files, *variants, *others]))
     except (jsonargparse.ArgumentError, ValueError) as error:
         raise ValueError(_one_line(error)) from error
     return kind(**{item.name: values[item.name] for item in dataclasses.fields(kind)})
+
+
+def _variant_file(name: str) -> str:
+    """The settings of a variant of the algorithm, by its name."""
+    known = sorted(file.stem for file in VARIANTS.glob("*.yaml"))
+    if name not in known:
+        raise ValueError(f"--variant: expected one of {', '.join(known)}, got {name!r}")
+    return str(VARIANTS / f"{name}.yaml")
 
 
 def _one_line(error: Exception) -> str:
