@@ -41,7 +41,7 @@ from train.metrics import Run, Timer, console, divide, rollout_metrics, setup_er
 from train.packing import Batch, cut, unpack
 from train.processes import share
 from train.prompts import Prompts
-from train.rewards import Rewards
+from train.rewards import Rewards, completion_ids
 from train.state import TrainState
 
 
@@ -60,7 +60,8 @@ def train_policy(config: PolicyConfig) -> None:
         )
         for count in filter(None, (config.prompts_per_step, len(validation.rows[: config.validation.prompts]))):
             share(count)  # fewer prompts than processes are refused here
-        rewards = Rewards(config.rewards, layout, config.model.dtype)
+        columns = [name for name in prompts.other_columns if name in validation.other_columns]
+        rewards = Rewards(config.rewards, layout, config.model.dtype, config.reward_combination, columns)
         rewards.check(prompts.prompts(prompts.rows[:1])[0])
         advantages = jax.jit(partial(ADVANTAGES[config.advantage], **config.advantage_options))
         # a wrong option is refused here
@@ -108,7 +109,9 @@ def train_policy(config: PolicyConfig) -> None:
         with timer("reward"):
             mine = share(len(rows))  # each process scores its part, and all get the whole
             texts_PG = tokenizer.decode(rollout.tokens_PGT[mine], rollout.lengths_PG[mine])
-            rewards_PG, metrics = rewards.score(prompts.prompts(rows[mine]), texts_PG, prompts.columns(rows, mine))
+            ids_PG = completion_ids(rollout.tokens_PGT[mine], rollout.lengths_PG[mine])
+            columns_P = prompts.columns(rows, mine)
+            rewards_PG, metrics = rewards.score(prompts.prompts(rows[mine]), texts_PG, columns_P, ids_PG)
         # 5 advantages
         advantages_PG = advantages(rewards_PG)
         # 6 loss, 7 update
@@ -261,9 +264,11 @@ def validate(
     rows = validation.rows[: settings.prompts]
     prompts, G = validation.prompts(rows), settings.num_generations
     key = training.stream_key(config.seed, training.VALIDATION, step)
-    texts_PG, lengths_PG, finished_PG = generator.complete(state.all_params, prompts, key, G, settings.batch_prompts)
+    drawn = generator.complete(state.all_params, prompts, key, G, settings.batch_prompts)
+    texts_PG, lengths_PG, finished_PG, tokens_PGT = drawn
     mine = share(len(rows))
-    rewards_PG, metrics = rewards.score(prompts[mine], texts_PG[mine], validation.columns(rows, mine))
+    ids_PG = completion_ids(tokens_PGT[mine], lengths_PG[mine])
+    rewards_PG, metrics = rewards.score(prompts[mine], texts_PG[mine], validation.columns(rows, mine), ids_PG)
     table = [
         {
             "prompt_id": p,
