@@ -39,7 +39,7 @@ def strict(
       kwargs: the arguments of those instructions, one mapping each; what is None in it is left out.
       all_or_nothing: 1 if all of them are followed, else 0 (IFEval's prompt level).
     """
-    return _rewards(0, all_or_nothing, prompts, completions, instruction_id_list, kwargs)
+    return _rewards("strict", all_or_nothing, prompts, completions, instruction_id_list, kwargs)
 
 
 def loose(
@@ -52,7 +52,7 @@ def loose(
     **_: Any,
 ) -> list[float | None]:
     """As `strict`, but followed counts also what is so without "*", without the first or without the last line."""
-    return _rewards(1, all_or_nothing, prompts, completions, instruction_id_list, kwargs)
+    return _rewards("loose", all_or_nothing, prompts, completions, instruction_id_list, kwargs)
 
 
 def outcomes(
@@ -66,25 +66,8 @@ def outcomes(
     Raises:
       ValueError: an instruction that IFEval does not have, or not one mapping of arguments for each.
     """
-    verifiers = load_verifiers()
-    known = verifiers.instructions_registry.INSTRUCTION_DICT
-    if unknown := [name for name in instruction_id_list if name not in known]:
-        raise ValueError(f"ifeval: there is no instruction {unknown[0]!r}; expected one of {', '.join(known)}")
-    if len(kwargs) != len(instruction_id_list):
-        raise ValueError(
-            f"ifeval: kwargs: expected one mapping for each of {list(instruction_id_list)}, got {len(kwargs)}"
-        )
-    text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-    arguments = [{name: value for name, value in one.items() if value is not None} for one in kwargs]
-    example = verifiers.InputExample(0, list(instruction_id_list), text, arguments)
-    # An instruction draws what it is not told (or cannot use) at random.
-    before = random.getstate()
-    found = []
-    for check in (verifiers.test_instruction_following_strict, verifiers.test_instruction_following_loose):
-        random.seed(0)
-        found.append(check(example, response).follow_instruction_list)
-    random.setstate(before)
-    return found[0], found[1]
+    given = (prompt, response, instruction_id_list, kwargs)
+    return _followed("strict", *given), _followed("loose", *given)
 
 
 @functools.cache
@@ -137,7 +120,7 @@ def require_splitter() -> None:
 
 
 def _rewards(
-    which: int,
+    kind: str,
     all_or_nothing: bool,
     prompts: Sequence[Any],
     completions: Sequence[str],
@@ -150,6 +133,28 @@ def _rewards(
         if not names:
             rewards.append(None)
             continue
-        followed = outcomes(prompt, text, names, arguments or [])[which]
+        followed = _followed(kind, prompt, text, names, arguments or [])
         rewards.append(float(all(followed)) if all_or_nothing else sum(followed) / len(followed))
     return rewards
+
+
+def _followed(
+    kind: str, prompt: Any, response: str, instruction_id_list: Sequence[str], kwargs: Arguments
+) -> list[bool]:
+    verifiers = load_verifiers()
+    known = verifiers.instructions_registry.INSTRUCTION_DICT
+    if unknown := [name for name in instruction_id_list if name not in known]:
+        raise ValueError(f"ifeval: there is no instruction {unknown[0]!r}; expected one of {', '.join(known)}")
+    if len(kwargs) != len(instruction_id_list):
+        raise ValueError(
+            f"ifeval: kwargs: expected one mapping for each of {list(instruction_id_list)}, got {len(kwargs)}"
+        )
+    text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    arguments = [{name: value for name, value in one.items() if value is not None} for one in kwargs]
+    example = verifiers.InputExample(0, list(instruction_id_list), text, arguments)
+    before = random.getstate()
+    random.seed(0)  # an instruction draws at random what it is not told, or what it cannot use
+    try:
+        return getattr(verifiers, f"test_instruction_following_{kind}")(example, response).follow_instruction_list
+    finally:
+        random.setstate(before)

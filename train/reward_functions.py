@@ -129,7 +129,8 @@ def rouge(
     if reference_column not in columns:
         raise ValueError(
             f"rouge: reference_column: there is no column {reference_column!r}; the columns are "
-            f"{', '.join(columns) or '(none)'}; name the right one in the reward's options"
+            f"{', '.join(sorted(columns.keys() - {'completion_ids'})) or '(none)'}; name the right one in the "
+            f"reward's options"
         )
     scorer = RougeScorer([rouge_type])
     return [
