@@ -81,7 +81,7 @@ def load_verifiers() -> Any:
     if spec is None or spec.origin is None:
         raise ImportError(f"ifeval: needs the verifiers of lm-eval; {INSTALL}")
     require_splitter()
-    # The verifiers need three small packages; what stands beside them in lm_eval.tasks needs forty, and is left out.
+    # The verifiers need three small packages; what stands beside them in lm_eval.tasks needs thirty, and is left out.
     name, before = "lm_eval.tasks", sys.modules.get("lm_eval.tasks")
     package = types.ModuleType(name)
     package.__path__ = [str(Path(spec.origin).parent / "tasks")]

@@ -19,7 +19,6 @@ from models.sharding import make_layout
 from models.tokenizer import Tokenizer
 from train.config import PolicyConfig, RewardSpec
 from train.loop import train_policy
-from train.reward_functions import soft_overlong_punishment
 from train.rewards import (
     BUILT_IN,
     RewardModelScorer,
@@ -321,19 +320,29 @@ def test_a_reward_model_has_no_options() -> None:
 
 
 @pytest.mark.slow
-def test_a_run_is_scored_by_its_tokens(policy_config: Callable[..., PolicyConfig], tmp_path: Path) -> None:
-    options = {"max_completion_length": 8, "cache": 6}
-    rewards = [RewardSpec(function="soft_overlong_punishment", options=options)]
-    config = policy_config(tmp_path, rewards=rewards, max_steps=1)
-    train_policy(config)
+def test_training_and_validation_hand_over_the_tokens_of_the_texts(
+    define: Callable[..., str],
+    policy_config: Callable[..., PolicyConfig],
+    tmp_path: Path,
+    tiny_tokenizer_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[tuple[list[str], list[list[int]]]] = []
+
+    def seen(completions: list[str], completion_ids: list[list[int]], wanted: list[str]) -> list[float]:
+        calls.append((completions, completion_ids))
+        return [float(len(ids)) for ids in completion_ids]
+
+    monkeypatch.setattr("train.loop.make_update", lambda *_: lambda state, ref_params, batch: (state, {}))
+    train_policy(policy_config(tmp_path, rewards=[RewardSpec(function=f"{define(seen=seen)}.seen")], max_steps=1))
+    tokenizer = Tokenizer(tiny_tokenizer_dir)
+    assert [len(texts) for texts, _ in calls] == [16, 16, 16], "validation, a step, validation"
+    for texts, ids in calls:
+        rows = [row + [tokenizer.pad_id] * (8 - len(row)) for row in ids]
+        assert tokenizer.decode(np.array([rows]), np.array([[len(row) for row in ids]])) == [texts]
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    for row, key in ((rows[0], "validation/"), (rows[1], "")):
-        assert -1 <= row[f"{key}rewards/soft_overlong_punishment/mean"] <= 0
-    texts = (tmp_path / "run" / "completions").glob("validation_*")
-    for table in texts:
-        for row in map(json.loads, table.read_text().splitlines()):
-            ids = [[0] * row["length"]]
-            assert [row["reward"]] == pytest.approx(soft_overlong_punishment([""], [""], ids, **options))
+    for key in ("", "validation/"):
+        assert rows[1][f"{key}reward"] == rows[1][f"{key}completions/mean_length"] > 0
 
 
 @pytest.mark.parametrize("count", [0, 1, 5, 7])
