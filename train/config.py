@@ -161,7 +161,8 @@ class RewardSpec:
     """One reward: a reward model or a Python function, with its weight in the sum."""
 
     model: str | None = None  # a run of `train reward`, a Hugging Face directory or Hub name
-    function: str | None = None  # dotted path of f(prompts, completions, **columns) -> list[float | None]
+    function: str | None = None  # built-in (docs/rewards.md) or a dotted path: f(prompts, completions, **columns)
+    options: dict[str, Any] = field(default_factory=dict)  # of the function, e.g. {rouge_type: rouge2}
     weight: float = 1.0
     name: str | None = None  # in the metrics; default: the model's or function's last part
     max_length: int = 4096  # of prompt and completion, in the reward model's tokens; longer: unscorable, counted
@@ -171,6 +172,8 @@ class RewardSpec:
     def __post_init__(self) -> None:
         if (self.model is None) == (self.function is None):
             raise ValueError("rewards: each expects either model or function, not both")
+        if self.model is not None and self.options:
+            raise ValueError("rewards.options: are those of a function; a reward model has none")
         _at_least(self, 1, "max_length", "batch_prompts")
 
     @property
@@ -231,6 +234,7 @@ class PolicyConfig(RunConfig):
     """`train policy`: GOPO, GRPO and their relatives."""
 
     rewards: list[RewardSpec]
+    reward_combination: Literal["sum", "mean", "minimum"] = "sum"  # of the weighted rewards
     advantage: str = "gopo"  # a name in gopo_jax.ADVANTAGES, or the dotted path of a function like those
     advantage_options: dict[str, Any] = field(default_factory=dict)  # e.g. {ties: ordinal} or {scale: none}
     num_generations: int = 8  # G

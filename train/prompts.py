@@ -146,6 +146,7 @@ class Prompts:
         self.rows = [rows[i] for i in fitting(rows, source, column, tokenizer, max_length)]
         self.too_long = len(rows) - len(self.rows)
         self.column, self.source = column, source
+        self.other_columns = sorted({name for row in self.rows for name in row} - {column})
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -159,8 +160,7 @@ class Prompts:
 
     def columns(self, rows: Sequence[Row], part: slice = slice(None)) -> dict[str, list[Any]]:
         """The other columns of some of the rows, which reward functions get by name; None where a row has none."""
-        names = {name for row in rows for name in row} - {self.column}
-        return {name: [row.get(name) for row in rows[part]] for name in sorted(names)}
+        return {name: [row.get(name) for row in rows[part]] for name in self.other_columns}
 
 
 def _read_jsonl(path: Path) -> list[Row]:
