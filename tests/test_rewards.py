@@ -139,9 +139,11 @@ def constant(values_PG: np.ndarray, missing: Any = None) -> Callable[..., list[f
     return lambda prompts, completions: flat
 
 
-def scored(specs: Sequence[RewardSpec], prompts: Any, completions_PG: Any) -> tuple[np.ndarray, dict[str, float]]:
-    rewards = Rewards(specs, None, "float32")
-    rewards_PGR = rewards.score(prompts, completions_PG, {})
+def scored(
+    specs: Sequence[RewardSpec], prompts: Any, completions_PG: Any, ids_PG: Any = None, **options: Any
+) -> tuple[np.ndarray, dict[str, float]]:
+    rewards = Rewards(specs, None, "float32", **options)
+    rewards_PGR = rewards.score(prompts, completions_PG, {}, ids_PG)
     return rewards.combine(rewards_PGR), rewards.metrics(rewards_PGR)
 
 
@@ -209,7 +211,7 @@ def test_texts_too_long_for_a_reward_model_are_counted(define: Callable[..., str
         RewardSpec(function=f"{module}.none"),
     ]
     texts_PG = [["Good", "Good, far longer than eight tokens", "Bad"], ["so", "a", "b"]]
-    _, metrics = Rewards(specs, None, "float32").score(["x", "y"], texts_PG, {})
+    _, metrics = scored(specs, ["x", "y"], texts_PG)
     assert metrics["rewards/model/unscorable"] == 1
     assert metrics["rm/truncated_frac"] == pytest.approx(1 / (2 * G)), "a function's None is not counted"
 
@@ -222,7 +224,7 @@ def test_combinations_are_of_the_weighted_rewards_that_are_there(
     values_RPG = random_rewards(len(weights))
     module = define(**{f"f{r}": constant(values_PG) for r, values_PG in enumerate(values_RPG)})
     specs = [RewardSpec(function=f"{module}.f{r}", weight=weight) for r, weight in enumerate(weights)]
-    rewards_PG, _ = Rewards(specs, None, "float32", combination).score(["p"] * 6, [["c"] * G] * 6, {})
+    rewards_PG, _ = scored(specs, ["p"] * 6, [["c"] * G] * 6, combination=combination)
     for p, g in np.ndindex(6, G):
         present = [w * v for w, v in zip(weights, values_RPG[:, p, g], strict=True) if not math.isnan(v)]
         assert rewards_PG[p, g] == pytest.approx(combine(present) if present else math.nan, rel=1e-5, nan_ok=True)
@@ -260,7 +262,7 @@ def test_a_function_gets_the_tokens_it_asks_for(define: Callable[..., str]) -> N
     ids_PG = completion_ids(tokens_PGT, lengths_PG)
     assert ids_PG[1] == [[12, 13, 14, 15], [], [20, 21]] and type(ids_PG[0][0][0]) is int
     specs = [RewardSpec(function=f"{module}.{name}") for name in ("tokens", "plain")]
-    rewards_PG, _ = Rewards(specs, None, "float32", columns=[]).score(["p", "q"], [["c"] * G] * 2, {}, ids_PG)
+    rewards_PG, _ = scored(specs, ["p", "q"], [["c"] * G] * 2, ids_PG, columns=[])
     kept_PGT = np.arange(4) < lengths_PG[..., None]
     np.testing.assert_array_equal(rewards_PG, (tokens_PGT * kept_PGT).sum(-1))
 

@@ -105,8 +105,8 @@ class Rewards:
     def combine(self, rewards_PGR: np.ndarray) -> np.ndarray:
         """float32 `rewards_PG`: the weighted rewards that are there, combined; NaN where none is."""
         weighted_PGR = rewards_PGR * self.weights_R
-        missing_PG: np.ndarray = np.isnan(weighted_PGR).all(-1)
-        combined_PG = COMBINATIONS[self.combination](np.where(missing_PG[..., None], 0, weighted_PGR), axis=-1)
+        missing_PG = np.all(np.isnan(weighted_PGR), axis=-1)
+        combined_PG = COMBINATIONS[self.combination](np.where(np.expand_dims(missing_PG, -1), 0, weighted_PGR), axis=-1)
         return np.where(missing_PG, np.nan, combined_PG).astype(np.float32)
 
     def metrics(self, rewards_PGR: np.ndarray) -> dict[str, float]:
