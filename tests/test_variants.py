@@ -4,6 +4,7 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,11 +23,7 @@ ROOT = Path(__file__).parent.parent
 VARIANTS = sorted(file.stem for file in (ROOT / "configs" / "variants").glob("*.yaml"))
 RECIPE = str(ROOT / "configs" / "tldr" / "qwen3_8b_gopo.yaml")
 MakeConfig = Callable[..., PolicyConfig]
-
-
-def numbers(run: Path) -> list[dict[str, float]]:
-    """A run's metrics without what a clock says."""
-    return [{k: v for k, v in row.items() if not k.startswith(("timing_s/", "perf/"))} for row in read_metrics(run)]
+numbers = partial(read_metrics, clock=False)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
