@@ -24,6 +24,7 @@ import pytest
 import yaml
 
 import train.loop
+import train.update
 from gopo_jax import ADVANTAGES
 from models.checkpoint import load_model
 from models.config import Qwen3Config
@@ -279,7 +280,7 @@ def test_nothing_compiles_but_for_shapes_that_are_new(
     )
     seen: dict[str, set[Any]] = {"sample": set(), "update": set()}
     new, counts, lengths = [], [], []
-    rollout, cut = train.loop.Generator.rollout, train.loop.cut
+    rollout, cut = train.loop.Generator.rollout, train.update.cut
 
     def note(kind: str, shape: Any) -> None:
         new.append(shape not in seen[kind])
@@ -302,7 +303,7 @@ def test_nothing_compiles_but_for_shapes_that_are_new(
         new.clear()
 
     monkeypatch.setattr(train.loop.Generator, "rollout", counted_rollout)
-    monkeypatch.setattr(train.loop, "cut", counted_cut)
+    monkeypatch.setattr(train.update, "cut", counted_cut)
     monkeypatch.setattr(train.loop.Run, "write", end_of_step)
     try:
         train_policy(config)

@@ -86,7 +86,8 @@ def test_every_name_trains_three_steps(name: str, policy_config: MakeConfig, tmp
     rows = run(policy_config(tmp_path, **settings))
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
     assert all(math.isfinite(value) for row in rows for value in row.values())
-    assert all(row["grad_norm"] > 0 for row in rows[1:])
+    cut_and_masked = [name == "dapo" and row["completions/clipped_ratio"] == 1 for row in rows[1:]]
+    assert all(row["grad_norm"] > 0 or nothing for row, nothing in zip(rows[1:], cut_and_masked, strict=True))
 
 
 @pytest.mark.slow
