@@ -5,6 +5,8 @@ template with thinking off unless asked for. What stands in a message is text: a
 turn, the model sees the characters. transformers would see the token.
 """
 
+import hashlib
+import importlib.metadata
 import json
 import os
 import re
@@ -92,6 +94,16 @@ class Tokenizer:
     def size(self) -> int:
         """How many ids there are; a model's vocab_size must not be smaller."""
         return len(self.hf)
+
+    @cached_property
+    def fingerprint(self) -> str | None:
+        """A hash of all that decides which ids a prompt becomes; None where that cannot be told."""
+        try:
+            parts = [self.hf.backend_tokenizer.to_str()]
+        except AttributeError:
+            return None  # a slow tokenizer keeps its tables in code
+        parts += [str(self.hf.chat_template), str(self.enable_thinking), importlib.metadata.version("transformers")]
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
     @property
     def eos(self) -> str:

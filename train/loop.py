@@ -40,7 +40,7 @@ from train.config import PolicyConfig
 from train.metrics import Run, Timer, console, divide, rollout_metrics, setup_errors
 from train.packing import Batch, cut, unpack
 from train.processes import share
-from train.prompts import Prompts
+from train.prompts import Prompts, load_prompts
 from train.rewards import Rewards
 from train.state import TrainState
 
@@ -54,10 +54,7 @@ def train_policy(config: PolicyConfig) -> None:
     with setup_errors():
         layout = training.policy_layout(config)
         tokenizer = training.make_tokenizer(config.model, config.chat)
-        prompts = Prompts(config.data.train, config.data.split, config, tokenizer)
-        validation = Prompts(
-            config.data.validation or config.data.train, config.data.validation_split, config, tokenizer
-        )
+        prompts, validation = load_prompts(config, tokenizer)
         for count in filter(None, (config.prompts_per_step, len(validation.rows[: config.validation.prompts]))):
             share(count)  # fewer prompts than processes are refused here
         rewards = Rewards(config.rewards, layout, config.model.dtype)
@@ -98,7 +95,7 @@ def train_policy(config: PolicyConfig) -> None:
         # 1 prompts
         rows = prompts.batch(config.seed, step, config.prompts_per_step)
         # 2 tokens
-        prompt_PS, lengths_P = tokenizer.encode_prompts(prompts.prompts(rows), config.max_prompt_length)
+        prompt_PS, lengths_P = prompts.encode(rows)
         # 3 rollouts
         with timer("generate"):
             key = training.stream_key(config.seed, training.TRAIN, step)
