@@ -352,7 +352,7 @@ def bucket(length: int, limit: int) -> int:
     return min(max(8, 1 << (length - 1).bit_length()), limit)
 
 
-def pad(rows: Sequence[Sequence[int]], pad_id: int, max_length: int) -> tuple[np.ndarray, np.ndarray]:
+def pad(rows: Sequence[Sequence[int] | np.ndarray], pad_id: int, max_length: int) -> tuple[np.ndarray, np.ndarray]:
     """Right-padded [B, S] ids and lengths [B] of ragged rows.
 
     Raises:

@@ -270,11 +270,11 @@ def load_splits(config: PolicyConfig) -> Splits:
 
 def in_common(rows: Sequence[Row], others: Sequence[Row], column: str) -> list[int]:
     """The numbers of the rows whose prompt is among the others' too, whatever its case and its white space."""
-    seen = {_normalized(row[column]) for row in others}
-    return [number for number, row in enumerate(rows) if _normalized(row[column]) in seen]
+    seen = {prompt_key(row[column]) for row in others}
+    return [number for number, row in enumerate(rows) if prompt_key(row[column]) in seen]
 
 
-def _normalized(prompt: Prompt) -> bytes:
+def prompt_key(prompt: Prompt) -> bytes:
     """A hash of what is asked, without the system prompt; of a long text it is what one keeps."""
     asked = [prompt] if isinstance(prompt, str) else [m["content"] for m in prompt if m["role"] != "system"]
     return hashlib.blake2b(" ".join(" ".join(asked).split()).casefold().encode(), digest_size=16).digest()
@@ -284,7 +284,7 @@ def load_prompts(config: PolicyConfig, tokenizer: Tokenizer) -> tuple[Prompts, P
     """What is trained on and what is validated on; prompts that they have in common are counted and printed."""
     data, splits = config.data, load_splits(config)
     if splits.duplicates:
-        done = "left out (data.drop_duplicates)" if data.drop_duplicates else "kept; data.drop_duplicates leaves them out"
+        done = "left out" if data.drop_duplicates else "kept; data.drop_duplicates: true leaves them out"
         console.print(f"{data.train}: {splits.duplicates} prompts are in validation or test too: {done}", markup=False)
     prompts = Prompts(splits.train, data.train, config, tokenizer)
     validation = Prompts(splits.validation, data.validation or data.train, config, tokenizer)
