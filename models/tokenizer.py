@@ -321,7 +321,9 @@ def _unused_mark(texts: Sequence[str]) -> str:
     return mark
 
 
-def train_bpe(texts: Sequence[str], directory: str | Path, vocab_size: int) -> None:
+def train_bpe(
+    texts: Sequence[str], directory: str | Path, vocab_size: int, more_special_tokens: Sequence[str] = ()
+) -> None:
     """Train a byte-level BPE (Qwen3's kind, without its 151,643 entries) and save it in Hugging Face form."""
     from tokenizers import Tokenizer as Fast
     from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -332,7 +334,7 @@ def train_bpe(texts: Sequence[str], directory: str | Path, vocab_size: int) -> N
     fast.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=["<|endoftext|>", "<|im_end|>"],
+        special_tokens=["<|endoftext|>", "<|im_end|>", *more_special_tokens],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

@@ -53,6 +53,10 @@ def line(text: str) -> None:
     console.print(text, markup=False, highlight=False)
 
 
+def size(count: float) -> str:
+    return f"{count / GIB:,.1f} GiB" if count >= GIB else f"{count / 2**20:,.1f} MiB"
+
+
 # Data
 
 
@@ -261,14 +265,15 @@ def whole(tree: Any) -> float:
 
 def describe_memory(layout: Layout, arrays: Mapping[str, float], chip: str | None) -> None:
     mesh = " x ".join(f"{name} {size}" for name, size in layout.mesh.shape.items())
-    table = Table(f"arrays on each device, mesh {mesh}", "MiB", box=None)
-    for name, size in arrays.items():
-        if size:
-            table.add_row(name, f"{size / 2**20:,.1f}")
+    table = Table(f"arrays on each device, mesh {mesh}", box=None)
+    table.add_column("MiB", justify="right")
+    for name, count in arrays.items():
+        if count:
+            table.add_row(name, f"{count / 2**20:,.1f}")
     console.print(table)
     update = plan.held(arrays, ("gradient", "offloaded reference"))
     peak = max(update, plan.held(arrays, ("sampling copy", "cache of keys and values")))
-    line(f"together at most {peak / GIB:,.2f} GiB; activations and logits come on top: `train plan` compiles them")
+    line(f"together at most {size(peak)}; activations and logits come on top: `train plan` compiles them")
     if chip is not None:
         verdict = "fits" if peak <= FULL * HBM[chip] else "does NOT fit"
         line(f"{chip}: {verdict} without them, {100 * peak / HBM[chip]:.0f} % of {HBM[chip] / GIB:.0f} GiB")
@@ -301,8 +306,7 @@ def describe_schedule(config: Config, rows: int | None, saved: tuple[float, floa
     kept = min(count, config.checkpoint.keep or count)
     (each_bytes, once), place = saved, config.checkpoint.directory or f"{config.output_dir}/checkpoints"
     line(
-        f"{count} checkpoints of {each_bytes / 1e9:,.2f} GB in {place}, {kept} kept: "
-        f"{(kept * each_bytes + once) / 1e9:,.2f} GB"
+        f"{count} checkpoints of {size(each_bytes)} in {place}, {kept} kept: {size(kept * each_bytes + once)}"
     )
 
 
