@@ -305,9 +305,7 @@ def describe_schedule(config: Config, rows: int | None, saved: tuple[float, floa
     count = len([s for s in range(1, steps + 1) if s % config.checkpoint.every == 0 or s == steps])
     kept = min(count, config.checkpoint.keep or count)
     (each_bytes, once), place = saved, config.checkpoint.directory or f"{config.output_dir}/checkpoints"
-    line(
-        f"{count} checkpoints of {size(each_bytes)} in {place}, {kept} kept: {size(kept * each_bytes + once)}"
-    )
+    line(f"{count} checkpoints of {size(each_bytes)} in {place}, {kept} kept: {size(kept * each_bytes + once)}")
 
 
 def of(rows: int | None, used: int) -> str:

@@ -7,7 +7,6 @@ settings and the prompts themselves, so it is never out of date. It may be delet
 import hashlib
 import json
 import os
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,7 +28,7 @@ def prompt_ids(prompts: Sequence[Prompt], tokenizer: Tokenizer) -> list[np.ndarr
     if file.is_file():
         try:
             return _read(file, len(prompts))
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        except Exception as error:  # whatever the readers of zip and npy stumble over
             console.print(f"{file}: damaged ({error}); the prompts are tokenized again", markup=False)
     ids = _tokenize(prompts, tokenizer)
     try:
@@ -58,7 +57,7 @@ def _tokenize(prompts: Sequence[Prompt], tokenizer: Tokenizer) -> list[np.ndarra
 
 
 def _read(file: Path, count: int) -> list[np.ndarray]:
-    with np.load(file) as arrays:  # a zip file: its checksums are compared
+    with file.open("rb") as opened, np.load(opened) as arrays:  # a zip file: its checksums are compared
         ids, lengths = arrays["ids"], arrays["lengths"]
     if ids.dtype != np.int32 or lengths.shape != (count,) or lengths.sum() != len(ids):
         raise ValueError("lengths and ids do not belong together")
