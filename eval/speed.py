@@ -19,10 +19,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from eval.flops import decode_bytes, forward_flops, step_flops
 from eval.peers import SCRIPTS, Timings, ratio_table, run_peer
 from eval.workloads import END_SHARE, WORKLOADS, Workload, prepare
 from models.config import REWARD_MODEL
+from models.flops import decode_bytes, forward_flops, step_flops
 from models.tokenizer import Tokenizer
 from train.config import parse
 from train.metrics import console, read_metrics, setup_errors

@@ -13,20 +13,60 @@ Axis letters, used as a suffix on every array name in the whole project (`reward
 G is always the group, S always the prompt. The functions here take any leading axes in place of P.
 """
 
-from gopo_jax.advantages import ADVANTAGES, gopo_advantages, grpo_advantages, rloo_advantages
+from gopo_jax.advantages import (
+    ADVANTAGES,
+    dr_grpo_advantages,
+    gopo_advantages,
+    grpo_advantages,
+    reinforce_pp_advantages,
+    rloo_advantages,
+)
+from gopo_jax.groups import valid_rewards
 from gopo_jax.logprobs import token_logprobs
-from gopo_jax.losses import kl_penalty, loss_count, policy_loss, preference_loss
+from gopo_jax.losses import add_metrics, kl_penalty, loss_count, policy_loss, preference_loss
+from gopo_jax.relatives import (
+    gdpo_advantages,
+    gopo_multi_advantages,
+    krpo_advantages,
+    odrpo_advantages,
+    soft_gopo_advantages,
+)
+from gopo_jax.surrogates import (
+    SURROGATES,
+    cispo_surrogate,
+    clip_surrogate,
+    importance_ratio,
+    sampler_correction,
+    sapo_surrogate,
+    token_broadcast,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ADVANTAGES",
+    "SURROGATES",
+    "add_metrics",
+    "cispo_surrogate",
+    "clip_surrogate",
+    "dr_grpo_advantages",
+    "gdpo_advantages",
     "gopo_advantages",
+    "gopo_multi_advantages",
     "grpo_advantages",
+    "importance_ratio",
     "kl_penalty",
+    "krpo_advantages",
     "loss_count",
+    "odrpo_advantages",
     "policy_loss",
     "preference_loss",
+    "reinforce_pp_advantages",
     "rloo_advantages",
+    "sampler_correction",
+    "sapo_surrogate",
+    "soft_gopo_advantages",
+    "token_broadcast",
     "token_logprobs",
+    "valid_rewards",
 ]

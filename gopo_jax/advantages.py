@@ -4,7 +4,9 @@ Every function takes `rewards_PG` ([..., G], the last axis is the group) and an 
 `mask_PG`, and returns advantages of the same shape. An entry that is masked out or NaN (unscorable)
 is treated as if it had been deleted: it gets 0, and the others get what they would get without it.
 A group with fewer than two valid entries gets zeros. No gradient flows into the rewards.
+One that has a parameter `weights_R` takes every reward apart, `rewards_PGR` ([..., G, R]).
 
+Here are those that other trainers have too, in `relatives.py` those of single papers.
 To add one: write a function with this signature and put it into `ADVANTAGES`.
 """
 
@@ -15,6 +17,14 @@ import jax
 import jax.numpy as jnp
 
 from gopo_jax import checks
+from gopo_jax.groups import centered, divisor, enough, ranks, standardized, valid_rewards
+from gopo_jax.relatives import (
+    gdpo_advantages,
+    gopo_multi_advantages,
+    krpo_advantages,
+    odrpo_advantages,
+    soft_gopo_advantages,
+)
 
 
 def gopo_advantages(
@@ -49,30 +59,12 @@ def gopo_advantages(
       GOPO, https://arxiv.org/abs/2602.03876, section 3.
     """
     checks.one_of("ties", ties, ("average", "ordinal"))
-    rewards_PG, valid_PG = _valid_rewards(rewards_PG, mask_PG)
+    rewards_PG, valid_PG = valid_rewards(rewards_PG, mask_PG)
     n_P1 = valid_PG.sum(-1, keepdims=True)
-
-    # Valid entries first, best first, equals in the order they came (lexsort is stable, last key first).
-    order_PG = jnp.lexsort((-rewards_PG, ~valid_PG))
-    position_PG = jnp.argsort(order_PG)  # the second argsort: 0-based ordinal rank of each entry
-    rank_PG = position_PG.astype(rewards_PG.dtype)
-    if ties == "average":
-        # A run of equal rewards, from its first to its last position, shares the middle of the two.
-        sorted_PG = jnp.take_along_axis(jnp.where(valid_PG, rewards_PG, jnp.nan), order_PG, -1)
-        index_G = jnp.arange(rewards_PG.shape[-1])
-        changes_PG = sorted_PG[..., 1:] != sorted_PG[..., :-1]  # NaN differs from NaN: no run of invalid ones
-        edge_P1 = jnp.ones_like(changes_PG[..., :1])
-        starts_PG = jnp.concatenate([edge_P1, changes_PG], -1)
-        ends_PG = jnp.concatenate([changes_PG, edge_P1], -1)
-        group_axis = rewards_PG.ndim - 1
-        first_PG = jax.lax.cummax(jnp.where(starts_PG, index_G, 0), axis=group_axis)
-        last_PG = jax.lax.cummin(jnp.where(ends_PG, index_G, index_G.size), axis=group_axis, reverse=True)
-        middle_PG = (first_PG + last_PG).astype(rewards_PG.dtype) / 2
-        rank_PG = jnp.take_along_axis(middle_PG, position_PG, -1)
-
-    # 2 - 4 rank / (n - 1) over one denominator: compiled divisions may be off by a bit, and the middle is exactly 0.
-    advantages_PG = 2 * (n_P1 - 1 - 2 * rank_PG) / jnp.maximum(n_P1 - 1, 1)
-    return jnp.where(valid_PG & (n_P1 >= 2), advantages_PG, 0)
+    rank_PG = ranks(rewards_PG, valid_PG, ties)
+    # 2 - 4 (rank - 1) / (n - 1) over one denominator: compiled divisions may be off by a bit; the middle is exactly 0.
+    advantages_PG = 2 * (n_P1 + 1 - 2 * rank_PG) / jnp.maximum(n_P1 - 1, 1)
+    return jnp.where(enough(valid_PG), advantages_PG, 0)
 
 
 def grpo_advantages(
@@ -105,17 +97,11 @@ def grpo_advantages(
       GRPO, https://arxiv.org/abs/2402.03300, section 4.1.2; Dr. GRPO, https://arxiv.org/abs/2503.20783.
     """
     checks.one_of("scale", scale, ("group", "batch", "none"))
-    rewards_PG, valid_PG = _valid_rewards(rewards_PG, mask_PG)
-    centered_PG = _centered(rewards_PG, valid_PG)
+    rewards_PG, valid_PG = valid_rewards(rewards_PG, mask_PG)
+    centered_PG = centered(rewards_PG, valid_PG)
     if scale != "none":
-        axis = -1 if scale == "group" else None
-        n = valid_PG.sum(axis, keepdims=True)
-        mean = (rewards_PG * valid_PG).sum(axis, keepdims=True) / jnp.maximum(n, 1)
-        squares = (jnp.square(rewards_PG - mean) * valid_PG).sum(axis, keepdims=True)
-        std = jnp.sqrt(squares / jnp.maximum(n - 1, 1))
-        # epsilon 0 and a constant group: 0 / 0 is meant as 0
-        centered_PG = centered_PG / jnp.where(std + epsilon > 0, std + epsilon, 1)
-    return jnp.where(valid_PG, centered_PG, 0)
+        centered_PG = centered_PG / divisor(rewards_PG, valid_PG, -1 if scale == "group" else None, epsilon)
+    return centered_PG
 
 
 def rloo_advantages(rewards_PG: jax.typing.ArrayLike, mask_PG: jax.typing.ArrayLike | None = None) -> jax.Array:
@@ -137,38 +123,78 @@ def rloo_advantages(rewards_PG: jax.typing.ArrayLike, mask_PG: jax.typing.ArrayL
     References:
       Ahmadian et al., Back to Basics, https://arxiv.org/abs/2402.14740, equation 4 of section 3.
     """
-    rewards_PG, valid_PG = _valid_rewards(rewards_PG, mask_PG)
+    rewards_PG, valid_PG = valid_rewards(rewards_PG, mask_PG)
     n_P1 = valid_PG.sum(-1, keepdims=True)
-    return jnp.where(valid_PG, _centered(rewards_PG, valid_PG) * n_P1 / jnp.maximum(n_P1 - 1, 1), 0)
+    return centered(rewards_PG, valid_PG) * n_P1 / jnp.maximum(n_P1 - 1, 1)
 
 
-def _valid_rewards(
-    rewards_PG: jax.typing.ArrayLike, mask_PG: jax.typing.ArrayLike | None
-) -> tuple[jax.Array, jax.Array]:
-    """Checked rewards with 0 in the invalid places, and where they are valid."""
-    rewards_PG = jax.lax.stop_gradient(checks.as_float("rewards_PG", rewards_PG))
-    checks.group_axis("rewards_PG", rewards_PG)
-    valid_PG = ~jnp.isnan(rewards_PG)
-    if mask_PG is not None:
-        mask_PG = jnp.asarray(mask_PG)
-        checks.same_shape("mask_PG", mask_PG, "rewards_PG", rewards_PG)
-        valid_PG &= mask_PG.astype(bool)
-    return jnp.where(valid_PG, rewards_PG, 0), valid_PG
+def dr_grpo_advantages(rewards_PG: jax.typing.ArrayLike, mask_PG: jax.typing.ArrayLike | None = None) -> jax.Array:
+    """Advantages of "GRPO done right": GRPO's without the division by the standard deviation.
 
+        A_i = r_i - mean(r)
 
-def _centered(rewards_PG: jax.Array, valid_PG: jax.Array) -> jax.Array:
-    """Rewards minus their group's mean over the valid entries; exact zeros for a constant group.
+    Its paper goes with the loss's aggregate "constant".
 
-    The group's maximum is taken off first: float32 means of eight equal numbers can be off by a bit, and
-    that bit divided by epsilon would be a gradient from nothing.
+    Args:
+      rewards_PG: [..., G] rewards; the last axis is the group. NaN = unscorable.
+      mask_PG: [..., G] booleans, False leaves the entry out; None = all valid.
+
+    Returns:
+      [..., G] advantages, at least float32, in the rewards' units.
+
+    Raises:
+      ValueError: G < 2, or a mask of another shape.
+      TypeError: rewards that are boolean or complex.
+
+    References:
+      Liu et al., https://arxiv.org/abs/2503.20783, section 3.2.
     """
-    top_P1 = jnp.max(jnp.where(valid_PG, rewards_PG, -jnp.inf), -1, keepdims=True)
-    shifted_PG = jnp.where(valid_PG, rewards_PG - top_P1, 0)
-    return shifted_PG - shifted_PG.sum(-1, keepdims=True) / jnp.maximum(valid_PG.sum(-1, keepdims=True), 1)
+    return grpo_advantages(rewards_PG, mask_PG, scale="none")
+
+
+def reinforce_pp_advantages(
+    rewards_PG: jax.typing.ArrayLike,
+    mask_PG: jax.typing.ArrayLike | None = None,
+    *,
+    baseline: Literal["none", "group"] = "none",
+    epsilon: float = 1e-8,
+) -> jax.Array:
+    """Advantages of REINFORCE++: normalised over the whole batch instead of within each group.
+
+        b_i = r_i  or, with baseline "group",  r_i - mean(r of the group)
+        A_i = (b_i - mean(b of the batch)) / (std(b of the batch) + epsilon)
+
+    Args:
+      rewards_PG: [..., G] rewards of the whole batch; the last axis is the group. NaN = unscorable.
+      mask_PG: [..., G] booleans, False leaves the entry out; None = all valid.
+      baseline: "none" is REINFORCE++, "group" is REINFORCE++-baseline.
+      epsilon: added to the standard deviation (ddof 1).
+
+    Returns:
+      [..., G] advantages, at least float32. They sum to zero over the batch, not over a group.
+
+    Raises:
+      ValueError: G < 2, a mask of another shape, or an unknown baseline.
+      TypeError: rewards that are boolean or complex.
+
+    References:
+      Hu et al., REINFORCE++, https://arxiv.org/abs/2501.03262.
+    """
+    checks.one_of("baseline", baseline, ("none", "group"))
+    rewards_PG, valid_PG = valid_rewards(rewards_PG, mask_PG)
+    valid_PG = enough(valid_PG)
+    return standardized(centered(rewards_PG, valid_PG) if baseline == "group" else rewards_PG, valid_PG, None, epsilon)
 
 
 ADVANTAGES: dict[str, Callable[..., jax.Array]] = {
     "gopo": gopo_advantages,
     "grpo": grpo_advantages,
+    "dr_grpo": dr_grpo_advantages,
     "rloo": rloo_advantages,
+    "reinforce_pp": reinforce_pp_advantages,
+    "gopo_multi": gopo_multi_advantages,
+    "gdpo": gdpo_advantages,
+    "soft_gopo": soft_gopo_advantages,
+    "krpo": krpo_advantages,
+    "odrpo": odrpo_advantages,
 }

@@ -5,17 +5,18 @@ sum the counts first (`loss_count`), hand the total to each part as `denominator
 The result then does not depend on how the batch was cut.
 """
 
-from typing import Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from gopo_jax import checks
+from gopo_jax.surrogates import CISPO_CLIP_MAX, SURROGATES, importance_ratio
 
-Metrics = dict[str, tuple[jax.Array, jax.Array]]  # name -> (sum, count); add both up, divide once
+Metrics = dict[str, tuple[jax.Array, jax.Array]]  # name -> (sum, count); put together by `add_metrics`, divide once
 
 KL_ESTIMATORS = ("k1", "k2", "k3")
-RATIOS = ("token", "sequence")
 AGGREGATES = ("token", "sequence", "constant", "token_per_microbatch")
 
 
@@ -80,7 +81,10 @@ def policy_loss(
     *,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
-    ratio: Literal["token", "sequence"] = "token",
+    ratio: Literal["token", "sequence", "sequence_token", "trajectory"] = "token",
+    surrogate: str | Callable[..., jax.Array] = "clip",
+    surrogate_options: Mapping[str, Any] | None = None,
+    weights: jax.Array | None = None,
     aggregate: Literal["token", "sequence", "constant", "token_per_microbatch"] = "token",
     denominator: jax.typing.ArrayLike | None = None,
     max_length: int | None = None,
@@ -88,23 +92,26 @@ def policy_loss(
     ref_logprobs: jax.Array | None = None,
     beta: float = 0.0,
 ) -> tuple[jax.Array, Metrics]:
-    """Clipped surrogate loss with an optional KL penalty.
+    """Surrogate loss of a policy with an optional KL penalty.
 
-        w_t = exp(logprob_t - old_logprob_t)                            ratio="token"
-        w_t = exp(mean over the completion of logprob - old_logprob)    ratio="sequence" (GSPO)
-        l_t = -min(w_t A, clip(w_t, 1 - clip_low, 1 + clip_high) A) + beta KL_t
-        loss = sum over the mask of (weight_t l_t) / denominator
+        w_t = importance_ratio(...)                  ratio: exp(logprob_t - old_logprob_t), or of the whole completion
+        J_t = min(w_t A, clip(w_t, 1 - clip_low, 1 + clip_high) A)        surrogate "clip"; or "cispo", "sapo"
+        l_t = -weights_t J_t + beta KL_t
+        loss = sum over the mask of (a_t l_t) / denominator
 
-    with weight_t = 1, or 1 / (tokens of the completion) for "sequence", or 1 / (tokens of this call) for
+    with a_t = 1, or 1 / (tokens of the completion) for "sequence", or 1 / (tokens of this call) for
     "token_per_microbatch". A masked position contributes nothing, whatever stands there, NaN included.
 
     Args:
       logprobs: [..., T] log-probabilities of the sampled tokens under the policy being trained.
       old_logprobs: [..., T] those under the policy that sampled them. No gradient flows into them.
-      advantages: [...] one per completion, or [..., T] one per token.
+      advantages: [...] one per completion, or [..., T] one per token (see `token_broadcast`).
       mask: [..., T] booleans (or 0/1), the completion tokens that count.
-      clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
-      ratio: importance ratio per token or per sequence.
+      clip_low, clip_high: of the surrogate "clip": the ratio is clipped to [1 - clip_low, 1 + clip_high].
+      ratio: see `importance_ratio`.
+      surrogate: a name in `SURROGATES`, or a function (ratio, logprobs, advantages) -> objective, all [..., T].
+      surrogate_options: more keyword arguments of that function, e.g. {"dual_clip": 3.0}.
+      weights: [..., T] of each token's surrogate (see `sampler_correction`), not of its penalty; None = 1.
       aggregate: "token" is the mean over all tokens (DAPO), "sequence" the mean over completions of their
         mean over tokens (GRPO), "constant" the sum over completions x max_length (Dr. GRPO),
         "token_per_microbatch" the token mean of this call alone (then the mean of micro-batches: pass their
@@ -116,20 +123,18 @@ def policy_loss(
       beta: weight of the penalty.
 
     Returns:
-      The scalar loss, and metrics as (sum, count) pairs: "clip_ratio/low_mean", "clip_ratio/high_mean",
-      "clip_ratio/region_mean" (share of tokens where the clip is active), "ratio", and "kl" (nats per token).
+      The scalar loss, and metrics as (sum, count) pairs, to be put together by `add_metrics`: "ratio", "kl" (nats per
+      token), and the share of tokens that are clipped: "clip_ratio/low_mean", "/high_mean", "/region_mean", with its
+      extremes over completions "/low_min" and "/high_max"; of CISPO "cispo_clip_ratio".
 
     Raises:
       ValueError: shapes that do not fit together, an unknown option, kl without ref_logprobs, beta without kl.
 
     References:
-      PPO, https://arxiv.org/abs/1707.06347, equation 7; GRPO, https://arxiv.org/abs/2402.03300, equation 3;
-      GSPO, https://arxiv.org/abs/2507.18071, equation 5; DAPO, https://arxiv.org/abs/2503.14476, equation 8;
-      Dr. GRPO, https://arxiv.org/abs/2503.20783.
+      GRPO, https://arxiv.org/abs/2402.03300, equation 3; DAPO, https://arxiv.org/abs/2503.14476, equation 8;
+      Dr. GRPO, https://arxiv.org/abs/2503.20783; ratios and surrogates name theirs.
     """
-    checks.one_of("ratio", ratio, RATIOS)
     checks.one_of("aggregate", aggregate, AGGREGATES)
-    checks.same_shape("old_logprobs", old_logprobs, "logprobs", logprobs)
     checks.same_shape("mask", mask, "logprobs", logprobs)
     if advantages.shape == logprobs.shape[:-1]:
         advantages = advantages[..., None]
@@ -142,35 +147,32 @@ def policy_loss(
         raise ValueError("kl, ref_logprobs: expected both (a KL penalty) or neither (none), got one of the two")
     if kl is None and beta:
         raise ValueError(f"beta: {beta} needs kl='k1'|'k2'|'k3' and ref_logprobs; use beta=0 for no penalty")
-
     mask = mask.astype(bool)
     count = loss_count(mask, aggregate, max_length=max_length) if denominator is None else jnp.asarray(denominator)
 
     def at_mask(array: jax.Array) -> jax.Array:
         return jnp.where(mask, array, 0)  # before any exp: 0 * inf would be NaN in the gradient
 
-    logprobs, old_logprobs = at_mask(logprobs), jax.lax.stop_gradient(at_mask(old_logprobs))
-    advantages = jax.lax.stop_gradient(at_mask(jnp.broadcast_to(advantages, mask.shape)))
-    log_ratio = logprobs - old_logprobs
-    tokens = mask.sum(-1, keepdims=True)
-    if ratio == "sequence":
-        log_ratio = jnp.broadcast_to(log_ratio.sum(-1, keepdims=True) / jnp.maximum(tokens, 1), mask.shape)
-    weight = jnp.exp(log_ratio)
-    clipped = jnp.clip(weight, 1 - clip_low, 1 + clip_high)
-    loss_T = -jnp.minimum(weight * advantages, clipped * advantages)
-
     def total(array: jax.Array) -> jax.Array:
         return at_mask(array).sum(dtype=jnp.float32)
 
-    low = (weight < 1 - clip_low) & (advantages < 0)
-    high = (weight > 1 + clip_high) & (advantages > 0)
-    n = mask.sum(dtype=jnp.float32)
-    metrics: Metrics = {
-        "clip_ratio/low_mean": (total(low), n),
-        "clip_ratio/high_mean": (total(high), n),
-        "clip_ratio/region_mean": (total(low | high), n),
-        "ratio": (total(weight), n),
-    }
+    logprobs, advantages = at_mask(logprobs), jax.lax.stop_gradient(at_mask(jnp.broadcast_to(advantages, mask.shape)))
+    weight_T = importance_ratio(logprobs, old_logprobs, mask, ratio)
+    options = dict(surrogate_options or {})
+    if surrogate == "clip":
+        options |= {"clip_low": clip_low, "clip_high": clip_high}
+    loss_T = -_surrogate(surrogate)(weight_T, logprobs, advantages, **options)
+    if weights is not None:
+        checks.same_shape("weights", weights, "logprobs", logprobs)
+        loss_T = at_mask(weights) * loss_T
+
+    tokens, n = mask.sum(-1, keepdims=True), mask.sum(dtype=jnp.float32)
+    metrics: Metrics = {"ratio": (total(weight_T), n)}
+    if surrogate == "clip":
+        metrics |= _clip_metrics(weight_T, advantages, mask, clip_low, clip_high)
+    if surrogate == "cispo":
+        cut = (weight_T > options.get("clip_max", CISPO_CLIP_MAX)) & (advantages > 0)
+        metrics["cispo_clip_ratio"] = (total(cut), n)
     if kl is not None and ref_logprobs is not None:
         checks.same_shape("ref_logprobs", ref_logprobs, "mask", mask)
         kl_T = kl_penalty(logprobs, jax.lax.stop_gradient(at_mask(ref_logprobs)), kl)
@@ -183,6 +185,48 @@ def policy_loss(
         loss_T = loss_T / jnp.maximum(n, 1)
     loss = total(loss_T) / jnp.maximum(count, 1e-9)
     return loss, jax.lax.stop_gradient(metrics)
+
+
+def _surrogate(name: str | Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    if callable(name):
+        return name
+    checks.one_of("surrogate", name, SURROGATES)
+    return SURROGATES[name]
+
+
+def _clip_metrics(
+    weight: jax.Array, advantages: jax.Array, mask: jax.Array, clip_low: float, clip_high: float
+) -> Metrics:
+    """The share of tokens where the clip is active: below, above, either; of all, and its extremes over completions."""
+    low, high = (weight < 1 - clip_low) & (advantages < 0), (weight > 1 + clip_high) & (advantages > 0)
+    n, tokens, found = mask.sum(dtype=jnp.float32), mask.sum(-1), mask.any().astype(jnp.float32)
+
+    def share(clipped: jax.Array, otherwise: float) -> jax.Array:
+        return jnp.where(tokens > 0, (clipped & mask).sum(-1) / jnp.maximum(tokens, 1), otherwise)
+
+    means = {"low_mean": low, "high_mean": high, "region_mean": low | high}
+    metrics = {f"clip_ratio/{name}": ((c & mask).sum(dtype=jnp.float32), n) for name, c in means.items()}
+    metrics["clip_ratio/low_min"] = (share(low, 1.0).min(initial=1.0), found)
+    metrics["clip_ratio/high_max"] = (share(high, 0.0).max(initial=0.0), found)
+    return metrics
+
+
+def add_metrics(*parts: Metrics) -> Metrics:
+    """The metrics of several parts of a batch as those of the whole: sums and counts are added up.
+
+    A name that ends in min or max is an extreme: (value, 1 if anything was there), of which the smallest or largest is
+    kept.
+    """
+
+    def whole(name: str) -> tuple[jax.Array, jax.Array]:
+        values, counts = zip(*(part[name] for part in parts), strict=True)
+        if not name.endswith(("min", "max")):
+            return sum(values), sum(counts)
+        best = min if name.endswith("min") else max
+        there = [value for value, count in zip(values, counts, strict=True) if count]
+        return (best(there), max(counts)) if there else (values[0], counts[0])
+
+    return {name: whole(name) for name in parts[0]}
 
 
 def preference_loss(

@@ -10,7 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gopo_jax import ADVANTAGES, gopo_advantages, grpo_advantages, rloo_advantages
+import gopo_jax
+from gopo_jax import (
+    ADVANTAGES,
+    dr_grpo_advantages,
+    gopo_advantages,
+    grpo_advantages,
+    odrpo_advantages,
+    rloo_advantages,
+    soft_gopo_advantages,
+)
 
 gopo = jax.jit(gopo_advantages, static_argnames="ties")
 grpo = jax.jit(grpo_advantages, static_argnames="scale")
@@ -24,6 +33,9 @@ VARIANTS: dict[str, Callable[..., jax.Array]] = {
     "grpo batch": functools.partial(grpo, scale="batch"),
     "grpo none": functools.partial(grpo, scale="none"),
     "rloo": rloo,
+    "dr_grpo": jax.jit(dr_grpo_advantages),
+    "soft_gopo": jax.jit(soft_gopo_advantages),
+    "odrpo": jax.jit(odrpo_advantages),
 }
 every_variant = pytest.mark.parametrize("advantages", VARIANTS.values(), ids=VARIANTS.keys())
 every_rule = pytest.mark.parametrize("advantages", [gopo, grpo, rloo], ids=["gopo", "grpo", "rloo"])
@@ -274,7 +286,8 @@ def test_an_empty_batch_gives_an_empty_batch(advantages: Callable[..., jax.Array
 
 
 def test_the_table_holds_the_functions_by_name() -> None:
-    assert dict(ADVANTAGES) == {"gopo": gopo_advantages, "grpo": grpo_advantages, "rloo": rloo_advantages}
+    assert dict(ADVANTAGES) == {name: getattr(gopo_jax, f"{name}_advantages") for name in ADVANTAGES}
+    assert {"gopo", "grpo", "dr_grpo", "rloo", "reinforce_pp", "gdpo", "krpo", "odrpo"} < ADVANTAGES.keys()
 
 
 # Errors

@@ -105,9 +105,9 @@ def test_prompts_that_fit_are_kept_in_order_and_the_others_counted(
 ) -> None:
     tokenizer, file = Tokenizer(tiny_tokenizer_dir), tmp_path / "rows.jsonl"
     rows: list[dict[str, Any]] = [{"question": text, "number": i} for i, text in enumerate(sentences)]
-    rows[0]["extra"] = "x"
-    write_jsonl(file, rows)
     lengths = [len(tokenizer.encode([text])[0]) for text in sentences]
+    rows[lengths.index(min(lengths))]["extra"] = "x"
+    write_jsonl(file, rows)
     limit = sorted(lengths)[len(lengths) // 2]
     config = policy_config(
         tmp_path, max_prompt_length=limit, data=DataConfig(train=str(file), prompt_column="question")
@@ -121,9 +121,9 @@ def test_prompts_that_fit_are_kept_in_order_and_the_others_counted(
     batch = prompts.batch(seed=3, step=4, count=5)
     assert batch == [fitting[i] for i in shuffled(len(fitting), 5, 3, 4)]
     assert prompts.prompts(batch) == [row["question"] for row in batch]
-    expected = {"extra": ["x", None], "number": [0, 1]}
-    assert prompts.columns(rows[:2]) == expected, "what a row does not have is None"
-    assert prompts.columns(rows[1:3]) == {"number": [1, 2]}
+    columns = {name: [row.get(name) for row in batch] for name in ("extra", "number")}
+    assert prompts.columns(batch) == columns, "what a row does not have is None"
+    assert prompts.columns(batch, slice(1, 3)) == {name: values[1:3] for name, values in columns.items()}
 
 
 # The config

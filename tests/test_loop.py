@@ -28,8 +28,9 @@ from models.checkpoint import load_model
 from models.hf_weights import split
 from models.sampler import Rollout
 from models.sharding import make_layout
+from train.batch import Groups, make_batch
 from train.config import CheckpointConfig, LossConfig, ModelConfig, PolicyConfig, RewardSpec, ValidationConfig
-from train.loop import make_batch, make_update, policy_objective, train_policy
+from train.loop import make_update, policy_objective, train_policy
 from train.metrics import read_metrics
 from train.packing import cut
 from train.state import copy, make_state
@@ -56,7 +57,8 @@ def some_batch(config: PolicyConfig, vocabulary: int) -> dict[str, jax.Array]:
         jnp.ones((P, G), bool),
     )
     prompt_PS, lengths_P = rng.integers(0, vocabulary, (P, S)), rng.integers(1, S + 1, P)
-    return make_batch(prompt_PS, lengths_P, rollout, rewards_PG, ADVANTAGES["gopo"](rewards_PG))
+    batch = make_batch(Groups([], prompt_PS, lengths_P, rollout, rewards_PG[..., None]), False)
+    return batch | {"advantages_PG": np.asarray(ADVANTAGES["gopo"](rewards_PG))}
 
 
 @pytest.mark.parametrize("aggregate", ["token", "sequence", "constant"])
@@ -71,8 +73,8 @@ def test_the_cut_into_micro_batches_changes_nothing(aggregate: Any, policy_confi
     for microbatch_prompts in (4, 1):
         config = replace(base, microbatch_prompts=microbatch_prompts)
         state = make_state(copy(params), sgd, layout)
-        state, metrics = make_update(graphdef, sgd, config, layout, state)(state, ref_params, batch)
-        after[microbatch_prompts] = (state.params, {k: float(s) / float(n) for k, (s, n) in metrics.items()})
+        state, metrics = make_update(graphdef, sgd, config, layout, state)(state, ref_params, batch, 0)
+        after[microbatch_prompts] = (state.params, metrics)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), after[4][0], after[1][0])
     for name, value in after[4][1].items():
         np.testing.assert_allclose(after[1][1][name], value, rtol=1e-5, atol=1e-6, err_msg=name)

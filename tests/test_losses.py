@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gopo_jax import kl_penalty, loss_count, policy_loss, preference_loss
+from gopo_jax import add_metrics, kl_penalty, loss_count, policy_loss, preference_loss
 
 P, G, T = 4, 3, 6
 Data = dict[str, np.ndarray]
-every_ratio = pytest.mark.parametrize("ratio", ["token", "sequence"])
+every_ratio = pytest.mark.parametrize("ratio", ["token", "sequence", "trajectory"])
 every_aggregate = pytest.mark.parametrize("aggregate", ["token", "sequence", "constant", "token_per_microbatch"])
 PENALTY = {"kl": "k3", "beta": 0.1}
 
@@ -58,13 +58,15 @@ def loss_by_loop(
 ) -> tuple[float, dict[str, tuple[float, float]]]:
     names = ("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "ratio", "kl")
     sums, total, completions, tokens = dict.fromkeys(names, 0.0), 0.0, 0, int(data["mask"].sum())
+    shares: dict[str, list[float]] = {"low": [], "high": []}  # of each completion's tokens, clipped
     for index in np.ndindex(P, G):
         length = int(data["mask"][index].sum())
         completions += length > 0
+        clipped = {"low": 0.0, "high": 0.0}
         new, old, ref = (data[f"{name}logprobs"][index][:length].astype(float) for name in ("", "old_", "ref_"))
         advantage = float(data["advantages"][index])
         for t in range(length):
-            weight = np.exp(new[t] - old[t]) if ratio == "token" else np.exp((new - old).mean())
+            weight = np.exp({"token": new[t] - old[t], "sequence": (new - old).mean()}.get(ratio, (new - old).sum()))
             surrogate = min(weight * advantage, min(max(weight, 1 - clip_low), 1 + clip_high) * advantage)
             d = new[t] - ref[t]
             penalty = {None: 0.0, "k1": d, "k2": d**2 / 2, "k3": np.exp(-d) - 1 + d}[kl]
@@ -73,10 +75,15 @@ def loss_by_loop(
             high = weight > 1 + clip_high and advantage > 0
             for name, value in zip(names, (low, high, low or high, weight, penalty), strict=True):
                 sums[name] += float(value)
+            clipped["low"] += low
+            clipped["high"] += high
+        for side in clipped if length else ():
+            shares[side].append(clipped[side] / length)
     if kl is None:
         del sums["kl"]
     count = {"sequence": completions, "constant": completions * T}.get(aggregate, tokens)
-    return total / count, {name: (value, tokens) for name, value in sums.items()}
+    extremes = {"clip_ratio/low_min": (min(shares["low"]), 1), "clip_ratio/high_max": (max(shares["high"]), 1)}
+    return total / count, {name: (value, tokens) for name, value in sums.items()} | extremes
 
 
 # The policy loss and its metrics
@@ -215,6 +222,18 @@ def test_micro_batches_add_up_to_the_batch(aggregate: str) -> None:
     ]
     np.testing.assert_allclose(sum(part[0] for part in parts), loss, atol=1e-6)
     np.testing.assert_allclose(np.concatenate([part[1] for part in parts]), gradient, atol=1e-6)
+
+
+def test_metrics_of_micro_batches_are_those_of_the_batch() -> None:
+    data = batch(spread=0.8)
+    nothing = {name: data[name][:1] for name in data} | {"mask": np.zeros((1, G, T), bool)}
+    cuts = [{name: data[name][p : p + 1] for name in data} for p in range(P)]
+    parts = [loss_of(part, **PENALTY)[1] for part in (nothing, *cuts)]
+    whole, together = loss_of(data, **PENALTY)[1], add_metrics(*parts)
+    assert whole.keys() == together.keys()
+    for name, pair in whole.items():
+        np.testing.assert_allclose(together[name], pair, rtol=1e-5, err_msg=name)
+    assert float(add_metrics(parts[0])["clip_ratio/low_min"][1]) == 0  # nothing was there
 
 
 def test_token_per_microbatch_is_the_mean_of_means_and_depends_on_the_cut() -> None:
@@ -367,7 +386,7 @@ def test_preference_loss_is_finite_far_out_and_sees_differences_only() -> None:
         ({}, {"kl": "k3"}, "kl, ref_logprobs: expected both"),
         ({}, {"beta": 0.1}, "beta: 0.1 needs kl="),
         ({"ref_logprobs": (2, 4)}, {"kl": "k4"}, "kind: expected one of 'k1', 'k2', 'k3', got 'k4'"),
-        ({}, {"ratio": "word"}, "ratio: expected one of 'token', 'sequence', got 'word'"),
+        ({}, {"ratio": "word"}, "ratio: expected one of 'token', .*, got 'word'"),
         ({}, {"aggregate": "mean"}, "aggregate: expected one of 'token', .*, got 'mean'"),
         ({}, {"aggregate": "mean", "denominator": 8.0}, "aggregate: expected one of 'token', .*, got 'mean'"),
     ],

@@ -14,8 +14,8 @@ import pytest
 import yaml
 from flax import nnx
 
-from eval.flops import layer_weights
 from models.config import Qwen3Config
+from models.flops import layer_weights
 from models.hf_weights import abstract_model, split
 from models.published import PUBLISHED
 from train import processes
@@ -256,7 +256,7 @@ def step():
     del rollout
     batch = {"prompt_PS": prompt_PS, "lengths_P": lengths_P, "tokens_PGT": tokens_PGT, "sampled_PGT": logprobs_PGT,
              "mask_PGT": np.ones((P, G, T), bool), "advantages_PG": np.ones((P, G), np.float32)}
-    jax.block_until_ready(update(state, ref, batch))
+    jax.block_until_ready(update(state, ref, batch, 0)[0])
 
 step()  # compiles
 settle()

@@ -129,6 +129,12 @@ def constant(values_PG: np.ndarray, missing: Any = None) -> Callable[..., list[f
     return lambda prompts, completions: flat
 
 
+def scored(specs: Sequence[RewardSpec], prompts: Any, completions_PG: Any) -> tuple[np.ndarray, dict[str, float]]:
+    rewards = Rewards(specs, None, "float32")
+    rewards_PGR = rewards.score(prompts, completions_PG, {})
+    return rewards.combine(rewards_PGR), rewards.metrics(rewards_PGR)
+
+
 def random_rewards(count: int) -> np.ndarray:
     rng = np.random.default_rng(count)
     values_RPG = rng.normal(size=(count, 6, G)).astype(np.float32)
@@ -146,7 +152,7 @@ def test_rewards_are_weighed_and_a_missing_one_leaves_only_its_own_part(
     values_RPG = random_rewards(len(weights))
     module = define(**{f"f{r}": constant(values_PG, missing) for r, values_PG in enumerate(values_RPG)})
     specs = [RewardSpec(function=f"{module}.f{r}", weight=weight) for r, weight in enumerate(weights)]
-    rewards_PG, metrics = Rewards(specs, None, "float32").score(["p"] * 6, [["c"] * G] * 6, {})
+    rewards_PG, metrics = scored(specs, ["p"] * 6, [["c"] * G] * 6)
 
     expected_PG = np.full((6, G), np.nan)
     for p, g in np.ndindex(6, G):
@@ -164,9 +170,7 @@ def test_rewards_are_weighed_and_a_missing_one_leaves_only_its_own_part(
 
 def test_a_reward_that_scores_nothing_has_no_metrics(define: Callable[..., str]) -> None:
     module = define(none=constant(np.full((2, G), np.nan)))
-    rewards_PG, metrics = Rewards([RewardSpec(function=f"{module}.none")], None, "float32").score(
-        ["p"] * 2, [["c"] * G] * 2, {}
-    )
+    rewards_PG, metrics = scored([RewardSpec(function=f"{module}.none")], ["p"] * 2, [["c"] * G] * 2)
     assert np.isnan(rewards_PG).all() and metrics.pop("rewards/none/unscorable") == 2 * G
     assert metrics and all(math.isnan(value) for value in metrics.values())
 
@@ -179,7 +183,7 @@ def test_a_reward_model_and_a_function_add_up(
         RewardSpec(model=str(tiny_reward_dir), max_length=LONGEST, batch_prompts=len(GROUPS) + 1, name="model"),
         RewardSpec(function=f"{module}.letters", weight=0.1),
     ]
-    rewards_PG, metrics = Rewards(specs, None, "float32").score(PROMPTS, COMPLETIONS, {})
+    rewards_PG, metrics = scored(specs, PROMPTS, COMPLETIONS)
     kinds = ("mean", "std", "unscorable")
     letters_PG = np.array([[len(text) for text in texts] for texts in COMPLETIONS])
     np.testing.assert_allclose(rewards_PG, scorer(PROMPTS, COMPLETIONS) + 0.1 * letters_PG, atol=1e-5)

@@ -37,7 +37,8 @@ from models.sampler import Rollout, SamplingParams
 from models.sharding import make_layout
 from flax import nnx
 from train.config import *
-from train.loop import make_batch, make_update
+from train.batch import Groups, make_batch
+from train.loop import make_update
 from train.state import copy, make_state
 
 directory, meshes = sys.argv[1], json.loads(sys.argv[2])
@@ -56,17 +57,18 @@ def compute(layout):
     graphdef, params = split(load_pretrained(directory, mesh=layout))
     sgd = optax.sgd(1.0)
     state = make_state(copy(params), sgd, layout)
-    batch = make_batch(prompt_PS, lengths_P, rollout, advantages_PG, advantages_PG)
+    batch = make_batch(Groups([], prompt_PS, lengths_P, rollout, advantages_PG[..., None]), False)
+    batch |= {"advantages_PG": advantages_PG}
     reference = jax.tree.map(lambda p: p * 1.1, params)
     spread = len({s.device for leaf in jax.tree.leaves(params) for s in leaf.addressable_shards})
-    after, metrics = make_update(graphdef, sgd, config, layout, state)(state, reference, batch)
+    after, metrics = make_update(graphdef, sgd, config, layout, state)(state, reference, batch, 0)
     rows = np.arange(P, dtype=np.int32)
     placed = layout.put(prompt_PS, ("prompt", None)), layout.put(lengths_P, ("prompt",)), layout.put(rows, ("prompt",))
     copied = SamplingCopy(graphdef, params, layout)(params)
     sampling = SamplingParams(1.0, 0, 1.0, 0, np.array([1], np.int32))
     draw = lambda p: sampling_program(graphdef, T, 0)(p, *placed, jax.random.key(3), sampling, num_generations=G)
     sampled, from_copy = draw(params), draw(copied)
-    return jax.device_get((after.params, {k: s / n for k, (s, n) in metrics.items()}, sampled, from_copy)), spread
+    return jax.device_get((after.params, metrics, sampled, from_copy)), spread
 
 one, _ = compute(make_layout(devices=jax.devices()[:1]))
 for name, mesh in meshes.items():

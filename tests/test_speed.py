@@ -10,11 +10,11 @@ import pytest
 import eval.speed as measuring
 import eval.workloads as workloads
 from eval.__main__ import main
-from eval.flops import decode_bytes, forward_flops, step_flops
 from eval.peers import run_peer
 from eval.speed import Measured, parse_speed
 from eval.workloads import WORKLOADS, Workload, even_share
 from models.config import REWARD_MODEL, Qwen3Config
+from models.flops import decode_bytes, forward_flops, step_flops
 
 TINY = Qwen3Config(300, 32, 64, 2, 4, 2, 16, tie_word_embeddings=True)
 

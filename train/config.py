@@ -5,19 +5,20 @@
 
 import dataclasses
 import difflib
-import inspect
 import re
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from gopo_jax import ADVANTAGES
+from gopo_jax import ADVANTAGES, SURROGATES
 from models.config import Qwen3Config
 from models.lora import Lora
 from models.tokenizer import tokenizer_path
+from train import dotted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +113,7 @@ class LogConfig:
     tensorboard: bool = True
     wandb_project: str | None = None  # the key comes from the environment
     progress: bool = True
+    completions_every: int = 0  # steps between tables of the sampled completions with their rewards; 0: none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,16 +195,32 @@ class RewardSpec:
 class LossConfig:
     beta: float = 0.04  # weight of the KL penalty; 0: no reference policy is kept
     kl: Literal["k1", "k2", "k3"] = "k3"
+    kl_in: Literal["loss", "reward"] = "loss"  # reward: the sum over a completion's tokens is taken off its reward
     clip_low: float = 0.2
     clip_high: float = 0.2
-    ratio: Literal["token", "sequence"] = "token"
+    ratio: Literal["token", "sequence", "sequence_token", "trajectory"] = "token"
+    surrogate: Literal["clip", "cispo", "sapo"] = "clip"
+    surrogate_options: dict[str, Any] = field(default_factory=dict)  # e.g. {dual_clip: 3.0}, {clip_max: 5.0}
     aggregate: Literal["token", "sequence", "constant", "token_per_microbatch"] = "token"
+    token_broadcast: Literal["uniform", "log_decay", "poly_decay", "loglog_decay"] = "uniform"  # the advantage over t
+    mask_truncated_completions: bool = False  # completions cut at max_completion_length teach nothing
+    # weights for what sampler and trainer do not agree on (truncated importance sampling)
+    importance_sampling_mode: Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] | None = (
+        None
+    )
+    importance_sampling_clip_max: float = 2.0
+    importance_sampling_clip_min: float = 0.0
     offload_reference: bool = False  # keep the reference policy in the host's memory between updates
     logprob_chunk: int = 1024  # tokens whose logits exist at a time on each device; at least one of every row
 
     def __post_init__(self) -> None:
-        _at_least(self, 0, "beta", "clip_low", "clip_high")
+        _at_least(self, 0, "beta", "clip_low", "clip_high", "importance_sampling_clip_min")
+        _at_least(self, self.importance_sampling_clip_min, "importance_sampling_clip_max")
         _at_least(self, 1, "logprob_chunk")
+        known = [name for name in dotted.options(SURROGATES[self.surrogate]) if name not in ("clip_low", "clip_high")]
+        dotted.check_options(self.surrogate_options, known, "loss.surrogate_options", self.surrogate)
+        if self.kl_in == "reward" and not self.beta:
+            raise ValueError("loss.kl_in: reward needs a penalty; set loss.beta above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,11 +244,14 @@ class PolicyConfig(RunConfig):
     """`train policy`: GOPO, GRPO and their relatives."""
 
     rewards: list[RewardSpec]
-    advantage: str = "gopo"  # a name in gopo_jax.ADVANTAGES
+    advantage: str = "gopo"  # a name in gopo_jax.ADVANTAGES, or the dotted path of a function like those
     advantage_options: dict[str, Any] = field(default_factory=dict)  # e.g. {ties: ordinal} or {scale: none}
     num_generations: int = 8  # G
     prompts_per_step: int = 128  # P
     microbatch_prompts: int = 8  # prompts whose gradient is computed at a time
+    num_iterations: int = 1  # passes over each batch
+    minibatch_prompts: int | None = None  # prompts per update; None: all, one update in each pass
+    dynamic_sampling_attempts: int = 1  # batches drawn at most until every group's rewards differ; 1: off
     max_prompt_length: int = 1024  # tokens; longer prompts are left out, counted and printed
     max_completion_length: int = 2048  # T
     temperature: float = 1.0
@@ -248,29 +269,48 @@ class PolicyConfig(RunConfig):
                 f"got {self.num_generations}"
             )
         _at_least(self, 1, "prompts_per_step", "microbatch_prompts", "max_prompt_length", "max_completion_length")
+        _at_least(self, 1, "num_iterations", "dynamic_sampling_attempts")
         _at_least(self, 0, "top_k", "min_tokens")
         _positive(self, "temperature")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p: expected a number in (0, 1], got {self.top_p}")
-        if self.prompts_per_step % self.microbatch_prompts:
-            raise ValueError(
-                f"microbatch_prompts: expected a divisor of prompts_per_step = {self.prompts_per_step}, "
-                f"got {self.microbatch_prompts}"
-            )
-        if self.advantage not in ADVANTAGES:
-            raise ValueError(f"advantage: expected one of {', '.join(ADVANTAGES)}, got {self.advantage!r}")
-        parameters = inspect.signature(ADVANTAGES[self.advantage]).parameters.values()
-        options = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
-        if unknown := self.advantage_options.keys() - set(options):
-            raise ValueError(
-                f"advantage_options: {self.advantage} has no {min(unknown)!r}; "
-                + (f"expected one of {', '.join(options)}" if options else "it has no options")
-            )
+        _divides("minibatch_prompts", self.update_prompts, "prompts_per_step", self.prompts_per_step)
+        whole = "prompts_per_step" if self.minibatch_prompts is None else "minibatch_prompts"
+        _divides("microbatch_prompts", self.microbatch_prompts, whole, self.update_prompts)
+        known = [name for name in dotted.options(self.advantage_function) if name != "weights_R"]
+        dotted.check_options(self.advantage_options, known, "advantage_options", self.advantage)
+        if self.loss.kl_in == "reward" and self.takes_every_reward:
+            raise ValueError(f"loss.kl_in: reward is taken off one reward; {self.advantage} takes every reward apart")
         if not self.rewards:
             raise ValueError("rewards: expected at least one reward, got none")
         labels = [spec.label for spec in self.rewards]
         if len(set(labels)) < len(labels):
             raise ValueError(f"rewards: names must differ, got {labels}; set rewards[i].name")
+
+    @property
+    def advantage_function(self) -> Callable[..., Any]:
+        if self.advantage in ADVANTAGES:
+            return ADVANTAGES[self.advantage]
+        if "." not in self.advantage:
+            raise ValueError(
+                f"advantage: expected one of {', '.join(ADVANTAGES)}, or the dotted path of a function, "
+                f"got {self.advantage!r}"
+            )
+        return dotted.load(self.advantage, "advantage")
+
+    @property
+    def takes_every_reward(self) -> bool:
+        """Whether the advantage takes rewards_PGR and weights_R, not their weighted sum rewards_PG."""
+        return "weights_R" in dotted.options(self.advantage_function)
+
+    @property
+    def update_prompts(self) -> int:
+        """Prompts per optimizer update."""
+        return self.minibatch_prompts or self.prompts_per_step
+
+    @property
+    def updates_per_step(self) -> int:
+        return self.num_iterations * (self.prompts_per_step // self.update_prompts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -396,6 +436,11 @@ def _dataclass_in(hint: Any) -> type[Any] | None:
         return hint
     found = [_dataclass_in(argument) for argument in typing.get_args(hint)]
     return next((item for item in found if item is not None), None)
+
+
+def _divides(name: str, part: int, whole_name: str, whole: int) -> None:
+    if part < 1 or whole % part:
+        raise ValueError(f"{name}: expected a divisor of {whole_name} = {whole}, got {part}")
 
 
 def _positive(config: Any, *names: str) -> None:

@@ -290,6 +290,8 @@ def describe_schedule(config: Config, rows: int | None, saved: tuple[float, floa
             f"{steps:,} steps of {P} prompts x {G} = {P * G:,} completions, {steps * P * G:,} in all"
             + of(rows, steps * P)
         )
+        if config.updates_per_step > 1:
+            line(f"{config.updates_per_step} updates a step, of {config.update_prompts} prompts each")
         due = [step for step in range(steps + 1) if config.validation.due(step, steps)]
         each = f"{config.validation.prompts} prompts x {config.validation.num_generations}"
     else:

@@ -2,47 +2,47 @@
 
 Every step of `train_policy`:
 
-    1  prompts      P prompts, a pure function of (seed, step)
+    1  prompts      P prompts, a pure function of (seed, step); with dynamic sampling more, until all groups differ
     2  tokens       prompt_PS, right-padded, with lengths
     3  rollouts     G completions each: tokens_PGT, their log-probabilities and lengths; the prompt computed once
-    4  rewards      rewards_PG, NaN = unscorable
+    4  rewards      rewards_PGR, every reward apart, and their weighted sum rewards_PG; NaN = unscorable
     5  advantages   ADVANTAGES[name](rewards_PG): the one line in which GOPO and GRPO differ
     6  loss         clipped policy loss and KL penalty on the log-probabilities of the same tokens
-    7  update       micro-batches of whole groups, their completions packed into rows; one optimizer step
+    7  update       micro-batches of whole groups, their completions packed into rows; one optimizer step, or several
     8  log, validate, checkpoint
 
-One update per batch: the policy that is trained is the one that sampled, so the old log-probabilities are the
+With one update per batch the policy that is trained is the one that sampled, so the old log-probabilities are the
 new ones without their gradient and cost no forward pass of their own.
-Left out on purpose: several updates per batch, rollouts on other machines.
+Left out on purpose: rollouts on other machines.
 """
 
 import math
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 
-from gopo_jax import ADVANTAGES, loss_count, policy_loss
+from gopo_jax import kl_penalty, policy_loss, sampler_correction, token_broadcast
 from gopo_jax.losses import Metrics
 from models.generate import Generator
 from models.hf_weights import split
 from models.lora import join
-from models.sampler import Rollout
-from models.sharding import Layout, fetch, to_device, to_host
+from models.sharding import Layout, fetch, to_host
 from train import state as training
+from train.batch import Groups, choose, completion_table, make_batch
 from train.config import PolicyConfig
-from train.metrics import Run, Timer, console, divide, rollout_metrics, setup_errors
-from train.packing import Batch, cut, unpack
+from train.metrics import Run, Timer, console, rollout_metrics, sampling_metrics, setup_errors, throughput
+from train.packing import unpack
 from train.processes import share
 from train.prompts import Prompts, load_prompts
 from train.rewards import Rewards
 from train.state import TrainState
+from train.update import Update
 
 
 def train_policy(config: PolicyConfig) -> None:
@@ -59,13 +59,11 @@ def train_policy(config: PolicyConfig) -> None:
             share(count)  # fewer prompts than processes are refused here
         rewards = Rewards(config.rewards, layout, config.model.dtype)
         rewards.check(prompts.prompts(prompts.rows[:1])[0])
-        advantages = jax.jit(partial(ADVANTAGES[config.advantage], **config.advantage_options))
-        # a wrong option is refused here
-        advantages(np.zeros((config.prompts_per_step, config.num_generations), np.float32))
+        advantages = make_advantages(config, rewards)  # a wrong option is refused here
         model = training.make_model(config.model, config.lora, layout, config.seed, tokenizer)
-        graphdef, params = split(model)
+        graphdef, params, network = *split(model), model.config
         run = Run(config, model.config.to_hf(), tokenizer)
-        optimizer, schedule = training.make_optimizer(config.optimizer, config.max_steps)
+        optimizer, schedule = training.make_optimizer(config.optimizer, config.max_steps * config.updates_per_step)
         first = training.make_state(params, optimizer, layout)
         ref_params = training.copy(first.params) if config.loss.beta else None  # adapters: fresh ones change nothing
         ref_params = to_host(ref_params) if config.loss.offload_reference else ref_params
@@ -91,37 +89,51 @@ def train_policy(config: PolicyConfig) -> None:
         run.write(0, evaluate(state, 0))
 
     for step in run.steps():
-        began, timer = time.perf_counter(), Timer()
-        # 1 prompts
-        rows = prompts.batch(config.seed, step, config.prompts_per_step)
-        # 2 tokens
-        prompt_PS, lengths_P = prompts.encode(rows)
-        # 3 rollouts
-        with timer("generate"):
-            key = training.stream_key(config.seed, training.TRAIN, step)
-            drawn = generator.rollout(state.all_params, prompt_PS, lengths_P, key, config.num_generations)
-            rollout = jax.tree.map(fetch, drawn)
-        # 4 rewards
-        with timer("reward"):
-            mine = share(len(rows))  # each process scores its part, and all get the whole
-            texts_PG = tokenizer.decode(rollout.tokens_PGT[mine], rollout.lengths_PG[mine])
-            rewards_PG, metrics = rewards.score(prompts.prompts(rows[mine]), texts_PG, prompts.columns(rows, mine))
-        # 5 advantages
-        advantages_PG = advantages(rewards_PG)
-        # 6 loss, 7 update
+        began, timer, drawn = time.perf_counter(), Timer(), list[Groups]()
+        while len(drawn) < config.dynamic_sampling_attempts:
+            # 1 prompts
+            attempt = len(drawn)
+            rows = prompts.batch(config.seed, step, config.prompts_per_step, attempt)
+            # 2 tokens
+            prompt_PS, lengths_P = prompts.encode(rows)
+            # 3 rollouts
+            with timer("generate"):
+                key = training.stream_key(config.seed, training.TRAIN, step, attempt)
+                sampled = generator.rollout(state.all_params, prompt_PS, lengths_P, key, config.num_generations)
+                rollout = jax.tree.map(fetch, sampled)
+            # 4 rewards
+            with timer("reward"):
+                mine = share(len(rows))  # each process scores its part, and all get the whole
+                texts_PG = tokenizer.decode(rollout.tokens_PGT[mine], rollout.lengths_PG[mine])
+                rewards_PGR = rewards.score(prompts.prompts(rows[mine]), texts_PG, prompts.columns(rows, mine))
+            drawn.append(Groups(rows, prompt_PS, lengths_P, rollout, rewards_PGR))
+            if sum(groups.differs_P.sum() for groups in drawn) >= config.prompts_per_step:
+                break
+        groups = choose(drawn, config.prompts_per_step)
+        rewards_PG, rollout = rewards.combine(groups.rewards_PGR), groups.rollout
+        batch = make_batch(groups, config.loss.mask_truncated_completions)
         with timer("update"):
-            batch = make_batch(prompt_PS, lengths_P, rollout, rewards_PG, advantages_PG)
-            state, learned = update(state, to_device(ref_params), batch)
-            metrics |= divide(learned)
+            before, penalty_PG = update.before(state, ref_params, batch)
+            # 5 advantages
+            advantages_PG = advantages(groups.rewards_PGR, penalty_PG)
+            # 6 loss, 7 update
+            state, metrics = update(state, ref_params, batch | before | {"advantages_PG": advantages_PG}, step)
         # 8 log, validate, checkpoint
         done = step + 1
+        metrics |= rewards.metrics(groups.rewards_PGR)
         metrics |= rollout_metrics(rewards_PG, rollout.lengths_PG, rollout.finished_PG)
-        metrics |= {"learning_rate": schedule(step), "epoch": done * config.prompts_per_step / len(prompts)}
+        metrics |= {"sampling/attempts": len(drawn), "epoch": done * config.prompts_per_step / len(prompts)}
+        metrics |= {"learning_rate": schedule(done * config.updates_per_step - 1)}
+        if run.completions_due(done):
+            texts_PG = tokenizer.decode(rollout.tokens_PGT, rollout.lengths_PG)
+            asked = prompts.prompts(groups.rows)
+            run.write_table(done, completion_table(asked, texts_PG, groups, list(rewards.scorers), advantages_PG))
         if config.validation.due(done, config.max_steps):
             with timer("validation"):
                 metrics |= evaluate(state, done)
         seconds = time.perf_counter() - began
-        metrics |= {**timer.seconds, "timing_s/step": seconds, "perf/tokens_per_s": rollout.lengths_PG.sum() / seconds}
+        metrics |= {**timer.seconds, "timing_s/step": seconds}
+        metrics |= throughput(config, network, drawn, seconds)
         run.write(done, metrics)
         run.show(done, {name: metrics.get(name, math.nan) for name in ("reward", "kl", "perf/tokens_per_s")})
         if run.checkpoint_due(done):
@@ -129,20 +141,29 @@ def train_policy(config: PolicyConfig) -> None:
     run.close()
 
 
-def make_batch(
-    prompt_PS: np.ndarray, lengths_P: np.ndarray, rollout: Rollout, rewards_PG: np.ndarray, advantages_PG: jax.Array
-) -> Batch:
-    """What the loss needs, [P, ...]. Tokens behind the end are masked out, and unscorable completions."""
-    tokens_PGT, sampled_PGT, lengths_PG, _ = map(np.asarray, rollout)
-    mask_PGT = np.arange(tokens_PGT.shape[-1]) < lengths_PG[..., None]
-    return {
-        "prompt_PS": prompt_PS,
-        "lengths_P": lengths_P,
-        "tokens_PGT": tokens_PGT,
-        "sampled_PGT": sampled_PGT,
-        "mask_PGT": mask_PGT & ~np.isnan(rewards_PG)[..., None],
-        "advantages_PG": np.asarray(advantages_PG),
-    }
+def make_advantages(config: PolicyConfig, rewards: Rewards) -> Callable[[np.ndarray, Any], np.ndarray]:
+    """(rewards_PGR, penalty_PG) -> advantages_PG, jitted; a penalty is taken off the combined reward."""
+    apart = config.takes_every_reward
+    options = config.advantage_options | ({"weights_R": rewards.weights_R} if apart else {})
+    function = jax.jit(partial(config.advantage_function, **options))
+
+    def advantages(rewards_PGR: np.ndarray, penalty_PG: Any = 0.0) -> np.ndarray:
+        return np.asarray(function(rewards_PGR if apart else rewards.combine(rewards_PGR) - penalty_PG))
+
+    shape = (config.prompts_per_step, config.num_generations)
+    found = advantages(np.zeros((*shape, len(rewards.scorers)), np.float32))
+    if found.shape != shape:
+        raise ValueError(f"advantage: {config.advantage}: expected advantages of shape {shape}, got {found.shape}")
+    return advantages
+
+
+def logprobs_of(graphdef: Any, config: PolicyConfig, params: Any, batch: dict[str, jax.Array], **options: Any) -> Any:
+    """Tempered log-probabilities of the sampled tokens, [P, G, T]; with_entropy: entropies too."""
+    model, tokens_PBT = nnx.merge(graphdef, params), batch["tokens_PBT"]
+    hidden_PBTD = model.predict(batch["prompt_PS"], batch["lengths_P"], tokens_PBT, batch["offset_PBT"])
+    options |= {"chunk_tokens": config.loss.logprob_chunk, "temperature": config.temperature}
+    found_PBT = model.logprobs(hidden_PBTD, tokens_PBT, **options)
+    return jax.tree.map(lambda array_PBT: unpack(array_PBT, batch["slot_PGT"]), found_PBT)
 
 
 def policy_objective(
@@ -156,92 +177,48 @@ def policy_objective(
     config: PolicyConfig,
 ) -> tuple[jax.Array, Metrics]:
     """The loss of some whole groups, divided by the count of the whole batch, and its metrics."""
-
-    def logprobs_of(params: Any, **options: Any) -> Any:
-        model, tokens_PBT = nnx.merge(graphdef, join(params, frozen)), batch["tokens_PBT"]
-        hidden_PBTD = model.predict(batch["prompt_PS"], batch["lengths_P"], tokens_PBT, batch["offset_PBT"])
-        options |= {"chunk_tokens": config.loss.logprob_chunk, "temperature": config.temperature}
-        found_PBT = model.logprobs(hidden_PBTD, tokens_PBT, **options)
-        return jax.tree.map(lambda array_PBT: unpack(array_PBT, batch["slot_PGT"]), found_PBT)
-
-    logprobs_PGT, entropy_PGT = logprobs_of(params, with_entropy=True)
-    penalized = ref_params is not None
+    settings, mask_PGT, sampled_PGT = config.loss, batch["mask_PGT"], batch["sampled_PGT"]
+    logprobs_PGT, entropy_PGT = logprobs_of(graphdef, config, join(params, frozen), batch, with_entropy=True)
+    now_PGT = jax.lax.stop_gradient(logprobs_PGT)
+    old_PGT, ref_PGT = batch.get("old_PGT", now_PGT), batch.get("ref_PGT")
+    if settings.beta and ref_PGT is None:
+        ref_PGT = jax.lax.stop_gradient(logprobs_of(graphdef, config, join(ref_params, frozen), batch))
+    penalized = settings.beta > 0 and settings.kl_in == "loss"
+    weights_PGT = None
+    if settings.importance_sampling_mode is not None:
+        bounds = {"clip_max": settings.importance_sampling_clip_max, "clip_min": settings.importance_sampling_clip_min}
+        mode = settings.importance_sampling_mode
+        weights_PGT = sampler_correction(old_PGT, sampled_PGT, mask_PGT, mode=mode, **bounds)
     loss, metrics = policy_loss(
         logprobs_PGT,
-        jax.lax.stop_gradient(logprobs_PGT),
-        batch["advantages_PG"],
-        batch["mask_PGT"],
-        clip_low=config.loss.clip_low,
-        clip_high=config.loss.clip_high,
-        ratio=config.loss.ratio,
-        aggregate=config.loss.aggregate,
+        old_PGT,
+        token_broadcast(batch["advantages_PG"], mask_PGT.shape[-1], settings.token_broadcast),
+        mask_PGT,
+        clip_low=settings.clip_low,
+        clip_high=settings.clip_high,
+        ratio=settings.ratio,
+        surrogate=settings.surrogate,
+        surrogate_options=settings.surrogate_options,
+        weights=weights_PGT,
+        aggregate=settings.aggregate,
         denominator=denominator,
         max_length=config.max_completion_length,
-        kl=config.loss.kl if penalized else None,
-        ref_logprobs=jax.lax.stop_gradient(logprobs_of(ref_params)) if penalized else None,
-        beta=config.loss.beta,
+        kl=settings.kl if penalized else None,
+        ref_logprobs=ref_PGT if penalized else None,
+        beta=settings.beta if penalized else 0.0,
     )
-    mask_PGT = batch["mask_PGT"]
     count = mask_PGT.sum(dtype=jnp.float32)
-    drift_PGT = jnp.abs(logprobs_PGT - batch["sampled_PGT"])
     metrics["entropy"] = (jnp.where(mask_PGT, entropy_PGT, 0).sum(), count)
-    metrics["sampling/sampling_logp_difference/mean"] = (jnp.where(mask_PGT, drift_PGT, 0).sum(), count)
+    if ref_PGT is not None and not penalized:  # it is in the reward, and worth seeing
+        kl_PGT = kl_penalty(jnp.where(mask_PGT, now_PGT, 0), jnp.where(mask_PGT, ref_PGT, 0), settings.kl)
+        metrics["kl"] = (kl_PGT.sum(), count)
+    metrics |= sampling_metrics(old_PGT, sampled_PGT, mask_PGT, weights_PGT)
     return loss, jax.lax.stop_gradient(metrics)
 
 
-class UpdatePrograms(NamedTuple):
-    """The jitted parts of an update."""
-
-    nothing: Any  # params -> a gradient of zeros
-    add: Any  # (gradient so far, state, ref_params, micro-batch, denominator) -> gradient, metrics
-    apply: Any  # (state, gradient) -> state, metrics
-
-
-def update_programs(
-    graphdef: Any, optimizer: optax.GradientTransformation, config: PolicyConfig, state: TrainState
-) -> UpdatePrograms:
-    """Those of `make_update`; `state` says where everything lies."""
-    microbatches = config.prompts_per_step // config.microbatch_prompts
-    loss_and_gradient = jax.value_and_grad(partial(policy_objective, graphdef=graphdef, config=config), has_aux=True)
-    where = training.shardings(state)
-
-    @partial(jax.jit, out_shardings=where.params)
-    def nothing(params: Any) -> Any:
-        exact = jnp.float32 if config.optimizer.master_weights else None
-        return jax.tree.map(partial(jnp.zeros_like, dtype=exact), params)
-
-    @partial(jax.jit, donate_argnums=0, out_shardings=(where.params, None))
-    def add(total: Any, state: TrainState, ref_params: Any, micro: Any, denominator: jax.Array) -> tuple[Any, Metrics]:
-        (loss, metrics), gradient = loss_and_gradient(state.params, ref_params, state.frozen, micro, denominator)
-        metrics["loss"] = (loss, jnp.ones(()) / microbatches)
-        return jax.tree.map(jnp.add, total, gradient), metrics
-
-    @partial(jax.jit, donate_argnums=0, out_shardings=(where, None))
-    def apply(state: TrainState, gradient: Any) -> tuple[TrainState, Metrics]:
-        return training.apply(optimizer, state, gradient), {"grad_norm": (optax.tree.norm(gradient), jnp.ones(()))}
-
-    return UpdatePrograms(nothing, add, apply)
-
-
-def make_update(
-    graphdef: Any, optimizer: optax.GradientTransformation, config: PolicyConfig, layout: Layout, state: TrainState
-) -> Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]:
-    """One optimizer step on a batch: the gradients of its micro-batches are added up in place, then applied."""
-    microbatches = config.prompts_per_step // config.microbatch_prompts
-    programs = update_programs(graphdef, optimizer, config, state)
-
-    def update(state: TrainState, ref_params: Any, batch: Batch) -> tuple[TrainState, Metrics]:
-        aggregate = config.loss.aggregate
-        count = loss_count(jnp.asarray(batch["mask_PGT"]), aggregate, max_length=config.max_completion_length)
-        denominator = microbatches * count if aggregate == "token_per_microbatch" else count
-        gradient, parts = programs.nothing(state.params), []
-        for micro in cut(batch, config.microbatch_prompts, layout):
-            gradient, metrics = programs.add(gradient, state, ref_params, micro, denominator)
-            parts.append(metrics)
-        state, metrics = programs.apply(state, gradient)
-        return state, metrics | jax.tree.map(lambda *sums: sum(sums), *jax.device_get(parts))
-
-    return update
+def make_update(graphdef: Any, optimizer: Any, config: PolicyConfig, layout: Layout, state: TrainState) -> Update:
+    objective = partial(policy_objective, graphdef=graphdef, config=config)
+    return Update(objective, partial(logprobs_of, graphdef, config), optimizer, config, layout, state)
 
 
 def validate(
@@ -260,7 +237,8 @@ def validate(
     key = training.stream_key(config.seed, training.VALIDATION, step)
     texts_PG, lengths_PG, finished_PG = generator.complete(state.all_params, prompts, key, G, settings.batch_prompts)
     mine = share(len(rows))
-    rewards_PG, metrics = rewards.score(prompts[mine], texts_PG[mine], validation.columns(rows, mine))
+    rewards_PGR = rewards.score(prompts[mine], texts_PG[mine], validation.columns(rows, mine))
+    rewards_PG, metrics = rewards.combine(rewards_PGR), rewards.metrics(rewards_PGR)
     table = [
         {
             "prompt_id": p,

@@ -16,14 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from gopo_jax.losses import Metrics
 from models.checkpoint import Checkpoints, about, folder_of
+from models.config import Qwen3Config
+from models.flops import forward_flops, peak_flops
 from models.tokenizer import Tokenizer
-from train.config import RunConfig, resolved
+from train.batch import Groups
+from train.config import PolicyConfig, RunConfig, resolved
 from train.processes import are_several, gather, is_first
 from train.state import TrainState
 
@@ -153,6 +158,32 @@ class Run:
         if is_first():
             write_jsonl(self.path / COMPLETIONS / f"{name}.jsonl", rows)
 
+    def completions_due(self, step: int) -> bool:
+        every = self.config.log.completions_every
+        return bool(every) and step % every == 0
+
+    def write_table(self, step: int, table: Mapping[str, Sequence[Any]]) -> None:
+        """completions/train_STEP.parquet, and a table in each tracker."""
+        if not is_first():
+            return
+        import pyarrow
+        import pyarrow.parquet
+
+        folder = self.path / COMPLETIONS
+        folder.mkdir(parents=True, exist_ok=True)
+        columns = {"step": [step] * len(table["prompt"])} | dict(table)
+        pyarrow.parquet.write_table(pyarrow.table(columns), folder / f"train_{step:06d}.parquet")
+        for tracker in self._trackers:
+            if hasattr(tracker, "add_text"):
+                shown = zip(*(map(str, column[:8]) for column in table.values()), strict=True)
+                lines = [" | ".join(table), " | ".join("---" for _ in table), *(" | ".join(row) for row in shown)]
+                tracker.add_text("completions", "\n".join(line.replace("\n", " ") for line in lines), step)
+            else:
+                import wandb
+
+                rows = list(zip(*columns.values(), strict=True))
+                tracker.log({"completions": wandb.Table(columns=list(columns), data=rows)}, step=step)
+
     def checkpoint_due(self, step: int) -> bool:
         return step % self.config.checkpoint.every == 0 or step == self.config.max_steps
 
@@ -259,13 +290,50 @@ class Timer:
     def __call__(self, name: str) -> Iterator[None]:
         began = time.perf_counter()
         yield
-        self.seconds[f"timing_s/{name}"] = time.perf_counter() - began
+        spent = self.seconds.get(f"timing_s/{name}", 0.0)
+        self.seconds[f"timing_s/{name}"] = spent + time.perf_counter() - began
 
 
 def divide(metrics: Mapping[str, tuple[jax.Array, jax.Array]]) -> dict[str, float]:
     """(sum, count) pairs as means; NaN where nothing was counted."""
     pairs = {name: (float(total), float(count)) for name, (total, count) in jax.device_get(dict(metrics)).items()}
     return {name: total / count if count else math.nan for name, (total, count) in pairs.items()}
+
+
+def sampling_metrics(
+    old_PGT: jax.Array, sampled_PGT: jax.Array, mask_PGT: jax.Array, weights_PGT: jax.Array | None
+) -> Metrics:
+    """How far sampler and trainer are apart, TRL's sampling/*: |difference of log-probabilities|, and its weights."""
+    count, found = mask_PGT.sum(dtype=jnp.float32), mask_PGT.any().astype(jnp.float32)
+    drift_PGT = jnp.where(mask_PGT, jnp.abs(old_PGT - sampled_PGT), 0)
+    metrics: Metrics = {
+        "sampling/sampling_logp_difference/mean": (drift_PGT.sum(), count),
+        "sampling/sampling_logp_difference/max": (drift_PGT.max(), found),
+    }
+    if weights_PGT is not None:
+        name = "sampling/importance_sampling_ratio"
+        metrics[f"{name}/mean"] = (weights_PGT.sum(), count)  # 0 where nothing counts
+        metrics[f"{name}/min"] = (jnp.where(mask_PGT, weights_PGT, jnp.inf).min(), found)
+        metrics[f"{name}/max"] = (weights_PGT.max(), found)
+    return metrics
+
+
+def throughput(config: PolicyConfig, network: Qwen3Config, drawn: Sequence[Groups], seconds: float) -> dict[str, float]:
+    """perf/tokens_per_s, completion tokens; perf/mfu, on devices whose peak is known (`models.flops.PEAK_FLOPS`).
+
+    MFU: the least arithmetic that sampling, the passes over the batch and a reference policy need, every prompt once
+    per group and remat not counted, over what the devices could have done in the whole step (reward models, validation
+    and waiting take time and add nothing).
+    """
+    tokens = sum(int(groups.rollout.lengths_PG.sum()) for groups in drawn)
+    found = {"perf/tokens_per_s": tokens / seconds}
+    peak = peak_flops(jax.devices()[0].device_kind)
+    if peak is not None:
+        forward = [forward_flops(network, g.lengths_P.tolist(), g.rollout.lengths_PG.tolist()) for g in drawn]
+        passes = 3 * config.num_iterations + (config.loss.beta > 0)
+        kept = sum(forward) / len(forward)
+        found["perf/mfu"] = (sum(forward) + passes * kept) / (seconds * peak * jax.device_count())
+    return found
 
 
 def rollout_metrics(rewards_PG: np.ndarray, lengths_PG: np.ndarray, finished_PG: np.ndarray) -> dict[str, float]:

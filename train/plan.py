@@ -36,7 +36,7 @@ from models.weight_files import find_directory
 from train import state as training
 from train.config import MeshConfig, PlanConfig
 from train.hlo import Trips, work
-from train.loop import update_programs
+from train.loop import make_update
 from train.metrics import console, setup_errors, write_whole
 from train.packing import abstract_microbatch
 from train.rewards import SCORED_AXES, scoring_program
@@ -273,13 +273,13 @@ def scoring(config: PlanConfig, layout: Layout, rewards: Sequence[Qwen3Config]) 
 
 def updating(config: PlanConfig, layout: Layout, graphdef: Any, params: Any) -> Parts:
     P, G, S, T = sizes(config)
-    optimizer, _ = training.make_optimizer(config.optimizer, config.max_steps)
+    optimizer, _ = training.make_optimizer(config.optimizer, config.max_steps * config.updates_per_step)
     trained, frozen = separate(params)
     opt_state = training.abstract_opt_state(trained, optimizer, layout)
     scalar: Any = shape(layout, (), jnp.int32, ())
     state = TrainState(trained, frozen, opt_state, scalar)
     reference = trained if config.loss.beta else None
-    update = update_programs(graphdef, optimizer, config, state)
+    update = make_update(graphdef, optimizer, config, layout, state).programs
     gradient = jax.tree.map(
         lambda leaf, like: placed(leaf, like.sharding), jax.eval_shape(update.nothing, trained), trained
     )
@@ -293,9 +293,10 @@ def updating(config: PlanConfig, layout: Layout, graphdef: Any, params: Any) -> 
         "gradient": on_device(gradient),
         place: on_device(reference),
     }
+    parts = config.num_iterations * (P // config.microbatch_prompts)
     programs = [
-        Program("gradient", P // config.microbatch_prompts, update.add, arguments, {}, ("gradient", place)),
-        Program("optimizer", 1, update.apply, (state, gradient), {}, ("gradient",)),
+        Program("gradient", parts, update.add, arguments, {}, ("gradient", place)),
+        Program("optimizer", config.updates_per_step, update.apply, (state, gradient), {}, ("gradient",)),
     ]
     return arrays, programs
 

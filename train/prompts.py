@@ -156,10 +156,14 @@ def without_answer(prompt: Prompt, where: str) -> Prompt:
     return prompt[:-1]
 
 
-def shuffled(size: int, count: int, seed: int, step: int) -> list[int]:
-    """The indices of batch number `step` of `count`: epochs of one permutation each, a new one every epoch."""
+def shuffled(size: int, count: int, seed: int, step: int, attempt: int = 0) -> list[int]:
+    """The indices of batch number `step` of `count`: epochs of one permutation each, a new one every epoch.
+
+    Each attempt has an order of its own.
+    """
     positions = range(step * count, (step + 1) * count)
-    epochs = {epoch: np.random.default_rng([seed, epoch]).permutation(size) for epoch in {i // size for i in positions}}
+    keys = {epoch: [seed, epoch, attempt] if attempt else [seed, epoch] for epoch in {i // size for i in positions}}
+    epochs = {epoch: np.random.default_rng(key).permutation(size) for epoch, key in keys.items()}
     return [int(epochs[i // size][i % size]) for i in positions]
 
 
@@ -210,13 +214,14 @@ class Prompts:
         self.rows, self._ids = [rows[i] for i in kept], [ids[i] for i in kept]
         self.too_long = len(rows) - len(kept)
         self._number = {id(row): number for number, row in enumerate(self.rows)}
+        self.other_columns = sorted({name for row in self.rows for name in row} - {self.column})
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def batch(self, seed: int, step: int, count: int) -> list[Row]:
-        """The `count` rows of a step: a pure function of (seed, step)."""
-        return [self.rows[i] for i in shuffled(len(self.rows), count, seed, step)]
+    def batch(self, seed: int, step: int, count: int, attempt: int = 0) -> list[Row]:
+        """The `count` rows of a step: a pure function of (seed, step, attempt)."""
+        return [self.rows[i] for i in shuffled(len(self.rows), count, seed, step, attempt)]
 
     def encode(self, rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray]:
         """Right-padded `prompt_PS` and `lengths_P` of some of `self.rows` themselves, which were tokenized once."""
@@ -233,8 +238,7 @@ class Prompts:
 
     def columns(self, rows: Sequence[Row], part: slice = slice(None)) -> dict[str, list[Any]]:
         """The other columns of some of the rows, which reward functions get by name; None where a row has none."""
-        names = {name for row in rows for name in row} - {self.column}
-        return {name: [row.get(name) for row in rows[part]] for name in sorted(names)}
+        return {name: [row.get(name) for row in rows[part]] for name in self.other_columns}
 
 
 class Splits(NamedTuple):

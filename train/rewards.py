@@ -4,7 +4,6 @@ NaN means unscorable. With one reward such a completion leaves the ranks and the
 leaves only its own part of the sum, and a completion that misses all is NaN.
 """
 
-import importlib
 import inspect
 import math
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ from models.hf_weights import split
 from models.reward_model import Qwen3RewardModel
 from models.sharding import Layout, fetch, to_device, to_host
 from models.tokenizer import Prompt, Tokenizer, bucket, tokenizer_path
+from train import dotted
 from train.config import RewardSpec
 from train.processes import gather, gather_lists
 
@@ -62,21 +62,27 @@ class Rewards:
 
     def score(
         self, prompts: Sequence[Prompt], completions_PG: Sequence[Sequence[str]], columns: dict[str, list[Any]]
-    ) -> tuple[np.ndarray, dict[str, float]]:
-        """float32 `rewards_PG` (NaN = unscorable) and the metrics rewards/NAME/mean, /std and /unscorable, a count.
+    ) -> np.ndarray:
+        """float32 `rewards_PGR`, every reward apart; NaN = unscorable.
 
         Where there are several processes each gives its share of the prompts, and all get the rewards of the whole.
         """
-        rewards_RPG = np.stack([score(prompts, completions_PG, columns) for score in self.scorers.values()])
+        return np.stack([score(prompts, completions_PG, columns) for score in self.scorers.values()], -1)
+
+    def combine(self, rewards_PGR: np.ndarray) -> np.ndarray:
+        """float32 `rewards_PG`: the weighted sum of those that are there, NaN where none is."""
+        weighted_PGR = rewards_PGR * self.weights_R
+        return np.where(np.isnan(weighted_PGR).all(-1), np.nan, np.nansum(weighted_PGR, -1)).astype(np.float32)
+
+    def metrics(self, rewards_PGR: np.ndarray) -> dict[str, float]:
+        """rewards/NAME/mean, rewards/NAME/std and rewards/NAME/unscorable, a count."""
         metrics = {}
-        for name, rewards_PG in zip(self.scorers, rewards_RPG, strict=True):
-            scored = rewards_PG[~np.isnan(rewards_PG)]
+        for r, name in enumerate(self.scorers):
+            scored = rewards_PGR[..., r][~np.isnan(rewards_PGR[..., r])]
             metrics[f"rewards/{name}/mean"] = float(scored.mean()) if scored.size else math.nan
             metrics[f"rewards/{name}/std"] = float(scored.std(ddof=1)) if scored.size > 1 else math.nan
-            metrics[f"rewards/{name}/unscorable"] = float(np.isnan(rewards_PG).sum())
-        weighted_RPG = rewards_RPG * self.weights_R[:, None, None]
-        missing_PG = np.isnan(weighted_RPG).all(0)
-        return np.where(missing_PG, np.nan, np.nansum(weighted_RPG, 0)).astype(np.float32), metrics
+            metrics[f"rewards/{name}/unscorable"] = float(rewards_PGR[..., r].size - scored.size)
+        return metrics
 
 
 class RewardModelScorer:
@@ -171,7 +177,7 @@ def common_prefix(rows: Sequence[Sequence[int]]) -> int:
     return max(shortest - 1, 0)
 
 
-def function_scorer(dotted: str) -> Scorer:
+def function_scorer(path: str) -> Scorer:
     """The function at a dotted path, f(prompts, completions, **columns) -> list[float | None] (TRL's signature).
 
     It is called with one entry per completion: a prompt and its columns are repeated G times.
@@ -179,13 +185,7 @@ def function_scorer(dotted: str) -> Scorer:
     Raises:
       ValueError: no such module or function.
     """
-    module, _, name = dotted.rpartition(".")
-    try:
-        function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"rewards.function: {dotted}: cannot be imported ({error})") from error
-    if not callable(function):
-        raise ValueError(f"rewards.function: {dotted}: expected a function, got {type(function).__name__}")
+    function = dotted.load(path, "rewards.function")
     takes_all = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
     accepted = inspect.signature(function).parameters
 
@@ -199,7 +199,7 @@ def function_scorer(dotted: str) -> Scorer:
         flat = [text for group in completions_PG for text in group]
         values = function(prompts=[p for p in prompts for _ in range(G)], completions=flat, **chosen)
         if len(values) != len(flat):
-            raise ValueError(f"{dotted}: expected {len(flat)} rewards, one per completion, got {len(values)}")
+            raise ValueError(f"{path}: expected {len(flat)} rewards, one per completion, got {len(values)}")
         rewards = np.array([np.nan if value is None else value for value in values], np.float32)
         return gather(rewards.reshape(len(prompts), G))
 

@@ -4,6 +4,18 @@ from collections.abc import Sequence
 
 from models.config import Qwen3Config
 
+# bfloat16 floating point operations per second of one device, without sparsity, as its maker states them. The names
+# are parts of what JAX calls the device (`device_kind`).
+PEAK_FLOPS = {
+    **{"TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5": 459e12, "TPU v6": 918e12},
+    **{"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12},
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Of a device such as jax.devices()[0].device_kind, None where it is not known (a CPU)."""
+    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_kind), None)
+
 
 def layer_weights(config: Qwen3Config) -> int:
     """Entries of the matrices of all layers."""

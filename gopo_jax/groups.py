@@ -1,0 +1,96 @@
+"""What every advantage begins with: which rewards of a group are there, and their mean and spread.
+
+An entry that is masked out or NaN (unscorable) is treated as if it had been deleted. An advantage of your own starts
+with `valid_rewards` and multiplies by what it says is valid.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from gopo_jax import checks
+
+
+def valid_rewards(
+    rewards_PG: jax.typing.ArrayLike, mask_PG: jax.typing.ArrayLike | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Checked rewards, with 0 in the places that do not count, and which do.
+
+    Args:
+      rewards_PG: [..., G] rewards; the last axis is the group. NaN = unscorable.
+      mask_PG: [..., G] booleans, False leaves the entry out; None = all valid.
+
+    Returns:
+      The rewards, at least float32 and without a gradient, and [..., G] booleans.
+
+    Raises:
+      ValueError: G < 2, or a mask of another shape.
+      TypeError: rewards that are boolean or complex.
+    """
+    rewards_PG = jax.lax.stop_gradient(checks.as_float("rewards_PG", rewards_PG))
+    checks.group_axis("rewards_PG", rewards_PG)
+    valid_PG = ~jnp.isnan(rewards_PG)
+    if mask_PG is not None:
+        mask_PG = jnp.asarray(mask_PG)
+        checks.same_shape("mask_PG", mask_PG, "rewards_PG", rewards_PG)
+        valid_PG &= mask_PG.astype(bool)
+    return jnp.where(valid_PG, rewards_PG, 0), valid_PG
+
+
+def ranks(rewards_PG: jax.Array, valid_PG: jax.Array, ties: str) -> jax.Array:
+    """The rank of each valid entry in its group, 1 for the highest reward; anything in the other places.
+
+    Equal rewards share the mean of their ranks ("average"), or the earlier one is better ("ordinal").
+    """
+    # Valid entries first, best first, equals in the order they came (lexsort is stable, last key first).
+    order_PG = jnp.lexsort((-rewards_PG, ~valid_PG))
+    position_PG = jnp.argsort(order_PG)  # the second argsort: 0-based ordinal rank of each entry
+    if ties == "ordinal":
+        return 1 + position_PG.astype(rewards_PG.dtype)
+    # A run of equal rewards, from its first to its last position, shares the middle of the two.
+    sorted_PG = jnp.take_along_axis(jnp.where(valid_PG, rewards_PG, jnp.nan), order_PG, -1)
+    index_G = jnp.arange(rewards_PG.shape[-1])
+    changes_PG = sorted_PG[..., 1:] != sorted_PG[..., :-1]  # NaN differs from NaN: no run of invalid ones
+    edge_P1 = jnp.ones_like(changes_PG[..., :1])
+    starts_PG = jnp.concatenate([edge_P1, changes_PG], -1)
+    ends_PG = jnp.concatenate([changes_PG, edge_P1], -1)
+    group_axis = rewards_PG.ndim - 1
+    first_PG = jax.lax.cummax(jnp.where(starts_PG, index_G, 0), axis=group_axis)
+    last_PG = jax.lax.cummin(jnp.where(ends_PG, index_G, index_G.size), axis=group_axis, reverse=True)
+    middle_PG = (first_PG + last_PG).astype(rewards_PG.dtype) / 2
+    return 1 + jnp.take_along_axis(middle_PG, position_PG, -1)
+
+
+def centered(rewards_PG: jax.Array, valid_PG: jax.Array) -> jax.Array:
+    """Rewards minus their group's mean over the valid entries, 0 elsewhere; exact zeros for a constant group.
+
+    The group's maximum is taken off first: float32 means of eight equal numbers can be off by a bit, and
+    that bit divided by epsilon would be a gradient from nothing.
+    """
+    top_P1 = jnp.max(jnp.where(valid_PG, rewards_PG, -jnp.inf), -1, keepdims=True)
+    shifted_PG = jnp.where(valid_PG, rewards_PG - top_P1, 0)
+    mean_P1 = shifted_PG.sum(-1, keepdims=True) / jnp.maximum(valid_PG.sum(-1, keepdims=True), 1)
+    return jnp.where(valid_PG, shifted_PG - mean_P1, 0)
+
+
+def standardized(values: jax.Array, valid: jax.Array, axis: int | None, epsilon: float) -> jax.Array:
+    """(values - mean) / (std + epsilon) over the valid entries of an axis (None: of all); std with ddof 1.
+
+    With epsilon 0 a constant set gives 0, as 0 / 0 is meant.
+    """
+    n = valid.sum(axis, keepdims=True)
+    mean = (values * valid).sum(axis, keepdims=True) / jnp.maximum(n, 1)
+    return jnp.where(valid, values - mean, 0) / divisor(values, valid, axis, epsilon)
+
+
+def divisor(values: jax.Array, valid: jax.Array, axis: int | None, epsilon: float) -> jax.Array:
+    """std + epsilon over the valid entries of an axis (None: of all), and 1 where that is 0; std with ddof 1."""
+    n = valid.sum(axis, keepdims=True)
+    mean = (values * valid).sum(axis, keepdims=True) / jnp.maximum(n, 1)
+    squares = (jnp.square(values - mean) * valid).sum(axis, keepdims=True)
+    std = jnp.sqrt(squares / jnp.maximum(n - 1, 1))
+    return jnp.where(std + epsilon > 0, std + epsilon, 1)
+
+
+def enough(valid_PG: jax.Array) -> jax.Array:
+    """The valid entries of groups that have at least two: the others have nothing to be compared with."""
+    return valid_PG & (valid_PG.sum(-1, keepdims=True) >= 2)

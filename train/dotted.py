@@ -1,0 +1,41 @@
+"""Functions of other people's code, named in a config by their dotted path."""
+
+import importlib
+import inspect
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+
+def load(dotted: str, setting: str) -> Callable[..., Any]:
+    """The function at a dotted path such as my_package.my_module.my_function.
+
+    Raises:
+      ValueError: no such module or function; the message names the setting it comes from.
+    """
+    module, _, name = dotted.rpartition(".")
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"{setting}: {dotted}: cannot be imported ({error})") from error
+    if not callable(function):
+        raise ValueError(f"{setting}: {dotted}: expected a function, got {type(function).__name__}")
+    return function
+
+
+def options(function: Callable[..., Any]) -> list[str]:
+    """The names of what may be given by keyword alone: the options of an advantage or a surrogate."""
+    parameters = inspect.signature(function).parameters.values()
+    return [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+
+
+def check_options(given: Mapping[str, Any], known: Collection[str], setting: str, owner: str) -> None:
+    """Refuse an option that a function does not have.
+
+    Raises:
+      ValueError: with the options that it has.
+    """
+    if unknown := given.keys() - set(known):
+        raise ValueError(
+            f"{setting}: {owner} has no {min(unknown)!r}; "
+            + (f"expected one of {', '.join(known)}" if known else "it has no options")
+        )
