@@ -379,7 +379,7 @@ def test_inspection_measures_and_shows(
     lengths = sorted(len(ids) for ids in tokenizer.encode(texts))
     config = policy_config(tmp_path, data=DataConfig(train=str(tmp_path / "x.jsonl")), max_prompt_length=lengths[-2])
     code, out, _ = run(config, "--rows", "1", command=("inspect", "policy"))
-    assert code == 0 and "train: 1 prompts are there before" in out and "5 prompts of train are in validation" in out
+    assert code == 0 and "train: 1 of 5 prompts stand in an earlier row too" in out and "5 prompts of train are in validation" in out
     (row,) = [line.split() for line in out.splitlines() if line.split()[:2] == ["train", "prompts"]]
     assert row[2:] == [str(n) for n in (5, lengths[0], lengths[2], round(np.percentile(lengths, 95)), lengths[-1], 1)]
     assert "prompt 1: " in out and "prompt 2: " not in out

@@ -40,6 +40,8 @@ PAPER = {
     "loss.clip_high": 0.2,
     "loss.kl": "k3",
     "loss.beta": 0.04,
+    "loss.token_broadcast": "uniform",
+    "num_iterations": 1,
     "temperature": 1.0,
     "top_p": 1.0,
     "max_prompt_length": 1024,
@@ -168,8 +170,7 @@ def test_the_shipped_tokenizer_writes_chatml() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("kind", ["gopo", "reward"])
+@pytest.mark.parametrize(("task", "kind"), [*[(task, "gopo") for task in TASKS], ("ultrachat", "reward")])
 @pytest.mark.skipif(NO_LENGTH, reason="the small recipes' reward, train.reward_functions, is not there")
 def test_the_small_recipes_train(task: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from train.loop import train_policy
@@ -184,4 +185,4 @@ def test_the_small_recipes_train(task: str, kind: str, tmp_path: Path, monkeypat
         train_policy(parse(PolicyConfig, arguments))
     rows = read_metrics(tmp_path)
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
-    assert "validation/loss" in rows[3] or "validation/reward" in rows[3]
+    assert any(name.startswith("validation/") for name in rows[3])

@@ -54,7 +54,8 @@ def inspect_policy(config: PolicyConfig, tokenizer: Tokenizer) -> None:
             add(table, name, lengths, {"prompts": prompts.too_long})
     console.print(table)
     for name, rows in parts.items():
-        line(f"{name}: {repeated(rows, data.prompt_column)} prompts are there before" if rows else f"{name}: none")
+        if rows:
+            line(f"{name}: {repeated(rows, data.prompt_column)} of {len(rows):,} prompts stand in an earlier row too")
     dropped = ", left out" if data.drop_duplicates else ""
     line(f"{splits.duplicates} prompts of train are in validation or test too{dropped}")
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from models.tokenizer import Prompt, Tokenizer, check_messages, check_text, pad
 from train.config import ChatConfig, PolicyConfig
-from train.metrics import console
+from train.console import console
 from train.token_cache import prompt_ids
 
 Row = dict[str, Any]

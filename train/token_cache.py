@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from models.tokenizer import Prompt, Tokenizer
-from train.metrics import console
+from train.console import console
 
 VERSION = 1  # of what is kept, and of how this code renders prompts
 SMALL = 1_000  # prompts that are tokenized faster than a tokenizer is hashed
