@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from models.tokenizer import Tokenizer
 from train import sft, token_cache
 from train.__main__ import main
 from train.config import ChatConfig, DataConfig, PolicyConfig, RewardModelConfig, ValidationConfig, resolved
-from train.dry_run import from_card
+from train.dry_run import SCHEMAS, from_card, look_up
 from train.metrics import write_jsonl
 from train.prompts import (
     conversations,
@@ -367,6 +368,37 @@ def test_the_card_of_a_data_set_is_read() -> None:
     assert from_card({}) is from_card({"dataset_info": []}) is None
 
 
+def test_the_hub_is_asked_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    class Gone(RepositoryNotFoundError):
+        def __init__(self) -> None:
+            pass
+
+    def answer(given: Any) -> None:
+        def dataset_info(self: Any, name: str, timeout: float) -> Any:
+            if isinstance(given, BaseException):
+                raise given
+            return SimpleNamespace(card_data=given and SimpleNamespace(to_dict=lambda: given))
+
+        monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
+        look_up.cache_clear()
+
+    info = {"features": [{"name": "a", "dtype": "string"}], "splits": [{"name": "b", "num_examples": 3}]}
+    kept = yaml.safe_load(SCHEMAS.read_text())["google/IFEval"]
+    answer({"dataset_info": info})
+    assert look_up("google/IFEval") == ({"splits": {"b": 3}, "columns": {"a": "string"}}, "from the Hub")
+    for given, origin in ((None, "not on its card"), (OSError(), "the Hub was not reached")):
+        answer(given)
+        assert look_up("google/IFEval") == (kept, f"{origin}: as train/schemas.yaml had it")
+    assert look_up("some/thing")[0] is None
+    answer(Gone())
+    with pytest.raises(FileNotFoundError, match="some/thing: neither a .jsonl or .parquet file nor a data set"):
+        look_up("some/thing")
+    look_up.cache_clear()
+
+
 def test_inspection_measures_and_shows(
     run: Callable[..., tuple[int, str, str]],
     policy_config: Callable[..., PolicyConfig],
@@ -379,7 +411,11 @@ def test_inspection_measures_and_shows(
     lengths = sorted(len(ids) for ids in tokenizer.encode(texts))
     config = policy_config(tmp_path, data=DataConfig(train=str(tmp_path / "x.jsonl")), max_prompt_length=lengths[-2])
     code, out, _ = run(config, "--rows", "1", command=("inspect", "policy"))
-    assert code == 0 and "train: 1 of 5 prompts stand in an earlier row too" in out and "5 prompts of train are in validation" in out
+    assert (
+        code == 0
+        and "train: 1 of 5 prompts stand in an earlier row too" in out
+        and "5 prompts of train are in validation" in out
+    )
     (row,) = [line.split() for line in out.splitlines() if line.split()[:2] == ["train", "prompts"]]
     assert row[2:] == [str(n) for n in (5, lengths[0], lengths[2], round(np.percentile(lengths, 95)), lengths[-1], 1)]
     assert "prompt 1: " in out and "prompt 2: " not in out

@@ -126,7 +126,7 @@ DRY_RUNS = """
 import json, sys
 from train.__main__ import main
 for command, file in json.loads(sys.argv[1]):
-    print("##", file, main([command, "--config", file, "--dry_run"]), flush=True)
+    print("##", file, main([command, "--config", file, "--dry_run", "--devices", "8", "--chip", "H200"]), flush=True)
 """
 
 
@@ -142,6 +142,8 @@ def test_every_shipped_config_passes_a_dry_run_without_the_network() -> None:
     assert [(file, code) for _, file, code in results] == [(file, "0") for _, file in runs], done.stderr
     assert "trl-lib/tldr, train: 116,722 rows, columns prompt (string)" in done.stdout
     assert "the Hub was not reached: as train/schemas.yaml had it" in done.stdout
+    assert done.stdout.count("mesh data 1 x fsdp 8 x tensor 1") == len([f for f in files if "tiny" not in f.name])
+    assert "does NOT fit" not in done.stdout
 
 
 @pytest.mark.parametrize("task", TASKS)

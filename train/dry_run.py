@@ -7,6 +7,7 @@ trained or written.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -236,18 +237,25 @@ def memory(
     """The mesh, bytes on each device of every array that has a name, and bytes of a checkpoint: each, and once."""
     if isinstance(config, PolicyConfig):
         fields = {item.name: getattr(config, item.name) for item in dataclasses.fields(PolicyConfig)}
-        planned = PlanConfig(**fields, devices=devices)
-        layout = training.policy_layout(planned, plan.simulate(planned) if devices else None)
+        planned = PlanConfig(**fields)
+        layout = training.policy_layout(planned, devices_for(config, devices))
         rewards = [plan.network_config(spec.model) for spec in config.rewards if spec.model]
         arrays, _ = plan.describe(planned, layout, network, rewards)
     else:
-        found = plan.simulated(devices) if devices else None
-        layout, arrays = training.make_layout_for(config.mesh, config.batch_size, devices=found), {}
+        layout = training.make_layout_for(config.mesh, config.batch_size, devices=devices_for(config, devices))
+        arrays = {}
     trained, frozen, opt_state = state_shapes(config, layout, network)
     if not arrays:
         arrays = {"parameters": trained, "base of adapters": frozen, "optimizer": opt_state, "gradient": trained}
         arrays = {name: plan.on_device(tree) for name, tree in arrays.items()}
     return layout, arrays, (whole(trained) + whole(opt_state), whole(frozen))
+
+
+def devices_for(config: Config, count: int | None) -> Sequence[jax.Device] | None:
+    """CPU devices to stand for so many, or for as many as the mesh's sizes say; None: take those that are here."""
+    sizes = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    count = count or (math.prod(sizes) if min(sizes) > 0 else None)
+    return plan.simulated(count) if count else None
 
 
 def state_shapes(config: Config, layout: Layout, network: Qwen3Config) -> tuple[Any, Any, Any]:
