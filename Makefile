@@ -30,6 +30,7 @@ $(PY):
 
 $(STAMP): pyproject.toml $(CONSTRAINTS) | $(PY)
 	$(PIP_INSTALL) -e ".[$(EXTRAS)]"
+	$(PIP_INSTALL) --no-deps lm-eval # its IFEval verifiers; the thirty packages that the rest of it needs stay away
 	@touch $@
 
 $(PARITY_STAMP): $(STAMP)

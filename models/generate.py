@@ -17,6 +17,7 @@ class Completions(NamedTuple):
     texts_PG: list[list[str]]
     lengths_PG: np.ndarray
     finished_PG: np.ndarray
+    tokens_PGT: np.ndarray
 
 
 class Generator:
@@ -79,7 +80,7 @@ class Generator:
             out = self.rollout(params, prompt_PS, lengths_P, key, num_generations, start)
             parts.append([fetch(x)[: len(batch)] for x in (out.tokens_PGT, out.lengths_PG, out.finished_PG)])
         tokens_PGT, lengths_PG, finished_PG = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-        return Completions(self.tokenizer.decode(tokens_PGT, lengths_PG), lengths_PG, finished_PG)
+        return Completions(self.tokenizer.decode(tokens_PGT, lengths_PG), lengths_PG, finished_PG, tokens_PGT)
 
 
 class SamplingCopy:

@@ -347,6 +347,11 @@ def test_no_column_of_that_name(door: Door) -> None:
         ({"rewards": [{"function": "math.no_such_function"}]}, "math.no_such_function: cannot be imported"),
         ({"rewards": [{"function": "floor"}]}, "floor: cannot be imported"),
         ({"rewards": [{"function": "math.pi"}]}, "math.pi: expected a function, got float"),
+        (
+            {"rewards": [{"function": "length", "options": {"taget": 9}}]},
+            "length has no 'taget'; expected one of target",
+        ),
+        ({"rewards": [{"function": "rouge"}]}, "no column 'completion'; the columns are wanted; name the right one"),
     ],
 )
 def test_models(door: Door, changes: dict[str, Any], message: str) -> None:

@@ -219,7 +219,8 @@ def test_the_seed_makes_the_key(policy: Path, tmp_path: Path, monkeypatch: pytes
 
     def complete(self: Generator, params: Any, prompts: list[str], key: jax.Array, G: int, _: int) -> Completions:
         keys.append(jax.random.key_data(key).tolist())
-        return Completions([[""] * G] * len(prompts), np.ones((len(prompts), G), int), np.ones((len(prompts), G), bool))
+        ones_PG = np.ones((len(prompts), G), int)
+        return Completions([[""] * G] * len(prompts), ones_PG, ones_PG == 1, ones_PG[..., None])
 
     monkeypatch.setattr(Generator, "complete", complete)
     for seed in (0, 0, 1):

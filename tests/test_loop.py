@@ -19,29 +19,36 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
 import train.loop
 from gopo_jax import ADVANTAGES
 from models.checkpoint import load_model
+from models.config import Qwen3Config
+from models.flops import PEAK_FLOPS, forward_flops
 from models.hf_weights import split
 from models.sampler import Rollout
 from models.sharding import make_layout
 from train.batch import Groups, make_batch
-from train.config import CheckpointConfig, LossConfig, ModelConfig, PolicyConfig, RewardSpec, ValidationConfig
+from train.config import (
+    CheckpointConfig,
+    LogConfig,
+    LossConfig,
+    ModelConfig,
+    PolicyConfig,
+    RewardSpec,
+    ValidationConfig,
+)
 from train.loop import make_update, policy_objective, train_policy
-from train.metrics import read_metrics
+from train.metrics import read_metrics, throughput
 from train.packing import cut
 from train.state import copy, make_state
 
 ROOT = Path(__file__).parent.parent
 MakeConfig = Callable[..., PolicyConfig]
-
-
-def numbers(run: Path) -> list[dict[str, float]]:
-    """A run's metrics without what a clock says."""
-    return [{k: v for k, v in row.items() if not k.startswith(("timing_s/", "perf/"))} for row in read_metrics(run)]
+numbers = partial(read_metrics, clock=False)
 
 
 def some_batch(config: PolicyConfig, vocabulary: int) -> dict[str, jax.Array]:
@@ -180,7 +187,7 @@ def test_unscorable_completions_leave_no_trace(with_function: MakeConfig, tmp_pa
 
 
 def test_a_run_directory_is_whole(policy_config: MakeConfig, tmp_path: Path) -> None:
-    config = policy_config(tmp_path)
+    config = policy_config(tmp_path, log=LogConfig(progress=False, completions_every=2))
     train_policy(config)
     run = tmp_path / "run"
     saved = yaml.safe_load((run / "config.yaml").read_text())
@@ -189,14 +196,33 @@ def test_a_run_directory_is_whole(policy_config: MakeConfig, tmp_path: Path) -> 
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
     trained = {"loss", "kl", "entropy", "grad_norm", "learning_rate", "reward", "reward_std", "frac_reward_zero_std"}
     trained |= {"completions/mean_length", "completions/clipped_ratio", "clip_ratio/region_mean", "rank/tie_frac"}
-    trained |= {"rewards/tiny/mean", "sampling/sampling_logp_difference/mean"}
+    trained |= {"rewards/tiny/mean", "rm/truncated_frac", "sampling/attempts", "clip_ratio/low_min"}
+    trained |= {"sampling/sampling_logp_difference/mean", "sampling/sampling_logp_difference/max"}
     assert all(trained <= row.keys() for row in rows[1:])
     assert {row["step"] for row in rows if "validation/reward" in row} == {0, 2, 3}
     assert rows[1]["kl"] == 0  # the first update starts at the reference
     assert rows[1]["clip_ratio/region_mean"] == 0  # one update per batch: the ratio is 1
     assert all(row["sampling/sampling_logp_difference/mean"] < 1e-4 for row in rows[1:])
+    (table,) = (pq.read_table(file).to_pydict() for file in (run / "completions").glob("train_*.parquet"))
+    assert table["step"] == [2] * 16 and table["completion"][0] and len(set(table["prompt"])) == 4
+    assert np.mean(table["tiny"]) == pytest.approx(rows[2]["reward"], rel=1e-5)
+    assert sum(table["advantage"][:4]) == pytest.approx(0, abs=1e-5)
+    assert np.mean(table["length"]) == rows[2]["completions/mean_length"]
     train_policy(config)  # done is done: nothing is written twice
     assert numbers(run) == rows
+
+
+def test_mfu_is_the_least_arithmetic_over_what_the_devices_could_do(
+    policy_config: MakeConfig, tmp_path: Path, tiny_config: Qwen3Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = policy_config(tmp_path, num_iterations=2)
+    rollout = Rollout(*[np.zeros(0)] * 2, np.array([[1, 2], [3, 4]]), np.ones((2, 2), bool))  # type: ignore[arg-type]
+    drawn = [Groups([], np.zeros((2, 4)), np.array([3, 4]), rollout, np.zeros((2, 2, 1)))] * 2
+    assert throughput(config, tiny_config, drawn, 0.5) == {"perf/tokens_per_s": 40}  # of a CPU no peak is known
+    monkeypatch.setitem(PEAK_FLOPS, jax.devices()[0].device_kind, 1e9)
+    forward = forward_flops(tiny_config, [3, 4], [[1, 2], [3, 4]])
+    expected = (2 * forward + (3 * 2 + 1) * forward) / (0.5 * 1e9 * jax.device_count())
+    assert throughput(config, tiny_config, drawn, 0.5)["perf/mfu"] == pytest.approx(expected)
 
 
 def test_the_loop_fits_on_a_few_pages() -> None:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from train.metrics import read_metrics
 from train.reward_model import train_reward_model
 
 MakeConfig = Callable[..., PolicyConfig]
+numbers = partial(read_metrics, clock=False)
 LORA = Lora(rank=3, alpha=6.0)
 
 
@@ -114,10 +116,6 @@ def test_the_base_starts_as_it_does_without_adapters(tiny_config: Qwen3Config) -
     plain = split(build(config, nnx.Rngs(params=3)))[1]
     _, frozen = separate(split(build(config, nnx.Rngs(params=3, lora=3), lora=LORA))[1])
     jax.tree.map(np.testing.assert_array_equal, frozen, plain)
-
-
-def numbers(run: Path) -> list[dict[str, float]]:
-    return [{k: v for k, v in row.items() if not k.startswith(("timing_s/", "perf/"))} for row in read_metrics(run)]
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
 """The shipped configs: the paper's values are in all of its recipes, every config can run, the small ones do."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -76,7 +75,6 @@ OF_TASK: dict[str, dict[str, Any]] = {
         "data.test_split": "train",
     },
 }
-NO_LENGTH = importlib.util.find_spec("train.reward_functions") is None
 
 
 def flat(values: dict[str, Any], outer: str = "") -> dict[str, Any]:
@@ -130,7 +128,6 @@ for command, file in json.loads(sys.argv[1]):
 """
 
 
-@pytest.mark.skipif(NO_LENGTH, reason="the small recipes' reward, train.reward_functions, is not there")
 def test_every_shipped_config_passes_a_dry_run_without_the_network() -> None:
     # grpo differs from gopo in two words (see above)
     files = [file for file in SHIPPED if not file.stem.endswith("_grpo")]
@@ -173,7 +170,6 @@ def test_the_shipped_tokenizer_writes_chatml() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("task", "kind"), [*[(task, "gopo") for task in TASKS], ("ultrachat", "reward")])
-@pytest.mark.skipif(NO_LENGTH, reason="the small recipes' reward, train.reward_functions, is not there")
 def test_the_small_recipes_train(task: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from train.loop import train_policy
     from train.reward_model import train_reward_model

@@ -1,5 +1,6 @@
 """Laws of the rewards: what is shared within a group changes no score; what is missing is left out, never 0."""
 
+import json
 import math
 import sys
 import types
@@ -16,8 +17,17 @@ from models.checkpoint import load_model
 from models.hf_weights import split
 from models.sharding import make_layout
 from models.tokenizer import Tokenizer
-from train.config import RewardSpec
-from train.rewards import RewardModelScorer, Rewards, common_prefix, function_scorer
+from train.config import PolicyConfig, RewardSpec
+from train.loop import train_policy
+from train.rewards import (
+    BUILT_IN,
+    RewardModelScorer,
+    Rewards,
+    common_prefix,
+    completion_ids,
+    function_scorer,
+    load_function,
+)
 
 G, LONGEST = 3, 8  # every text has at most as many tokens, one bucket: one compilation for each number of prompts
 GROUPS: dict[str, tuple[str, Sequence[str]]] = {
@@ -129,9 +139,11 @@ def constant(values_PG: np.ndarray, missing: Any = None) -> Callable[..., list[f
     return lambda prompts, completions: flat
 
 
-def scored(specs: Sequence[RewardSpec], prompts: Any, completions_PG: Any) -> tuple[np.ndarray, dict[str, float]]:
-    rewards = Rewards(specs, None, "float32")
-    rewards_PGR = rewards.score(prompts, completions_PG, {})
+def scored(
+    specs: Sequence[RewardSpec], prompts: Any, completions_PG: Any, ids_PG: Any = None, **options: Any
+) -> tuple[np.ndarray, dict[str, float]]:
+    rewards = Rewards(specs, None, "float32", **options)
+    rewards_PGR = rewards.score(prompts, completions_PG, {}, ids_PG)
     return rewards.combine(rewards_PGR), rewards.metrics(rewards_PGR)
 
 
@@ -187,7 +199,35 @@ def test_a_reward_model_and_a_function_add_up(
     kinds = ("mean", "std", "unscorable")
     letters_PG = np.array([[len(text) for text in texts] for texts in COMPLETIONS])
     np.testing.assert_allclose(rewards_PG, scorer(PROMPTS, COMPLETIONS) + 0.1 * letters_PG, atol=1e-5)
-    assert metrics.keys() == {f"rewards/{name}/{what}" for name in ("model", "letters") for what in kinds}
+    names = {f"rewards/{name}/{what}" for name in ("model", "letters") for what in kinds}
+    assert metrics.keys() == names | {"rm/truncated_frac"}
+    assert metrics["rm/truncated_frac"] == metrics["rewards/model/unscorable"] == 0
+
+
+def test_texts_too_long_for_a_reward_model_are_counted(define: Callable[..., str], tiny_reward_dir: Path) -> None:
+    module = define(none=constant(np.full((2, G), np.nan)))
+    specs = [
+        RewardSpec(model=str(tiny_reward_dir), max_length=LONGEST, batch_prompts=len(GROUPS) + 1, name="model"),
+        RewardSpec(function=f"{module}.none"),
+    ]
+    texts_PG = [["Good", "Good, far longer than eight tokens", "Bad"], ["so", "a", "b"]]
+    _, metrics = scored(specs, ["x", "y"], texts_PG)
+    assert metrics["rewards/model/unscorable"] == 1
+    assert metrics["rm/truncated_frac"] == pytest.approx(1 / (2 * G)), "a function's None is not counted"
+
+
+@pytest.mark.parametrize(("combination", "combine"), [("sum", sum), ("minimum", min), ("mean", np.mean)])
+@pytest.mark.parametrize("weights", [[1.0], [-2.0, 1.0], [0.5, -1.5, 3.0]])
+def test_combinations_are_of_the_weighted_rewards_that_are_there(
+    define: Callable[..., str], combination: str, combine: Callable[..., float], weights: list[float]
+) -> None:
+    values_RPG = random_rewards(len(weights))
+    module = define(**{f"f{r}": constant(values_PG) for r, values_PG in enumerate(values_RPG)})
+    specs = [RewardSpec(function=f"{module}.f{r}", weight=weight) for r, weight in enumerate(weights)]
+    rewards_PG, _ = scored(specs, ["p"] * 6, [["c"] * G] * 6, combination=combination)
+    for p, g in np.ndindex(6, G):
+        present = [w * v for w, v in zip(weights, values_RPG[:, p, g], strict=True) if not math.isnan(v)]
+        assert rewards_PG[p, g] == pytest.approx(combine(present) if present else math.nan, rel=1e-5, nan_ok=True)
 
 
 def test_a_function_gets_prompts_completions_and_the_columns_it_names(define: Callable[..., str]) -> None:
@@ -210,6 +250,105 @@ def test_a_function_gets_prompts_completions_and_the_columns_it_names(define: Ca
 
     flat = {"prompts": ["p"] * G + ["q"] * G, "completions": list("abcdef"), "answer": [1] * G + [2] * G}
     assert calls == [flat, flat | {"source": ["x"] * G + ["y"] * G}]
+
+
+def test_a_function_gets_the_tokens_it_asks_for(define: Callable[..., str]) -> None:
+    def tokens(prompts: list[str], completions: list[str], completion_ids: list[list[int]]) -> list[float]:
+        return [float(sum(ids)) for ids in completion_ids]
+
+    module = define(tokens=tokens, plain=lambda prompts, completions: [0.0] * len(prompts))
+    tokens_PGT = np.arange(24).reshape(2, G, 4)
+    lengths_PG = np.array([[1, 2, 3], [4, 0, 2]])
+    ids_PG = completion_ids(tokens_PGT, lengths_PG)
+    assert ids_PG[1] == [[12, 13, 14, 15], [], [20, 21]] and type(ids_PG[0][0][0]) is int
+    specs = [RewardSpec(function=f"{module}.{name}") for name in ("tokens", "plain")]
+    rewards_PG, _ = scored(specs, ["p", "q"], [["c"] * G] * 2, ids_PG, columns=[])
+    kept_PGT = np.arange(4) < lengths_PG[..., None]
+    np.testing.assert_array_equal(rewards_PG, (tokens_PGT * kept_PGT).sum(-1))
+
+
+def test_options_reach_the_function_and_columns_do_not_replace_them(define: Callable[..., str]) -> None:
+    def scaled(completions: list[str], *, scale: float = 2.0, **columns: list[Any]) -> list[float]:
+        assert columns.keys() == {"prompts", "other"}
+        return [scale * len(text) for text in completions]
+
+    module = define(scaled=scaled)
+    columns = {"scale": ["x"], "other": ["y"]}
+    for options, scale in (({}, 2), ({"scale": 5}, 5)):
+        rewards_PG = function_scorer(f"{module}.scaled", options, columns)(["p"], [["a", "bb", ""]], columns)
+        np.testing.assert_array_equal(rewards_PG, [[scale, 2 * scale, 0]])
+
+
+def test_an_option_may_stand_where_a_column_would(define: Callable[..., str]) -> None:
+    module = define(answered=lambda completions, *, answer: [float(text == answer) for text in completions])
+    rewards_PG = function_scorer(f"{module}.answered", {"answer": "a"}, [])(["p"], [["a", "b", "a"]], {})
+    np.testing.assert_array_equal(rewards_PG, [[1, 0, 1]])
+
+
+def test_a_column_that_rows_of_a_batch_lack_is_none(define: Callable[..., str]) -> None:
+    module = define(known=lambda completions, answer: [None if a is None else 1.0 for a in answer])
+    assert np.isnan(function_scorer(f"{module}.known", {}, ["answer"])(["p"], [["c"] * G], {})).all()
+
+
+@pytest.mark.parametrize(
+    ("function", "options", "words"),
+    [
+        ("some_rewards.own", {"scal": 1}, "some_rewards.own has no 'scal'; expected one of scale, shift"),
+        ("some_rewards.none", {"answer": 1}, "some_rewards.none has no 'answer'; it has no options"),
+        ("some_rewards.none", {}, "some_rewards.none needs 'answer', which is neither a column of the data .a, b. nor"),
+        ("length", {"taget": 1}, "length has no 'taget'; expected one of target, unit, ceiling"),
+        ("length", {"target": 0}, "length: target: expected at least 1, got 0"),
+        ("soft_overlong_punishment", {"cache": 1}, "soft_overlong_punishment needs 'max_completion_length'"),
+        ("rouge", {}, "no column 'completion'; the columns are a, b; name"),
+        ("judge", {}, "judge needs 'model'"),
+        ("ifeval", {}, "ifeval needs 'instruction_id_list', which is neither a column of the data"),
+        ("lenght", {}, "lenght: cannot be imported; expected a dotted path, or one of length, format_match"),
+    ],
+)
+def test_what_a_function_lacks_is_said_before_any_weight_is_read(
+    define: Callable[..., str], function: str, options: dict[str, Any], words: str
+) -> None:
+    define(own=lambda completions, *, scale=1, shift=0: [], none=lambda completions, answer: [])
+    specs = [RewardSpec(model="no/such/model"), RewardSpec(function=function, options=options)]
+    with pytest.raises(ValueError, match=words):
+        Rewards(specs, None, "float32", columns=["a", "b"])
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_built_in_rewards_are_named_by_one_word(name: str) -> None:
+    assert load_function(name) is load_function(BUILT_IN[name])
+    assert RewardSpec(function=name).label == name
+
+
+def test_a_reward_model_has_no_options() -> None:
+    with pytest.raises(ValueError, match="a reward model has none"):
+        RewardSpec(model="somewhere", options={"target": 1})
+
+
+@pytest.mark.slow
+def test_training_and_validation_hand_over_the_tokens_of_the_texts(
+    define: Callable[..., str],
+    policy_config: Callable[..., PolicyConfig],
+    tmp_path: Path,
+    tiny_tokenizer_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[tuple[list[str], list[list[int]]]] = []
+
+    def seen(completions: list[str], completion_ids: list[list[int]], wanted: list[str]) -> list[float]:
+        calls.append((completions, completion_ids))
+        return [float(len(ids)) for ids in completion_ids]
+
+    monkeypatch.setattr("train.loop.make_update", lambda *_: lambda state, ref_params, batch: (state, {}))
+    train_policy(policy_config(tmp_path, rewards=[RewardSpec(function=f"{define(seen=seen)}.seen")], max_steps=1))
+    tokenizer = Tokenizer(tiny_tokenizer_dir)
+    assert [len(texts) for texts, _ in calls] == [16, 16, 16], "validation, a step, validation"
+    for texts, ids in calls:
+        rows = [row + [tokenizer.pad_id] * (8 - len(row)) for row in ids]
+        assert tokenizer.decode(np.array([rows]), np.array([[len(row) for row in ids]])) == [texts]
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    for key in ("", "validation/"):
+        assert rows[1][f"{key}reward"] == rows[1][f"{key}completions/mean_length"] > 0
 
 
 @pytest.mark.parametrize("count", [0, 1, 5, 7])

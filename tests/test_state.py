@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,7 @@ from train.metrics import Run, SetupError, read_metrics
 from train.state import apply, make_optimizer, make_state
 
 MakeConfig = Callable[..., PolicyConfig]
-
-
-def numbers(run: Path) -> list[dict[str, float]]:
-    return [{k: v for k, v in row.items() if not k.startswith(("timing_s/", "perf/"))} for row in read_metrics(run)]
+numbers = partial(read_metrics, clock=False)
 
 
 @pytest.mark.parametrize("master", [False, True])

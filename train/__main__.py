@@ -8,7 +8,7 @@ from typing import Any
 
 from train.config import ExportConfig, PlanConfig, PolicyConfig, RewardModelConfig, SupervisedConfig, parse
 
-USAGE = """usage: python -m train {sft,reward,policy} --config FILE [--key value ...] [--show [N]]
+USAGE = """usage: python -m train {sft,reward,policy} --config FILE [--variant NAME] [--key value ...] [--show [N]]
        python -m train {sft,reward,policy} --config FILE --dry_run [--devices N] [--chip H200]
        python -m train inspect {sft,reward,policy} --config FILE [--rows N]
        python -m train plan --config FILE [--mesh data=1,fsdp=64,tensor=4] [--devices N] [--chip v5p] [--suggest true]
@@ -21,6 +21,7 @@ USAGE = """usage: python -m train {sft,reward,policy} --config FILE [--key value
   plan     what a policy's run needs of its devices: memory, arithmetic, communication; needs none of them
   export   a Hugging Face directory of a policy or a reward model, or of the adapters alone (PEFT)
 
+  --variant dapo (or another name in configs/variants) makes a policy's run that algorithm's, whatever FILE says.
   --print_config shows every setting; --help explains them. Started again, a run goes on where it was.
   --dry_run prints data, networks, memory and schedule; --show the first N (3) prompts with the token ids that the
   models see. Neither trains anything."""

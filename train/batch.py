@@ -3,9 +3,9 @@
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
-from models.sampler import Rollout
 from train.packing import Batch
 from train.prompts import Row
 
@@ -40,11 +40,11 @@ def choose(drawn: Sequence[Groups], count: int) -> Groups:
         [row for groups in drawn for row in groups.rows],
         np.concatenate(prompts_PS),
         np.concatenate([groups.lengths_P for groups in drawn]),
-        Rollout(*map(np.concatenate, zip(*(groups.rollout for groups in drawn), strict=True))),
+        jax.tree.map(lambda *arrays: np.concatenate(arrays), *(groups.rollout for groups in drawn)),
         np.concatenate([groups.rewards_PGR for groups in drawn]),
     )
     these = np.argsort(~whole.differs_P, kind="stable")[:count]
-    rollout = Rollout(*(array[these] for array in whole.rollout))
+    rollout = jax.tree.map(lambda array: array[these], whole.rollout)
     rows = [whole.rows[i] for i in these]
     return Groups(rows, whole.prompt_PS[these], whole.lengths_P[these], rollout, whole.rewards_PGR[these])
 

@@ -20,6 +20,8 @@ from models.lora import Lora
 from models.tokenizer import tokenizer_path
 from train import dotted
 
+VARIANTS = Path(__file__).parent.parent / "configs" / "variants"  # other trainers' algorithms, by name
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -174,7 +176,8 @@ class RewardSpec:
     """One reward: a reward model or a Python function, with its weight in the sum."""
 
     model: str | None = None  # a run of `train reward`, a Hugging Face directory or Hub name
-    function: str | None = None  # dotted path of f(prompts, completions, **columns) -> list[float | None]
+    function: str | None = None  # built-in (docs/rewards.md) or a dotted path: f(prompts, completions, **columns)
+    options: dict[str, Any] = field(default_factory=dict)  # of the function, e.g. {rouge_type: rouge2}
     weight: float = 1.0
     name: str | None = None  # in the metrics; default: the model's or function's last part
     max_length: int = 4096  # of prompt and completion, in the reward model's tokens; longer: unscorable, counted
@@ -184,6 +187,8 @@ class RewardSpec:
     def __post_init__(self) -> None:
         if (self.model is None) == (self.function is None):
             raise ValueError("rewards: each expects either model or function, not both")
+        if self.model is not None and self.options:
+            raise ValueError("rewards.options: are those of a function; a reward model has none")
         _at_least(self, 1, "max_length", "batch_prompts")
 
     @property
@@ -244,6 +249,7 @@ class PolicyConfig(RunConfig):
     """`train policy`: GOPO, GRPO and their relatives."""
 
     rewards: list[RewardSpec]
+    reward_combination: Literal["sum", "mean", "minimum"] = "sum"  # of the weighted rewards
     advantage: str = "gopo"  # a name in gopo_jax.ADVANTAGES, or the dotted path of a function like those
     advantage_options: dict[str, Any] = field(default_factory=dict)  # e.g. {ties: ordinal} or {scale: none}
     num_generations: int = 8  # G
@@ -357,6 +363,7 @@ def parse(kind: type[Any], arguments: list[str], program: str = "python -m train
     parser.add_argument("--config", action="config", help="YAML file; what else is on the command line overrides it")
     parser.add_class_arguments(kind)
     files: list[str] = []  # they go first, wherever they stand: a file would override what stands before it
+    variants: list[str] = []  # after the files, which write out what a variant changes
     others: list[str] = []
     following = iter(arguments)
     for argument in following:
@@ -366,14 +373,27 @@ def parse(kind: type[Any], arguments: list[str], program: str = "python -m train
             _check_file(kind, value)
             files.append(f"--config={value}")
             continue
+        if key == "--variant":
+            value = _variant_file(value if equals else next(following, ""))
+            _check_file(kind, value)
+            variants.append(f"--config={value}")
+            continue
         if key.startswith("--") and key not in ("--help", "--print_config"):
             _check_keys(kind, key[2:].split("."), "command line")
         others.append(argument)
     try:
-        values = parser.instantiate(parser.parse_args([*files, *others]))
+        values = parser.instantiate(parser.parse_args([*files, *variants, *others]))
     except (jsonargparse.ArgumentError, ValueError) as error:
         raise ValueError(_one_line(error)) from error
     return kind(**{item.name: values[item.name] for item in dataclasses.fields(kind)})
+
+
+def _variant_file(name: str) -> str:
+    """The settings of a variant of the algorithm, by its name."""
+    known = sorted(file.stem for file in VARIANTS.glob("*.yaml"))
+    if name not in known:
+        raise ValueError(f"--variant: expected one of {', '.join(known)}, got {name!r}")
+    return str(VARIANTS / f"{name}.yaml")
 
 
 def _one_line(error: Exception) -> str:

@@ -210,7 +210,7 @@ def describe_networks(config: Config) -> Qwen3Config:
         line(f"tokenizer {config.model.tokenizer_path}: on the Hub, not read")
     for spec in config.rewards if isinstance(config, PolicyConfig) else ():
         if spec.function is not None:
-            function_scorer(spec.function)
+            function_scorer(spec.function, spec.options)
             line(f"reward {spec.label}: {spec.function}, weight {spec.weight:g}")
             continue
         judge = plan.network_config(str(spec.model))

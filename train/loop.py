@@ -40,7 +40,7 @@ from train.metrics import Run, Timer, console, rollout_metrics, sampling_metrics
 from train.packing import unpack
 from train.processes import share
 from train.prompts import Prompts, load_prompts
-from train.rewards import Rewards
+from train.rewards import Rewards, completion_ids
 from train.state import TrainState
 from train.update import Update
 
@@ -57,7 +57,8 @@ def train_policy(config: PolicyConfig) -> None:
         prompts, validation = load_prompts(config, tokenizer)
         for count in filter(None, (config.prompts_per_step, len(validation.rows[: config.validation.prompts]))):
             share(count)  # fewer prompts than processes are refused here
-        rewards = Rewards(config.rewards, layout, config.model.dtype)
+        columns = [name for name in prompts.other_columns if not len(validation) or name in validation.other_columns]
+        rewards = Rewards(config.rewards, layout, config.model.dtype, config.reward_combination, columns)
         rewards.check(prompts.prompts(prompts.rows[:1])[0])
         advantages = make_advantages(config, rewards)  # a wrong option is refused here
         model = training.make_model(config.model, config.lora, layout, config.seed, tokenizer)
@@ -105,7 +106,9 @@ def train_policy(config: PolicyConfig) -> None:
             with timer("reward"):
                 mine = share(len(rows))  # each process scores its part, and all get the whole
                 texts_PG = tokenizer.decode(rollout.tokens_PGT[mine], rollout.lengths_PG[mine])
-                rewards_PGR = rewards.score(prompts.prompts(rows[mine]), texts_PG, prompts.columns(rows, mine))
+                ids_PG = completion_ids(rollout.tokens_PGT[mine], rollout.lengths_PG[mine])
+                columns_P = prompts.columns(rows, mine)
+                rewards_PGR = rewards.score(prompts.prompts(rows[mine]), texts_PG, columns_P, ids_PG)
             drawn.append(Groups(rows, prompt_PS, lengths_P, rollout, rewards_PGR))
             if sum(groups.differs_P.sum() for groups in drawn) >= config.prompts_per_step:
                 break
@@ -235,9 +238,11 @@ def validate(
     rows = validation.rows[: settings.prompts]
     prompts, G = validation.prompts(rows), settings.num_generations
     key = training.stream_key(config.seed, training.VALIDATION, step)
-    texts_PG, lengths_PG, finished_PG = generator.complete(state.all_params, prompts, key, G, settings.batch_prompts)
+    drawn = generator.complete(state.all_params, prompts, key, G, settings.batch_prompts)
+    texts_PG, lengths_PG, finished_PG, tokens_PGT = drawn
     mine = share(len(rows))
-    rewards_PGR = rewards.score(prompts[mine], texts_PG[mine], validation.columns(rows, mine))
+    ids_PG = completion_ids(tokens_PGT[mine], lengths_PG[mine])
+    rewards_PGR = rewards.score(prompts[mine], texts_PG[mine], validation.columns(rows, mine), ids_PG)
     rewards_PG, metrics = rewards.combine(rewards_PGR), rewards.metrics(rewards_PGR)
     table = [
         {

@@ -254,15 +254,20 @@ def _trained(state: TrainState) -> dict[str, Any]:
     return {"opt_state": state.opt_state, "step": state.step}
 
 
-def read_metrics(run: str | Path) -> list[dict[str, float]]:
-    """The rows of a run's metrics.jsonl; a last line that a kill cut short is left out."""
+def read_metrics(run: str | Path, *, clock: bool = True) -> list[dict[str, float]]:
+    """The rows of a run's metrics.jsonl; a last line that a kill cut short is left out.
+
+    Without the clock's fields they are the same, bit for bit, for every run of a config on a machine.
+    """
     file = Path(run) / METRICS
-    rows = []
+    rows: list[dict[str, float]] = []
     for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
             break
+    if not clock:
+        rows = [{k: v for k, v in row.items() if not k.startswith(("timing_s/", "perf/"))} for row in rows]
     return rows
 
 

@@ -1,12 +1,12 @@
-"""Rewards: a reward model or a Python function scores completions; several are weighed and added.
+"""Rewards: a reward model or a Python function scores completions; several are weighed and combined.
 
 NaN means unscorable. With one reward such a completion leaves the ranks and the loss; with several, a missing one
-leaves only its own part of the sum, and a completion that misses all is NaN.
+leaves only its own part, and a completion that misses all is NaN.
 """
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,17 +23,45 @@ from train import dotted
 from train.config import RewardSpec
 from train.processes import gather, gather_lists
 
-Scorer = Callable[..., np.ndarray]  # (prompts, completions_PG, columns) of a process' share -> rewards_PG of all
+# (prompts, completions_PG, columns, completion_ids_PG) of a process' share -> rewards_PG of all
+Scorer = Callable[..., np.ndarray]
+TokenIds = Sequence[Sequence[list[int]]]  # of each completion, [P, G]
+COMBINATIONS: dict[str, Callable[..., np.ndarray]] = {"sum": np.nansum, "mean": np.nanmean, "minimum": np.nanmin}
+GIVEN = ("prompts", "completions", "completion_ids")  # what every reward function may ask for
+# Names without a dot. They are texts because nothing here may import what is above train.
+BUILT_IN = {
+    "length": "train.reward_functions.length",
+    "format_match": "train.reward_functions.format_match",
+    "repetition_penalty": "train.reward_functions.repetition_penalty",
+    "soft_overlong_punishment": "train.reward_functions.soft_overlong_punishment",
+    "rouge": "train.reward_functions.rouge",
+    "judge": "train.judge_reward.judge",
+    "ifeval": "eval.ifeval.strict",
+}
 
 
 class Rewards:
     """The rewards of a run, by name."""
 
-    def __init__(self, specs: Sequence[RewardSpec], layout: Layout | None, dtype: str) -> None:
+    def __init__(
+        self,
+        specs: Sequence[RewardSpec],
+        layout: Layout | None,
+        dtype: str,
+        combination: str = "sum",
+        columns: Collection[str] | None = None,
+    ) -> None:
+        """`columns`: those of the data, which functions may ask for; None: not known yet, and not checked."""
         self.weights_R = np.array([spec.weight for spec in specs], np.float32)
-        self.scorers: dict[str, Scorer] = {
-            spec.label: function_scorer(spec.function)
+        self.combination = combination
+        functions = {  # first: what is wrong with one is said before any weight is read
+            spec.label: function_scorer(spec.function, spec.options, columns)
+            for spec in specs
             if spec.function is not None
+        }
+        self.scorers: dict[str, Scorer] = {
+            spec.label: functions[spec.label]
+            if spec.label in functions
             else RewardModelScorer(
                 str(spec.model),
                 layout=layout,
@@ -61,22 +89,33 @@ class Rewards:
                     )
 
     def score(
-        self, prompts: Sequence[Prompt], completions_PG: Sequence[Sequence[str]], columns: dict[str, list[Any]]
+        self,
+        prompts: Sequence[Prompt],
+        completions_PG: Sequence[Sequence[str]],
+        columns: dict[str, list[Any]],
+        completion_ids_PG: TokenIds | None = None,
     ) -> np.ndarray:
         """float32 `rewards_PGR`, every reward apart; NaN = unscorable.
 
         Where there are several processes each gives its share of the prompts, and all get the rewards of the whole.
         """
-        return np.stack([score(prompts, completions_PG, columns) for score in self.scorers.values()], -1)
+        given = (prompts, completions_PG, columns, completion_ids_PG)
+        return np.stack([score(*given) for score in self.scorers.values()], -1)
 
     def combine(self, rewards_PGR: np.ndarray) -> np.ndarray:
-        """float32 `rewards_PG`: the weighted sum of those that are there, NaN where none is."""
+        """float32 `rewards_PG`: the weighted rewards that are there, combined; NaN where none is."""
         weighted_PGR = rewards_PGR * self.weights_R
-        return np.where(np.isnan(weighted_PGR).all(-1), np.nan, np.nansum(weighted_PGR, -1)).astype(np.float32)
+        missing_PG = np.all(np.isnan(weighted_PGR), axis=-1)
+        combined_PG = COMBINATIONS[self.combination](np.where(np.expand_dims(missing_PG, -1), 0, weighted_PGR), axis=-1)
+        return np.where(missing_PG, np.nan, combined_PG).astype(np.float32)
 
     def metrics(self, rewards_PGR: np.ndarray) -> dict[str, float]:
-        """rewards/NAME/mean, rewards/NAME/std and rewards/NAME/unscorable, a count."""
+        """rewards/NAME/mean, rewards/NAME/std and rewards/NAME/unscorable, a count; rm/truncated_frac, the share of
+        completions, over all reward models, that were longer than a model's max_length: unscorable, not cut."""
         metrics = {}
+        is_model_R = [isinstance(scorer, RewardModelScorer) for scorer in self.scorers.values()]
+        if any(is_model_R):
+            metrics["rm/truncated_frac"] = float(np.isnan(rewards_PGR[..., is_model_R]).mean())
         for r, name in enumerate(self.scorers):
             scored = rewards_PGR[..., r][~np.isnan(rewards_PGR[..., r])]
             metrics[f"rewards/{name}/mean"] = float(scored.mean()) if scored.size else math.nan
@@ -113,6 +152,7 @@ class RewardModelScorer:
         prompts: Sequence[Prompt],
         completions_PG: Sequence[Sequence[str]],
         columns: dict[str, list[Any]] | None = None,
+        completion_ids_PG: TokenIds | None = None,
     ) -> np.ndarray:
         """float32 rewards [P, G]; NaN for a text longer than max_length, which is neither cut nor given a value."""
         G = len(completions_PG[0])
@@ -177,30 +217,99 @@ def common_prefix(rows: Sequence[Sequence[int]]) -> int:
     return max(shortest - 1, 0)
 
 
-def function_scorer(path: str) -> Scorer:
-    """The function at a dotted path, f(prompts, completions, **columns) -> list[float | None] (TRL's signature).
+def completion_ids(tokens_PGT: np.ndarray, lengths_PG: np.ndarray) -> list[list[list[int]]]:
+    """The tokens of each completion, the end-of-text token included, as lists."""
+    return [
+        [row[:length].tolist() for row, length in zip(*group, strict=True)]
+        for group in zip(np.asarray(tokens_PGT), np.asarray(lengths_PG), strict=True)
+    ]
 
-    It is called with one entry per completion: a prompt and its columns are repeated G times.
+
+def load_function(name: str) -> Callable[..., Any]:
+    """A built-in reward, or the function at a dotted path.
 
     Raises:
       ValueError: no such module or function.
     """
-    function = dotted.load(path, "rewards.function")
-    takes_all = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
-    accepted = inspect.signature(function).parameters
+    if name not in BUILT_IN and "." not in name:
+        raise ValueError(
+            f"rewards.function: {name}: cannot be imported; expected a dotted path, or one of {', '.join(BUILT_IN)}"
+        )
+    return dotted.load(BUILT_IN.get(name, name), "rewards.function")
+
+
+class Wanted:
+    """What a reward function has parameters for."""
+
+    def __init__(self, name: str, function: Callable[..., Any], options: Mapping[str, Any]) -> None:
+        """Refuses options that the function does not have."""
+        self.name, parameters = name, inspect.signature(function).parameters.values()
+        self.takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        named = [p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+        dotted.check_options(options, dotted.options(function), "rewards.options", name)
+        self.options = options.keys() | {p.name for p in named if p.kind is p.KEYWORD_ONLY and p.default is not p.empty}
+        self.accepted = {p.name for p in named} - self.options
+        self.columns = [p.name for p in named if p.default is p.empty and p.name not in {*self.options, *GIVEN}]
+
+    def check_columns(self, data_columns: Collection[str]) -> None:
+        for column in self.columns:
+            if column not in data_columns:
+                raise ValueError(
+                    f"rewards.function: {self.name} needs {column!r}, which is neither a column of the data "
+                    f"({', '.join(data_columns) or 'it has none beside the prompt'}) nor among its options"
+                )
+
+    def chosen(self, known: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+        """What it gets of all that is known."""
+        return {
+            key: values
+            for key, values in known.items()
+            if key in self.accepted or (self.takes_all and key not in self.options)
+        }
+
+
+def function_scorer(
+    name: str, options: Mapping[str, Any] | None = None, data_columns: Collection[str] | None = None
+) -> Scorer:
+    """A reward function f(prompts, completions, **columns) -> list[float | None] (TRL's signature).
+
+    It is called with one entry per completion: a prompt and its columns are repeated G times. It gets what it has
+    parameters for; with ** all columns. Keyword-only parameters are its options, those with a default never columns.
+
+    Args:
+      name: of a built-in reward, or a dotted path.
+      data_columns: names that the data has; None: not known.
+
+    Raises:
+      ValueError: no such function or option, or a parameter without a value.
+    """
+    function, options = load_function(name), dict(options or {})
+    wanted = Wanted(name, function, options)
+    if data_columns is not None:
+        wanted.check_columns(data_columns)
+        if name in BUILT_IN:  # without completions it says what it lacks: a package, a key, a sensible option
+            nothing: dict[str, list[Any]] = {column: [] for column in [*data_columns, *GIVEN]}
+            try:
+                function(**wanted.chosen(nothing), **options)
+            except ImportError as error:
+                raise ValueError(f"rewards.function: {name}: {error}; pip install -e '.[eval]'") from error
 
     def score(
-        prompts: Sequence[Prompt], completions_PG: Sequence[Sequence[str]], columns: dict[str, list[Any]]
+        prompts: Sequence[Prompt],
+        completions_PG: Sequence[Sequence[str]],
+        columns: dict[str, list[Any]],
+        completion_ids_PG: TokenIds | None = None,
     ) -> np.ndarray:
-        G = len(completions_PG[0])
-        chosen = {
-            k: [v for v in values for _ in range(G)] for k, values in columns.items() if takes_all or k in accepted
-        }
-        flat = [text for group in completions_PG for text in group]
-        values = function(prompts=[p for p in prompts for _ in range(G)], completions=flat, **chosen)
-        if len(values) != len(flat):
-            raise ValueError(f"{path}: expected {len(flat)} rewards, one per completion, got {len(values)}")
+        P, G = len(prompts), len(completions_PG[0])
+        of_prompts = dict.fromkeys(wanted.columns, [None] * P) | columns | {"prompts": prompts}
+        known = {key: [value for value in values for _ in range(G)] for key, values in of_prompts.items()}
+        known["completions"] = [text for group in completions_PG for text in group]
+        if completion_ids_PG is not None:
+            known["completion_ids"] = [ids for group in completion_ids_PG for ids in group]
+        values = function(**wanted.chosen(known), **options)
+        if len(values) != P * G:
+            raise ValueError(f"{name}: expected {P * G} rewards, one per completion, got {len(values)}")
         rewards = np.array([np.nan if value is None else value for value in values], np.float32)
-        return gather(rewards.reshape(len(prompts), G))
+        return gather(rewards.reshape(P, G))
 
     return score

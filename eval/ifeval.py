@@ -1,0 +1,160 @@
+"""IFEval: whether a completion follows instructions that a program can check, by lm-eval's own verifiers.
+
+As a reward: `function: ifeval` (or eval.ifeval.loose), for data with google/IFEval's columns instruction_id_list and
+kwargs. NLTK's sentence splitter is looked for, and downloaded if it is missing, before the first completion.
+
+References:
+  Zhou et al., Instruction-Following Evaluation for Large Language Models, https://arxiv.org/abs/2311.07911.
+"""
+
+import functools
+import logging
+import random
+import sys
+import types
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+SPLITTER = "punkt_tab"
+INSTALL = "pip install langdetect immutabledict nltk && pip install --no-deps lm-eval"
+
+Arguments = Sequence[Mapping[str, Any]]
+
+
+def strict(
+    prompts: Sequence[Any],
+    completions: Sequence[str],
+    instruction_id_list: Sequence[Sequence[str] | None],
+    kwargs: Sequence[Arguments | None],
+    *,
+    all_or_nothing: bool = False,
+    **_: Any,
+) -> list[float | None]:
+    """The share of a prompt's instructions that its completion follows as it stands; None without instructions.
+
+    Args:
+      instruction_id_list: of each completion's prompt, e.g. [["punctuation:no_comma"]].
+      kwargs: the arguments of those instructions, one mapping each; what is None in it is left out.
+      all_or_nothing: 1 if all of them are followed, else 0 (IFEval's prompt level).
+    """
+    return _rewards("strict", all_or_nothing, prompts, completions, instruction_id_list, kwargs)
+
+
+def loose(
+    prompts: Sequence[Any],
+    completions: Sequence[str],
+    instruction_id_list: Sequence[Sequence[str] | None],
+    kwargs: Sequence[Arguments | None],
+    *,
+    all_or_nothing: bool = False,
+    **_: Any,
+) -> list[float | None]:
+    """As `strict`, but followed counts also what is so without "*", without the first or without the last line."""
+    return _rewards("loose", all_or_nothing, prompts, completions, instruction_id_list, kwargs)
+
+
+def outcomes(
+    prompt: Any, response: str, instruction_id_list: Sequence[str], kwargs: Arguments
+) -> tuple[list[bool], list[bool]]:
+    """Which instructions a response follows, strictly and loosely; the same answer every time.
+
+    Args:
+      prompt: text, or chat messages, of which the last one's text is meant.
+
+    Raises:
+      ValueError: an instruction that IFEval does not have, or not one mapping of arguments for each.
+    """
+    given = (prompt, response, instruction_id_list, kwargs)
+    return _followed("strict", *given), _followed("loose", *given)
+
+
+@functools.cache
+def load_verifiers() -> Any:
+    """The module lm_eval.tasks.ifeval.utils, with all it needs.
+
+    Raises:
+      ImportError, FileNotFoundError: a package or NLTK's sentence splitter is missing.
+    """
+    spec = find_spec("lm_eval")
+    if spec is None or spec.origin is None:
+        raise ImportError(f"ifeval: needs the verifiers of lm-eval; {INSTALL}")
+    require_splitter()
+    # The verifiers need three small packages; what stands beside them in lm_eval.tasks needs thirty, and is left out.
+    name, before = "lm_eval.tasks", sys.modules.get("lm_eval.tasks")
+    package = types.ModuleType(name)
+    package.__path__ = [str(Path(spec.origin).parent / "tasks")]
+    sys.modules.setdefault(name, package)
+    try:
+        import langdetect
+        from lm_eval.tasks.ifeval import utils
+    except ImportError as error:
+        raise ImportError(f"ifeval: {error}; {INSTALL}") from error
+    finally:
+        if before is None:
+            del sys.modules[name]
+    langdetect.DetectorFactory.seed = 0
+    # It reports each text whose language it cannot tell, such as "!!!", and counts it as followed.
+    logging.getLogger("lm_eval.tasks.ifeval.instructions").setLevel(logging.CRITICAL)
+    return utils
+
+
+def require_splitter() -> None:
+    """Find NLTK's sentence splitter, or download it.
+
+    Raises:
+      FileNotFoundError: neither was possible.
+    """
+    import nltk
+
+    try:
+        nltk.data.find(f"tokenizers/{SPLITTER}/english/")
+    except LookupError:
+        print(f"ifeval: downloading NLTK's sentence splitter {SPLITTER}")
+        if not nltk.download(SPLITTER, quiet=True):
+            raise FileNotFoundError(
+                f"ifeval: NLTK's sentence splitter {SPLITTER} is not there and could not be downloaded; where there is "
+                f"a network: python -m nltk.downloader -d DIRECTORY {SPLITTER}; then set NLTK_DATA=DIRECTORY"
+            ) from None
+
+
+def _rewards(
+    kind: str,
+    all_or_nothing: bool,
+    prompts: Sequence[Any],
+    completions: Sequence[str],
+    instruction_id_list: Sequence[Sequence[str] | None],
+    kwargs: Sequence[Arguments | None],
+) -> list[float | None]:
+    load_verifiers()  # now, even if there is nothing to score: the check of a run's set-up
+    rewards: list[float | None] = []
+    for prompt, text, names, arguments in zip(prompts, completions, instruction_id_list, kwargs, strict=True):
+        if not names:
+            rewards.append(None)
+            continue
+        followed = _followed(kind, prompt, text, names, arguments or [])
+        rewards.append(float(all(followed)) if all_or_nothing else sum(followed) / len(followed))
+    return rewards
+
+
+def _followed(
+    kind: str, prompt: Any, response: str, instruction_id_list: Sequence[str], kwargs: Arguments
+) -> list[bool]:
+    verifiers = load_verifiers()
+    known = verifiers.instructions_registry.INSTRUCTION_DICT
+    if unknown := [name for name in instruction_id_list if name not in known]:
+        raise ValueError(f"ifeval: there is no instruction {unknown[0]!r}; expected one of {', '.join(known)}")
+    if len(kwargs) != len(instruction_id_list):
+        raise ValueError(
+            f"ifeval: kwargs: expected one mapping for each of {list(instruction_id_list)}, got {len(kwargs)}"
+        )
+    text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    arguments = [{name: value for name, value in one.items() if value is not None} for one in kwargs]
+    example = verifiers.InputExample(0, list(instruction_id_list), text, arguments)
+    before = random.getstate()
+    random.seed(0)  # an instruction draws at random what it is not told, or what it cannot use
+    try:
+        return getattr(verifiers, f"test_instruction_following_{kind}")(example, response).follow_instruction_list
+    finally:
+        random.setstate(before)

@@ -1,0 +1,84 @@
+"""Laws of what stands between the rollout and the update: the choice of groups, the mask, the minibatches."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from models.sampler import Rollout
+from train.batch import Groups, choose, completion_table, make_batch, minibatches
+
+G, T, R = 3, 4, 2
+
+
+def groups(rewards: Any, first: int = 0, S: int = 5) -> Groups:
+    """One group for each row of rewards ([P, G] or [P, G, R]); group p says first + p everywhere."""
+    rewards_PGR = np.asarray(rewards, np.float32)
+    rewards_PGR = rewards_PGR[..., None] if rewards_PGR.ndim == 2 else rewards_PGR
+    number_P = first + np.arange(len(rewards_PGR))
+    shape = (len(number_P), G, T)
+    rollout = Rollout(
+        np.broadcast_to(number_P[:, None, None], shape),
+        np.zeros(shape, np.float32),
+        np.broadcast_to([1, T, 2], shape[:2]),
+        np.broadcast_to([True, False, True], shape[:2]),
+    )
+    rows = [{"prompt": str(number)} for number in number_P]
+    return Groups(rows, np.broadcast_to(number_P[:, None], (len(rows), S)), number_P, rollout, rewards_PGR)
+
+
+NAN = np.nan
+FLAT, SPREAD = [[1.0, 1, 1], [NAN, 1, 1], [NAN, NAN, 5], [NAN, NAN, NAN]], [[1.0, 1, 2], [NAN, 0, 1], [3, NAN, -1]]
+
+
+def test_a_group_differs_when_some_reward_does() -> None:
+    assert not groups(FLAT).differs_P.any() and groups(SPREAD).differs_P.all()
+    both = np.stack([[FLAT[0]] * 2, [FLAT[0], SPREAD[0]]], -1)  # two rewards; only the second group's second differs
+    np.testing.assert_array_equal(groups(both).differs_P, [False, True])
+
+
+def test_groups_that_differ_come_first_and_others_fill_up() -> None:
+    drawn = [groups([FLAT[0], SPREAD[0], FLAT[1]]), groups([SPREAD[1], FLAT[2], SPREAD[2]], first=10, S=8)]
+    chosen = choose(drawn, 3)
+    np.testing.assert_array_equal(chosen.lengths_P, [1, 10, 12])
+    assert [row["prompt"] for row in chosen.rows] == ["1", "10", "12"] and chosen.differs_P.all()
+    np.testing.assert_array_equal(chosen.rollout.tokens_PGT[:, 0, 0], [1, 10, 12])
+    np.testing.assert_array_equal(chosen.prompt_PS[0], [1] * 5 + [0] * 3)  # padded to the longest
+    np.testing.assert_array_equal(choose(drawn, 5).lengths_P, [1, 10, 12, 0, 2])
+    assert choose(drawn[:1], 3) is drawn[0]
+
+
+@pytest.mark.parametrize("mask_truncated", [False, True])
+def test_the_mask_is_lengths_and_what_is_scored_and_finished(mask_truncated: bool) -> None:
+    mask_PGT = make_batch(groups([[1.0, 2, 3], [NAN, 2, 3]]), mask_truncated)["mask_PGT"]
+    lengths = [[1, 0 if mask_truncated else T, 2], [0, 0 if mask_truncated else T, 2]]
+    np.testing.assert_array_equal(mask_PGT, np.arange(T) < np.array(lengths)[..., None])
+
+
+def test_a_completion_counts_when_any_of_its_rewards_is_there() -> None:
+    rewards = np.array([[[1.0, NAN], [NAN, NAN], [NAN, 2]]])
+    np.testing.assert_array_equal(make_batch(groups(rewards), False)["mask_PGT"].any(-1), [[True, False, True]])
+
+
+def test_every_prompt_is_in_one_minibatch_of_each_pass() -> None:
+    batch = {"lengths_P": np.arange(8), "tokens_PGT": np.arange(8)[:, None, None] * np.ones((8, G, T))}
+    parts = list(minibatches(batch, 2, 3, seed=0, step=5))
+    assert len(parts) == 12
+    passes = [np.concatenate([part["lengths_P"] for part in parts[i : i + 4]]) for i in (0, 4, 8)]
+    for order in passes:
+        np.testing.assert_array_equal(np.sort(order), np.arange(8))
+    assert len({tuple(order) for order in passes}) == 3
+    again = list(minibatches(batch, 2, 3, seed=0, step=5))
+    assert all((a["lengths_P"] == b["lengths_P"]).all() for a, b in zip(parts, again, strict=True))
+    assert all((part["tokens_PGT"][:, 0, 0] == part["lengths_P"]).all() for part in parts)
+    (whole,) = minibatches(batch, 8, 1, seed=0, step=5)
+    np.testing.assert_array_equal(whole["lengths_P"], np.arange(8))
+
+
+def test_the_table_of_completions() -> None:
+    found = groups(np.arange(2 * G * R).reshape(2, G, R))
+    texts = [["a", "b", "c"], ["d", "e", "f"]]
+    table = completion_table(["p", "q"], texts, found, ["one", "two"], np.array([[2.0, 0, -2]] * 2))
+    assert table["prompt"] == ["p"] * 3 + ["q"] * 3 and table["completion"] == list("abcdef")
+    assert table["one"] == [0, 2, 4, 6, 8, 10] and table["two"] == [1, 3, 5, 7, 9, 11]
+    assert table["advantage"] == [2, 0, -2] * 2 and table["finished"] == [True, False, True] * 2

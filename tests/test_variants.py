@@ -1,0 +1,174 @@
+"""Every advantage, ratio, surrogate and variant by its name: the config takes it, a run of 3 steps learns with it."""
+
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from gopo_jax import ADVANTAGES, SURROGATES
+from train.config import LossConfig, PolicyConfig, RewardSpec, parse
+from train.loop import make_advantages, train_policy
+from train.metrics import read_metrics
+from train.rewards import Rewards
+
+ROOT = Path(__file__).parent.parent
+VARIANTS = sorted(file.stem for file in (ROOT / "configs" / "variants").glob("*.yaml"))
+RECIPE = str(ROOT / "configs" / "tldr" / "qwen3_8b_gopo.yaml")
+MakeConfig = Callable[..., PolicyConfig]
+numbers = partial(read_metrics, clock=False)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_variant_is_one_word_over_a_recipe_that_writes_all_out(name: str) -> None:
+    config = parse(PolicyConfig, ["--variant", name, "--config", RECIPE, "--temperature", "0.7"])
+    recipe, wanted = (
+        parse(PolicyConfig, ["--config", RECIPE]),
+        yaml.safe_load((ROOT / "configs" / "variants" / f"{name}.yaml").read_text()),
+    )
+    for key, value in wanted.pop("loss", {}).items():
+        assert getattr(config.loss, key) == value
+    for key, value in wanted.items():
+        assert getattr(config, key) == value
+    assert config.temperature == 0.7 and config.data == recipe.data and config.optimizer == recipe.optimizer
+
+
+def test_the_command_line_overrides_a_variant() -> None:
+    config = parse(PolicyConfig, ["--config", RECIPE, "--loss.clip_high=0.5", "--variant=dapo"])
+    assert config.loss.clip_high == 0.5 and config.loss.clip_low == 0.2 and config.dynamic_sampling_attempts == 3
+    with pytest.raises(ValueError, match="--variant: expected one of bnpo, cispo, .*, got 'dappo'"):
+        parse(PolicyConfig, ["--config", RECIPE, "--variant", "dappo"])
+
+
+def test_impossible_settings_are_refused(policy_config: MakeConfig, tmp_path: Path) -> None:
+    def refuse(message: str, **settings: Any) -> None:
+        with pytest.raises(ValueError, match=message):
+            policy_config(tmp_path, **settings)
+
+    refuse("minibatch_prompts: expected a divisor of prompts_per_step = 4, got 3", minibatch_prompts=3)
+    refuse("microbatch_prompts: expected a divisor of minibatch_prompts = 1, got 2", minibatch_prompts=1)
+    refuse("advantage: expected one of gopo, .*, or the dotted path of a function, got 'gppo'", advantage="gppo")
+    refuse("advantage: no_such.f: cannot be imported", advantage="no_such.f")
+    refuse("advantage_options: gdpo has no 'weights_R'", advantage="gdpo", advantage_options={"weights_R": [1.0]})
+    penalty = LossConfig(kl_in="reward")
+    refuse("loss.kl_in: reward is taken off one reward; gdpo takes every", advantage="gdpo", loss=penalty)
+    with pytest.raises(ValueError, match="loss.kl_in: reward needs a penalty"):
+        LossConfig(kl_in="reward", beta=0.0)
+    with pytest.raises(ValueError, match="surrogate_options: cispo has no 'dual_clip'; expected one of clip_max"):
+        LossConfig(surrogate="cispo", surrogate_options={"dual_clip": 3.0})
+    with pytest.raises(ValueError, match="importance_sampling_clip_max: expected at least 3"):
+        LossConfig(importance_sampling_clip_min=3.0)
+
+
+# Training
+
+
+def run(config: PolicyConfig) -> list[dict[str, float]]:
+    train_policy(config)
+    return numbers(Path(config.output_dir))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*(f"advantage {name}" for name in ADVANTAGES), *VARIANTS])
+def test_every_name_trains_three_steps(name: str, policy_config: MakeConfig, tmp_path: Path) -> None:
+    if name.startswith("advantage "):
+        settings: dict[str, Any] = {"advantage": name.removeprefix("advantage ")}
+    else:
+        settings = yaml.safe_load((ROOT / "configs" / "variants" / f"{name}.yaml").read_text())
+        settings["loss"] = LossConfig(**settings.get("loss", {}))
+    rows = run(policy_config(tmp_path, **settings))
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+    assert all(row["grad_norm"] > 0 for row in rows[1:])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"loss": LossConfig(token_broadcast="log_decay", kl="k2")},
+        {"loss": LossConfig(token_broadcast="poly_decay", kl="k1")},
+        {"loss": LossConfig(token_broadcast="loglog_decay", importance_sampling_mode="token_truncate")},
+        {"loss": LossConfig(importance_sampling_mode="sequence_mask", aggregate="sequence")},
+        {"loss": LossConfig(surrogate_options={"dual_clip": 3.0}), "num_iterations": 2, "minibatch_prompts": 2},
+    ],
+    ids=["log", "poly", "loglog and truncation", "sequence mask", "dual clip, 4 updates"],
+)
+def test_every_option_trains_three_steps(settings: Any, policy_config: MakeConfig, tmp_path: Path) -> None:
+    rows = run(policy_config(tmp_path, **settings))
+    assert len(rows) == 4 and all(row["grad_norm"] > 0 for row in rows[1:])
+    if settings["loss"].importance_sampling_mode:
+        assert rows[1]["sampling/importance_sampling_ratio/mean"] == pytest.approx(1, abs=1e-3)
+        assert rows[1]["sampling/importance_sampling_ratio/max"] >= rows[1]["sampling/importance_sampling_ratio/min"]
+
+
+def test_every_surrogate_and_advantage_is_in_some_variant() -> None:
+    settings = [yaml.safe_load((ROOT / "configs" / "variants" / f"{name}.yaml").read_text()) for name in VARIANTS]
+    assert {each["advantage"] for each in settings} == ADVANTAGES.keys()
+    assert {each["loss"]["surrogate"] for each in settings if "surrogate" in each.get("loss", {})} == SURROGATES.keys()
+
+
+@pytest.mark.slow
+def test_several_updates_per_batch_leave_the_policy_that_sampled(policy_config: MakeConfig, tmp_path: Path) -> None:
+    """The ratio is 1 at the first update and moves away from it; one update per batch is as it was."""
+    once = run(policy_config(tmp_path / "1", validation=policy_config(tmp_path).validation))
+    often = run(policy_config(tmp_path / "2", num_iterations=3))
+    assert all(row["ratio"] == 1 for row in once[1:])
+    assert all(abs(row["ratio"] - 1) > 1e-6 for row in often[1:])
+    assert often[1]["reward"] == once[1]["reward"]  # drawn before anything was learned
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_iterations": 2, "minibatch_prompts": 2},
+        {"dynamic_sampling_attempts": 3},
+        {"loss": LossConfig(kl_in="reward", kl="k1")},
+    ],
+    ids=["several updates", "dynamic sampling", "penalty in the reward"],
+)
+def test_interrupted_equals_uninterrupted(settings: Any, policy_config: MakeConfig, tmp_path: Path) -> None:
+    settings = settings | {"rewards": [RewardSpec(function=f"{__name__}_rewards.coarse")], "max_steps": 4}
+    module = ModuleType(f"{__name__}_rewards")
+    module.coarse = lambda prompts, completions: [float(len(text) > 6) for text in completions]  # type: ignore
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, module.__name__, module)
+        whole = policy_config(tmp_path / "whole", **settings)
+        rows = run(whole)
+        part = replace(whole, output_dir=str(tmp_path / "part"), max_steps=2)
+        train_policy(part)
+        assert run(replace(part, max_steps=4))[-2:] == rows[-2:]
+    if "dynamic_sampling_attempts" in settings:
+        assert max(row.get("sampling/attempts", 1) for row in rows) > 1
+
+
+# An advantage of one's own, as docs/algorithms.md shows it
+
+
+def test_the_advantage_of_the_docs(policy_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (ROOT / "docs" / "algorithms.md").read_text()
+    code = text.partition("```python\n")[2].partition("```")[0]
+    assert len([line for line in code.splitlines() if line.strip()]) <= 10
+    imported = {line.split()[1].partition(".")[0] for line in code.splitlines() if line.startswith(("import", "from"))}
+    assert imported == {"gopo_jax"}
+    (tmp_path / "my_lab.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr("train.rewards.RewardModelScorer", lambda *_, **__: None)
+    config = policy_config(tmp_path, advantage="my_lab.best_advantages", advantage_options={"margin": 0.5})
+    advantages = make_advantages(config, Rewards(config.rewards, None, "float32"))
+    rewards = np.random.default_rng(0).normal(size=(4, 4)).astype(np.float32)
+    rewards[0, 1] = np.nan
+    found = advantages(rewards[..., None], 0.0)
+    for r, a in zip(rewards, found, strict=True):
+        there = ~np.isnan(r)
+        good = (r[there] >= r[there].max() - 0.5).astype(float)
+        np.testing.assert_allclose(a[there], good - (good.sum() - good) / (there.sum() - 1), atol=1e-6)
+        assert not a[~there].any()

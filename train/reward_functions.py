@@ -1,0 +1,144 @@
+"""Built-in rewards: each a function f(prompts, completions, **columns) -> list[float | None], TRL's signature.
+
+Keyword-only parameters are settings and come from `options` in the config; every other name is a column of the data.
+None means unscorable. docs/rewards.md has them in one table. Needs nothing but the standard library, `rouge` apart.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+UNITS: dict[str, Callable[[str], list[str]]] = {"words": str.split, "characters": list}
+# One block of thoughts, at the very beginning, and no other such tag behind it.
+THINK = r"<think>((?!</?think>).)*</think>((?!</?think>).)*"
+
+
+def length(
+    prompts: Sequence[Any],
+    completions: Sequence[str],
+    *,
+    target: int = 100,
+    unit: str = "words",
+    ceiling: bool = False,
+    **columns: Any,
+) -> list[float | None]:
+    """How far a completion's length n is from the wanted one.
+
+    r = -|n - target| / target, or with `ceiling`, where shorter is as good, r = -max(0, n - target) / target.
+
+    Args:
+      target: the wanted length, or the longest that costs nothing.
+      unit: "words" (between white space) or "characters".
+    """
+    _at_least("length", "target", target, 1)
+    if unit not in UNITS:
+        raise ValueError(f"length: unit: expected one of {', '.join(UNITS)}, got {unit!r}")
+    excess = [len(UNITS[unit](text)) - target for text in completions]
+    return [-(max(0, n) if ceiling else abs(n)) / target for n in excess]
+
+
+def format_match(
+    prompts: Sequence[Any], completions: Sequence[str], *, pattern: str = THINK, **columns: Any
+) -> list[float | None]:
+    """1 for a completion that is, from its first to its last character, of a form; else 0.
+
+    Args:
+      pattern: a regular expression of `re` in which "." is any character, line ends too. Default: thoughts between
+        <think> and </think>, then the answer, which is what TRL's think_format_reward asks for.
+    """
+    try:
+        form = re.compile(pattern, re.DOTALL)
+    except re.error as error:
+        raise ValueError(f"format_match: pattern: not a regular expression ({error}): {pattern!r}") from error
+    return [float(form.fullmatch(text) is not None) for text in completions]
+
+
+def repetition_penalty(
+    prompts: Sequence[Any], completions: Sequence[str], *, ngram: int = 3, max_penalty: float = 1.0, **columns: Any
+) -> list[float | None]:
+    """The share of a completion's n-grams that are repetitions, as a penalty.
+
+    r = -(1 - distinct / all) * max_penalty over the n-grams of its lower-cased words; 0 if it has fewer than n words.
+
+    References:
+      Yeo et al., Demystifying Long Chain-of-Thought Reasoning in LLMs, https://arxiv.org/abs/2502.03373, appendix C;
+      open-r1's repetition penalty is the same with a negative max_penalty.
+    """
+    _at_least("repetition_penalty", "ngram", ngram, 1)
+    _at_least("repetition_penalty", "max_penalty", max_penalty, 0)
+
+    def penalty(text: str) -> float:
+        words = text.lower().split()
+        grams = [tuple(words[i : i + ngram]) for i in range(len(words) - ngram + 1)]
+        return (len(set(grams)) / len(grams) - 1) * max_penalty if grams else 0.0
+
+    return [penalty(text) for text in completions]
+
+
+def soft_overlong_punishment(
+    prompts: Sequence[Any],
+    completions: Sequence[str],
+    completion_ids: Sequence[Sequence[int]],
+    *,
+    max_completion_length: int,
+    cache: int,
+    **columns: Any,
+) -> list[float | None]:
+    """A penalty for completions that come near their limit of tokens, or reach it.
+
+    With n tokens, L = max_completion_length and C = cache:
+    r = 0 for n <= L - C;  r = (L - C - n) / C for L - C < n <= L;  r = -1 for n > L.
+
+    Args:
+      completion_ids: the tokens of each completion, the end-of-text token included.
+
+    References:
+      Yu et al., DAPO, https://arxiv.org/abs/2503.14476, equation 13; TRL's get_soft_overlong_punishment.
+    """
+    if not 0 < cache <= max_completion_length:
+        raise ValueError(
+            f"soft_overlong_punishment: cache: expected a number of tokens from 1 to max_completion_length = "
+            f"{max_completion_length}, got {cache}"
+        )
+    room = [max_completion_length - cache - len(ids) for ids in completion_ids]
+    return [max(-1.0, min(0, n) / cache) for n in room]
+
+
+def rouge(
+    prompts: Sequence[Any],
+    completions: Sequence[str],
+    *,
+    rouge_type: str = "rougeL",
+    reference_column: str = "completion",
+    **columns: Sequence[str | None],
+) -> list[float | None]:
+    """ROUGE's F-measure against a reference text: 2 P R / (P + R) of the overlap's precision and recall.
+
+    Args:
+      rouge_type: rouge1 to rouge9 (n-grams), rougeL (longest common subsequence), or rougeLsum (line by line).
+      reference_column: the column with the references; None where one is missing or empty.
+
+    References:
+      Lin, ROUGE: A Package for Automatic Evaluation of Summaries, https://aclanthology.org/W04-1013, computed by the
+      package rouge-score without stemming.
+    """
+    from rouge_score.rouge_scorer import RougeScorer
+
+    if not re.fullmatch("rouge([1-9]|L|Lsum)", rouge_type):
+        raise ValueError(f"rouge: rouge_type: expected rouge1 to rouge9, rougeL or rougeLsum, got {rouge_type!r}")
+    if reference_column not in columns:
+        raise ValueError(
+            f"rouge: reference_column: there is no column {reference_column!r}; the columns are "
+            f"{', '.join(sorted(columns.keys() - {'completion_ids'})) or '(none)'}; name the right one in the "
+            f"reward's options"
+        )
+    scorer = RougeScorer([rouge_type])
+    return [
+        scorer.score(target=reference, prediction=text)[rouge_type].fmeasure if reference else None
+        for reference, text in zip(columns[reference_column], completions, strict=True)
+    ]
+
+
+def _at_least(function: str, option: str, value: float, least: float) -> None:
+    if not value >= least:
+        raise ValueError(f"{function}: {option}: expected at least {least}, got {value}")
