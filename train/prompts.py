@@ -247,7 +247,7 @@ class Splits(NamedTuple):
     train: list[Row]
     validation: list[Row]
     test: list[Row]
-    duplicates: int  # rows of train whose prompt is in validation or test too; with data.drop_duplicates, that were
+    duplicates: int  # rows of train whose prompt is in validation or test too; data.drop_duplicates takes them out
 
 
 def load_splits(config: PolicyConfig) -> Splits:
