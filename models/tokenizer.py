@@ -5,6 +5,8 @@ template with thinking off unless asked for. What stands in a message is text: a
 turn, the model sees the characters. transformers would see the token.
 """
 
+import hashlib
+import importlib.metadata
 import json
 import os
 import re
@@ -92,6 +94,16 @@ class Tokenizer:
     def size(self) -> int:
         """How many ids there are; a model's vocab_size must not be smaller."""
         return len(self.hf)
+
+    @cached_property
+    def fingerprint(self) -> str | None:
+        """A hash of all that decides which ids a prompt becomes; None where that cannot be told."""
+        try:
+            parts = [self.hf.backend_tokenizer.to_str()]
+        except AttributeError:
+            return None  # a slow tokenizer keeps its tables in code
+        parts += [str(self.hf.chat_template), str(self.enable_thinking), importlib.metadata.version("transformers")]
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
     @property
     def eos(self) -> str:
@@ -309,7 +321,9 @@ def _unused_mark(texts: Sequence[str]) -> str:
     return mark
 
 
-def train_bpe(texts: Sequence[str], directory: str | Path, vocab_size: int) -> None:
+def train_bpe(
+    texts: Sequence[str], directory: str | Path, vocab_size: int, more_special_tokens: Sequence[str] = ()
+) -> None:
     """Train a byte-level BPE (Qwen3's kind, without its 151,643 entries) and save it in Hugging Face form."""
     from tokenizers import Tokenizer as Fast
     from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -320,7 +334,7 @@ def train_bpe(texts: Sequence[str], directory: str | Path, vocab_size: int) -> N
     fast.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=["<|endoftext|>", "<|im_end|>"],
+        special_tokens=["<|endoftext|>", "<|im_end|>", *more_special_tokens],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -340,7 +354,7 @@ def bucket(length: int, limit: int) -> int:
     return min(max(8, 1 << (length - 1).bit_length()), limit)
 
 
-def pad(rows: Sequence[Sequence[int]], pad_id: int, max_length: int) -> tuple[np.ndarray, np.ndarray]:
+def pad(rows: Sequence[Sequence[int] | np.ndarray], pad_id: int, max_length: int) -> tuple[np.ndarray, np.ndarray]:
     """Right-padded [B, S] ids and lengths [B] of ragged rows.
 
     Raises:

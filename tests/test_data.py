@@ -19,7 +19,16 @@ from models.tokenizer import Tokenizer
 from train import reward_model, sft
 from train.config import ChatConfig, DataConfig, PolicyConfig, RewardSpec, SupervisedConfig, parse, resolved
 from train.metrics import divide, read_metrics, rollout_metrics, write_jsonl
-from train.prompts import Prompts, as_chat, conversations, load_rows, prompt_and_answer, require_columns, shuffled
+from train.prompts import (
+    Prompts,
+    as_chat,
+    conversations,
+    load_prompts,
+    load_rows,
+    prompt_and_answer,
+    require_columns,
+    shuffled,
+)
 
 # Order
 
@@ -103,7 +112,7 @@ def test_prompts_that_fit_are_kept_in_order_and_the_others_counted(
     config = policy_config(
         tmp_path, max_prompt_length=limit, data=DataConfig(train=str(file), prompt_column="question")
     )
-    prompts = Prompts(str(file), "train", config, tokenizer)
+    prompts = Prompts(rows, str(file), config, tokenizer)
     fitting = [row for row, length in zip(rows, lengths, strict=True) if length <= limit]
     assert limit in lengths and 0 < len(fitting) < len(rows)
     assert prompts.rows == fitting and len(prompts) == len(fitting)
@@ -293,7 +302,7 @@ def test_all_programs_see_the_same_conversation(
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps({"prompt": "Good food?"}) + "\n")
     config = policy_config(tmp_path, chat=chat, max_prompt_length=64, data=DataConfig(train=str(file)))
-    prompts = Prompts(str(file), "train", config, chatty)
+    prompts, _ = load_prompts(config, chatty)
     (prompt,) = prompts.prompts(prompts.rows)
     assert prompt == [SYSTEM, *ASKED]
     asked = "system:Be brief.<|im_end|>user:Good food?<|im_end|>"

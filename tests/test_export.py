@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from models.checkpoint import Checkpoints, load_model
 from models.config import read_config, stored_dtype
 from models.hf_weights import INDEX_FILE, load_pretrained, split
 from models.tokenizer import Tokenizer
-from train.__main__ import main, take_show
+from train.__main__ import main, what_to_do
 from train.config import ChatConfig, DataConfig, ExportConfig, PolicyConfig, RewardSpec, resolved
 
 
@@ -98,14 +99,19 @@ def test_sizes(size: str, expected: int) -> None:
 
 
 def test_show_takes_a_number_or_none() -> None:
-    assert take_show(["--config", "a", "--seed", "1"]) == (["--config", "a", "--seed", "1"], 0)
-    assert take_show(["--config", "a", "--show"]) == (["--config", "a"], 3)
-    assert take_show(["--show", "5", "--seed", "1"]) == (["--seed", "1"], 5)
-    assert take_show(["--show=2", "--seed", "1"]) == (["--seed", "1"], 2)
-    assert take_show(["--show", "--seed", "1"]) == (["--seed", "1"], 3)
+    def show(*arguments: str) -> tuple[list[str], str, dict[str, Any]]:
+        command, *found = what_to_do(["policy", *arguments])
+        assert command == "policy"
+        return tuple(found)
+
+    assert show("--config", "a", "--seed", "1") == (["--config", "a", "--seed", "1"], "policy", {})
+    assert show("--config", "a", "--show") == (["--config", "a"], "show", {"count": 3})
+    assert show("--show", "5", "--seed", "1") == (["--seed", "1"], "show", {"count": 5})
+    assert show("--show=2", "--seed", "1") == (["--seed", "1"], "show", {"count": 2})
+    assert show("--show", "--seed", "1") == (["--seed", "1"], "show", {"count": 3})
     for wrong in (["--show", "many"], ["--show=0"], ["--show="]):
-        with pytest.raises(ValueError, match="--show: expected how many prompts"):
-            take_show(wrong)
+        with pytest.raises(ValueError, match="--show: expected a number of at least 1"):
+            show(*wrong)
 
 
 @pytest.fixture

@@ -9,34 +9,33 @@ from typing import Any
 from train.config import ExportConfig, PlanConfig, PolicyConfig, RewardModelConfig, SupervisedConfig, parse
 
 USAGE = """usage: python -m train {sft,reward,policy} --config FILE [--variant NAME] [--key value ...] [--show [N]]
+       python -m train {sft,reward,policy} --config FILE --dry_run [--devices N] [--chip H200]
+       python -m train inspect {sft,reward,policy} --config FILE [--rows N]
        python -m train plan --config FILE [--mesh data=1,fsdp=64,tensor=4] [--devices N] [--chip v5p] [--suggest true]
        python -m train export --checkpoint RUN[@STEP] --out DIR
 
   sft      supervised fine-tuning of a policy
   reward   a reward model from comparisons (Bradley-Terry)
   policy   GOPO, GRPO and their relatives against one or more rewards
+  inspect  the data of a run: rows, lengths in tokens, duplicates, and N (3) rows as the models see them
   plan     what a policy's run needs of its devices: memory, arithmetic, communication; needs none of them
   export   a Hugging Face directory of a policy or a reward model, or of the adapters alone (PEFT)
 
   --variant dapo (or another name in configs/variants) makes a policy's run that algorithm's, whatever FILE says.
   --print_config shows every setting; --help explains them. Started again, a run goes on where it was.
-  --show prints the first N (3) prompts with the token ids that the models see, and trains nothing."""
+  --dry_run prints data, networks, memory and schedule; --show the first N (3) prompts with the token ids that the
+  models see. Neither trains anything."""
+LEARNING: dict[str, type[Any]] = {"sft": SupervisedConfig, "reward": RewardModelConfig, "policy": PolicyConfig}
+KINDS: dict[str, type[Any]] = LEARNING | {"plan": PlanConfig, "export": ExportConfig}
 
 
 def main(arguments: list[str]) -> int:
-    kinds: dict[str, type[Any]] = {"sft": SupervisedConfig, "reward": RewardModelConfig, "policy": PolicyConfig}
-    kinds |= {"plan": PlanConfig, "export": ExportConfig}
-    if not arguments or arguments[0] not in kinds:
+    if not arguments or arguments[0] not in (*KINDS, "inspect"):
         print(USAGE, file=sys.stderr)
         return 0 if arguments and arguments[0] in ("-h", "--help") else 2
-    command, *rest = arguments
     try:
-        count = 0
-        if command in ("sft", "reward", "policy"):
-            rest, count = take_show(rest)
-        if command == "plan":
-            rest = spread_mesh(rest)
-        config = parse(kinds[command], rest, f"python -m train {command}")
+        command, rest, task, options = what_to_do(arguments)
+        config = parse(KINDS[command], rest, f"python -m train {command}")
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -45,16 +44,11 @@ def main(arguments: list[str]) -> int:
     from train.metrics import SetupError, console
 
     try:
-        if command != "plan":  # which makes its own devices
+        if task not in ("plan", "dry_run"):  # which make their own devices
             enable_compile_cache()
             processes.start()
             console.quiet = not processes.is_first()
-        if count:
-            from train.show import show
-
-            show(config, count)
-        else:
-            program(command)(config)
+        program(task)(config, **options)
     except (SetupError, processes.JoinError) as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2
@@ -70,58 +64,101 @@ def main(arguments: list[str]) -> int:
     return code
 
 
-def spread_mesh(arguments: list[str]) -> list[str]:
-    """`--mesh data=1,fsdp=64` as `--mesh.data=1 --mesh.fsdp=64`."""
-    spread, rest = [], list(arguments)
-    while rest:
-        argument = rest.pop(0)
-        key, equals, value = argument.partition("=")
-        if key != "--mesh":
-            spread.append(argument)
-            continue
-        for size in (value if equals else rest.pop(0) if rest else "").split(","):
-            if not re.fullmatch(r"(data|fsdp|tensor)=-?\d+", size):
-                raise ValueError(f"--mesh: expected sizes such as data=1,fsdp=64,tensor=4, got {size!r}")
-            spread.append(f"--mesh.{size}")
-    return spread
-
-
-def take_show(arguments: list[str]) -> tuple[list[str], int]:
-    """The other arguments, and N of `--show [N]` or `--show=N`; 0 without it.
+def what_to_do(arguments: list[str]) -> tuple[str, list[str], str, dict[str, Any]]:
+    """The command whose config is read, its other arguments, and what `program` does with the config, with options.
 
     Raises:
-      ValueError: N is not a number of at least 1.
+      ValueError: an option of ours has no value or a wrong one.
     """
-    others, count, rest = [], 0, list(arguments)
+    command, *rest = arguments
+    if command == "inspect":
+        if not rest or rest[0] not in LEARNING:
+            raise ValueError(f"inspect: the data of which program? Expected one of {', '.join(LEARNING)} behind it")
+        command, *rest = rest
+        rest, rows = take(rest, "--rows", alone="3")
+        return command, rest, "inspect", {"count": number("--rows", rows or "3")}
+    if command != "export":
+        rest = spread_mesh(rest)
+    if command in LEARNING:
+        rest, shown = take(rest, "--show", alone="3")
+        rest, dry = take(rest, "--dry_run", alone="true")
+        if dry not in (None, "true", "false"):
+            raise ValueError(f"--dry_run: expected nothing, true or false behind it, got {dry!r}")
+        if dry == "true":
+            rest, devices = take(rest, "--devices")
+            rest, chip = take(rest, "--chip")
+            return command, rest, "dry_run", {"devices": number("--devices", devices), "chip": chip}
+        if shown is not None:
+            return command, rest, "show", {"count": number("--show", shown)}
+    return command, rest, command, {}
+
+
+def take(arguments: list[str], name: str, alone: str | None = None) -> tuple[list[str], str | None]:
+    """The other arguments, and the value of `name VALUE` or `name=VALUE`: None without it, `alone` if it has none.
+
+    Raises:
+      ValueError: it has none and needs one.
+    """
+    others, found, rest = [], None, list(arguments)
     while rest:
         argument = rest.pop(0)
         key, equals, value = argument.partition("=")
-        if key != "--show":
+        if key != name:
             others.append(argument)
             continue
-        if not equals:
-            value = rest.pop(0) if rest and not rest[0].startswith("--") else "3"
-        if not value.isdigit() or int(value) < 1:
-            raise ValueError(f"--show: expected how many prompts, at least 1, got {value!r}")
-        count = int(value)
-    return others, count
+        if not equals and (not rest or rest[0].startswith("--")):
+            if alone is None:
+                raise ValueError(f"{name}: expected a value behind it")
+            value = alone
+        elif not equals:
+            value = rest.pop(0)
+        found = value
+    return others, found
 
 
-def program(command: str) -> Callable[[Any], None]:
-    """The function behind a command, imported when it is needed."""
-    if command == "sft":
+def number(name: str, value: str | None) -> int | None:
+    if value is not None and (not value.isdigit() or int(value) < 1):
+        raise ValueError(f"{name}: expected a number of at least 1, got {value!r}")
+    return None if value is None else int(value)
+
+
+def spread_mesh(arguments: list[str]) -> list[str]:
+    """`--mesh data=1,fsdp=64` as `--mesh.data=1 --mesh.fsdp=64`."""
+    rest, mesh = take(arguments, "--mesh")
+    for size in mesh.split(",") if mesh is not None else ():
+        if not re.fullmatch(r"(data|fsdp|tensor)=-?\d+", size):
+            raise ValueError(f"--mesh: expected sizes such as data=1,fsdp=64,tensor=4, got {size!r}")
+        rest.append(f"--mesh.{size}")
+    return rest
+
+
+def program(task: str) -> Callable[..., None]:
+    """The function behind it, imported when it is needed."""
+    if task == "show":
+        from train.show import show
+
+        return show
+    if task == "dry_run":
+        from train.dry_run import dry_run
+
+        return dry_run
+    if task == "inspect":
+        from train.inspect_data import inspect
+
+        return inspect
+    if task == "sft":
         from train.sft import train_sft
 
         return train_sft
-    if command == "reward":
+    if task == "reward":
         from train.reward_model import train_reward_model
 
         return train_reward_model
-    if command == "plan":
+    if task == "plan":
         from train.plan import plan
 
         return plan
-    if command == "export":
+    if task == "export":
         from train.export import export
 
         return export

@@ -56,9 +56,22 @@ class ChatConfig:
 class DataConfig:
     train: str  # JSONL (.gz too), parquet, or a data set's name on the Hub
     validation: str | None = None
+    test: str | None = None  # of a policy: only compared with train, so that prompts in both are known
     split: str = "train"  # of a Hub data set
     validation_split: str = "validation"
-    prompt_column: str = "prompt"  # text, or a list of chat messages
+    test_split: str = "test"
+    validation_rows: int = 0  # without validation: so many rows of train are held out to validate on
+    split_seed: int = 0  # which rows are held out, and which are sampled of more than validation.prompts
+    prompt_column: str = "prompt"  # text, or a list of chat messages; where the prompt alone has another name
+    columns: dict[str, str] = field(default_factory=dict)  # our name -> theirs, e.g. {prompt: question}
+    drop_duplicates: bool = False  # of a policy: do not train on prompts that are in validation or test
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "validation_rows", "split_seed")
+        if self.validation is not None and self.validation_rows:
+            raise ValueError("data: expected validation (data of its own) or validation_rows (cut off train), not both")
+        if self.prompt_column != "prompt" and "prompt" in self.columns:
+            raise ValueError("data: expected prompt_column or columns.prompt, not both")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +156,8 @@ class SupervisedConfig(RunConfig):
         super().__post_init__()
         _at_least(self, 1, "batch_size", "eval_steps")
         _at_least(self, 2, "max_length")
+        if self.data.test is not None or self.data.drop_duplicates:
+            raise ValueError("data.test, data.drop_duplicates: are for train policy; leave them out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,7 +231,7 @@ class LossConfig:
 @dataclass(frozen=True, kw_only=True)
 class ValidationConfig:
     every: int = 25  # steps; also at step 0 and at the end
-    prompts: int = 500  # the first so many of data.validation; 0: no validation
+    prompts: int = 500  # a sample of so many of data.validation, by data.split_seed; 0: no validation
     num_generations: int = 1  # completions per prompt
     batch_prompts: int = 64
 

@@ -39,7 +39,7 @@ from train.config import PolicyConfig
 from train.metrics import Run, Timer, console, rollout_metrics, sampling_metrics, setup_errors, throughput
 from train.packing import unpack
 from train.processes import share
-from train.prompts import Prompts
+from train.prompts import Prompts, load_prompts
 from train.rewards import Rewards, completion_ids
 from train.state import TrainState
 from train.update import Update
@@ -54,13 +54,10 @@ def train_policy(config: PolicyConfig) -> None:
     with setup_errors():
         layout = training.policy_layout(config)
         tokenizer = training.make_tokenizer(config.model, config.chat)
-        prompts = Prompts(config.data.train, config.data.split, config, tokenizer)
-        validation = Prompts(
-            config.data.validation or config.data.train, config.data.validation_split, config, tokenizer
-        )
+        prompts, validation = load_prompts(config, tokenizer)
         for count in filter(None, (config.prompts_per_step, len(validation.rows[: config.validation.prompts]))):
             share(count)  # fewer prompts than processes are refused here
-        columns = [name for name in prompts.other_columns if name in validation.other_columns]
+        columns = [name for name in prompts.other_columns if not len(validation) or name in validation.other_columns]
         rewards = Rewards(config.rewards, layout, config.model.dtype, config.reward_combination, columns)
         rewards.check(prompts.prompts(prompts.rows[:1])[0])
         advantages = make_advantages(config, rewards)  # a wrong option is refused here
@@ -99,7 +96,7 @@ def train_policy(config: PolicyConfig) -> None:
             attempt = len(drawn)
             rows = prompts.batch(config.seed, step, config.prompts_per_step, attempt)
             # 2 tokens
-            prompt_PS, lengths_P = tokenizer.encode_prompts(prompts.prompts(rows), config.max_prompt_length)
+            prompt_PS, lengths_P = prompts.encode(rows)
             # 3 rollouts
             with timer("generate"):
                 key = training.stream_key(config.seed, training.TRAIN, step, attempt)

@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import yaml
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from gopo_jax.losses import Metrics
@@ -29,10 +28,10 @@ from models.flops import forward_flops, peak_flops
 from models.tokenizer import Tokenizer
 from train.batch import Groups
 from train.config import PolicyConfig, RunConfig, resolved
+from train.console import console
 from train.processes import are_several, gather, is_first
 from train.state import TrainState
 
-console = Console(soft_wrap=True)
 METRICS, CONFIG, COMPLETIONS = "metrics.jsonl", "config.yaml", "completions"
 # What may differ between a run and its continuation: it changes no number that is already written.
 _MAY_CHANGE = ("max_steps", "log", "checkpoint", "mesh", "output_dir")

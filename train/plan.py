@@ -132,6 +132,11 @@ def simulate(config: PlanConfig) -> list[jax.Device]:
         raise ValueError("plan: for how many devices? Give --devices, or a --mesh without -1")
     if config.suggest and config.chip is None:
         raise ValueError(f"--suggest: for which chip? Give --chip, one of {', '.join(HBM)}")
+    return simulated(count)
+
+
+def simulated(count: int) -> list[jax.Device]:
+    """So many CPU devices; before JAX has made others."""
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", count)
     devices = jax.devices()

@@ -1,40 +1,65 @@
 """Data in: rows from a file or the Hub, and batches of prompts as a pure function of (seed, step)."""
 
 import gzip
+import hashlib
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from models.tokenizer import Prompt, Tokenizer, check_messages, check_text
+from models.tokenizer import Prompt, Tokenizer, check_messages, check_text, pad
 from train.config import ChatConfig, PolicyConfig
+from train.console import console
+from train.token_cache import prompt_ids
 
 Row = dict[str, Any]
 
 
-def load_rows(source: str, split: str = "train") -> list[Row]:
-    """The rows of a JSONL file (.gz too), a parquet file, or a data set on the Hub.
+def is_file_name(source: str) -> bool:
+    """Whether a source of rows is a file; else it is a name on the Hub."""
+    return source.removesuffix(".gz").endswith((".jsonl", ".json", ".parquet"))
+
+
+def load_rows(source: str, split: str = "train", columns: Mapping[str, str] | None = None) -> list[Row]:
+    """The rows of a JSONL file (.gz too), a parquet file, or a data set on the Hub; `columns` renames: ours -> theirs.
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: a line that is not a JSON object, or no rows at all.
+      ValueError: a line that is not a JSON object, no rows at all, or a row without a column that is to be renamed.
     """
     path = Path(source)
-    name = path.name.removesuffix(".gz")
-    if name.endswith((".jsonl", ".json", ".parquet")) and not path.is_file():
+    if is_file_name(source) and not path.is_file():
         raise FileNotFoundError(f"{source}: no such file; expected JSONL (.gz too) or parquet")
+    jsonl = is_file_name(source) and not source.endswith(".parquet")
     try:
-        rows = _read_jsonl(path) if name.endswith((".jsonl", ".json")) else _read_datasets(source, split)
+        rows = _read_jsonl(path) if jsonl else _read_datasets(source, split)
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         if isinstance(error, FileNotFoundError):
             raise
         raise ValueError(f"{source}: cannot be read ({error}); was it downloaded whole?") from error
     if not rows:
         raise ValueError(f"{source}: expected at least one row, got an empty data set")
-    return rows
+    return renamed(rows, source, columns) if columns else rows
+
+
+def renamed(rows: Sequence[Row], source: str, columns: Mapping[str, str]) -> list[Row]:
+    """The rows with their columns under our names; a column that had the name already gives way."""
+    for number, row in enumerate(rows, 1):
+        for ours, theirs in columns.items():
+            if theirs not in row:
+                raise ValueError(
+                    f"{source}: row {number} has no {theirs!r}, which data.columns takes as {ours!r}; its columns are "
+                    f"{', '.join(row) or '(none)'}"
+                )
+    taken = set(columns.values())
+    return [
+        {name: value for name, value in row.items() if name not in taken}
+        | {ours: row[theirs] for ours, theirs in columns.items()}
+        for row in rows
+    ]
 
 
 def require_columns(rows: Sequence[Row], source: str, *columns: str) -> None:
@@ -55,6 +80,8 @@ def require_columns(rows: Sequence[Row], source: str, *columns: str) -> None:
 def prompt_and_answer(row: Row, column: str, where: str) -> tuple[Prompt, str]:
     """What precedes the answer in `column`, and its text; an answer in chat messages ends with the assistant's.
 
+    Some data sets have the prompt twice, as a column and as the beginning of the answer's messages; it is asked once.
+
     Raises:
       ValueError: it ends with another's message.
     """
@@ -66,7 +93,13 @@ def prompt_and_answer(row: Row, column: str, where: str) -> tuple[Prompt, str]:
             f"{where}: {column!r}: expected messages that end with the assistant's, got {answer[-1]['role']!r}"
         )
     asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) and prompt else list(prompt)
-    return [*asked, *answer[:-1]], answer[-1]["content"]
+    before = answer[:-1]
+    twice = [_said(message) for message in before[: len(asked)]] == [_said(message) for message in asked]
+    return before if twice else [*asked, *before], answer[-1]["content"]
+
+
+def _said(message: Mapping[str, str]) -> tuple[str, str]:
+    return message["role"], message["content"].strip()
 
 
 def as_chat(prompt: Prompt, chat: ChatConfig, where: str) -> Prompt:
@@ -105,9 +138,22 @@ def asked_and_answered(
 
 
 def conversations(rows: Sequence[Row], source: str, column: str, chat: ChatConfig) -> list[Row]:
-    """The rows with the column's prompts as they are asked, see `as_chat`."""
+    """The rows with the column's prompts as they are asked: see `as_chat` and `without_answer`."""
     require_columns(rows, source, column)
-    return [row | {column: as_chat(row[column], chat, f"{source}: row {i}")} for i, row in enumerate(rows, 1)]
+    wheres = [f"{source}: row {number}" for number in range(1, len(rows) + 1)]
+    return [
+        row | {column: as_chat(without_answer(row[column], where), chat, where)}
+        for row, where in zip(rows, wheres, strict=True)
+    ]
+
+
+def without_answer(prompt: Prompt, where: str) -> Prompt:
+    """Messages that end with the assistant's are a conversation with its answer: the prompt is what precedes that."""
+    if isinstance(prompt, str) or prompt[-1]["role"] != "assistant":
+        return prompt
+    if len(prompt) == 1:
+        raise ValueError(f"{where}: expected messages that ask something, got the assistant's alone")
+    return prompt[:-1]
 
 
 def shuffled(size: int, count: int, seed: int, step: int, attempt: int = 0) -> list[int]:
@@ -121,32 +167,54 @@ def shuffled(size: int, count: int, seed: int, step: int, attempt: int = 0) -> l
     return [int(epochs[i // size][i % size]) for i in positions]
 
 
+def hold_out(count: int, rows: int, seed: int) -> tuple[list[int], list[int]]:
+    """Which of `count` rows are kept and which `rows` are held out, both in order: a pure function of the arguments.
+
+    Raises:
+      ValueError: nothing would be kept.
+    """
+    if rows >= count:
+        raise ValueError(f"data.validation_rows: expected fewer than the {count} rows that there are, got {rows}")
+    out = np.random.default_rng(seed).choice(count, rows, replace=False)
+    return np.setdiff1d(np.arange(count), out).tolist(), np.sort(out).tolist()
+
+
+def sampled(count: int, wanted: int, seed: int) -> list[int]:
+    """Which `wanted` of `count` rows are taken, in order; all of them if there are no more."""
+    return hold_out(count, wanted, seed)[1] if wanted < count else list(range(count))
+
+
 def fitting(rows: Sequence[Row], source: str, column: str, tokenizer: Tokenizer, max_length: int) -> list[int]:
     """The numbers of the rows whose rendered prompt has 1 to max_length tokens.
 
     Raises:
       ValueError: no prompt fits.
     """
-    lengths = [len(ids) for ids in tokenizer.prompt_ids([row[column] for row in rows])]
-    kept = [i for i, length in enumerate(lengths) if 0 < length <= max_length]
-    if not kept:
+    return _fitting(prompt_ids([row[column] for row in rows], tokenizer), source, max_length)
+
+
+def _fitting(ids: Sequence[np.ndarray], source: str, max_length: int) -> list[int]:
+    kept = [i for i, row in enumerate(ids) if 0 < len(row) <= max_length]
+    if ids and not kept:
         raise ValueError(
-            f"{source}: none of the {len(rows)} prompts has at most max_prompt_length = {max_length} tokens "
-            f"(the shortest has {min(lengths)}); raise the limit or use other data"
+            f"{source}: none of the {len(ids)} prompts has at most max_prompt_length = {max_length} tokens "
+            f"(the shortest has {min(map(len, ids))}); raise the limit or use other data"
         )
     return kept
 
 
 class Prompts:
-    """Rows with a prompt that fits, in an order that depends on (seed, step) alone."""
+    """Rows with a prompt that fits, in an order that depends on (seed, step) alone; `rows` are as they are asked."""
 
-    def __init__(self, source: str, split: str, config: PolicyConfig, tokenizer: Tokenizer) -> None:
-        column, max_length = config.data.prompt_column, config.max_prompt_length
-        rows = conversations(load_rows(source, split), source, column, config.chat)
-        self.rows = [rows[i] for i in fitting(rows, source, column, tokenizer, max_length)]
-        self.too_long = len(rows) - len(self.rows)
-        self.column, self.source = column, source
-        self.other_columns = sorted({name for row in self.rows for name in row} - {column})
+    def __init__(self, rows: Sequence[Row], source: str, config: PolicyConfig, tokenizer: Tokenizer) -> None:
+        self.column, self.source, self.max_length = config.data.prompt_column, source, config.max_prompt_length
+        ids = prompt_ids([row[self.column] for row in rows], tokenizer)
+        self._pad_id, self.lengths = tokenizer.pad_id, [len(row) for row in ids]  # of all rows
+        kept = _fitting(ids, source, self.max_length)
+        self.rows, self._ids = [rows[i] for i in kept], [ids[i] for i in kept]
+        self.too_long = len(rows) - len(kept)
+        self._number = {id(row): number for number, row in enumerate(self.rows)}
+        self.other_columns = sorted({name for row in self.rows for name in row} - {self.column})
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -155,12 +223,77 @@ class Prompts:
         """The `count` rows of a step: a pure function of (seed, step, attempt)."""
         return [self.rows[i] for i in shuffled(len(self.rows), count, seed, step, attempt)]
 
+    def encode(self, rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray]:
+        """Right-padded `prompt_PS` and `lengths_P` of some of `self.rows` themselves, which were tokenized once."""
+        return pad([self._ids[self._number[id(row)]] for row in rows], self._pad_id, self.max_length)
+
+    def sample(self, count: int, seed: int) -> None:
+        """Keep that many rows, in their order."""
+        kept = sampled(len(self.rows), count, seed)
+        self.rows, self._ids = [self.rows[i] for i in kept], [self._ids[i] for i in kept]
+        self._number = {id(row): number for number, row in enumerate(self.rows)}
+
     def prompts(self, rows: Sequence[Row]) -> list[Prompt]:
         return [row[self.column] for row in rows]
 
     def columns(self, rows: Sequence[Row], part: slice = slice(None)) -> dict[str, list[Any]]:
         """The other columns of some of the rows, which reward functions get by name; None where a row has none."""
         return {name: [row.get(name) for row in rows[part]] for name in self.other_columns}
+
+
+class Splits(NamedTuple):
+    """A policy's data, prompts as they are asked."""
+
+    train: list[Row]
+    validation: list[Row]
+    test: list[Row]
+    duplicates: int  # rows of train whose prompt is in validation or test too; data.drop_duplicates takes them out
+
+
+def load_splits(config: PolicyConfig) -> Splits:
+    """The rows of train, validation and test, as `config.data` says."""
+    data = config.data
+
+    def load(source: str, split: str) -> list[Row]:
+        return conversations(load_rows(source, split, data.columns), source, data.prompt_column, config.chat)
+
+    train, validation = load(data.train, data.split), []
+    if data.validation_rows:
+        kept, out = hold_out(len(train), data.validation_rows, data.split_seed)
+        train, validation = [train[i] for i in kept], [train[i] for i in out]
+    elif config.validation.prompts:
+        validation = load(data.validation or data.train, data.validation_split)
+    test = load(data.test, data.test_split) if data.test else []
+    both = set(in_common(train, [*validation, *test], data.prompt_column))
+    if data.drop_duplicates:
+        train = [row for number, row in enumerate(train) if number not in both]
+        if not train:
+            raise ValueError(f"{data.train}: every prompt is in validation or test too; expected others to train on")
+    return Splits(train, validation, test, len(both))
+
+
+def in_common(rows: Sequence[Row], others: Sequence[Row], column: str) -> list[int]:
+    """The numbers of the rows whose prompt is among the others' too, whatever its case and its white space."""
+    seen = {prompt_key(row[column]) for row in others}
+    return [number for number, row in enumerate(rows) if prompt_key(row[column]) in seen]
+
+
+def prompt_key(prompt: Prompt) -> bytes:
+    """A hash of what is asked, without the system prompt; of a long text it is what one keeps."""
+    asked = [prompt] if isinstance(prompt, str) else [m["content"] for m in prompt if m["role"] != "system"]
+    return hashlib.blake2b(" ".join(" ".join(asked).split()).casefold().encode(), digest_size=16).digest()
+
+
+def load_prompts(config: PolicyConfig, tokenizer: Tokenizer) -> tuple[Prompts, Prompts]:
+    """What is trained on and what is validated on; prompts that they have in common are counted and printed."""
+    data, splits = config.data, load_splits(config)
+    if splits.duplicates:
+        done = "left out" if data.drop_duplicates else "kept; data.drop_duplicates: true leaves them out"
+        console.print(f"{data.train}: {splits.duplicates} prompts are in validation or test too: {done}", markup=False)
+    prompts = Prompts(splits.train, data.train, config, tokenizer)
+    validation = Prompts(splits.validation, data.validation or data.train, config, tokenizer)
+    validation.sample(config.validation.prompts, data.split_seed)
+    return prompts, validation
 
 
 def _read_jsonl(path: Path) -> list[Row]:

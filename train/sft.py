@@ -1,8 +1,9 @@
 """Supervised fine-tuning: the mean negative log-likelihood of the completion's tokens.
 
 A row is {"text": ...}, all of which is learned, or {"prompt": ..., "completion": ...}, of which the completion is;
-prompt and completion may be chat messages, which are rendered as the config's `chat` says. The end-of-text token is
-learned too.
+prompt and completion may be chat messages, which are rendered as the config's `chat` says. A completion may also be a
+whole conversation (`data.columns: {completion: messages}`), of which the last message is learned. The end-of-text token
+is learned too.
 """
 
 from collections.abc import Sequence
@@ -38,7 +39,11 @@ def encode(rows: Sequence[Row], tokenizer: Tokenizer, source: str, chat: ChatCon
         prompts: list[list[int]] = [[] for _ in rows]
         completions = tokenizer.encode([row["text"] for row in rows])
     else:
-        require_columns(rows, source, "prompt", "completion")
+        require_columns(rows, source, "completion")
+        # a conversation needs no prompt of its own
+        require_columns(
+            [row if isinstance(row["completion"], str) else {"prompt": "-"} for row in rows], source, "prompt"
+        )
         asked, answers = asked_and_answered(rows, source, "completion", chat)
         prompts, completions = tokenizer.prompt_ids(asked), tokenizer.encode_literally(answers)
     return [(p + c + [tokenizer.eos_ids[0]], len(p)) for p, c in zip(prompts, completions, strict=True)]

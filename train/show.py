@@ -10,7 +10,7 @@ from train import reward_model, sft
 from train import state as training
 from train.config import PolicyConfig, RewardModelConfig, SupervisedConfig
 from train.metrics import console, setup_errors
-from train.prompts import Prompts, load_rows
+from train.prompts import load_prompts, load_rows
 
 STAND_IN = "(the completion)"
 
@@ -28,7 +28,7 @@ def show(config: SupervisedConfig | RewardModelConfig | PolicyConfig, count: int
         if isinstance(config, PolicyConfig):
             show_policy(config, tokenizer, count)
             return
-        rows = load_rows(config.data.train, config.data.split)[:count]
+        rows = load_rows(config.data.train, config.data.split, config.data.columns)[:count]
         if isinstance(config, RewardModelConfig):
             for i, (chosen, rejected, margin) in enumerate(
                 reward_model.encode(rows, tokenizer, config.data.train, config.chat)
@@ -41,7 +41,7 @@ def show(config: SupervisedConfig | RewardModelConfig | PolicyConfig, count: int
 
 
 def show_policy(config: PolicyConfig, tokenizer: Tokenizer, count: int) -> None:
-    prompts = Prompts(config.data.train, config.data.split, config, tokenizer)
+    prompts, _ = load_prompts(config, tokenizer)
     first = prompts.prompts(prompts.rows[:count])
     for i, ids in enumerate(tokenizer.prompt_ids(first)):
         show_tokens(f"prompt {i + 1}", ids, tokenizer)

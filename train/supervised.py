@@ -19,7 +19,7 @@ from models.tokenizer import Tokenizer
 from train import state as training
 from train.config import ChatConfig, SupervisedConfig
 from train.metrics import Run, Timer, console, divide, setup_errors
-from train.prompts import Row, load_rows, shuffled
+from train.prompts import Row, hold_out, load_rows, shuffled
 from train.state import TrainState
 
 Batch = dict[str, np.ndarray]
@@ -45,10 +45,7 @@ def train_supervised(config: SupervisedConfig, task: Task) -> None:
     with setup_errors():
         layout = training.make_layout_for(config.mesh, config.batch_size)
         tokenizer = training.make_tokenizer(config.model, config.chat)
-        examples = load_examples(config.data.train, config.data.split, config, task, tokenizer)
-        held_out: list[Any] = []
-        if config.data.validation is not None:
-            held_out = load_examples(config.data.validation, config.data.validation_split, config, task, tokenizer)
+        examples, held_out = load_examples(config, task, tokenizer)
         model = training.make_model(config.model, config.lora, layout, config.seed, tokenizer, task.architecture)
         graphdef, params = split(model)
         run = Run(config, model.config.to_hf(), tokenizer)
@@ -93,17 +90,34 @@ def train_supervised(config: SupervisedConfig, task: Task) -> None:
     run.close()
 
 
-def load_examples(
-    source: str, split_name: str, config: SupervisedConfig, task: Task, tokenizer: Tokenizer
-) -> list[Any]:
-    """The encoded rows of a data set that fit into max_length; how many did not is printed."""
-    encoded = task.encode(load_rows(source, split_name), tokenizer, source, config.chat)
-    kept = [example for example in encoded if 2 <= task.length(example) <= config.max_length]
-    console.print(
-        f"{source}: {len(kept)} rows ({len(encoded) - len(kept)} left out, not of 2 to {config.max_length} tokens)"
-    )
-    if not kept:
-        raise ValueError(f"{source}: none of the {len(encoded)} rows has 2 to max_length = {config.max_length} tokens")
+def load_examples(config: SupervisedConfig, task: Task, tokenizer: Tokenizer) -> tuple[list[Any], list[Any]]:
+    """Encoded rows to train on and to validate on, those that fit into max_length; how many did not is printed."""
+    data = config.data
+
+    def load(source: str, split_name: str) -> list[Any]:
+        return task.encode(load_rows(source, split_name, data.columns), tokenizer, source, config.chat)
+
+    train, held_out = load(data.train, data.split), []
+    if data.validation_rows:
+        kept, out = hold_out(len(train), data.validation_rows, data.split_seed)
+        train, held_out = [train[i] for i in kept], [train[i] for i in out]
+    elif data.validation is not None:
+        held_out = load(data.validation, data.validation_split)
+    fit = [
+        fitting(examples, source, config.max_length, task)
+        for examples, source in ((train, data.train), (held_out, data.validation or f"{data.train}, held out"))
+    ]
+    return fit[0], fit[1]
+
+
+def fitting(examples: Sequence[Any], source: str, max_length: int, task: Task) -> list[Any]:
+    """Those of 2 to max_length tokens; how many are not is printed."""
+    kept = [example for example in examples if 2 <= task.length(example) <= max_length]
+    if examples:
+        left_out = len(examples) - len(kept)
+        console.print(f"{source}: {len(kept)} rows ({left_out} left out, not of 2 to {max_length} tokens)")
+    if examples and not kept:
+        raise ValueError(f"{source}: none of the {len(examples)} rows has 2 to max_length = {max_length} tokens")
     return kept
 
 

@@ -1,0 +1,322 @@
+"""`--dry_run`: what a run would do, from its config alone: its data, networks, memory and schedule.
+
+Files are read; data sets on the Hub are asked for their columns and rows, or looked up in schemas.yaml where the Hub
+cannot be reached. Of networks the shapes are known without their weights. Nothing is compiled (that is `train plan`),
+trained or written.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import yaml
+from rich.table import Table
+
+from models.config import REWARD_MODEL, Qwen3Config
+from models.hf_weights import abstract_model, abstract_params
+from models.lora import separate
+from models.sharding import Layout
+from models.tokenizer import Tokenizer
+from train import plan
+from train import state as training
+from train.config import DataConfig, PlanConfig, PolicyConfig, RewardModelConfig, SupervisedConfig
+from train.metrics import console, setup_errors
+from train.plan import FULL, GIB, HBM
+from train.prompts import Row, as_chat, asked_and_answered, is_file_name, load_rows, load_splits, require_columns
+from train.rewards import function_scorer
+
+SCHEMAS = Path(__file__).with_name("schemas.yaml")
+HUB_SECONDS = 5
+Config = SupervisedConfig | RewardModelConfig | PolicyConfig
+
+
+def dry_run(config: Config, devices: int | None, chip: str | None) -> None:
+    """Print it, for so many devices (None: those of this machine).
+
+    Raises:
+      SetupError: a mistake in the config or the data.
+    """
+    with setup_errors():
+        if chip is not None and chip not in HBM:
+            raise ValueError(f"--chip: expected one of {', '.join(HBM)}, got {chip!r}")
+        rows = describe_data(config)
+        network = describe_networks(config)
+        layout, arrays, saved = memory(config, network, devices)
+    describe_memory(layout, arrays, chip)
+    describe_schedule(config, rows, saved)
+
+
+def line(text: str) -> None:
+    console.print(text, markup=False, highlight=False)
+
+
+def size(count: float) -> str:
+    return f"{count / GIB:,.1f} GiB" if count >= GIB else f"{count / 2**20:,.1f} MiB"
+
+
+# Data
+
+
+class Part(NamedTuple):
+    name: str  # train, validation or test
+    source: str
+    split: str
+
+
+def parts(config: Config) -> list[Part]:
+    data = config.data
+    found = [Part("train", data.train, data.split)]
+    if data.validation is not None:
+        found.append(Part("validation", data.validation, data.validation_split))
+    elif isinstance(config, PolicyConfig) and config.validation.prompts and not data.validation_rows:
+        found.append(Part("validation", data.train, data.validation_split))
+    if data.test is not None:
+        found.append(Part("test", data.test, data.test_split))
+    return found
+
+
+def describe_data(config: Config) -> int | None:
+    """Print the data; returns the rows to train on, None where they are not known."""
+    counts = {part.name: part_rows(config, part) for part in parts(config)}
+    if all(is_file_name(part.source) for part in parts(config)) and isinstance(config, PolicyConfig):
+        splits = load_splits(config)
+        counts |= {"train": len(splits.train)}
+        line(f"  {splits.duplicates} prompts of train are in validation or test too" + drops(config.data))
+    elif config.data.validation_rows and (known := counts["train"]) is not None:
+        if known <= config.data.validation_rows:
+            raise ValueError(f"data.validation_rows: expected fewer than the {known} rows that there are")
+        counts["train"] = known - config.data.validation_rows
+    if config.data.validation_rows:
+        line(f"  {config.data.validation_rows} rows of train held out to validate on, by seed {config.data.split_seed}")
+    return counts["train"]
+
+
+def drops(data: DataConfig) -> str:
+    return ": left out" if data.drop_duplicates else ""
+
+
+def part_rows(config: Config, part: Part) -> int | None:
+    """Print one part of the data, and refuse columns that are not there; how many rows it has."""
+    if is_file_name(part.source):
+        rows = load_rows(part.source, part.split, config.data.columns)
+        check_rows(config, rows, part.source)
+        line(f"{part.name}: {part.source}: {len(rows):,} rows, columns {', '.join(rows[0])}")
+        return len(rows)
+    schema, origin = look_up(part.source)
+    if schema is None:
+        line(f"{part.name}: {part.source}: {origin}; its rows and columns are checked when it is loaded")
+        return None
+    if part.split not in schema["splits"]:
+        raise ValueError(f"{part.source}: has no split {part.split!r}; expected one of {', '.join(schema['splits'])}")
+    check_columns(config, schema["columns"], part.source)
+    columns = ", ".join(f"{name} ({kind})" for name, kind in schema["columns"].items())
+    count = schema["splits"][part.split]
+    line(f"{part.name}: {part.source}, {part.split}: {count:,} rows, columns {columns} [{origin}]")
+    return int(count)
+
+
+def needed(config: Config, columns: Mapping[str, Any]) -> list[str]:
+    """Which columns the program reads, under our names."""
+    if isinstance(config, PolicyConfig):
+        return [config.data.prompt_column]
+    if isinstance(config, RewardModelConfig):
+        return ["chosen", "rejected"]
+    return ["text"] if "text" in columns else ["completion"]
+
+
+def check_rows(config: Config, rows: Sequence[Row], source: str) -> None:
+    columns = needed(config, rows[0])
+    require_columns(rows, source, *columns)
+    if not isinstance(config, PolicyConfig) and columns != ["text"]:  # a policy's: load_splits
+        for column in columns:
+            asked_and_answered(rows, source, column, config.chat)
+
+
+def check_columns(config: Config, columns: Mapping[str, str], source: str) -> None:
+    for theirs in config.data.columns.values():
+        if theirs not in columns:
+            raise ValueError(f"{source}: has no column {theirs!r} (data.columns); its columns are {', '.join(columns)}")
+    ours = dict(columns) | {name: columns[theirs] for name, theirs in config.data.columns.items()}
+    for name in needed(config, ours):
+        if name not in ours:
+            raise ValueError(
+                f"{source}: has no column {name!r}; its columns are {', '.join(columns)}; see data.columns"
+            )
+    asked = ours.get(needed(config, ours)[0] if isinstance(config, PolicyConfig) else "prompt")
+    if asked is not None:
+        as_chat("text" if asked == "string" else [{"role": "user", "content": "text"}], config.chat, source)
+
+
+@functools.cache
+def look_up(name: str) -> tuple[dict[str, Any] | None, str]:
+    """{"splits": rows of each, "columns": their types} of a data set on the Hub, and where that is known from."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    kept = yaml.safe_load(SCHEMAS.read_text(encoding="utf-8")).get(name)
+    origin = "the Hub was not reached: as train/schemas.yaml had it"
+    try:
+        card = HfApi().dataset_info(name, timeout=HUB_SECONDS).card_data
+        if (found := from_card(card.to_dict() if card else {})) is not None:
+            return found, "from the Hub"
+        origin = "not on its card: as train/schemas.yaml had it"
+    except RepositoryNotFoundError as error:
+        raise FileNotFoundError(f"{name}: neither a .jsonl or .parquet file nor a data set on the Hub") from error
+    except Exception as error:  # whatever a network does: there is the kept one
+        if kept is None:
+            return None, f"the Hub was not reached ({type(error).__name__}) and train/schemas.yaml does not have it"
+    return kept, origin if kept else "not described on its card"
+
+
+def from_card(card: Mapping[str, Any]) -> dict[str, Any] | None:
+    info = card.get("dataset_info")
+    info = info[0] if isinstance(info, list) and info else info  # of several configurations the first
+    if not isinstance(info, dict) or not info.get("features") or not info.get("splits"):
+        return None
+    columns = {feature["name"]: type_of(feature) for feature in info["features"]}
+    return {"splits": {split["name"]: split["num_examples"] for split in info["splits"]}, "columns": columns}
+
+
+def type_of(feature: Mapping[str, Any]) -> str:
+    if isinstance(feature.get("dtype"), str):
+        return str(feature["dtype"])
+    inner = feature.get("list") or feature.get("sequence") or "objects"
+    if isinstance(inner, list):
+        return "list of {" + ", ".join(f"{item['name']}: {type_of(item)}" for item in inner) + "}"
+    return f"list of {inner if isinstance(inner, str) else type_of(inner)}"
+
+
+# Networks
+
+
+def describe_networks(config: Config) -> Qwen3Config:
+    """Print the shapes of the networks; the one that is trained."""
+    network = plan.network_config(config.model.path) if config.model.path else config.model.architecture
+    assert network is not None  # ModelConfig has checked it
+    if isinstance(config, RewardModelConfig):
+        network = dataclasses.replace(network, architecture=REWARD_MODEL)
+    elif network.is_reward_model:
+        raise ValueError(f"model.path: {config.model.path} is a reward model; expected a policy")
+    say_network("model", config.model.path or "random weights", network)
+    if Path(config.model.tokenizer_path).is_dir() or config.model.tokenizer_path.count("/") != 1:
+        tokenizer = Tokenizer(config.model.tokenizer_path, config.chat.enable_thinking)
+        tokenizer.check_fits(network.vocab_size, config.model.path or "model.architecture")
+        line(f"tokenizer {tokenizer.path}: {tokenizer.size:,} ids")
+    else:
+        line(f"tokenizer {config.model.tokenizer_path}: on the Hub, not read")
+    for spec in config.rewards if isinstance(config, PolicyConfig) else ():
+        if spec.function is not None:
+            function_scorer(spec.function, spec.options)
+            line(f"reward {spec.label}: {spec.function}, weight {spec.weight:g}")
+            continue
+        judge = plan.network_config(str(spec.model))
+        if not judge.is_reward_model:
+            raise ValueError(f"rewards: {spec.model} is a policy; expected a reward model")
+        say_network(f"reward {spec.label}, weight {spec.weight:g}", str(spec.model), judge)
+    return network
+
+
+def say_network(name: str, path: str, network: Qwen3Config) -> None:
+    line(
+        f"{name}: {path}: {plan.parameter_count(network) / 1e6:,.2f} M parameters, {network.num_hidden_layers} layers "
+        f"of width {network.hidden_size}, {network.num_attention_heads} query and {network.num_key_value_heads} "
+        f"key/value heads, vocabulary {network.vocab_size:,}"
+    )
+
+
+# Memory
+
+
+def memory(
+    config: Config, network: Qwen3Config, devices: int | None
+) -> tuple[Layout, dict[str, float], tuple[float, float]]:
+    """The mesh, bytes on each device of every array that has a name, and bytes of a checkpoint: each, and once."""
+    if isinstance(config, PolicyConfig):
+        fields = {item.name: getattr(config, item.name) for item in dataclasses.fields(PolicyConfig)}
+        planned = PlanConfig(**fields)
+        layout = training.policy_layout(planned, devices_for(config, devices))
+        rewards = [plan.network_config(spec.model) for spec in config.rewards if spec.model]
+        arrays, _ = plan.describe(planned, layout, network, rewards)
+    else:
+        layout = training.make_layout_for(config.mesh, config.batch_size, devices=devices_for(config, devices))
+        arrays = {}
+    trained, frozen, opt_state = state_shapes(config, layout, network)
+    if not arrays:
+        arrays = {"parameters": trained, "base of adapters": frozen, "optimizer": opt_state, "gradient": trained}
+        arrays = {name: plan.on_device(tree) for name, tree in arrays.items()}
+    return layout, arrays, (whole(trained) + whole(opt_state), whole(frozen))
+
+
+def devices_for(config: Config, count: int | None) -> Sequence[jax.Device] | None:
+    """CPU devices to stand for so many, or for as many as the mesh's sizes say; None: take those that are here."""
+    sizes = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    count = count or (math.prod(sizes) if min(sizes) > 0 else None)
+    return plan.simulated(count) if count else None
+
+
+def state_shapes(config: Config, layout: Layout, network: Qwen3Config) -> tuple[Any, Any, Any]:
+    """What is trained, what is not, and the optimizer's state; all of them shapes alone."""
+    dtypes = {"dtype": config.model.dtype, "param_dtype": config.model.param_dtype}
+    model = abstract_model(network, lora=config.lora, remat=config.model.remat, layout=layout, **dtypes)
+    trained, frozen = separate(abstract_params(model, layout))
+    optimizer, _ = training.make_optimizer(config.optimizer, config.max_steps)
+    return trained, frozen, training.abstract_opt_state(trained, optimizer, layout)
+
+
+def whole(tree: Any) -> float:
+    return float(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)))
+
+
+def describe_memory(layout: Layout, arrays: Mapping[str, float], chip: str | None) -> None:
+    mesh = " x ".join(f"{name} {size}" for name, size in layout.mesh.shape.items())
+    table = Table(f"arrays on each device, mesh {mesh}", box=None)
+    table.add_column("MiB", justify="right")
+    for name, count in arrays.items():
+        if count:
+            table.add_row(name, f"{count / 2**20:,.1f}")
+    console.print(table)
+    update = plan.held(arrays, ("gradient", "offloaded reference"))
+    peak = max(update, plan.held(arrays, ("sampling copy", "cache of keys and values")))
+    line(f"together at most {size(peak)}; activations and logits come on top: `train plan` compiles them")
+    if chip is not None:
+        verdict = "fits" if peak <= FULL * HBM[chip] else "does NOT fit"
+        line(f"{chip}: {verdict} without them, {100 * peak / HBM[chip]:.0f} % of {HBM[chip] / GIB:.0f} GiB")
+
+
+# Schedule
+
+
+def describe_schedule(config: Config, rows: int | None, saved: tuple[float, float]) -> None:
+    steps, optimizer = config.max_steps, config.optimizer
+    if isinstance(config, PolicyConfig):
+        P, G = config.prompts_per_step, config.num_generations
+        line(
+            f"{steps:,} steps of {P} prompts x {G} = {P * G:,} completions, {steps * P * G:,} in all"
+            + of(rows, steps * P)
+        )
+        if config.updates_per_step > 1:
+            line(f"{config.updates_per_step} updates a step, of {config.update_prompts} prompts each")
+        due = [step for step in range(steps + 1) if config.validation.due(step, steps)]
+        each = f"{config.validation.prompts} prompts x {config.validation.num_generations}"
+    else:
+        line(f"{steps:,} steps of {config.batch_size} rows" + of(rows, steps * config.batch_size))
+        validated = config.data.validation is not None or config.data.validation_rows
+        due = [s for s in range(steps + 1) if validated and (s % config.eval_steps == 0 or s == steps)]
+        each = "all validation rows"
+    line(
+        f"learning rate {optimizer.learning_rate:g}: {optimizer.warmup_steps} steps of warm-up, then "
+        f"{optimizer.lr_scheduler_type}"
+    )
+    line(f"{len(due)} validations of {each}" if due else "no validation")
+    count = len([s for s in range(1, steps + 1) if s % config.checkpoint.every == 0 or s == steps])
+    kept = min(count, config.checkpoint.keep or count)
+    (each_bytes, once), place = saved, config.checkpoint.directory or f"{config.output_dir}/checkpoints"
+    line(f"{count} checkpoints of {size(each_bytes)} in {place}, {kept} kept: {size(kept * each_bytes + once)}")
+
+
+def of(rows: int | None, used: int) -> str:
+    return f"; {used / rows:.2f} epochs of {rows:,} rows" if rows else ""

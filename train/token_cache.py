@@ -1,0 +1,73 @@
+"""Token ids of prompts, kept between runs: to tokenize 100,000 posts takes longer than everything else before step 1.
+
+One file per data set in XDG_CACHE_HOME (or ~/.cache) / gopo_jax / tokens, named by a hash of the tokenizer, the chat
+settings and the prompts themselves, so it is never out of date. It may be deleted at any time.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from models.tokenizer import Prompt, Tokenizer
+from train.console import console
+
+VERSION = 1  # of what is kept, and of how this code renders prompts
+SMALL = 1_000  # prompts that are tokenized faster than a tokenizer is hashed
+CHUNK = 4_096  # prompts whose ids are Python numbers (36 bytes each) at a time
+
+
+def prompt_ids(prompts: Sequence[Prompt], tokenizer: Tokenizer) -> list[np.ndarray]:
+    """int32 token ids of each rendered prompt; from the cache where it has them."""
+    if len(prompts) < SMALL or tokenizer.fingerprint is None:
+        return _tokenize(prompts, tokenizer)
+    file = directory() / f"{key(prompts, tokenizer.fingerprint)}.npz"
+    if file.is_file():
+        try:
+            return _read(file, len(prompts))
+        except Exception as error:  # whatever the readers of zip and npy stumble over
+            console.print(f"{file}: damaged ({error}); the prompts are tokenized again", markup=False)
+    ids = _tokenize(prompts, tokenizer)
+    try:
+        _write(file, ids)
+    except OSError as error:
+        console.print(f"{file}: cannot be written ({error}); the next run tokenizes again", markup=False)
+    return ids
+
+
+def directory() -> Path:
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(home) / "gopo_jax" / "tokens"
+
+
+def key(prompts: Sequence[Prompt], fingerprint: str) -> str:
+    """A prompt is hashed as it is asked: which column it came from and what the chat settings added are in it."""
+    digest = hashlib.sha256(f"{VERSION} {fingerprint}\n".encode())
+    for prompt in prompts:
+        digest.update(json.dumps(prompt).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _tokenize(prompts: Sequence[Prompt], tokenizer: Tokenizer) -> list[np.ndarray]:
+    chunks = (tokenizer.prompt_ids(prompts[i : i + CHUNK]) for i in range(0, len(prompts), CHUNK))
+    return [np.array(ids, np.int32) for chunk in chunks for ids in chunk]
+
+
+def _read(file: Path, count: int) -> list[np.ndarray]:
+    with file.open("rb") as opened, np.load(opened) as arrays:  # a zip file: its checksums are compared
+        ids, lengths = arrays["ids"], arrays["lengths"]
+    if ids.dtype != np.int32 or lengths.shape != (count,) or lengths.sum() != len(ids):
+        raise ValueError("lengths and ids do not belong together")
+    return np.split(ids, np.cumsum(lengths)[:-1])
+
+
+def _write(file: Path, ids: Sequence[np.ndarray]) -> None:
+    """At once: a process that is killed, or another that writes the same, leaves no half file behind."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+    with temporary.open("wb") as out:
+        np.savez(out, ids=np.concatenate(ids), lengths=np.array([len(row) for row in ids], np.int64))
+    temporary.replace(file)
