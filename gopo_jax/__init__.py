@@ -15,7 +15,7 @@ G is always the group, S always the prompt. The functions here take any leading 
 
 from gopo_jax.advantages import ADVANTAGES, gopo_advantages, grpo_advantages, rloo_advantages
 from gopo_jax.logprobs import token_logprobs
-from gopo_jax.losses import kl_penalty, loss_count, policy_loss, preference_loss
+from gopo_jax.losses import kl_penalty, listwise_loss, loss_count, policy_loss, preference_loss
 
 __version__ = "0.1.0"
 
@@ -24,6 +24,7 @@ __all__ = [
     "gopo_advantages",
     "grpo_advantages",
     "kl_penalty",
+    "listwise_loss",
     "loss_count",
     "policy_loss",
     "preference_loss",

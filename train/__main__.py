@@ -6,14 +6,14 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from train.config import ExportConfig, PlanConfig, PolicyConfig, RewardModelConfig, SupervisedConfig, parse
+from train.config import ExportConfig, PlanConfig, PolicyConfig, RewardModelConfig, SftConfig, parse
 
 USAGE = """usage: python -m train {sft,reward,policy} --config FILE [--key value ...] [--show [N]]
        python -m train plan --config FILE [--mesh data=1,fsdp=64,tensor=4] [--devices N] [--chip v5p] [--suggest true]
        python -m train export --checkpoint RUN[@STEP] --out DIR
 
   sft      supervised fine-tuning of a policy
-  reward   a reward model from comparisons (Bradley-Terry)
+  reward   a reward model from comparisons (Bradley-Terry, Plackett-Luce)
   policy   GOPO, GRPO and their relatives against one or more rewards
   plan     what a policy's run needs of its devices: memory, arithmetic, communication; needs none of them
   export   a Hugging Face directory of a policy or a reward model, or of the adapters alone (PEFT)
@@ -23,7 +23,7 @@ USAGE = """usage: python -m train {sft,reward,policy} --config FILE [--key value
 
 
 def main(arguments: list[str]) -> int:
-    kinds: dict[str, type[Any]] = {"sft": SupervisedConfig, "reward": RewardModelConfig, "policy": PolicyConfig}
+    kinds: dict[str, type[Any]] = {"sft": SftConfig, "reward": RewardModelConfig, "policy": PolicyConfig}
     kinds |= {"plan": PlanConfig, "export": ExportConfig}
     if not arguments or arguments[0] not in kinds:
         print(USAGE, file=sys.stderr)
