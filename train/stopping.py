@@ -8,6 +8,7 @@ in which STOPPED is found only removes what is still there.
 import json
 import math
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 
@@ -82,6 +83,12 @@ class EarlyStopping:
             said = {"step": self.last_step, "best_step": self.best_step, "metric": self.config.metric}
             write_whole(run.path / STOPPED, json.dumps(said) + "\n")
         close_at(run, self.last_step, self.best_step)
+
+
+def best_step(run: str | Path) -> int | None:
+    """The step that a run which has ended by early stopping is; None if it has not."""
+    file = Path(run) / STOPPED
+    return int(json.loads(file.read_text(encoding="utf-8"))["best_step"]) if file.is_file() else None
 
 
 def is_over(run: Run) -> bool:
