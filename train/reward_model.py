@@ -146,11 +146,16 @@ def rewards_of(model: Qwen3RewardModel, batch: dict[str, jax.Array]) -> jax.Arra
 def objective(
     params: Any, batch: dict[str, jax.Array], *, graphdef: Any, config: RewardModelConfig
 ) -> tuple[jax.Array, Outcome]:
+    return comparison_loss(rewards_of(nnx.merge(graphdef, params), batch), batch, config)
+
+
+def comparison_loss(
+    rewards_PG: jax.Array, batch: dict[str, jax.Array], config: RewardModelConfig
+) -> tuple[jax.Array, Outcome]:
     """The mean loss over the real comparisons of a batch: pairs (Bradley-Terry), or groups (Plackett-Luce).
 
     A group's pairs are all those with different scores, so it counts as its pairs would as rows.
     """
-    rewards_PG = rewards_of(nnx.merge(graphdef, params), batch)
     scores_PG, mask_PG = batch["scores_PG"], batch["mask_PG"] & batch["real_B"][:, None]
     pairs_PGG = mask_PG[:, :, None] & mask_PG[:, None, :] & (scores_PG[:, :, None] > scores_PG[:, None, :])
     better_PGG, worse_PGG, margin_PGG = (

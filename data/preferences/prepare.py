@@ -1,8 +1,8 @@
 """Make comparisons and tokenizers of the shipped data: `python data/preferences/prepare.py runs/preferences`.
 
     hh     human choices between two answers to a question: pairs, as they are
-    tldr   posts: a group of eight summaries each, the writer's own (score 1) and seven of other posts (score 0),
-           drawn from the same split; validation and test besides as pairs with one drawn summary
+    tldr   posts: a group of four summaries each, the writer's own (score 1) and three of other posts (score 0)
+           of the same split
 
 The splits are those of the files. Tokenizers (byte-level BPE) are trained on the train splits alone.
 """
@@ -20,7 +20,7 @@ from train.metrics import write_jsonl
 
 HERE = Path(__file__).parent
 SPLITS = {"train": "train", "val": "validation", "test": "test"}  # in the files -> of the run
-VOCABULARY, OTHERS = 2048, 7
+VOCABULARY, OTHERS = 2048, 3
 Row = dict[str, Any]
 
 
