@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.checkpoint import find
+from models.checkpoint import Checkpoints, find
 from train import metrics, stopping
 from train.config import (
     CheckpointConfig,
@@ -63,6 +64,24 @@ def test_a_number_that_does_not_exist_is_no_improvement_and_off_is_off() -> None
     assert not off.see(1, {"validation/loss": 1.0}) and not off.exhausted
 
 
+def test_the_newest_are_kept_and_the_best(tmp_path: Path) -> None:
+    checkpoints, params = Checkpoints(tmp_path, keep=2), {"x": jnp.zeros(2)}
+    for step in range(1, 7):
+        checkpoints.best = 2 if step < 6 else 4
+        checkpoints.save(step, params, params, {})
+        checkpoints.wait()
+        if step == 5:
+            assert steps_of(tmp_path) == [2, 4, 5]
+    assert steps_of(tmp_path) == [4, 5, 6]
+    checkpoints.drop_after(4)
+    checkpoints.close()
+    assert steps_of(tmp_path) == [4] and find(tmp_path)[1] == 4
+
+
+def steps_of(run: Path) -> list[int]:
+    return sorted(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit())
+
+
 class Killed(BaseException):
     pass
 
@@ -93,9 +112,8 @@ def config(tmp_path: Path, tiny_policy_dir: Path, sentences: list[str]) -> Rewar
 def what_is_there(run: Path) -> dict[str, Any]:
     """All of a run that is not a time."""
     rows = [{k: v for k, v in row.items() if not k.startswith("timing_s/")} for row in read_metrics(run)]
-    steps = sorted(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit())
     files = {name: (run / name).read_text() for name in (STOPPED, "calibration.json")}
-    return {"rows": rows, "steps": steps, "newest": find(run)[1], **files}
+    return {"rows": rows, "steps": steps_of(run), "newest": find(run)[1], **files}
 
 
 @pytest.mark.slow

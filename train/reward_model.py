@@ -82,12 +82,9 @@ def encode_groups(rows: Sequence[Row], tokenizer: Tokenizer, source: str, chat: 
     asked: list[Prompt] = []
     answers: list[str] = []
     for number, row in enumerate(rows, 1):
-        group, where = (
-            [{"prompt": row.get("prompt"), "answer": c} for c in row["completions"]],
-            f"{source}: row {number}",
-        )
-        require_columns(group, f"{where}: 'completions'", "answer")
-        found = asked_and_answered(group, f"{where}: 'completions'", "answer", chat)
+        group, where = [{"prompt": row.get("prompt"), "answer": c} for c in row["completions"]], f"row {number}"
+        require_columns(group, f"{source}: {where}: 'completions'", "answer")
+        found = asked_and_answered(group, f"{source}: {where}: 'completions'", "answer", chat)
         asked += found[0]
         answers += found[1]
     ids = iter(tokenizer.conversation_ids(asked, answers))
@@ -115,11 +112,15 @@ def collate(examples: Sequence[Comparison], tokenizer: Tokenizer, max_length: in
     def filled(values: Sequence[float], fill: float) -> list[float]:
         return [*values, *[fill] * (G - len(values))]
 
+    def ranks(scores: Sequence[float]) -> list[float]:
+        """0 for the worst; in float32, scores that differ could be equal."""
+        return np.unique(scores, return_inverse=True)[1].tolist()
+
     whole, lengths = answers([0] * len(examples))
     batch = {
         "tokens_PGT": grid(whole),
         "lengths_PG": grid(lengths),
-        "scores_PG": np.array([filled(e.scores, 0) for e in examples], np.float32),
+        "rank_PG": np.array([filled(ranks(e.scores), 0) for e in examples], np.float32),
         "mask_PG": np.array([filled([1] * len(e.rows), 0) for e in examples], bool),
         "margin_P": np.array([e.margin for e in examples], np.float32),
     }
@@ -156,8 +157,8 @@ def comparison_loss(
 
     A group's pairs are all those with different scores, so it counts as its pairs would as rows.
     """
-    scores_PG, mask_PG = batch["scores_PG"], batch["mask_PG"] & batch["real_B"][:, None]
-    pairs_PGG = mask_PG[:, :, None] & mask_PG[:, None, :] & (scores_PG[:, :, None] > scores_PG[:, None, :])
+    rank_PG, mask_PG = batch["rank_PG"], batch["mask_PG"] & batch["real_B"][:, None]
+    pairs_PGG = mask_PG[:, :, None] & mask_PG[:, None, :] & (rank_PG[:, :, None] > rank_PG[:, None, :])
     better_PGG, worse_PGG, margin_PGG = (
         jnp.broadcast_to(x, pairs_PGG.shape)
         for x in (rewards_PG[:, :, None], rewards_PG[:, None, :], batch["margin_P"][:, None, None])
@@ -166,7 +167,7 @@ def comparison_loss(
     loss, metrics = preference_loss(better_PGG, worse_PGG, margin=margin_PGG, center=center, mask=pairs_PGG)
     count = metrics["accuracy"][1]
     if config.loss == "plackett_luce":
-        loss, more = listwise_loss(rewards_PG, scores_PG, mask_PG)
+        loss, more = listwise_loss(rewards_PG, rank_PG, mask_PG)
         count = more["top_accuracy"][1]
         metrics |= more
     metrics["loss"] = (jax.lax.stop_gradient(loss) * count, count)

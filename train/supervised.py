@@ -106,8 +106,8 @@ def train_supervised(config: SupervisedConfig, task: Task) -> None:
                 judged = evaluate(state)
             metrics |= judged.metrics
             best = stopping.see(done, judged.metrics)
-            if judged.bins and (best or not stopping.on) and is_first():
-                write_whole(run.path / CALIBRATION, json.dumps({"step": done, "sets": judged.bins}, indent=1) + "\n")
+            if best or not stopping.on:
+                write_calibration(run, done, judged)
         run.write(done, metrics | timer.seconds | {"timing_s/step": time.perf_counter() - began})
         run.show(done, {name: metrics[name] for name in ("loss", "accuracy") if name in metrics})
         if best:
@@ -128,6 +128,12 @@ class Judged(NamedTuple):
 
     metrics: dict[str, float]
     bins: dict[str, list[dict[str, Any]]]  # of each set of comparisons, see `train.calibration.reliability`
+
+
+def write_calibration(run: Run, step: int, judged: Judged) -> None:
+    """calibration.json: of the last validation, or of the best where early stopping looks for it."""
+    if judged.bins and is_first():
+        write_whole(run.path / CALIBRATION, json.dumps({"step": step, "sets": judged.bins}, indent=1) + "\n")
 
 
 def validate(
