@@ -134,7 +134,7 @@ def test_a_run_that_is_killed_anywhere_ends_in_the_same_state(
 
     capsys.readouterr()
     train_reward_model(config)
-    assert "early stopping at step 6; the run is its best step, 2" in capsys.readouterr().out
+    assert "ended at step 6; the run is its best step, 2" in capsys.readouterr().out
     assert what_is_there(run) == expected
 
     def killed_in(owner: Any, name: str, call: int, after: bool) -> dict[str, Any]:

@@ -106,5 +106,5 @@ def is_over(run: Run) -> bool:
 
 def close_at(run: Run, step: int, best: int) -> None:
     run.drop_after(best)
-    run.close(f"early stopping at step {step}; the run is its best step, {best}")
+    run.close(f"ended at step {step}; the run is its best step, {best}")
     console.print(f"{run.path}: to train on from there, delete {STOPPED} in it")
