@@ -1,22 +1,23 @@
-"""`python -m eval {generate,reward,compare,report,speed} ...`."""
+"""`python -m eval {generate,reward,compare,report,reliability,speed} ...`."""
 
 import sys
 from collections.abc import Callable
 from typing import Any
 
-USAGE = """usage: python -m eval {generate,reward,compare,report,speed} ...
+USAGE = """usage: python -m eval {generate,reward,compare,report,reliability,speed} ...
 
   generate  --checkpoint RUN[@STEP]|DIR --data FILE --out R.jsonl             completions of a policy
   reward    --responses R.jsonl --reward_model PATH --out SCORED.jsonl        a reward model's scores of them
   compare   RUN_A RUN_B --judge PATH --out DIR                                win rate and gains of two policies
   report    RUN [RUN ...] --reward_models PATH ... --compare DIR --out DIR    report.html and report.md
+  reliability  RM [RM ...]                                                    how sure reward models are, and how right
   speed     --workload w1 --json OUT.json                                     seconds of a step and of its parts
 
   --help after a command explains its settings."""
 
 
 def main(arguments: list[str]) -> int:
-    if not arguments or arguments[0] not in ("generate", "reward", "compare", "report", "speed"):
+    if not arguments or arguments[0] not in ("generate", "reward", "compare", "report", "reliability", "speed"):
         print(USAGE, file=sys.stderr)
         return 0 if arguments and arguments[0] in ("-h", "--help") else 2
     from models.compile_cache import enable_compile_cache
@@ -51,6 +52,10 @@ def command(name: str) -> tuple[Callable[[list[str]], Any], Callable[[Any], Any]
         from eval.compare import compare, parse_compare
 
         return parse_compare, compare
+    if name == "reliability":
+        from eval.reliability import draw_reliability, parse_reliability
+
+        return parse_reliability, draw_reliability
     if name == "speed":
         from eval.speed import parse_speed, speed
 

@@ -40,6 +40,7 @@ class Content:
     headline: str
     story: list[str]
     sheets: list[Sheet]  # the result
+    calibration: list[Picture]  # of the reward models
     steps: list[Sheet]
     pictures: list[Picture]
     advantages: list[Picture]
@@ -94,7 +95,7 @@ def page(content: Content) -> str:
         f'<li><a href="{escape(path)}">{escape(path)}</a>: {escape(what)}</li>' for what, path in content.sources
     )
     sections = [
-        ("The result", "".join(sheet.html() for sheet in content.sheets)),
+        ("The result", "".join(sheet.html() for sheet in content.sheets) + figures(content.calibration)),
         ("What happened", '<div class="story">' + "".join(f"<p>{escape(p)}</p>" for p in content.story) + "</div>"),
         ("Over the training", figures(content.pictures) + "".join(sheet.html() for sheet in content.steps)),
         (
@@ -146,6 +147,7 @@ def markdown(content: Content) -> str:
     """The same report for a terminal or a repository's page; pictures are files beside it."""
     parts = [f"# {content.title}", content.subtitle, f"**{content.headline}**", "## The result"]
     parts += [f"### {sheet.title}\n\n{sheet.markdown()}" for sheet in content.sheets]
+    parts += [picture_markdown(p) for p in content.calibration]
     parts += ["## What happened", *content.story, "## Over the training"]
     parts += [picture_markdown(p) for p in content.pictures]
     parts += [f"### {sheet.title}\n\n{sheet.markdown()}" for sheet in content.steps]

@@ -225,6 +225,36 @@ def win_rate(studio: Studio, result: Mapping[str, Any]) -> Picture:
     return studio.draw("win_rate", f"Win rate of {a} over {b}", caption, paint)
 
 
+def reliability(folder: Path, bins: Mapping[str, Sequence[Mapping[str, Any]]]) -> Picture:
+    """How often each of some reward models is right, against how sure it is; `bins` as `train.calibration` makes them.
+
+    The area of a point is its share of the comparisons.
+    """
+    studio = Studio(folder, list(bins))
+
+    def paint(axes: Axes) -> None:
+        axes.plot([0.5, 1], [0.5, 1], color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)))
+        lowest = 0.5
+        for name, rows in bins.items():
+            found = [(row["confidence"], row["accuracy"], row["count"]) for row in rows if row["count"]]
+            confidence, accuracy, count = np.array(found).T
+            look = studio.look(name)
+            axes.plot(confidence, accuracy, **look | {"linewidth": 1.2})
+            axes.scatter(
+                confidence, accuracy, 12 + 500 * count / count.sum(), color=look["color"], marker=studio.marker(name),
+                alpha=0.7, linewidth=0,
+            )  # fmt: skip
+            lowest = min(lowest, accuracy.min())
+        axes.set(xlabel="probability that the model gives", ylabel="share in which it is right")
+        axes.set(xlim=(0.48, 1.02), ylim=(max(lowest - 0.06, -0.03), 1.04))
+
+    caption = (
+        "Held-out comparisons by the probability that the model gives to its choice, in 10 bins; a point's area is its "
+        "share of them. On the dashed line it is right as often as it says; below, it is too sure."
+    )
+    return studio.draw("reliability", "Reliability of the reward models", caption, paint)
+
+
 def advantage_pictures(folder: Path, runs: Sequence[PolicyRun], groups: Sequence["Group"]) -> list[Picture]:
     """The same rewards as z-scores and as ranks, one picture a group; the colours are those of the two methods."""
     studio = Studio(folder, [run.name for run in runs])

@@ -17,9 +17,11 @@ import numpy as np
 from eval import plots, story, tables
 from eval.compare import JUDGE_SCORE, RESULT, SCORES, describe, read_scores, without_nan
 from eval.page import Answer, Content, Sample, markdown, page
+from eval.reliability import reliability_pictures
 from eval.runs import Arguments, Completions, PolicyRun, differences, same_model
 from models.checkpoint import is_run
 from train.metrics import METRICS, console, read_metrics, setup_errors
+from train.stopping import best_step
 
 SAMPLES = 6
 
@@ -62,6 +64,7 @@ def report(config: ReportConfig) -> Content:
         headline=story.headline(result, described),
         story=story.what_happened(result, described, runs),
         sheets=[tables.reward_models(models), tables.policies(described), tables.final_win_rate(result)],
+        calibration=reliability_pictures(out / "figures", config.reward_models),
         steps=[tables.by_step(result), tables.rewards_by_step(described)],
         pictures=plots.pictures(out / "figures", runs, described, result),
         advantages=plots.advantage_pictures(out / "figures", runs, plots.pick_groups(runs)),
@@ -116,10 +119,12 @@ def alone(run: PolicyRun) -> dict[str, Any]:
 
 
 def reward_model(path: str, result: dict[str, Any], runs: Sequence[PolicyRun]) -> dict[str, Any]:
-    """Accuracy and length baseline, from the last row of the metrics that has them."""
+    """Accuracy, calibration error and length baseline: from the last row of the metrics that has them, or the best."""
     if not Path(path.partition("@")[0]).is_dir():
         raise FileNotFoundError(f"--reward_models {path}: no such directory")
+    best = best_step(path.partition("@")[0])
     rows = [row for row in read_metrics(path.partition("@")[0]) if "validation/accuracy" in row]
+    rows = [row for row in rows if best is None or row["step"] == best]
     last = rows[-1] if rows else {}
     against = [run.name for run in runs if any(same_model(path, model) for model in run.reward_models())]
     roles = ["trained against" + ("" if len(against) == len(runs) else f" ({', '.join(against)})")] if against else []
@@ -129,6 +134,7 @@ def reward_model(path: str, result: dict[str, Any], runs: Sequence[PolicyRun]) -
         "role": ", ".join(roles) or "not used here",
         "accuracy": last.get("validation/accuracy"),
         "length_baseline": last.get("validation/length_baseline_accuracy"),
+        "ece": last.get("validation/ece"),
         "step": last.get("step"),
     }
 

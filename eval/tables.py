@@ -51,13 +51,13 @@ def reward_models(models: Sequence[Mapping[str, Any]]) -> Sheet:
     """Accuracy of each reward model beside what preferring the longer answer would get."""
     return Sheet(
         "Reward models",
-        ("reward model", "role", "step", "accuracy", "length alone"),
+        ("reward model", "role", "step", "accuracy", "length alone", "ECE"),
         [
-            (m["path"], m["role"], count(m["step"]), percent(m["accuracy"]), percent(m["length_baseline"]))
+            (m["path"], m["role"], count(m["step"]), *map(percent, (m["accuracy"], m["length_baseline"], m["ece"])))
             for m in models
         ],
-        "Accuracy: the share of held-out comparisons in which the chosen answer scores higher; "
-        "length alone: if the longer answer were always preferred.",
+        "Accuracy: the share of held-out comparisons in which the chosen answer scores higher; length alone: if the "
+        "longer answer were always preferred; ECE: how far accuracy and stated probability are apart, on average.",
     )
 
 

@@ -23,7 +23,7 @@ from gopo_jax.advantages import (
 )
 from gopo_jax.groups import valid_rewards
 from gopo_jax.logprobs import token_logprobs
-from gopo_jax.losses import add_metrics, kl_penalty, loss_count, policy_loss, preference_loss
+from gopo_jax.losses import add_metrics, kl_penalty, listwise_loss, loss_count, policy_loss, preference_loss
 from gopo_jax.relatives import (
     gdpo_advantages,
     gopo_multi_advantages,
@@ -57,6 +57,7 @@ __all__ = [
     "importance_ratio",
     "kl_penalty",
     "krpo_advantages",
+    "listwise_loss",
     "loss_count",
     "odrpo_advantages",
     "policy_loss",

@@ -1,4 +1,4 @@
-"""Losses on log-probabilities: the clipped policy loss, its KL penalty, and the Bradley-Terry loss.
+"""Losses: the clipped policy loss and its KL penalty, Bradley-Terry for comparisons, Plackett-Luce for whole orders.
 
 Every loss is a sum divided by a count, and the count may be given: with several micro-batches or devices,
 sum the counts first (`loss_count`), hand the total to each part as `denominator`, and add the parts up.
@@ -281,3 +281,54 @@ def preference_loss(
         "mean_reward": (total(chosen + rejected) / 2, n),
     }
     return total(loss) / jnp.maximum(n, 1), jax.lax.stop_gradient(metrics)
+
+
+def listwise_loss(
+    scores_PG: jax.Array, targets_PG: jax.Array, mask_PG: jax.Array | None = None
+) -> tuple[jax.Array, Metrics]:
+    """Plackett-Luce negative log-likelihood of an order among the answers to one prompt.
+
+        loss of a group = sum_i -log( exp(s_i) / (exp(s_i) + sum_{j worse than i} exp(s_j)) )
+
+    In words: the best is chosen from all, the next from those that are left, and so on. j is worse than i where its
+    target is lower. Answers with equal targets are not compared: neither stands in the other's sum. Without ties this
+    is the likelihood of the order; for two answers it is Bradley-Terry, -log sigmoid(s_better - s_worse).
+
+    Args:
+      scores_PG: [..., G] the model's scores; the last axis is the group.
+      targets_PG: [..., G] any numbers whose order is the wanted one, the higher the better.
+      mask_PG: [..., G] booleans, False leaves an answer out; None = all count.
+
+    Returns:
+      The scalar loss, the mean over groups in which anything is compared, and metrics as (sum, count) pairs:
+      "top_accuracy", how often the highest score is on one of the best answers (equal scores share the hit).
+
+    Raises:
+      ValueError: G < 2, or shapes that differ.
+
+    References:
+      Luce 1959; Plackett 1975; as a loss: Xia et al., Listwise Approach to Learning to Rank (ListMLE), ICML 2008.
+    """
+    scores_PG = checks.as_float("scores_PG", scores_PG)
+    checks.group_axis("scores_PG", scores_PG)
+    checks.same_shape("targets_PG", targets_PG, "scores_PG", scores_PG)
+    if mask_PG is None:
+        mask_PG = jnp.ones(scores_PG.shape, bool)
+    checks.same_shape("mask_PG", mask_PG, "scores_PG", scores_PG)
+    mask_PG = mask_PG.astype(bool)
+    scores_PG = jnp.where(mask_PG, scores_PG, 0)  # before any exp: 0 * inf would be NaN in the gradient
+
+    both_PGG = mask_PG[..., :, None] & mask_PG[..., None, :]
+    worse_PGG = both_PGG & (targets_PG[..., None, :] < targets_PG[..., :, None])
+    rest_PGG = worse_PGG | jnp.eye(scores_PG.shape[-1], dtype=bool)
+    left_PG = jax.nn.logsumexp(jnp.where(rest_PGG, scores_PG[..., None, :], -jnp.inf), axis=-1)
+    compared_P = worse_PGG.any((-2, -1))
+    groups = compared_P.sum(dtype=jnp.float32)
+
+    best_PG = mask_PG & ~worse_PGG.any(-2)  # nothing is better
+    top_P1 = jnp.max(scores_PG, -1, keepdims=True, where=mask_PG, initial=-jnp.inf)
+    top_PG = mask_PG & (scores_PG == top_P1)
+    hit_P = (top_PG & best_PG).sum(-1) / jnp.maximum(top_PG.sum(-1), 1)
+    metrics: Metrics = {"top_accuracy": (jnp.where(compared_P, hit_P, 0).sum(), groups)}
+    total = jnp.where(mask_PG, left_PG - scores_PG, 0).sum(dtype=jnp.float32)
+    return total / jnp.maximum(groups, 1), jax.lax.stop_gradient(metrics)

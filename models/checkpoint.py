@@ -10,6 +10,7 @@ Where they are to lie elsewhere, for example in gs://BUCKET/NAME, `checkpoints` 
 """
 
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +65,23 @@ class Checkpoints:
         """Of a run whose checkpoints lie in `directory`; None = in the run's own."""
         if directory is not None:
             point_to(run, directory)
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True)
+        self._keep, self.best = keep, 0  # `best`: a step that is kept although there are `keep` newer ones
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=None if keep is None else self, create=True, cleanup_tmp_directories=True
+        )
         self._folder = folder_of(run)
         self._manager = ocp.CheckpointManager(self._folder, options=options)
+
+    def should_preserve(self, checkpoints: Sequence[Any], **_: Any) -> list[bool]:
+        """Orbax asks which checkpoints, of which the last is the newest, are to stay."""
+        newest = len(checkpoints) - (self._keep or len(checkpoints))
+        return [i >= newest or checkpoint.step == self.best for i, checkpoint in enumerate(checkpoints)]
+
+    def drop_after(self, step: int) -> None:
+        """Remove the checkpoints of later steps."""
+        for later in self._manager.all_steps():
+            if later > step:
+                self._manager.delete(later)
 
     def latest(self) -> int | None:
         return self._manager.latest_step()
@@ -103,8 +118,12 @@ class Checkpoints:
             checkpointer.save(self._folder / BASE, frozen, force=True)  # over what a killed save left
         return frozen
 
-    def close(self) -> None:
+    def wait(self) -> None:
         """Wait for the save in flight."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Wait for the save in flight; nothing can be saved any more."""
         self._manager.close()
 
 

@@ -217,9 +217,11 @@ class Backbone(nnx.Module):
         hidden_PGTD = jnp.concatenate([first_PG1D, hidden_PGTD], axis=2)
         return hidden_PGTD if offset_PGT is None else jnp.where(offset_PGT[..., None] == 0, first_PG1D, hidden_PGTD)
 
-    def hidden(self, tokens_BS: jax.Array) -> jax.Array:
-        """Hidden states of right-padded sequences, [B, S, D]."""
-        return self._decode(tokens_BS[:, None], jnp.zeros((len(tokens_BS), 1, 1), jnp.int32))[0][:, 0]
+    def hidden(self, tokens_BS: jax.Array, offset_BS: jax.Array | None = None) -> jax.Array:
+        """Hidden states of right-padded sequences, [B, S, D]; `offset_BS` is for rows of several sequences."""
+        offset_B1S = None if offset_BS is None else offset_BS[:, None]
+        start_B11 = jnp.zeros((len(tokens_BS), 1, 1), jnp.int32)
+        return self._decode(tokens_BS[:, None], start_B11, offset_PGT=offset_B1S)[0][:, 0]
 
     def whole(self, table_VD: nnx.Param) -> jax.Array:
         """A table whole in D: gathered once, not for every chunk of tokens that reads it.

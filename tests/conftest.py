@@ -7,6 +7,7 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import gzip
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -101,6 +102,16 @@ def tiny_tokenizer_dir(tmp_path_factory: pytest.TempPathFactory, sentences: list
     directory = tmp_path_factory.mktemp("tokenizer")
     train_bpe(sentences, directory, VOCABULARY)
     return directory
+
+
+@pytest.fixture
+def chatty(tiny_tokenizer_dir: Path, tmp_path: Path) -> Tokenizer:
+    """The tiny tokenizer with a chat template."""
+    shutil.copytree(tiny_tokenizer_dir, tmp_path / "chatty")
+    template = "{% for m in messages %}{{ m.role }}:{{ m.content }}<|im_end|>{% endfor %}"
+    template += "{% if add_generation_prompt %}assistant:{% if enable_thinking %}hm{% endif %}{% endif %}"
+    (tmp_path / "chatty" / "chat_template.jinja").write_text(template)
+    return Tokenizer(tmp_path / "chatty")
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ import dataclasses
 import gzip
 import json
 import math
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -284,16 +283,6 @@ def test_a_system_prompt_that_has_no_place_is_refused(prompt: Any, named: str) -
         conversations([{"x": ASKED}, {"x": ASKED}, {"x": prompt}], "file", "x", ChatConfig(system_prompt="Be brief."))
 
 
-@pytest.fixture
-def chatty(tiny_tokenizer_dir: Path, tmp_path: Path) -> Tokenizer:
-    """The tiny tokenizer with a chat template."""
-    shutil.copytree(tiny_tokenizer_dir, tmp_path / "chatty")
-    template = "{% for m in messages %}{{ m.role }}:{{ m.content }}<|im_end|>{% endfor %}"
-    template += "{% if add_generation_prompt %}assistant:{% if enable_thinking %}hm{% endif %}{% endif %}"
-    (tmp_path / "chatty" / "chat_template.jinja").write_text(template)
-    return Tokenizer(tmp_path / "chatty")
-
-
 def test_all_programs_see_the_same_conversation(
     chatty: Tokenizer, tmp_path: Path, policy_config: Callable[..., PolicyConfig]
 ) -> None:
@@ -312,7 +301,8 @@ def test_all_programs_see_the_same_conversation(
     assert chatty.encode([asked + "assistant:"]) == [ids[:learned_from]]
     assert ids.count(chatty.eos_ids[0]) == 3, "the template's two and the one that is learned"
     assert chatty.hf.decode(ids[learned_from:]) == "Yes<|im_end|><|im_end|>"
-    ((chosen, rejected, margin),) = reward_model.encode([row], chatty, "file", chat)
+    (((chosen, rejected), scores, margin),) = reward_model.encode([row], chatty, "file", chat)
+    assert scores[0] > scores[1]
     assert chatty.hf.decode(chosen) == asked + "assistant:Yes<|im_end|>" and margin == 0.5
     assert chatty.hf.decode(rejected) == asked + "assistant:No<|im_end|>"
 
@@ -324,7 +314,7 @@ def test_text_that_is_learned_whole_has_no_system_prompt(chatty: Tokenizer) -> N
 
 def test_whole_texts_of_a_comparison_keep_their_special_tokens(chatty: Tokenizer) -> None:
     row = {"chosen": "user:Q<|im_end|>assistant:A<|im_end|>", "rejected": "user:Q<|im_end|>assistant:B<|im_end|>"}
-    ((chosen, _, _),) = reward_model.encode([row], chatty, "file", ChatConfig())
+    (((chosen, _), _, _),) = reward_model.encode([row], chatty, "file", ChatConfig())
     assert chosen.count(chatty.eos_ids[0]) == 2
 
 

@@ -12,10 +12,12 @@ import yaml
 
 from eval.__main__ import main
 from eval.plots import pick_groups, skewness, smoothed
+from eval.report import reward_model
 from eval.runs import PolicyRun
 from eval.stats import mean_and_error, paired_gain
 from eval.story import direction, headline, hints, what_happened
 from eval.tables import Sheet
+from train.calibration import reliability
 from train.metrics import write_jsonl
 
 STEPS, P = (0, 5, 10), 40
@@ -67,8 +69,11 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     make_run(Path("runs/gopo"), 2.0, 1)
     make_run(Path("runs/grpo"), 0.0, 2)
     for name, accuracy in (("reward", 0.8125), ("judge", 0.7321)):
-        row = {"validation/accuracy": accuracy, "validation/length_baseline_accuracy": 0.4567}
+        row = {"validation/accuracy": accuracy, "validation/length_baseline_accuracy": 0.4567, "validation/ece": 0.0375}
         Path("runs", name).mkdir()
+        bins = reliability(np.random.default_rng(0).normal(1, 2, size=90))
+        sets = {"validation": bins} | ({"validation/other": bins[::2]} if name == "judge" else {})
+        Path("runs", name, "calibration.json").write_text(json.dumps({"step": 20, "sets": sets}))
         write_jsonl(Path("runs", name, "metrics.jsonl"), [{"step": 0} | row, {"step": 20} | row, {"step": 21}])
     monkeypatch.setattr("eval.compare.RewardModelScorer", Lookup)
     assert main(["compare", "runs/gopo", "runs/grpo", "--judge", "runs/judge", "--out", "out/compare"]) == 0
@@ -123,7 +128,15 @@ def test_the_report_is_whole(made: Path, capsys: pytest.CaptureFixture[str]) -> 
 
     # it shows the numbers of the raw files, in the terminal, in Markdown and on the page
     last, gain = result["win_rate"][-1], result["runs"]["gopo"]["gain"]
-    numbers = [f"{last['mean']:.3f}", f"{last['low']:.3f}", f"{last['high']:.3f}", "81.2 %", "73.2 %", "45.7 %"]
+    numbers = [
+        f"{last['mean']:.3f}",
+        f"{last['low']:.3f}",
+        f"{last['high']:.3f}",
+        "81.2 %",
+        "73.2 %",
+        "45.7 %",
+        "3.8 %",
+    ]
     numbers += [f"{gain[score]['mean']:+.3f} ± {gain[score]['standard_error']:.3f}" for score in ("reward", "judge")]
     for shown in (re.sub(r"[\s│┃]+", " ", printed), text, html):
         assert [number for number in numbers if number not in shown] == []
@@ -142,13 +155,31 @@ def test_the_report_is_whole(made: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "<b>" not in re.sub(r"<div><b>", "", html) and "Reviews &amp; ranks" in html
 
     shown = re.findall(r"!\[.*?\]\((figures/.*?)\.png\)", text)
-    assert {f"figures/{name}" for name in ("training_reward", "validation_reward", "kl", "win_rate", "judge")} <= set(
-        shown
-    )
+    assert {
+        f"figures/{name}" for name in ("reliability", "training_reward", "validation_reward", "kl", "win_rate")
+    } <= set(shown)
     assert all((made / "out" / f"{name}.{kind}").stat().st_size > 1000 for name in shown for kind in ("png", "svg"))
     assert html.count("<svg") == len(shown)
     assert "figures/grad_norm" not in shown  # never logged here
     assert text.count("before training:") == 6
+
+
+def test_reliability_of_some_reward_models(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["reliability", "runs/reward", "runs/judge"]) == 0
+    for name, sets in (("reward", ["validation"]), ("judge", ["validation", "other"])):
+        svg = Path("runs", name, "reliability.svg").read_text()
+        assert Path("runs", name, "reliability.png").stat().st_size > 1000
+        assert all(f"<!-- {text} -->" in svg for text in sets)
+    assert main(["reliability", "runs/gopo"]) == 2
+    assert "runs/gopo: no calibration.json in it; expected a run of `train reward`" in capsys.readouterr().err
+
+
+def test_a_reward_model_that_stopped_early_is_its_best_step(made: Path) -> None:
+    rows = [{"step": i, "validation/accuracy": a} for i, a in ((5, 0.9125), (10, 0.6))]
+    write_jsonl(Path("runs", "reward", "metrics.jsonl"), rows)
+    Path("runs", "reward", "stopped.json").write_text('{"step": 10, "best_step": 5}')
+    found = reward_model("runs/reward", {"judge": "runs/judge"}, [])
+    assert (found["step"], found["accuracy"]) == (5, 0.9125)
 
 
 def test_a_third_run_that_was_not_compared(made: Path) -> None:

@@ -1,6 +1,7 @@
 """Laws of the losses. Every expected value is a formula, or a plain loop over completions and tokens."""
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gopo_jax import add_metrics, kl_penalty, loss_count, policy_loss, preference_loss
+from gopo_jax import add_metrics, kl_penalty, listwise_loss, loss_count, policy_loss, preference_loss
 
 P, G, T = 4, 3, 6
 Data = dict[str, np.ndarray]
@@ -412,3 +413,86 @@ def test_the_other_losses_say_what_was_expected() -> None:
     for name in ("margin", "mask"):
         with pytest.raises(ValueError, match=rf"{name}: expected the shape of chosen_rewards, \(3,\), got \(4,\)"):
             preference_loss(a, a, **{name: b})
+
+
+def plackett_luce(scores: np.ndarray, targets: np.ndarray, mask: np.ndarray) -> tuple[float, int]:
+    """By its words, one group at a time: (sum of the losses, groups in which anything is compared)."""
+    total, groups = 0.0, 0
+    for s, t, m in zip(scores, targets, mask, strict=True):
+        kept = [i for i in np.flatnonzero(m)]
+        groups += len({t[i] for i in kept}) > 1
+        for i in kept:
+            rivals = [s[j] for j in kept if t[j] < t[i]]
+            total -= s[i] - np.log(np.exp(s[i]) + np.exp(rivals).sum())
+    return total, groups
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_listwise_loss_is_plackett_luce(ties: bool, masked: bool) -> None:
+    rng = np.random.default_rng(0)
+    scores = rng.normal(size=(6, 5)).astype(np.float32)
+    orders = rng.permuted(np.tile(np.arange(5), (6, 1)), axis=1)
+    targets = (orders // 2 if ties else orders).astype(np.float32)
+    mask = rng.random((6, 5)) < 0.6 if masked else np.ones((6, 5), bool)
+    total, groups = plackett_luce(scores, targets, mask)
+    arguments = [jnp.asarray(x) for x in (np.where(mask, scores, np.nan), targets)]
+    loss, gradient = jax.jit(jax.value_and_grad(lambda s: listwise_loss(s, arguments[1], jnp.asarray(mask))[0]))(
+        arguments[0]
+    )
+    np.testing.assert_allclose(loss, total / groups, rtol=1e-5)
+    assert np.isfinite(gradient).all() and not np.any(np.asarray(gradient)[~mask])
+
+
+def test_without_ties_it_is_the_likelihood_of_the_order() -> None:
+    """The probability of all orders of a group adds up to 1."""
+    scores = jnp.array([0.3, -1.0, 2.0, 0.1])
+    orders = [jnp.array(order, jnp.float32) for order in itertools.permutations(range(4))]
+    likelihood = np.exp(
+        -jax.jit(jax.vmap(lambda order: listwise_loss(scores[None], order[None])[0]))(jnp.stack(orders))
+    )
+    np.testing.assert_allclose(sum(likelihood), 1, rtol=1e-5)
+
+
+def test_of_two_answers_it_is_bradley_terry() -> None:
+    chosen, rejected = jax.random.normal(jax.random.key(0), (2, 7))
+    listwise = lambda c, r: listwise_loss(jnp.stack([c, r], -1), jnp.tile(jnp.array([1.0, 0.0]), (7, 1)))[0]  # noqa: E731
+    found = jax.jit(jax.value_and_grad(listwise, argnums=(0, 1)))(chosen, rejected)
+    expected = jax.jit(jax.value_and_grad(lambda c, r: preference_loss(c, r)[0], argnums=(0, 1)))(chosen, rejected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, expected)
+
+
+def test_equal_targets_are_not_compared() -> None:
+    loss, metrics = jax.jit(listwise_loss)(jnp.array([[1.0, 2.0, 3.0]]), jnp.zeros((1, 3)))
+    assert loss == 0 and metrics["top_accuracy"] == (0, 0)
+    scores, targets = jnp.array([[1.0, 2.0, 3.0], [1.0, 2.0, 3.0]]), jnp.array([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    first = jax.jit(jax.grad(lambda s: listwise_loss(s, targets)[0]))
+    # what the second of the tied winners scores is nothing to the first
+    np.testing.assert_array_equal(first(scores)[0, 0], first(scores.at[0, 1].add(5.0))[0, 0])
+    loss, metrics = jax.jit(listwise_loss)(scores, targets)
+    assert metrics["top_accuracy"] == (1, 2)
+    np.testing.assert_allclose(
+        loss, plackett_luce(*map(np.asarray, (scores, targets)), np.ones((2, 3)))[0] / 2, rtol=1e-5
+    )
+
+
+def test_a_masked_answer_is_a_deleted_one_and_a_masked_group_too() -> None:
+    scores, targets = jax.random.normal(jax.random.key(1), (2, 3, 4))
+    mask = jnp.ones((3, 4), bool).at[:, 2].set(False)
+    keep = np.array([0, 1, 3])
+    loss = jax.jit(listwise_loss)
+    found, expected = loss(scores, targets, mask), loss(scores[:, keep], targets[:, keep])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, expected)
+    found = loss(scores, targets, jnp.ones((3, 4), bool).at[1].set(False))
+    expected = loss(scores[::2], targets[::2])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, expected)
+
+
+def test_listwise_loss_says_what_was_expected() -> None:
+    a, b = jnp.ones((2, 3)), jnp.ones((2, 4))
+    with pytest.raises(ValueError, match=r"targets_PG: expected the shape of scores_PG, \(2, 3\), got \(2, 4\)"):
+        listwise_loss(a, b)
+    with pytest.raises(ValueError, match="mask_PG: expected the shape of scores_PG"):
+        listwise_loss(a, a, b > 0)
+    with pytest.raises(ValueError, match="scores_PG: expected at least 2"):
+        listwise_loss(a[:, :1], a[:, :1])

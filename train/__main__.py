@@ -6,7 +6,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from train.config import ExportConfig, PlanConfig, PolicyConfig, RewardModelConfig, SupervisedConfig, parse
+from train.config import ExportConfig, PlanConfig, PolicyConfig, RewardModelConfig, SftConfig, parse
 
 USAGE = """usage: python -m train {sft,reward,policy} --config FILE [--variant NAME] [--key value ...] [--show [N]]
        python -m train {sft,reward,policy} --config FILE --dry_run [--devices N] [--chip H200]
@@ -15,7 +15,7 @@ USAGE = """usage: python -m train {sft,reward,policy} --config FILE [--variant N
        python -m train export --checkpoint RUN[@STEP] --out DIR
 
   sft      supervised fine-tuning of a policy
-  reward   a reward model from comparisons (Bradley-Terry)
+  reward   a reward model from comparisons (Bradley-Terry, Plackett-Luce)
   policy   GOPO, GRPO and their relatives against one or more rewards
   inspect  the data of a run: rows, lengths in tokens, duplicates, and N (3) rows as the models see them
   plan     what a policy's run needs of its devices: memory, arithmetic, communication; needs none of them
@@ -25,7 +25,7 @@ USAGE = """usage: python -m train {sft,reward,policy} --config FILE [--variant N
   --print_config shows every setting; --help explains them. Started again, a run goes on where it was.
   --dry_run prints data, networks, memory and schedule; --show the first N (3) prompts with the token ids that the
   models see. Neither trains anything."""
-LEARNING: dict[str, type[Any]] = {"sft": SupervisedConfig, "reward": RewardModelConfig, "policy": PolicyConfig}
+LEARNING: dict[str, type[Any]] = {"sft": SftConfig, "reward": RewardModelConfig, "policy": PolicyConfig}
 KINDS: dict[str, type[Any]] = LEARNING | {"plan": PlanConfig, "export": ExportConfig}
 
 

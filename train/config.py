@@ -65,6 +65,7 @@ class DataConfig:
     prompt_column: str = "prompt"  # text, or a list of chat messages; where the prompt alone has another name
     columns: dict[str, str] = field(default_factory=dict)  # our name -> theirs, e.g. {prompt: question}
     drop_duplicates: bool = False  # of a policy: do not train on prompts that are in validation or test
+    held_out: dict[str, str] = field(default_factory=dict)  # of sft, reward: more validation sets, name -> source
 
     def __post_init__(self) -> None:
         _at_least(self, 0, "validation_rows", "split_seed")
@@ -145,12 +146,27 @@ class RunConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SupervisedConfig(RunConfig):
-    """`train sft`, and what `train reward` shares with it."""
+class EarlyStoppingConfig:
+    """Stop when validation no longer improves; the run then is its best step."""
 
-    batch_size: int = 32  # sequences (sft) or comparisons (reward) per step
+    patience: int | None = None  # validations without improvement before it stops; None: no early stopping
+    metric: Literal["loss", "accuracy"] = "loss"  # of data.validation; accuracy: of reward models
+    min_delta: float = 0.0  # only what is better by more than this is an improvement
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "min_delta")
+        if self.patience is not None:
+            _at_least(self, 1, "patience")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupervisedConfig(RunConfig):
+    """What `train sft` and `train reward` share."""
+
+    batch_size: int = 32  # rows per step: sequences (packed: rows of max_length), or prompts with their answers
     max_length: int = 1024  # tokens; longer rows are left out, counted and printed
     eval_steps: int = 25  # validation every so many steps
+    early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -158,17 +174,43 @@ class SupervisedConfig(RunConfig):
         _at_least(self, 2, "max_length")
         if self.data.test is not None or self.data.drop_duplicates:
             raise ValueError("data.test, data.drop_duplicates: are for train policy; leave them out")
+        validated = self.data.validation is not None or self.data.validation_rows
+        if self.early_stopping.patience is not None and not validated:
+            raise ValueError(
+                "early_stopping.patience: needs data.validation (or validation_rows), whose loss or accuracy is watched"
+            )
+        for name in self.data.held_out:
+            if not re.fullmatch(r"[\w.-]+", name):
+                raise ValueError(
+                    f"data.held_out: expected names of letters, digits and any of _ . - (they stand in the metrics' "
+                    f"names), got {name!r}"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SftConfig(SupervisedConfig):
+    """`train sft`."""
+
+    packing: bool = False  # several examples in each row of max_length tokens, none of which sees another
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.early_stopping.metric == "accuracy":
+            raise ValueError("early_stopping.metric: accuracy is for reward models; expected loss")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RewardModelConfig(SupervisedConfig):
     """`train reward`."""
 
-    center_rewards_coefficient: float = 0.0  # weight of (r_chosen + r_rejected)^2
+    loss: Literal["bradley_terry", "plackett_luce"] = "bradley_terry"  # of pairs, or of a prompt's whole order
+    center_rewards_coefficient: float = 0.0  # bradley_terry: weight of (r_chosen + r_rejected)^2
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _at_least(self, 0, "center_rewards_coefficient")
+        if self.loss != "bradley_terry" and self.center_rewards_coefficient:
+            raise ValueError(f"center_rewards_coefficient: is a part of loss: bradley_terry, got loss: {self.loss}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,6 +311,8 @@ class PolicyConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.data.held_out:
+            raise ValueError("data.held_out: is for train sft and train reward; a policy has data.validation alone")
         if self.num_generations < 2:
             raise ValueError(
                 f"num_generations: expected at least 2 completions per prompt (they are ranked against each other), "

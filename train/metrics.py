@@ -32,7 +32,7 @@ from train.console import console
 from train.processes import are_several, gather, is_first
 from train.state import TrainState
 
-METRICS, CONFIG, COMPLETIONS = "metrics.jsonl", "config.yaml", "completions"
+METRICS, CONFIG, COMPLETIONS, CALIBRATION = "metrics.jsonl", "config.yaml", "completions", "calibration.json"
 # What may differ between a run and its continuation: it changes no number that is already written.
 _MAY_CHANGE = ("max_steps", "log", "checkpoint", "mesh", "output_dir")
 _WHERE = ("offload", "offload_reference", "logprob_chunk", "batch_prompts")  # of parts: where and how much at a time
@@ -189,6 +189,18 @@ class Run:
     def save(self, step: int, state: TrainState) -> None:
         self._checkpoints.save(step, state.params, _trained(state), self._about)
 
+    def keep_best(self, step: int) -> None:
+        """Keep this step's checkpoint, whatever `checkpoint.keep`, until it is called again."""
+        self._checkpoints.best = step
+
+    def drop_after(self, step: int) -> None:
+        """Remove the checkpoints of later steps."""
+        self._checkpoints.drop_after(step)
+
+    def wait(self) -> None:
+        """Wait for the checkpoint in flight."""
+        self._checkpoints.wait()
+
     def steps(self) -> Iterator[int]:
         """The steps that are left, with a progress bar; what `show` was told stands beside it."""
         columns = (
@@ -217,12 +229,13 @@ class Run:
         if not console.is_terminal and step % max(1, self.config.max_steps // 10) == 0:
             console.print(f"{self.path.name} {step}/{self.config.max_steps}  {text}")
 
-    def close(self) -> None:
-        """Wait for the checkpoint in flight and close the trackers."""
+    def close(self, how: str | None = None) -> None:
+        """Wait for the checkpoint in flight, close the trackers, and say how the run ended."""
         self._checkpoints.close()
         for tracker in self._trackers:
             tracker.close() if hasattr(tracker, "close") else tracker.finish()
-        console.print(f"{self.path}: done, {self.config.max_steps} steps, {time.perf_counter() - self._started:.0f} s")
+        how = how or f"{self.config.max_steps} steps"
+        console.print(f"{self.path}: done, {how}, {time.perf_counter() - self._started:.0f} s")
 
 
 def _with_defaults(before: Any, config: Any) -> Any:

@@ -1,67 +1,183 @@
-"""Reward model training: Bradley-Terry on comparisons.
+"""Reward model training: Bradley-Terry or Plackett-Luce on comparisons of answers to one prompt.
 
-A row is {"chosen": ..., "rejected": ...} with an optional "prompt" that both answers share and an optional "margin";
-prompts and answers are text or chat messages (TRL's explicit and implicit prompts). Accuracy is always printed beside
-what the longer answer alone would get.
+A row is a pair, {"chosen": ..., "rejected": ...} with an optional "prompt" that both answers share and an optional
+"margin"; or a group, {"prompt": ..., "completions": [...], "scores": [...]}, in which the higher score is the better
+answer and equal scores are not compared. Prompts and answers are text or chat messages (TRL's explicit and implicit
+prompts). A pair is a group of two. What the answers of a group share, the longest common prefix of their tokens, is
+computed once. Accuracy is always printed beside what the longer answer alone would get.
 """
 
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from gopo_jax import preference_loss
-from gopo_jax.losses import Metrics
+from gopo_jax import listwise_loss, preference_loss
 from models.config import REWARD_MODEL
-from models.tokenizer import Tokenizer, pad
+from models.reward_model import Qwen3RewardModel
+from models.tokenizer import Prompt, Tokenizer, bucket, pad
 from train.config import ChatConfig, RewardModelConfig
 from train.prompts import Row, asked_and_answered, require_columns
-from train.supervised import Batch, Task, train_supervised
+from train.rewards import common_prefix
+from train.supervised import Batch, Outcome, Task, train_supervised
 
-Example = tuple[list[int], list[int], float]  # chosen, rejected, margin
+WORTHWHILE = 0.75  # of the slots of whole rows: with more, what is shared is computed for each answer
+
+
+class Comparison(NamedTuple):
+    """The answers to one prompt."""
+
+    rows: list[list[int]]  # token ids of prompt and answer
+    scores: list[float]  # the higher the better; equal: not compared
+    margin: float = 0.0  # of a pair: how much better the first is
+
+    def pairs(self) -> list[tuple[int, int]]:
+        """(better, worse) of all that are compared."""
+        numbers = range(len(self.scores))
+        return [(i, j) for i in numbers for j in numbers if self.scores[i] > self.scores[j]]
 
 
 def train_reward_model(config: RewardModelConfig) -> None:
-    def loss(params: Any, batch: dict[str, jax.Array], *, graphdef: Any) -> tuple[jax.Array, Metrics]:
-        return objective(params, batch, graphdef=graphdef, center=config.center_rewards_coefficient)
+    def loss(params: Any, batch: dict[str, jax.Array], *, graphdef: Any) -> tuple[jax.Array, Outcome]:
+        return objective(params, batch, graphdef=graphdef, config=config)
 
-    task = Task(encode, lambda e: max(len(e[0]), len(e[1])), collate, loss, length_baseline, REWARD_MODEL)
+    def checked(*arguments: Any) -> list[Comparison]:
+        examples, source = encode(*arguments), arguments[2]
+        if config.loss == "plackett_luce" and any(example.margin for example in examples):
+            raise ValueError(f"{source}: the column 'margin' is for loss: bradley_terry; leave one of the two out")
+        return examples
+
+    task = Task(checked, lambda e: max(map(len, e.rows)), collate, loss, length_baseline, REWARD_MODEL)
     train_supervised(config, task)
 
 
-def encode(rows: Sequence[Row], tokenizer: Tokenizer, source: str, chat: ChatConfig) -> list[Example]:
-    require_columns(rows, source, "chosen", "rejected")
+def encode(rows: Sequence[Row], tokenizer: Tokenizer, source: str, chat: ChatConfig) -> list[Comparison]:
     require_columns([{"prompt": row.get("prompt") or "-"} for row in rows], source, "prompt")  # it may be missing
+    if "completions" in rows[0]:
+        return encode_groups(rows, tokenizer, source, chat)
+    require_columns(rows, source, "chosen", "rejected")
     sides = [
         tokenizer.conversation_ids(*asked_and_answered(rows, source, side, chat)) for side in ("chosen", "rejected")
     ]
     margins = [float(row.get("margin") or 0.0) for row in rows]
-    return list(zip(*sides, margins, strict=True))
+    return [Comparison([c, r], [1.0, 0.0], m) for c, r, m in zip(*sides, margins, strict=True)]
 
 
-def collate(examples: Sequence[Example], tokenizer: Tokenizer, max_length: int) -> Batch:
-    chosen, rejected, margins = zip(*examples, strict=True)
-    tokens_BS, lengths_B = pad([*chosen, *rejected], tokenizer.pad_id, max_length)
-    return {
-        "tokens_B2S": np.stack(np.split(tokens_BS, 2), 1),
-        "lengths_B2": np.stack(np.split(lengths_B, 2), 1),
-        "margin_B": np.array(margins, np.float32),
+def encode_groups(rows: Sequence[Row], tokenizer: Tokenizer, source: str, chat: ChatConfig) -> list[Comparison]:
+    for number, row in enumerate(rows, 1):
+        completions, scores = row.get("completions"), row.get("scores")
+        sizes = [len(x) if isinstance(x, list) else None for x in (completions, scores)]
+        if sizes[0] != sizes[1] or (sizes[0] or 0) < 2:
+            raise ValueError(
+                f"{source}: row {number}: expected 'completions', a list of at least 2 answers, and as many 'scores', "
+                f"got {sizes[0] or 'no list'} and {sizes[1] or 'no list'}"
+            )
+        assert isinstance(scores, list)
+        if not all(isinstance(x, int | float) and math.isfinite(x) for x in scores):
+            raise ValueError(f"{source}: row {number}: 'scores': expected numbers, got {scores}")
+    asked: list[Prompt] = []
+    answers: list[str] = []
+    for number, row in enumerate(rows, 1):
+        group, where = [{"prompt": row.get("prompt"), "answer": c} for c in row["completions"]], f"row {number}"
+        require_columns(group, f"{source}: {where}: 'completions'", "answer")
+        found = asked_and_answered(group, f"{source}: {where}: 'completions'", "answer", chat)
+        asked += found[0]
+        answers += found[1]
+    ids = iter(tokenizer.conversation_ids(asked, answers))
+    examples = [Comparison([next(ids) for _ in row["scores"]], list(map(float, row["scores"]))) for row in rows]
+    if not any(example.pairs() for example in examples):
+        raise ValueError(f"{source}: nothing is compared: in every row all 'scores' are equal")
+    return examples
+
+
+def collate(examples: Sequence[Comparison], tokenizer: Tokenizer, max_length: int) -> Batch:
+    """Groups of one size, filled up with answers that are masked; split into prefix and rest where that is less."""
+    G = 1 << (max(len(example.rows) for example in examples) - 1).bit_length()  # few shapes: a power of two
+    filler = [[tokenizer.pad_id]]
+    shared_P = [common_prefix(example.rows) for example in examples]
+
+    def grid(array: np.ndarray) -> np.ndarray:
+        return array.reshape(len(examples), G, *array.shape[1:])
+
+    def answers(first_P: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """From the given token of each group on."""
+        groups = [[row[n:] for row in e.rows] for e, n in zip(examples, first_P, strict=True)]
+        rows = [row for group in groups for row in group + filler * (G - len(group))]
+        return pad(rows, tokenizer.pad_id, max_length)
+
+    def filled(values: Sequence[float], fill: float) -> list[float]:
+        return [*values, *[fill] * (G - len(values))]
+
+    def ranks(scores: Sequence[float]) -> list[float]:
+        """0 for the worst; in float32, scores that differ could be equal."""
+        return np.unique(scores, return_inverse=True)[1].tolist()
+
+    whole, lengths = answers([0] * len(examples))
+    batch = {
+        "tokens_PGT": grid(whole),
+        "lengths_PG": grid(lengths),
+        "rank_PG": np.array([filled(ranks(e.scores), 0) for e in examples], np.float32),
+        "mask_PG": np.array([filled([1] * len(e.rows), 0) for e in examples], bool),
+        "margin_P": np.array([e.margin for e in examples], np.float32),
     }
+    S = bucket(max(1, *shared_P), max_length)
+    rest, rest_lengths = answers(shared_P)
+    if S + G * rest.shape[1] > WORTHWHILE * G * whole.shape[1]:
+        return batch
+    prefix_PS = np.full((len(examples), S), tokenizer.pad_id, np.int32)
+    for p, (example, n) in enumerate(zip(examples, shared_P, strict=True)):
+        prefix_PS[p, :n] = example.rows[0][:n]
+    prefix = {"prefix_PS": prefix_PS, "prefix_lengths_P": np.array(shared_P, np.int32)}
+    return batch | prefix | {"tokens_PGT": grid(rest), "lengths_PG": grid(rest_lengths)}
 
 
-def objective(params: Any, batch: dict[str, jax.Array], *, graphdef: Any, center: float) -> tuple[jax.Array, Metrics]:
-    """Mean Bradley-Terry loss over the real comparisons of a batch."""
-    tokens_B2S, real_B = batch["tokens_B2S"], batch["real_B"]
-    rewards = nnx.merge(graphdef, params)(tokens_B2S.reshape(-1, tokens_B2S.shape[-1]), batch["lengths_B2"].reshape(-1))
-    rewards_B2 = rewards.reshape(-1, 2)
-    return preference_loss(rewards_B2[:, 0], rewards_B2[:, 1], margin=batch["margin_B"], center=center, mask=real_B)
+def rewards_of(model: Qwen3RewardModel, batch: dict[str, jax.Array]) -> jax.Array:
+    """float32 [P, G]."""
+    tokens_PGT, lengths_PG = batch["tokens_PGT"], batch["lengths_PG"]
+    if "prefix_PS" in batch:
+        return model.score_group(batch["prefix_PS"], batch["prefix_lengths_P"], tokens_PGT, lengths_PG)
+    P, G, T = tokens_PGT.shape
+    return model(tokens_PGT.reshape(P * G, T), lengths_PG.reshape(P * G)).reshape(P, G)
 
 
-def length_baseline(examples: Sequence[Example]) -> dict[str, float]:
+def objective(
+    params: Any, batch: dict[str, jax.Array], *, graphdef: Any, config: RewardModelConfig
+) -> tuple[jax.Array, Outcome]:
+    return comparison_loss(rewards_of(nnx.merge(graphdef, params), batch), batch, config)
+
+
+def comparison_loss(
+    rewards_PG: jax.Array, batch: dict[str, jax.Array], config: RewardModelConfig
+) -> tuple[jax.Array, Outcome]:
+    """The mean loss over the real comparisons of a batch: pairs (Bradley-Terry), or groups (Plackett-Luce).
+
+    A group's pairs are all those with different scores, so it counts as its pairs would as rows.
+    """
+    rank_PG, mask_PG = batch["rank_PG"], batch["mask_PG"] & batch["real_B"][:, None]
+    pairs_PGG = mask_PG[:, :, None] & mask_PG[:, None, :] & (rank_PG[:, :, None] > rank_PG[:, None, :])
+    better_PGG, worse_PGG, margin_PGG = (
+        jnp.broadcast_to(x, pairs_PGG.shape)
+        for x in (rewards_PG[:, :, None], rewards_PG[:, None, :], batch["margin_P"][:, None, None])
+    )
+    center = config.center_rewards_coefficient
+    loss, metrics = preference_loss(better_PGG, worse_PGG, margin=margin_PGG, center=center, mask=pairs_PGG)
+    count = metrics["accuracy"][1]
+    if config.loss == "plackett_luce":
+        loss, more = listwise_loss(rewards_PG, rank_PG, mask_PG)
+        count = more["top_accuracy"][1]
+        metrics |= more
+    metrics["loss"] = (jax.lax.stop_gradient(loss) * count, count)
+    return loss, Outcome(metrics, jnp.where(pairs_PGG, better_PGG - worse_PGG, jnp.nan))
+
+
+def length_baseline(examples: Sequence[Comparison]) -> dict[str, float]:
     """The accuracy of "the longer answer is better", in tokens; ties count one half."""
-    if not examples:
-        return {}
-    won = [0.5 if len(c) == len(r) else float(len(c) > len(r)) for c, r, _ in examples]
-    return {"length_baseline_accuracy": float(np.mean(won))}
+    won = []
+    for example in examples:
+        lengths = [len(row) for row in example.rows]
+        won += [0.5 * (1 + np.sign(lengths[i] - lengths[j])) for i, j in example.pairs()]
+    return {"length_baseline_accuracy": float(np.mean(won))} if won else {}

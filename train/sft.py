@@ -1,12 +1,17 @@
 """Supervised fine-tuning: the mean negative log-likelihood of the completion's tokens.
 
-A row is {"text": ...}, all of which is learned, or {"prompt": ..., "completion": ...}, of which the completion is;
-prompt and completion may be chat messages, which are rendered as the config's `chat` says. A completion may also be a
-whole conversation (`data.columns: {completion: messages}`), of which the last message is learned. The end-of-text token
-is learned too.
+A row is {"text": ...}, all of which is learned; {"prompt": ..., "completion": ...}, of which the completion is; or
+{"messages": [...]}, of which the last message, the assistant's, is. Prompt and completion may be chat messages, which
+are rendered as the config's `chat` says. The end-of-text token is learned too.
+
+With `packing` the examples lie one behind the other in rows of max_length tokens, packed once for the whole data set.
+None sees another and each begins at position 0, so that loss and gradient are those of the examples in rows of their
+own (`models.attention.group_attention`, `offset_PGT`).
 """
 
+import bisect
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,17 +20,25 @@ import numpy as np
 from flax import nnx
 
 from gopo_jax.losses import Metrics
-from models.tokenizer import Tokenizer, pad
-from train.config import ChatConfig, SupervisedConfig
-from train.prompts import Row, asked_and_answered, require_columns
-from train.supervised import Batch, Task, train_supervised
+from models.tokenizer import Tokenizer, bucket, pad
+from train.config import ChatConfig, SftConfig
+from train.metrics import console
+from train.prompts import Row, asked_and_answered, require_columns, shuffled
+from train.supervised import Batch, Outcome, Task, train_supervised
 
 LOGPROB_CHUNK = 4096  # tokens whose logits exist at a time on each device
 Example = tuple[list[int], int]  # token ids, how many of them are prompt
 
 
-def train_sft(config: SupervisedConfig) -> None:
-    train_supervised(config, Task(encode, lambda example: len(example[0]), collate, objective, lambda _: {}))
+def train_sft(config: SftConfig) -> None:
+    def length(example: Example) -> int:
+        return len(example[0])
+
+    if config.packing:
+        packed = Task(encode, length, collate_packed, objective, lambda _: {}, pack=partial(pack, config=config))
+        train_supervised(config, packed)
+    else:
+        train_supervised(config, Task(encode, length, collate, objective, lambda _: {}))
 
 
 def encode(rows: Sequence[Row], tokenizer: Tokenizer, source: str, chat: ChatConfig) -> list[Example]:
@@ -39,6 +52,8 @@ def encode(rows: Sequence[Row], tokenizer: Tokenizer, source: str, chat: ChatCon
         prompts: list[list[int]] = [[] for _ in rows]
         completions = tokenizer.encode([row["text"] for row in rows])
     else:
+        if "completion" not in rows[0] and "messages" in rows[0]:
+            rows = [row | {"completion": row.get("messages")} for row in rows]
         require_columns(rows, source, "completion")
         # a conversation needs no prompt of its own
         require_columns(
@@ -53,16 +68,76 @@ def collate(examples: Sequence[Example], tokenizer: Tokenizer, max_length: int) 
     tokens_BS, lengths_B = pad([ids for ids, _ in examples], tokenizer.pad_id, max_length)
     position_S = np.arange(tokens_BS.shape[1])
     prompt_B = np.array([n for _, n in examples])
-    learned_BS = (position_S < lengths_B[:, None]) & (position_S >= prompt_B[:, None])
-    return {"tokens_BS": tokens_BS, "learned_BS": learned_BS}
+    learned_BS = (position_S < lengths_B[:, None]) & (position_S >= np.maximum(prompt_B, 1)[:, None])
+    return {"tokens_BS": tokens_BS, "learned_BS": learned_BS, "used_B": lengths_B}
 
 
-def objective(params: Any, batch: dict[str, jax.Array], *, graphdef: Any) -> tuple[jax.Array, Metrics]:
-    """-sum log p(token) / learned tokens; the first token of a row has nothing to be predicted from."""
+def collate_packed(rows: Sequence[Sequence[Example]], tokenizer: Tokenizer, max_length: int) -> Batch:
+    """Rows of several examples; `offset_BS` is a token's place in its own."""
+    shape = (len(rows), max_length)
+    tokens_BS, offset_BS = np.full(shape, tokenizer.pad_id, np.int32), np.zeros(shape, np.int32)
+    learned_BS, used_B = np.zeros(shape, bool), np.zeros(len(rows), np.int32)
+    for b, row in enumerate(rows):
+        for ids, prompt in row:
+            start, end = used_B[b], used_B[b] + len(ids)
+            tokens_BS[b, start:end], offset_BS[b, start:end] = ids, np.arange(len(ids))
+            learned_BS[b, start + max(prompt, 1) : end] = True
+            used_B[b] = end
+    return {"tokens_BS": tokens_BS, "offset_BS": offset_BS, "learned_BS": learned_BS, "used_B": used_B}
+
+
+def pack(examples: Sequence[Example], source: str, *, config: SftConfig) -> list[list[Example]]:
+    """The examples in rows of at most max_length tokens: the longest first, each into the fullest row with room.
+
+    Packed once, in an order that depends on the lengths alone, so that rows and batches are functions of the data.
+    """
+    lengths = [len(ids) for ids, _ in examples]
+    rows: list[list[Example]] = []
+    with_room: dict[int, list[int]] = {}  # tokens left -> rows
+    rooms: list[int] = []  # its keys, sorted
+    for i in np.argsort(-np.array(lengths), kind="stable"):
+        at = bisect.bisect_left(rooms, lengths[i])
+        if at == len(rooms):
+            row, room = len(rows), config.max_length
+            rows.append([])
+        else:
+            room = rooms[at]
+            row = with_room[room].pop()
+            if not with_room[room]:
+                del with_room[room], rooms[at]
+        rows[row].append(examples[i])
+        left = room - lengths[i]
+        if left not in with_room:
+            bisect.insort(rooms, left)
+        with_room.setdefault(left, []).append(row)
+    before, after = padding(lengths, config), 1 - sum(lengths) / (len(rows) * config.max_length)
+    console.print(
+        f"{source}: packed into {len(rows)} rows of {config.max_length} tokens; {after:.1%} is padding, without "
+        f"packing {before:.1%}"
+    )
+    return rows
+
+
+def padding(lengths: Sequence[int], config: SftConfig) -> float:
+    """The share of padding in an epoch of batches that are not packed."""
+    slots = used = 0
+    for step in range(max(len(lengths) // config.batch_size, 1)):
+        batch = [lengths[i] for i in shuffled(len(lengths), config.batch_size, config.seed, step)]
+        slots, used = slots + len(batch) * bucket(max(batch), config.max_length), used + sum(batch)
+    return 1 - used / slots
+
+
+def objective(params: Any, batch: dict[str, jax.Array], *, graphdef: Any) -> tuple[jax.Array, Outcome]:
+    """-sum log p(token) / learned tokens; the first token of an example has nothing to be predicted from."""
     model = nnx.merge(graphdef, params)
-    hidden_BSD = model.hidden(batch["tokens_BS"])[:, :-1]
-    logprobs_BS = model.logprobs(hidden_BSD, batch["tokens_BS"][:, 1:], chunk_tokens=LOGPROB_CHUNK)
-    mask_BS = batch["learned_BS"][:, 1:] & batch["real_B"][:, None]
+    tokens_BS, real_B = batch["tokens_BS"], batch["real_B"]
+    hidden_BSD = model.hidden(tokens_BS, batch.get("offset_BS"))[:, :-1]
+    logprobs_BS = model.logprobs(hidden_BSD, tokens_BS[:, 1:], chunk_tokens=LOGPROB_CHUNK)
+    mask_BS = batch["learned_BS"][:, 1:] & real_B[:, None]
     count = mask_BS.sum(dtype=jnp.float32)
     total = -jnp.where(mask_BS, logprobs_BS, 0).sum()
-    return total / jnp.maximum(count, 1), {"nll": (jax.lax.stop_gradient(total), count)}
+    nll = (jax.lax.stop_gradient(total), count)
+    slots = real_B.sum(dtype=jnp.float32) * tokens_BS.shape[1]
+    used = jnp.where(real_B, batch["used_B"], 0).sum(dtype=jnp.float32)
+    metrics: Metrics = {"loss": nll, "nll": nll, "padding_frac": (slots - used, slots)}
+    return total / jnp.maximum(count, 1), Outcome(metrics, jnp.zeros(0))

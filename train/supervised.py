@@ -1,5 +1,7 @@
 """The loop that `train sft` and `train reward` share: batches of token rows, a loss, validation, checkpoints."""
 
+import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -14,15 +16,25 @@ from gopo_jax.losses import Metrics
 from models.config import POLICY
 from models.hf_weights import split
 from models.lora import join
-from models.sharding import Layout
+from models.sharding import Layout, fetch
 from models.tokenizer import Tokenizer
 from train import state as training
+from train.calibration import expected_calibration_error, reliability
 from train.config import ChatConfig, SupervisedConfig
-from train.metrics import Run, Timer, console, divide, setup_errors
+from train.metrics import CALIBRATION, Run, Timer, console, divide, setup_errors, write_whole
+from train.processes import is_first
 from train.prompts import Row, hold_out, load_rows, shuffled
 from train.state import TrainState
+from train.stopping import EarlyStopping, is_over
 
 Batch = dict[str, np.ndarray]
+
+
+class Outcome(NamedTuple):
+    """What an objective finds beside the loss."""
+
+    metrics: Metrics  # "loss" among them
+    differences: jax.Array  # of comparisons: the better answer's score minus the other's; NaN where there is none
 
 
 class Task(NamedTuple):
@@ -31,9 +43,10 @@ class Task(NamedTuple):
     encode: Callable[[Sequence[Row], Tokenizer, str, ChatConfig], list[Any]]  # (.., source, chat) -> examples
     length: Callable[[Any], int]  # the longest token row of an example
     collate: Callable[[Sequence[Any], Tokenizer, int], Batch]  # (examples, tokenizer, max_length) -> arrays
-    objective: Callable[..., tuple[jax.Array, Metrics]]  # (params, batch, graphdef) -> loss, metrics
+    objective: Callable[..., tuple[jax.Array, Outcome]]  # (params, batch, graphdef) -> loss, outcome
     baselines: Callable[[Sequence[Any]], dict[str, float]]  # of the validation examples
     architecture: str = POLICY
+    pack: Callable[[list[Any], str], list[Any]] = lambda examples, source: examples  # examples -> rows of a batch
 
 
 def train_supervised(config: SupervisedConfig, task: Task) -> None:
@@ -48,90 +61,131 @@ def train_supervised(config: SupervisedConfig, task: Task) -> None:
         examples, held_out = load_examples(config, task, tokenizer)
         model = training.make_model(config.model, config.lora, layout, config.seed, tokenizer, task.architecture)
         graphdef, params = split(model)
-        run = Run(config, model.config.to_hf(), tokenizer)
+        run, stopping = Run(config, model.config.to_hf(), tokenizer), EarlyStopping(config.early_stopping)
+        if is_over(run):
+            return
         optimizer, schedule = training.make_optimizer(config.optimizer, config.max_steps)
         state = run.resume(training.make_state(params, optimizer, layout))
+        stopping.recall(run)
         del model, params  # a resumed run has others
 
     objective = partial(task.objective, graphdef=graphdef)
     update = make_update(objective, optimizer, state)
     judge = jax.jit(lambda params, batch: objective(params, batch)[1])
-    baselines = task.baselines(held_out)
 
-    def evaluate(state: TrainState) -> dict[str, float]:
-        totals: dict[str, list[tuple[float, float]]] = {}
-        for start in range(0, len(held_out), config.batch_size):
-            batch = held_out[start : start + config.batch_size]
-            arrays = task.collate(batch, tokenizer, config.max_length)
-            found = judge(state.all_params, put(layout, fill(arrays, config.batch_size)))
-            for name, pair in jax.device_get(found).items():
-                totals.setdefault(name, []).append(pair)
-        means = {name: float(np.sum([p[0] for p in v]) / np.sum([p[1] for p in v])) for name, v in totals.items()}
-        return {f"validation/{name}": value for name, value in (means | baselines).items()}
+    def arrays(batch: Sequence[Any]) -> dict[str, jax.Array]:
+        return put(layout, fill(task.collate(batch, tokenizer, config.max_length), config.batch_size))
+
+    def evaluate(state: TrainState) -> Judged:
+        judged = Judged({}, {})
+        for name, held in held_out.items():
+            metrics, bins = validate(held, partial(judge, state.all_params), arrays, config.batch_size)
+            metrics |= task.baselines(held)
+            judged.metrics.update({f"{name}/{key}": value for key, value in metrics.items()})
+            judged.bins.update({name: bins} if bins else {})
+        return judged
 
     if run.start == 0 and held_out:
-        run.write(0, evaluate(state))
+        run.write(0, evaluate(state).metrics)
     for step in run.steps():
+        if stopping.exhausted:
+            break
         began, timer = time.perf_counter(), Timer()
         batch = [examples[i] for i in shuffled(len(examples), config.batch_size, config.seed, step)]
-        arrays = task.collate(batch, tokenizer, config.max_length)
         with timer("update"):
-            state, learned = update(state, put(layout, fill(arrays, config.batch_size)))
+            state, learned = update(state, arrays(batch))
             metrics = divide(learned)
-        done = step + 1
+        done, best = step + 1, False
         metrics |= {"learning_rate": schedule(step), "epoch": done * config.batch_size / len(examples)}
         if held_out and (done % config.eval_steps == 0 or done == config.max_steps):
             with timer("validation"):
-                metrics |= evaluate(state)
+                judged = evaluate(state)
+            metrics |= judged.metrics
+            best = stopping.see(done, judged.metrics)
+            if best or not stopping.on:
+                write_calibration(run, done, judged)
         run.write(done, metrics | timer.seconds | {"timing_s/step": time.perf_counter() - began})
         run.show(done, {name: metrics[name] for name in ("loss", "accuracy") if name in metrics})
-        if run.checkpoint_due(done):
+        if best:
+            run.keep_best(done)
+        if best or run.checkpoint_due(done):
             run.save(done, state)
-    run.close()
+    stopping.finish(run)
 
 
-def load_examples(config: SupervisedConfig, task: Task, tokenizer: Tokenizer) -> tuple[list[Any], list[Any]]:
-    """Encoded rows to train on and to validate on, those that fit into max_length; how many did not is printed."""
+class Judged(NamedTuple):
+    """What is measured on held-out data."""
+
+    metrics: dict[str, float]
+    bins: dict[str, list[dict[str, Any]]]  # of each set of comparisons, see `train.calibration.reliability`
+
+
+def write_calibration(run: Run, step: int, judged: Judged) -> None:
+    """calibration.json: of the last validation, or of the best where early stopping looks for it."""
+    if judged.bins and is_first():
+        write_whole(run.path / CALIBRATION, json.dumps({"step": step, "sets": judged.bins}, indent=1) + "\n")
+
+
+def validate(
+    examples: Sequence[Any], judge: Callable[[Any], Outcome], arrays: Callable[[Sequence[Any]], Any], batch_size: int
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Means over all examples; of comparisons also the calibration error, and the bins that it is made of."""
+    totals: dict[str, list[tuple[float, float]]] = {}
+    differences = []
+    for start in range(0, len(examples), batch_size):
+        metrics, apart = judge(arrays(examples[start : start + batch_size]))
+        differences.append(fetch(apart).ravel())
+        for key, pair in jax.device_get(metrics).items():
+            totals.setdefault(key, []).append(pair)
+    sums = {key: np.sum(pairs, 0) for key, pairs in totals.items()}
+    means = {key: float(total / count) if count else math.nan for key, (total, count) in sums.items()}
+    compared = np.concatenate(differences)
+    compared = compared[~np.isnan(compared)]
+    if not compared.size:
+        return means, []
+    return means | {"ece": expected_calibration_error(compared)}, reliability(compared)
+
+
+def load_examples(config: SupervisedConfig, task: Task, tokenizer: Tokenizer) -> tuple[list[Any], dict[str, list[Any]]]:
+    """Encoded rows to train on, and those of each validation set by the beginning of its metrics' names; those that fit
+    into max_length, how many did not is printed."""
     data = config.data
 
     def load(source: str, split_name: str) -> list[Any]:
         return task.encode(load_rows(source, split_name, data.columns), tokenizer, source, config.chat)
 
-    train, held_out = load(data.train, data.split), []
+    def fitting(examples: Sequence[Any], source: str) -> list[Any]:
+        kept = [example for example in examples if 2 <= task.length(example) <= config.max_length]
+        limits = f"2 to {config.max_length} tokens"
+        console.print(f"{source}: {len(kept)} rows ({len(examples) - len(kept)} left out, not of {limits})")
+        if not kept:
+            raise ValueError(
+                f"{source}: none of the {len(examples)} rows has 2 to max_length = {config.max_length} tokens"
+            )
+        return task.pack(kept, source)
+
+    train, held_out = load(data.train, data.split), {}
     if data.validation_rows:
         kept, out = hold_out(len(train), data.validation_rows, data.split_seed)
-        train, held_out = [train[i] for i in kept], [train[i] for i in out]
+        held_out["validation"] = fitting([train[i] for i in out], f"{data.train}, held out")
+        train = [train[i] for i in kept]
     elif data.validation is not None:
-        held_out = load(data.validation, data.validation_split)
-    fit = [
-        fitting(examples, source, config.max_length, task)
-        for examples, source in ((train, data.train), (held_out, data.validation or f"{data.train}, held out"))
-    ]
-    return fit[0], fit[1]
-
-
-def fitting(examples: Sequence[Any], source: str, max_length: int, task: Task) -> list[Any]:
-    """Those of 2 to max_length tokens; how many are not is printed."""
-    kept = [example for example in examples if 2 <= task.length(example) <= max_length]
-    if examples:
-        left_out = len(examples) - len(kept)
-        console.print(f"{source}: {len(kept)} rows ({left_out} left out, not of 2 to {max_length} tokens)")
-    if examples and not kept:
-        raise ValueError(f"{source}: none of the {len(examples)} rows has 2 to max_length = {max_length} tokens")
-    return kept
+        held_out["validation"] = fitting(load(data.validation, data.validation_split), data.validation)
+    for name, source in data.held_out.items():
+        held_out[f"validation/{name}"] = fitting(load(source, data.validation_split), source)
+    return fitting(train, data.train), held_out
 
 
 def make_update(
-    objective: Callable[..., tuple[jax.Array, Metrics]], optimizer: optax.GradientTransformation, state: TrainState
+    objective: Callable[..., tuple[jax.Array, Outcome]], optimizer: optax.GradientTransformation, state: TrainState
 ) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
     """One optimizer step on a batch, jitted; the state's buffers are reused, its shardings kept."""
 
     @partial(jax.jit, donate_argnums=0, out_shardings=(training.shardings(state), None))
     def update(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         of_trained = lambda params: objective(join(params, state.frozen), batch)  # noqa: E731
-        (loss, metrics), gradient = jax.value_and_grad(of_trained, has_aux=True)(state.params)
-        one = jnp.ones(())
-        metrics |= {"loss": (loss, one), "grad_norm": (optax.tree.norm(gradient), one)}
+        (_, found), gradient = jax.value_and_grad(of_trained, has_aux=True)(state.params)
+        metrics = found.metrics | {"grad_norm": (optax.tree.norm(gradient), jnp.ones(()))}
         return training.apply(optimizer, state, gradient), metrics
 
     return update

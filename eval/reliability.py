@@ -1,0 +1,47 @@
+"""Reliability diagrams of reward models, from the calibration.json that `train reward` left in their runs."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from eval import plots
+from eval.runs import Arguments
+from train.metrics import CALIBRATION, console, setup_errors
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReliabilityConfig:
+    runs: list[str]
+
+
+def parse_reliability(arguments: list[str]) -> ReliabilityConfig:
+    parser = Arguments("reliability", "Draw RM/reliability.png and .svg of each run of `train reward`.")
+    parser.add_argument("runs", metavar="RM", nargs="+", help="runs of `train reward` with held-out data")
+    return ReliabilityConfig(**vars(parser.parse_args(arguments)))
+
+
+def draw_reliability(config: ReliabilityConfig) -> None:
+    """Raises: SetupError: a run that has not validated."""
+    with setup_errors():
+        for run in config.runs:
+            if not (Path(run) / CALIBRATION).is_file():
+                raise FileNotFoundError(
+                    f"{run}: no {CALIBRATION} in it; expected a run of `train reward` with data.validation or "
+                    f"data.held_out that has validated at least once"
+                )
+    for run in config.runs:
+        reliability_pictures(Path(run), [run])
+        console.print(str(Path(run) / "reliability.png"))
+
+
+def reliability_pictures(folder: Path, models: Sequence[str]) -> list[plots.Picture]:
+    """One picture of all the models, and of all their held-out sets, that have been validated."""
+    bins = {}
+    for path in dict.fromkeys(model.partition("@")[0] for model in models):
+        file = Path(path) / CALIBRATION
+        sets = json.loads(file.read_text(encoding="utf-8"))["sets"] if file.is_file() else {}
+        for name, rows in sets.items():
+            short = name.removeprefix("validation/")
+            bins[short if len(models) == 1 else f"{Path(path).resolve().name}, {short}"] = rows
+    return [plots.reliability(folder, bins)] if bins else []
