@@ -152,8 +152,8 @@ def test_supervised_rows_are_held_out_before_any_is_left_out(
         return [(number, len(row["text"])) for number, row in enumerate(rows)]
 
     task = Task(encode, lambda example: example[1], None, None, None)  # type: ignore[arg-type]
-    found = load_examples(config, task, Tokenizer(tiny_tokenizer_dir))
-    for examples, numbers in zip(found, hold_out(20, 8, 2), strict=True):
+    train, held_out = load_examples(config, task, Tokenizer(tiny_tokenizer_dir))
+    for examples, numbers in zip((train, held_out["validation"]), hold_out(20, 8, 2), strict=True):
         assert examples == [(i, lengths[i]) for i in numbers if lengths[i] <= 5]
 
 
@@ -422,5 +422,5 @@ def test_inspection_measures_and_shows(
     write_jsonl(tmp_path / "x.jsonl", [{"chosen": "good food", "rejected": "bad"}, {"chosen": "a", "rejected": "bbbb"}])
     reward = RewardModelConfig(output_dir="x", model=config.model, data=config.data, max_steps=1)
     code, out, _ = run(reward, "--rows=1", command=("inspect", "reward"))
-    assert code == 0 and "the longer one in 50.0 % of the comparisons" in out and "row 1, rejected" in out
+    assert code == 0 and "the longer one in 50.0 % of the comparisons" in out and "row 1, score 0" in out
     assert "Expected one of sft, reward, policy" in run(config, command=("inspect", "plan"))[2]

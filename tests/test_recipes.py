@@ -18,8 +18,8 @@ from train.prompts import load_rows, load_splits
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"
 TASKS = ("tldr", "ultrachat", "ifeval")
-# demo: needs what `make demo` makes before it; launch: shell and Kubernetes; variants: parts of configs
-EXCLUDED = ("demo", "launch", "variants")
+# demo, preferences: need data that is made, see the slow test; launch: shell and Kubernetes; variants: parts of configs
+EXCLUDED = ("demo", "preferences", "launch", "variants")
 SHIPPED = sorted(
     f.relative_to(ROOT) for f in CONFIGS.rglob("*.yaml") if f.relative_to(CONFIGS).parts[0] not in EXCLUDED
 )
@@ -141,6 +141,27 @@ def test_every_shipped_config_passes_a_dry_run_without_the_network() -> None:
     assert "the Hub was not reached: as train/schemas.yaml had it" in done.stdout
     assert done.stdout.count("mesh data 1 x fsdp 8 x tensor 1") == len([f for f in files if "tiny" not in f.name])
     assert "does NOT fit" not in done.stdout
+
+
+@pytest.mark.slow
+def test_configs_whose_data_is_made_pass_a_dry_run_too(tmp_path: Path) -> None:
+    def run(*arguments: str) -> None:
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+        subprocess.run([sys.executable, *arguments], cwd=tmp_path, env=environment, check=True, timeout=300)
+
+    def config(name: str) -> list[str]:
+        return ["--config", str(CONFIGS / f"{name}.yaml")]
+
+    run(str(ROOT / "data" / "reviews" / "prepare.py"), "runs/demo")
+    run(str(ROOT / "data" / "preferences" / "prepare.py"), "runs/preferences")
+    for program, name in (("sft", "sft"), ("reward", "reward")):  # what the demo's policies start from
+        run("-m", "train", program, *config(f"demo/{name}"), "--max_steps", "1", "--optimizer.warmup_steps", "0")
+    programs = {"demo/sft": "sft", "demo/gopo": "policy", "demo/grpo": "policy"}
+    programs |= dict.fromkeys(("demo/reward", "demo/judge", "preferences/hh", "preferences/tldr"), "reward")
+    made = {str(file.relative_to(CONFIGS).with_suffix("")) for d in EXCLUDED[:2] for file in (CONFIGS / d).glob("*")}
+    assert programs.keys() == made
+    for name, program in programs.items():
+        run("-m", "train", program, *config(name), "--dry_run")
 
 
 @pytest.mark.parametrize("task", TASKS)

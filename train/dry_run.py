@@ -27,6 +27,7 @@ from train.config import DataConfig, PlanConfig, PolicyConfig, RewardModelConfig
 from train.metrics import console, setup_errors
 from train.plan import FULL, GIB, HBM
 from train.prompts import Row, as_chat, asked_and_answered, is_file_name, load_rows, load_splits, require_columns
+from train.reward_model import check_groups
 from train.rewards import function_scorer
 
 SCHEMAS = Path(__file__).with_name("schemas.yaml")
@@ -124,12 +125,15 @@ def needed(config: Config, columns: Mapping[str, Any]) -> list[str]:
     if isinstance(config, PolicyConfig):
         return [config.data.prompt_column]
     if isinstance(config, RewardModelConfig):
-        return ["chosen", "rejected"]
-    return ["text"] if "text" in columns else ["completion"]
+        return ["completions", "scores"] if "completions" in columns else ["chosen", "rejected"]
+    return [next((name for name in ("text", "completion", "messages") if name in columns), "completion")]
 
 
 def check_rows(config: Config, rows: Sequence[Row], source: str) -> None:
     columns = needed(config, rows[0])
+    if "scores" in columns:
+        check_groups(rows, source)
+        return
     require_columns(rows, source, *columns)
     if not isinstance(config, PolicyConfig) and columns != ["text"]:  # a policy's: load_splits
         for column in columns:

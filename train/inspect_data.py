@@ -6,19 +6,17 @@ import numpy as np
 from rich.table import Table
 
 from models.tokenizer import Tokenizer
-from train import sft
+from train import reward_model, sft
 from train import state as training
 from train.config import PolicyConfig, RewardModelConfig, SupervisedConfig
 from train.metrics import console, setup_errors
 from train.prompts import (
     Prompts,
     Row,
-    asked_and_answered,
     hold_out,
     load_rows,
     load_splits,
     prompt_key,
-    require_columns,
 )
 from train.show import line, show
 
@@ -77,10 +75,13 @@ def inspect_supervised(config: SupervisedConfig, tokenizer: Tokenizer) -> None:
     table, notes = new_table(f"max_length {config.max_length}"), []
     for name, rows in parts.items():
         if isinstance(config, RewardModelConfig):
-            chosen, rejected = (answer_lengths(config, rows, side, tokenizer) for side in ("chosen", "rejected"))
-            measured: Lengths = {"chosen": chosen, "rejected": rejected}
-            longer = np.mean([0.5 if c == r else float(c > r) for c, r in zip(chosen, rejected, strict=True)])
-            notes.append(f"{name}: the chosen answer is the longer one in {100 * longer:.1f} % of the comparisons")
+            comparisons = reward_model.encode(rows, tokenizer, data.train, config.chat)
+            answers = list(zip(*(c.rows for c in comparisons), strict=True)) if "chosen" in rows[0] else []
+            measured: Lengths = {
+                kind: [len(ids) for ids in side] for kind, side in zip(("chosen", "rejected"), answers, strict=False)
+            } or {"answers": [len(ids) for c in comparisons for ids in c.rows]}
+            (longer,) = reward_model.length_baseline(comparisons).values()
+            notes.append(f"{name}: the better answer is the longer one in {100 * longer:.1f} % of the comparisons")
         else:
             examples = sft.encode(rows, tokenizer, data.train, config.chat)
             measured = {
@@ -94,14 +95,6 @@ def inspect_supervised(config: SupervisedConfig, tokenizer: Tokenizer) -> None:
     console.print(table)
     for note in notes:
         line(note)
-
-
-def answer_lengths(config: SupervisedConfig, rows: Sequence[Row], column: str, tokenizer: Tokenizer) -> list[int]:
-    """Of each prompt with that answer, as the model reads the two."""
-    require_columns(rows, config.data.train, column)
-    return [
-        len(i) for i in tokenizer.conversation_ids(*asked_and_answered(rows, config.data.train, column, config.chat))
-    ]
 
 
 def new_table(limit: str) -> Table:

@@ -67,7 +67,8 @@ def encode(rows: Sequence[Row], tokenizer: Tokenizer, source: str, chat: ChatCon
     return [Comparison([c, r], [1.0, 0.0], m) for c, r, m in zip(*sides, margins, strict=True)]
 
 
-def encode_groups(rows: Sequence[Row], tokenizer: Tokenizer, source: str, chat: ChatConfig) -> list[Comparison]:
+def check_groups(rows: Sequence[Row], source: str) -> None:
+    """Refuse rows whose completions and scores are not lists of the same length, of numbers the second."""
     for number, row in enumerate(rows, 1):
         completions, scores = row.get("completions"), row.get("scores")
         sizes = [len(x) if isinstance(x, list) else None for x in (completions, scores)]
@@ -79,6 +80,10 @@ def encode_groups(rows: Sequence[Row], tokenizer: Tokenizer, source: str, chat: 
         assert isinstance(scores, list)
         if not all(isinstance(x, int | float) and math.isfinite(x) for x in scores):
             raise ValueError(f"{source}: row {number}: 'scores': expected numbers, got {scores}")
+
+
+def encode_groups(rows: Sequence[Row], tokenizer: Tokenizer, source: str, chat: ChatConfig) -> list[Comparison]:
+    check_groups(rows, source)
     asked: list[Prompt] = []
     answers: list[str] = []
     for number, row in enumerate(rows, 1):

@@ -53,7 +53,7 @@ def encode(rows: Sequence[Row], tokenizer: Tokenizer, source: str, chat: ChatCon
         completions = tokenizer.encode([row["text"] for row in rows])
     else:
         if "completion" not in rows[0] and "messages" in rows[0]:
-            rows = [row | {"completion": row.get("messages")} for row in rows]
+            rows = [conversation(row, f"{source}: row {number}") for number, row in enumerate(rows, 1)]
         require_columns(rows, source, "completion")
         # a conversation needs no prompt of its own
         require_columns(
@@ -62,6 +62,21 @@ def encode(rows: Sequence[Row], tokenizer: Tokenizer, source: str, chat: ChatCon
         asked, answers = asked_and_answered(rows, source, "completion", chat)
         prompts, completions = tokenizer.prompt_ids(asked), tokenizer.encode_literally(answers)
     return [(p + c + [tokenizer.eos_ids[0]], len(p)) for p, c in zip(prompts, completions, strict=True)]
+
+
+def conversation(row: Row, where: str) -> Row:
+    """A row of messages as one whose completion is the whole conversation.
+
+    Raises:
+      ValueError: no messages, or none before the last.
+    """
+    messages = row.get("messages")
+    if not isinstance(messages, list) or len(messages) < 2:
+        raise ValueError(
+            f"{where}: 'messages': expected a list of at least 2 chat messages, the last of which is learned, got "
+            f"{str(messages)[:60]!r}"
+        )
+    return row | {"completion": messages}
 
 
 def collate(examples: Sequence[Example], tokenizer: Tokenizer, max_length: int) -> Batch:
