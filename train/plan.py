@@ -9,6 +9,7 @@ what stays float32 (scores, logits), and called so.
 """
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import math
@@ -366,6 +367,7 @@ def show(config: PlanConfig, found: Plan, network: Qwen3Config, rewards: Sequenc
         console.print(f"  {chip}: {verdict}, {100 * found.peak / HBM[chip]:.0f} % of {HBM[chip] / GIB:.0f} GiB")
 
 
+@functools.cache
 def parameter_count(network: Qwen3Config) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(split(abstract_model(network))[1]))
 
