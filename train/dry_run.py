@@ -75,6 +75,7 @@ def parts(config: Config) -> list[Part]:
         found.append(Part("validation", data.validation, data.validation_split))
     elif isinstance(config, PolicyConfig) and config.validation.prompts and not data.validation_rows:
         found.append(Part("validation", data.train, data.validation_split))
+    found += [Part(f"held out, {name}", source, data.validation_split) for name, source in data.held_out.items()]
     if data.test is not None:
         found.append(Part("test", data.test, data.test_split))
     return found
@@ -308,7 +309,7 @@ def describe_schedule(config: Config, rows: int | None, saved: tuple[float, floa
         each = f"{config.validation.prompts} prompts x {config.validation.num_generations}"
     else:
         line(f"{steps:,} steps of {config.batch_size} rows" + of(rows, steps * config.batch_size))
-        validated = config.data.validation is not None or config.data.validation_rows
+        validated = config.data.validation is not None or config.data.validation_rows or config.data.held_out
         due = [s for s in range(steps + 1) if validated and (s % config.eval_steps == 0 or s == steps)]
         each = "all validation rows"
     line(

@@ -72,6 +72,7 @@ def inspect_supervised(config: SupervisedConfig, tokenizer: Tokenizer) -> None:
         parts = {"train": [rows[i] for i in kept], "validation": [rows[i] for i in out]}
     elif data.validation is not None:
         parts["validation"] = load_rows(data.validation, data.validation_split, data.columns)
+    parts |= {name: load_rows(source, data.validation_split, data.columns) for name, source in data.held_out.items()}
     table, notes = new_table(f"max_length {config.max_length}"), []
     for name, rows in parts.items():
         if isinstance(config, RewardModelConfig):
