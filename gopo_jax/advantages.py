@@ -82,7 +82,7 @@ def grpo_advantages(
       rewards_PG: [..., G] rewards; the last axis is the group. NaN = unscorable.
       mask_PG: [..., G] booleans, False leaves the entry out; None = all valid.
       scale: "group" divides by the group's sample standard deviation (ddof 1), "batch" by that of all
-        valid rewards, "none" does not divide (Dr. GRPO).
+        valid rewards (of groups with a single one too, as TRL does), "none" does not divide (Dr. GRPO).
       epsilon: added to the standard deviation.
 
     Returns:

@@ -77,9 +77,10 @@ def standardized(values: jax.Array, valid: jax.Array, axis: int | None, epsilon:
 
     With epsilon 0 a constant set gives 0, as 0 / 0 is meant.
     """
-    n = valid.sum(axis, keepdims=True)
-    mean = (values * valid).sum(axis, keepdims=True) / jnp.maximum(n, 1)
-    return jnp.where(valid, values - mean, 0) / divisor(values, valid, axis, epsilon)
+    top = jnp.max(jnp.where(valid, values, -jnp.inf), axis, keepdims=True)  # as in `centered`: equal values give 0
+    shifted = jnp.where(valid, values - top, 0)
+    mean = shifted.sum(axis, keepdims=True) / jnp.maximum(valid.sum(axis, keepdims=True), 1)
+    return jnp.where(valid, shifted - mean, 0) / divisor(shifted, valid, axis, epsilon)
 
 
 def divisor(values: jax.Array, valid: jax.Array, axis: int | None, epsilon: float) -> jax.Array:

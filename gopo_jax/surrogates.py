@@ -29,7 +29,7 @@ def importance_ratio(
         token            w_t = exp(d_t)                                       GRPO, PPO
         sequence         w_t = exp(mean over the completion of d)             GSPO
         sequence_token   w_t = exp(mean of d) exp(d_t) / sg(exp(d_t))         GSPO-token: its value, a token's gradient
-        trajectory       w_t = exp(sum over the completion of d)              TIC-GRPO
+        trajectory       w_t = exp(sum over the completion of d)              TIC-GRPO; the sum is cut at +-20
 
     Args:
       logprobs, old_logprobs: [..., T] log-probabilities of the sampled tokens; no gradient flows into the old ones.
@@ -54,7 +54,11 @@ def importance_ratio(
     if kind == "token":
         return jnp.exp(log_ratio)
     total = log_ratio.sum(-1, keepdims=True)
-    if kind != "trajectory":
+    if kind == "trajectory":
+        total = jnp.clip(
+            total, -20, 20
+        )  # exp of a sum over thousands of tokens would overflow, and its gradient be NaN
+    else:
         total = total / jnp.maximum(mask.sum(-1, keepdims=True), 1)
     if kind == "sequence_token":
         total = jax.lax.stop_gradient(total) + log_ratio - jax.lax.stop_gradient(log_ratio)
@@ -85,14 +89,19 @@ def clip_surrogate(
       clip_low, clip_high: distances from 1.
       dual_clip: c above 1, or None.
 
+    Raises:
+      ValueError: a dual_clip that is not above 1.
+
     References:
       PPO, https://arxiv.org/abs/1707.06347, equation 7; DAPO, https://arxiv.org/abs/2503.14476, section 3.1;
       dual clip: Ye et al., https://arxiv.org/abs/1912.09729.
     """
-    clipped = jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
-    objective = jnp.minimum(ratio * advantages, clipped * advantages)
+    free, clipped = ratio * advantages, jnp.clip(ratio, 1 - clip_low, 1 + clip_high) * advantages
+    objective = jnp.where(free <= clipped, free, clipped)  # where they are equal, the gradient is that of w A
     if dual_clip is None:
         return objective
+    if not dual_clip > 1:
+        raise ValueError(f"dual_clip: expected a number above 1, got {dual_clip}")
     return jnp.where(advantages < 0, jnp.maximum(objective, dual_clip * advantages), objective)
 
 

@@ -65,7 +65,7 @@ def some_batch(config: PolicyConfig, vocabulary: int) -> dict[str, jax.Array]:
         jnp.ones((P, G), bool),
     )
     prompt_PS, lengths_P = rng.integers(0, vocabulary, (P, S)), rng.integers(1, S + 1, P)
-    batch = make_batch(Groups([], prompt_PS, lengths_P, rollout, rewards_PG[..., None]), False)
+    batch = make_batch(Groups([], prompt_PS, lengths_P, rollout, rewards_PG[..., None]), config)
     return batch | {"advantages_PG": np.asarray(ADVANTAGES["gopo"](rewards_PG))}
 
 

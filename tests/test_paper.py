@@ -2,7 +2,7 @@
 
 GOPO, https://arxiv.org/abs/2602.03876: rewards to ranks by a double argsort, A = 2 - 4 (rank - 1) / (G - 1), the
 clipped token ratio, the k3 penalty; its trainer takes the mean over the tokens of each micro-batch, then of those.
-The settings are read from configs/variants/gopo_paper.yaml, what a user types as `--variant gopo_paper`.
+The settings are those of a recipe with `--variant gopo_paper`.
 """
 
 from pathlib import Path
@@ -11,11 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import yaml
 
-from gopo_jax import ADVANTAGES, policy_loss
+from gopo_jax import policy_loss
+from train.config import PolicyConfig, parse
 
-SETTINGS = yaml.safe_load((Path(__file__).parent.parent / "configs" / "variants" / "gopo_paper.yaml").read_text())
+RECIPE = Path(__file__).parent.parent / "configs" / "tldr" / "qwen3_8b_gopo.yaml"
+CONFIG = parse(PolicyConfig, ["--config", str(RECIPE), "--variant", "gopo_paper"])
+ARGUMENTS = ("clip_low", "clip_high", "ratio", "surrogate", "surrogate_options", "aggregate", "kl", "beta")
 P, G, T, MICROBATCHES = 6, 8, 5, 3
 BETA, CLIP = 0.04, 0.2
 
@@ -56,10 +58,11 @@ def test_the_paper_s_loss(spread: float, ties: bool, seed: int) -> None:
     mask = np.arange(T) < lengths[..., None]
 
     def loss(logprobs: jax.Array) -> jax.Array:
-        advantages = ADVANTAGES[SETTINGS["advantage"]](rewards, **SETTINGS["advantage_options"])
+        advantages = CONFIG.advantage_function(rewards, **CONFIG.advantage_options)
+        options = {name: getattr(CONFIG.loss, name) for name in ARGUMENTS}
         arrays = (logprobs, jnp.asarray(old, jnp.float32), advantages, jnp.asarray(mask), jnp.asarray(ref, jnp.float32))
         parts = [
-            policy_loss(*part[:4], ref_logprobs=part[4], denominator=MICROBATCHES, **SETTINGS["loss"])[0]
+            policy_loss(*part[:4], ref_logprobs=part[4], denominator=MICROBATCHES, **options)[0]
             for part in zip(*(jnp.split(array, MICROBATCHES) for array in arrays), strict=True)
         ]
         return jnp.stack(parts).sum()
@@ -71,6 +74,7 @@ def test_the_paper_s_loss(spread: float, ties: bool, seed: int) -> None:
 
 
 def test_the_settings_are_the_paper_s() -> None:
-    loss = SETTINGS["loss"]
-    assert (loss["beta"], loss["kl"], loss["clip_low"], loss["clip_high"]) == (BETA, "k3", CLIP, CLIP)
-    assert loss["aggregate"] == "token_per_microbatch" and SETTINGS["advantage_options"] == {"ties": "ordinal"}
+    loss = CONFIG.loss
+    assert (loss.beta, loss.kl, loss.kl_in, loss.clip_low, loss.clip_high) == (BETA, "k3", "loss", CLIP, CLIP)
+    assert loss.aggregate == "token_per_microbatch" and CONFIG.advantage_options == {"ties": "ordinal"}
+    assert CONFIG.updates_per_step == 1 and loss.token_broadcast == "uniform"

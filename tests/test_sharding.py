@@ -57,7 +57,7 @@ def compute(layout):
     graphdef, params = split(load_pretrained(directory, mesh=layout))
     sgd = optax.sgd(1.0)
     state = make_state(copy(params), sgd, layout)
-    batch = make_batch(Groups([], prompt_PS, lengths_P, rollout, advantages_PG[..., None]), False)
+    batch = make_batch(Groups([], prompt_PS, lengths_P, rollout, advantages_PG[..., None]), config)
     batch |= {"advantages_PG": advantages_PG}
     reference = jax.tree.map(lambda p: p * 1.1, params)
     spread = len({s.device for leaf in jax.tree.leaves(params) for s in leaf.addressable_shards})

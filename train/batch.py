@@ -1,11 +1,12 @@
 """What a step has drawn, and the arrays that the update reads: no model, no devices."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from train.config import PolicyConfig
 from train.packing import Batch
 from train.prompts import Row
 
@@ -19,51 +20,63 @@ class Groups(NamedTuple):
     rollout: Any  # a Rollout of NumPy arrays
     rewards_PGR: np.ndarray  # every reward apart; NaN = unscorable
 
-    @property
-    def differs_P(self) -> np.ndarray:
-        """Whether some reward of a group differs from another's: what teaches under every advantage."""
-        highest_PR = np.fmax.reduce(self.rewards_PGR, 1, initial=-np.inf)  # fmax and fmin pass over NaN
-        lowest_PR = np.fmin.reduce(self.rewards_PGR, 1, initial=np.inf)
-        return (highest_PR > lowest_PR).any(-1)
+
+Advantages = Callable[..., np.ndarray]  # rewards_PGR -> advantages_PG, see `train.loop.make_advantages`
 
 
-def choose(drawn: Sequence[Groups], count: int) -> Groups:
-    """`count` groups of several attempts, those that differ first, in the order they came.
+def counting(groups: Groups, config: PolicyConfig) -> np.ndarray:
+    """`counts_PG`, the completions that are learned from: those with a reward; not those cut at T, if they are masked."""
+    scored_PG = ~np.all(np.isnan(groups.rewards_PGR), axis=-1)
+    return scored_PG & groups.rollout.finished_PG if config.loss.mask_truncated_completions else scored_PG
 
-    Dynamic sampling, DAPO, https://arxiv.org/abs/2503.14476, section 3.2; where too few differ, others fill up.
+
+def teaches(groups: Groups, advantages: Advantages, config: PolicyConfig) -> np.ndarray:
+    """Of each group, whether an advantage of it is not zero; those normalised over a batch are so up to rounding."""
+    advantages_PG = advantages(groups.rewards_PGR)
+    return ((np.abs(advantages_PG) > 1e-6) & counting(groups, config)).any(-1)
+
+
+def is_enough(drawn: Sequence[Groups], advantages: Advantages, config: PolicyConfig) -> bool:
+    """Whether a step's groups, all of which teach, can be chosen from what was drawn; or no more may be drawn."""
+    if len(drawn) == config.dynamic_sampling_attempts:
+        return True
+    return sum(int(teaches(groups, advantages, config).sum()) for groups in drawn) >= config.prompts_per_step
+
+
+def choose(drawn: Sequence[Groups], advantages: Advantages, config: PolicyConfig) -> Groups:
+    """A step's groups from several attempts, those that teach first, in the order they came.
+
+    Dynamic sampling, DAPO, https://arxiv.org/abs/2503.14476, section 3.2; where too few teach, others fill up. Attempts
+    are drawn apart, so a prompt may be there twice.
     """
     if len(drawn) == 1:
         return drawn[0]
     S = max(groups.prompt_PS.shape[1] for groups in drawn)
+    teaches_P = np.concatenate([teaches(groups, advantages, config) for groups in drawn])
+    these = np.argsort(~teaches_P, kind="stable")[: config.prompts_per_step]
+    rows = [row for groups in drawn for row in groups.rows]
     prompts_PS = [np.pad(groups.prompt_PS, ((0, 0), (0, S - groups.prompt_PS.shape[1]))) for groups in drawn]
-    whole = Groups(
-        [row for groups in drawn for row in groups.rows],
-        np.concatenate(prompts_PS),
-        np.concatenate([groups.lengths_P for groups in drawn]),
-        jax.tree.map(lambda *arrays: np.concatenate(arrays), *(groups.rollout for groups in drawn)),
-        np.concatenate([groups.rewards_PGR for groups in drawn]),
+    return Groups(
+        [rows[i] for i in these],
+        np.concatenate(prompts_PS)[these],
+        np.concatenate([groups.lengths_P for groups in drawn])[these],
+        jax.tree.map(lambda *parts: np.concatenate(parts)[these], *(groups.rollout for groups in drawn)),
+        np.concatenate([groups.rewards_PGR for groups in drawn])[these],
     )
-    these = np.argsort(~whole.differs_P, kind="stable")[:count]
-    rollout = jax.tree.map(lambda array: array[these], whole.rollout)
-    rows = [whole.rows[i] for i in these]
-    return Groups(rows, whole.prompt_PS[these], whole.lengths_P[these], rollout, whole.rewards_PGR[these])
 
 
-def make_batch(groups: Groups, mask_truncated: bool) -> Batch:
+def make_batch(groups: Groups, config: PolicyConfig) -> Batch:
     """What the loss needs, [P, ...], but for the advantages.
 
     Tokens behind the end are masked out, and unscorable completions; those that were cut at T if that is wanted.
     """
-    tokens_PGT, sampled_PGT, lengths_PG, finished_PG = map(np.asarray, groups.rollout)
-    counts_PG = ~np.isnan(groups.rewards_PGR).all(-1)
-    if mask_truncated:
-        counts_PG = counts_PG & finished_PG
+    tokens_PGT, sampled_PGT, lengths_PG, _ = map(np.asarray, groups.rollout)
     return {
         "prompt_PS": groups.prompt_PS,
         "lengths_P": groups.lengths_P,
         "tokens_PGT": tokens_PGT,
         "sampled_PGT": sampled_PGT,
-        "mask_PGT": (np.arange(tokens_PGT.shape[-1]) < lengths_PG[..., None]) & counts_PG[..., None],
+        "mask_PGT": (np.arange(tokens_PGT.shape[-1]) < lengths_PG[..., None]) & counting(groups, config)[..., None],
     }
 
 
@@ -84,13 +97,13 @@ def completion_table(
     names: Sequence[str],
     advantages_PG: np.ndarray,
 ) -> dict[str, list[Any]]:
-    """Columns of TRL's table of completions: prompt, completion, every reward by name, advantage; length, finished."""
+    """The columns prompt, completion, rewards/NAME of every reward, advantage, length (tokens) and finished."""
     G = len(texts_PG[0])
     table: dict[str, list[Any]] = {
         "prompt": [str(prompt) for prompt in prompts for _ in range(G)],
         "completion": [text for group in texts_PG for text in group],
     }
-    table |= {name: groups.rewards_PGR[..., r].reshape(-1).tolist() for r, name in enumerate(names)}
+    table |= {f"rewards/{name}": groups.rewards_PGR[..., r].reshape(-1).tolist() for r, name in enumerate(names)}
     table["advantage"] = np.asarray(advantages_PG, np.float32).reshape(-1).tolist()
     table["length"] = np.asarray(groups.rollout.lengths_PG).reshape(-1).tolist()
     table["finished"] = np.asarray(groups.rollout.finished_PG).reshape(-1).tolist()

@@ -5,6 +5,7 @@
 
 import dataclasses
 import difflib
+import inspect
 import re
 import typing
 from collections.abc import Callable
@@ -266,8 +267,22 @@ class LossConfig:
         _at_least(self, 1, "logprob_chunk")
         known = [name for name in dotted.options(SURROGATES[self.surrogate]) if name not in ("clip_low", "clip_high")]
         dotted.check_options(self.surrogate_options, known, "loss.surrogate_options", self.surrogate)
+        for name, value in self.surrogate_options.items():
+            if not isinstance(value, int | float) or (name == "dual_clip" and not value > 1):
+                wanted = "a number above 1" if name == "dual_clip" else "a number"
+                raise ValueError(f"loss.surrogate_options: {name}: expected {wanted}, got {value!r}")
+        if self.surrogate != "clip" and (self.clip_low, self.clip_high) != (0.2, 0.2):
+            raise ValueError(
+                f"loss.clip_low, loss.clip_high: are of the surrogate clip; {self.surrogate} has "
+                f"surrogate_options: {', '.join(known)}"
+            )
         if self.kl_in == "reward" and not self.beta:
             raise ValueError("loss.kl_in: reward needs a penalty; set loss.beta above 0")
+        if self.kl_in == "reward" and self.mask_truncated_completions:
+            raise ValueError(
+                "loss.kl_in: reward and mask_truncated_completions: the completions that are masked would be compared "
+                "without a penalty; choose one of the two"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -320,6 +335,8 @@ class PolicyConfig(RunConfig):
             )
         _at_least(self, 1, "prompts_per_step", "microbatch_prompts", "max_prompt_length", "max_completion_length")
         _at_least(self, 1, "num_iterations", "dynamic_sampling_attempts")
+        if self.minibatch_prompts is not None:
+            _at_least(self, 1, "minibatch_prompts")
         _at_least(self, 0, "top_k", "min_tokens")
         _positive(self, "temperature")
         if not 0 < self.top_p <= 1:
@@ -351,7 +368,7 @@ class PolicyConfig(RunConfig):
     @property
     def takes_every_reward(self) -> bool:
         """Whether the advantage takes rewards_PGR and weights_R, not their weighted sum rewards_PG."""
-        return "weights_R" in dotted.options(self.advantage_function)
+        return "weights_R" in inspect.signature(self.advantage_function).parameters
 
     @property
     def update_prompts(self) -> int:
@@ -361,6 +378,11 @@ class PolicyConfig(RunConfig):
     @property
     def updates_per_step(self) -> int:
         return self.num_iterations * (self.prompts_per_step // self.update_prompts)
+
+    @property
+    def logprobs_before_update(self) -> bool:
+        """Whether the old and the reference policy's log-probabilities are computed before the first update."""
+        return self.updates_per_step > 1 or self.loss.kl_in == "reward"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -420,7 +442,8 @@ def parse(kind: type[Any], arguments: list[str], program: str = "python -m train
         if key == "--variant":
             value = _variant_file(value if equals else next(following, ""))
             _check_file(kind, value)
-            variants.append(f"--config={value}")
+            # all start from GOPO's file, which sets everything, so that nothing of another algorithm stays
+            variants = [f"--config={_variant_file('gopo')}", f"--config={value}"]
             continue
         if key.startswith("--") and key not in ("--help", "--print_config"):
             _check_keys(kind, key[2:].split("."), "command line")

@@ -34,13 +34,13 @@ from models.hf_weights import split
 from models.lora import join
 from models.sharding import Layout, fetch, to_host
 from train import state as training
-from train.batch import Groups, choose, completion_table, make_batch
+from train.batch import Groups, choose, completion_table, is_enough, make_batch
 from train.config import PolicyConfig
 from train.metrics import Run, Timer, console, rollout_metrics, sampling_metrics, setup_errors, throughput
 from train.packing import unpack
 from train.processes import share
 from train.prompts import Prompts, load_prompts
-from train.rewards import Rewards, completion_ids
+from train.rewards import Rewards, combine, completion_ids
 from train.state import TrainState
 from train.update import Update
 
@@ -57,10 +57,10 @@ def train_policy(config: PolicyConfig) -> None:
         prompts, validation = load_prompts(config, tokenizer)
         for count in filter(None, (config.prompts_per_step, len(validation.rows[: config.validation.prompts]))):
             share(count)  # fewer prompts than processes are refused here
+        advantages = make_advantages(config)  # a wrong option is refused here, before a reward model is read
         columns = [name for name in prompts.other_columns if not len(validation) or name in validation.other_columns]
         rewards = Rewards(config.rewards, layout, config.model.dtype, config.reward_combination, columns)
         rewards.check(prompts.prompts(prompts.rows[:1])[0])
-        advantages = make_advantages(config, rewards)  # a wrong option is refused here
         model = training.make_model(config.model, config.lora, layout, config.seed, tokenizer)
         graphdef, params, network = *split(model), model.config
         run = Run(config, model.config.to_hf(), tokenizer)
@@ -91,7 +91,7 @@ def train_policy(config: PolicyConfig) -> None:
 
     for step in run.steps():
         began, timer, drawn = time.perf_counter(), Timer(), list[Groups]()
-        while len(drawn) < config.dynamic_sampling_attempts:
+        while not drawn or not is_enough(drawn, advantages, config):
             # 1 prompts
             attempt = len(drawn)
             rows = prompts.batch(config.seed, step, config.prompts_per_step, attempt)
@@ -110,11 +110,9 @@ def train_policy(config: PolicyConfig) -> None:
                 columns_P = prompts.columns(rows, mine)
                 rewards_PGR = rewards.score(prompts.prompts(rows[mine]), texts_PG, columns_P, ids_PG)
             drawn.append(Groups(rows, prompt_PS, lengths_P, rollout, rewards_PGR))
-            if sum(groups.differs_P.sum() for groups in drawn) >= config.prompts_per_step:
-                break
-        groups = choose(drawn, config.prompts_per_step)
+        groups = choose(drawn, advantages, config)
         rewards_PG, rollout = rewards.combine(groups.rewards_PGR), groups.rollout
-        batch = make_batch(groups, config.loss.mask_truncated_completions)
+        batch = make_batch(groups, config)
         with timer("update"):
             before, penalty_PG = update.before(state, ref_params, batch)
             # 5 advantages
@@ -144,17 +142,20 @@ def train_policy(config: PolicyConfig) -> None:
     run.close()
 
 
-def make_advantages(config: PolicyConfig, rewards: Rewards) -> Callable[[np.ndarray, Any], np.ndarray]:
+def make_advantages(config: PolicyConfig) -> Callable[..., np.ndarray]:
     """(rewards_PGR, penalty_PG) -> advantages_PG, jitted; a penalty is taken off the combined reward."""
+    weights_R = np.array([spec.weight for spec in config.rewards], np.float32)
     apart = config.takes_every_reward
-    options = config.advantage_options | ({"weights_R": rewards.weights_R} if apart else {})
+    options = config.advantage_options | ({"weights_R": weights_R} if apart else {})
     function = jax.jit(partial(config.advantage_function, **options))
 
     def advantages(rewards_PGR: np.ndarray, penalty_PG: Any = 0.0) -> np.ndarray:
-        return np.asarray(function(rewards_PGR if apart else rewards.combine(rewards_PGR) - penalty_PG))
+        if apart:
+            return np.asarray(function(rewards_PGR))
+        return np.asarray(function(combine(rewards_PGR, weights_R, config.reward_combination) - penalty_PG))
 
     shape = (config.prompts_per_step, config.num_generations)
-    found = advantages(np.zeros((*shape, len(rewards.scorers)), np.float32))
+    found = advantages(np.zeros((*shape, len(weights_R)), np.float32))
     if found.shape != shape:
         raise ValueError(f"advantage: {config.advantage}: expected advantages of shape {shape}, got {found.shape}")
     return advantages

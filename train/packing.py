@@ -27,15 +27,16 @@ AXES = {
 }
 
 
-def cut(batch: Batch, prompts: int, layout: Layout) -> Iterator[dict[str, jax.Array]]:
-    """The batch in parts of so many prompts, those whose completions need the most rows together, packed.
+def cut(batch: Batch, prompts: int, layout: Layout, *, in_order: bool = False) -> Iterator[dict[str, jax.Array]]:
+    """The batch in parts of so many prompts, packed: those whose completions need the most rows together, or in order.
 
     `mask_PGT` says which tokens count; the others are in no row.
     """
     row_PG, start_PG = place(batch["mask_PGT"])
     needed_P = row_PG.max(-1) + 1
     _, G, _ = batch["mask_PGT"].shape
-    for these in np.argsort(needed_P, kind="stable").reshape(-1, prompts):
+    order_P = np.arange(len(needed_P)) if in_order else np.argsort(needed_P, kind="stable")
+    for these in order_P.reshape(-1, prompts):
         part = {name: array[these] for name, array in batch.items()}
         rows = round_up(int(needed_P[these].max()), G, layout.ways("group"))
         part = pack(part, row_PG[these], start_PG[these], rows)

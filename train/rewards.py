@@ -104,10 +104,7 @@ class Rewards:
 
     def combine(self, rewards_PGR: np.ndarray) -> np.ndarray:
         """float32 `rewards_PG`: the weighted rewards that are there, combined; NaN where none is."""
-        weighted_PGR = rewards_PGR * self.weights_R
-        missing_PG = np.all(np.isnan(weighted_PGR), axis=-1)
-        combined_PG = COMBINATIONS[self.combination](np.where(np.expand_dims(missing_PG, -1), 0, weighted_PGR), axis=-1)
-        return np.where(missing_PG, np.nan, combined_PG).astype(np.float32)
+        return combine(rewards_PGR, self.weights_R, self.combination)
 
     def metrics(self, rewards_PGR: np.ndarray) -> dict[str, float]:
         """rewards/NAME/mean, rewards/NAME/std and rewards/NAME/unscorable, a count; rm/truncated_frac, the share of
@@ -122,6 +119,14 @@ class Rewards:
             metrics[f"rewards/{name}/std"] = float(scored.std(ddof=1)) if scored.size > 1 else math.nan
             metrics[f"rewards/{name}/unscorable"] = float(rewards_PGR[..., r].size - scored.size)
         return metrics
+
+
+def combine(rewards_PGR: np.ndarray, weights_R: np.ndarray, combination: str) -> np.ndarray:
+    """float32 `rewards_PG`: the weighted rewards that are there, combined; NaN where none is."""
+    weighted_PGR = rewards_PGR * weights_R
+    missing_PG = np.all(np.isnan(weighted_PGR), axis=-1)
+    combined_PG = COMBINATIONS[combination](np.where(np.expand_dims(missing_PG, -1), 0, weighted_PGR), axis=-1)
+    return np.where(missing_PG, np.nan, combined_PG).astype(np.float32)
 
 
 class RewardModelScorer:
@@ -310,6 +315,8 @@ def function_scorer(
         if len(values) != P * G:
             raise ValueError(f"{name}: expected {P * G} rewards, one per completion, got {len(values)}")
         rewards = np.array([np.nan if value is None else value for value in values], np.float32)
+        if np.isinf(rewards).any():
+            raise ValueError(f"{name}: expected finite rewards, or None for what cannot be scored, got an infinite one")
         return gather(rewards.reshape(P, G))
 
     return score

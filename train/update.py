@@ -87,7 +87,7 @@ class Update:
         """What must be known before the policy changes: its log-probabilities and the reference's, if it changes more
         than once; and the penalty of each completion, if it is taken off the reward."""
         in_reward = self.config.loss.kl_in == "reward"
-        if self.config.updates_per_step == 1 and not in_reward:
+        if not self.config.logprobs_before_update:
             return {}, 0.0
         found = {"old_PGT": self._logprobs(state.all_params, batch)}
         if ref_params is not None:
@@ -108,8 +108,9 @@ class Update:
         self, state: TrainState, ref_params: Any, batch: Batch, step: int
     ) -> tuple[TrainState, dict[str, float]]:
         config, found = self.config, list[Metrics]()
+        ref_params = None if "ref_PGT" in batch else to_device(ref_params)
         for part in minibatches(batch, config.update_prompts, config.num_iterations, config.seed, step):
-            state, metrics = self._once(state, to_device(ref_params), part)
+            state, metrics = self._once(state, ref_params, part)
             found.append(metrics)
         return state, divide(add_metrics(*found))
 
@@ -117,9 +118,10 @@ class Update:
         aggregate = self.config.loss.aggregate
         count = loss_count(jnp.asarray(batch["mask_PGT"]), aggregate, max_length=self.config.max_completion_length)
         microbatches = self.config.update_prompts // self.config.microbatch_prompts
-        denominator = microbatches * count if aggregate == "token_per_microbatch" else count
+        by_part = aggregate == "token_per_microbatch"  # then it matters which prompts are together
+        denominator = microbatches * count if by_part else count
         gradient, parts = self.programs.nothing(state.params), []
-        for micro in cut(batch, self.config.microbatch_prompts, self.layout):
+        for micro in cut(batch, self.config.microbatch_prompts, self.layout, in_order=by_part):
             gradient, metrics = self.programs.add(gradient, state, ref_params, micro, denominator)
             parts.append(metrics)
         state, metrics = self.programs.apply(state, gradient)
