@@ -49,9 +49,10 @@ def forward_flops(config: Qwen3Config, prompts: Sequence[int], completions: Sequ
     return 2.0 * positions * weights + 4.0 * pairs * query * L + 2.0 * predicted * D * config.vocab_size
 
 
-def step_flops(forward: float, *, reference: bool) -> dict[str, float]:
-    """Of a step's parts: sampling is one forward pass, an update three, one more for a reference policy."""
-    update = (4 if reference else 3) * forward
+def step_flops(forward: float, *, reference: bool, iterations: int = 1) -> dict[str, float]:
+    """Of a step's parts: sampling is one forward pass, an update three in each pass over the batch; a reference policy
+    costs one more. Adapters are counted like whole weights, which is a third too much."""
+    update = (3 * iterations + reference) * forward
     return {"generate": forward, "update": update, "step": forward + update}
 
 

@@ -368,6 +368,7 @@ print("equal")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", [["tiny_qwen3", "hf_tied_causal", "hf_reward_seqcls"]], ids=["all"])
 def test_eight_devices_hold_the_parts_and_give_back_the_bits(names: list[str], tmp_path: Path) -> None:
     program = [sys.executable, "-c", ON_EIGHT_DEVICES, str(tmp_path), *(str(MODELS / name) for name in names)]

@@ -42,8 +42,8 @@ from train.config import (
     RewardSpec,
     ValidationConfig,
 )
-from train.loop import make_update, policy_objective, train_policy
-from train.metrics import read_metrics, throughput
+from train.loop import logprobs_of, make_advantages, make_update, policy_objective, train_policy
+from train.metrics import read_metrics, require_finite, throughput
 from train.packing import cut
 from train.state import copy, make_state
 
@@ -179,6 +179,7 @@ def test_only_the_order_of_rewards_matters(with_function: MakeConfig, tmp_path: 
     assert rewards[0] != rewards[1]
 
 
+@pytest.mark.slow
 def test_unscorable_completions_leave_no_trace(with_function: MakeConfig, tmp_path: Path) -> None:
     train_policy(with_function(tmp_path, "sometimes_unscorable", advantage="grpo"))
     rows = numbers(tmp_path / "run")
@@ -206,7 +207,7 @@ def test_a_run_directory_is_whole(policy_config: MakeConfig, tmp_path: Path) -> 
     assert all(row["sampling/sampling_logp_difference/mean"] < 1e-4 for row in rows[1:])
     (table,) = (pq.read_table(file).to_pydict() for file in (run / "completions").glob("train_*.parquet"))
     assert table["step"] == [2] * 16 and table["completion"][0] and len(set(table["prompt"])) == 4
-    assert np.mean(table["tiny"]) == pytest.approx(rows[2]["reward"], rel=1e-5)
+    assert np.mean(table["rewards/tiny"]) == pytest.approx(rows[2]["reward"], rel=1e-5)
     assert sum(table["advantage"][:4]) == pytest.approx(0, abs=1e-5)
     assert np.mean(table["length"]) == rows[2]["completions/mean_length"]
     train_policy(config)  # done is done: nothing is written twice
@@ -224,6 +225,55 @@ def test_mfu_is_the_least_arithmetic_over_what_the_devices_could_do(
     forward = forward_flops(tiny_config, [3, 4], [[1, 2], [3, 4]])
     expected = (2 * forward + (3 * 2 + 1) * forward) / (0.5 * 1e9 * jax.device_count())
     assert throughput(config, tiny_config, drawn, 0.5)["perf/mfu"] == pytest.approx(expected)
+
+
+@pytest.mark.slow
+def test_the_penalty_in_the_reward_and_the_mean_of_micro_batches(policy_config: MakeConfig, tmp_path: Path) -> None:
+    in_reward = LossConfig(kl_in="reward", kl="k1", beta=0.3, logprob_chunk=24)
+    base = policy_config(tmp_path, loss=in_reward, advantage="rloo")
+    layout = make_layout(data=1)
+    graphdef, params = split(load_model(str(base.model.path), mesh=layout))
+    ref_params = jax.tree.map(lambda p: p * 1.1, params)
+    batch = some_batch(base, params["embed_VD"].shape[0])
+    sgd = optax.sgd(1.0)
+
+    def update(config: PolicyConfig) -> Any:
+        state = make_state(copy(params), sgd, layout)
+        return make_update(graphdef, sgd, config, layout, state), state
+
+    # the penalty is the sum over the tokens that count of log p - log p_ref, and is taken off the reward
+    one, state = update(base)
+    found, penalty_PG = one.before(state, ref_params, batch)
+    (micro,) = cut(batch | {"index_P": np.arange(4)}, 4, layout)
+    these = np.asarray(micro.pop("index_P"))
+    now, ref = (logprobs_of(graphdef, base, p, micro) for p in (params, ref_params))
+    expected = np.where(batch["mask_PGT"][these], now - ref, 0).sum(-1)
+    np.testing.assert_allclose(penalty_PG[these], 0.3 * expected, atol=1e-4)
+    assert np.abs(expected).max() > 0.1 and set(found) == {"old_PGT", "ref_PGT"}
+    rewards_PGR = np.random.default_rng(1).normal(size=(4, 4, 1)).astype(np.float32)
+    advantages_PG = make_advantages(base)(rewards_PGR, penalty_PG)
+    np.testing.assert_allclose(advantages_PG, ADVANTAGES["rloo"](rewards_PGR[..., 0] - penalty_PG), atol=1e-5)
+
+    # micro-batches keep the order of the prompts, for each counts the same whatever its tokens
+    by_part = replace(base, loss=LossConfig(aggregate="token_per_microbatch", logprob_chunk=24), microbatch_prompts=2)
+    T = base.max_completion_length
+    batch["mask_PGT"] = np.broadcast_to(np.arange(T) < np.array([1, T, 1, T])[:, None, None], batch["mask_PGT"].shape)
+
+    def loss_of(config: PolicyConfig, these: list[int]) -> float:
+        one, state = update(config)
+        return one(state, ref_params, {name: array[these] for name, array in batch.items()}, 0)[1]["loss"]
+
+    half = replace(by_part, prompts_per_step=2)
+    whole = loss_of(by_part, [0, 1, 2, 3])
+    assert whole == pytest.approx((loss_of(half, [0, 1]) + loss_of(half, [2, 3])) / 2, rel=1e-5)
+    assert abs(whole - (loss_of(half, [0, 2]) + loss_of(half, [1, 3])) / 2) > 1e-3  # short ones together: another mean
+
+
+def test_a_run_that_diverges_ends() -> None:
+    require_finite(3, {"loss": -1.0, "grad_norm": 2.0})
+    for name in ("loss", "grad_norm"):
+        with pytest.raises(FloatingPointError, match=f"step 3: {name} is nan: the run has diverged"):
+            require_finite(3, {"loss": 1.0, "grad_norm": 1.0} | {name: math.nan})
 
 
 def test_the_loop_fits_on_a_few_pages() -> None:

@@ -71,6 +71,7 @@ def test_fresh_ones_change_nothing_and_merged_equals_unmerged(
         assert flatten(merged)[name] is flatten(params)[name]
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_the_merged_matrix(
     make_model: Callable[..., Backbone], tiny_config: Qwen3Config
 ) -> None:
@@ -154,6 +155,7 @@ def test_a_policy_run_leaves_its_base_alone_and_goes_on_exactly(
     assert (about["r"], about["lora_alpha"], about["base_model_name_or_path"]) == (3, 6.0, str(tiny_policy_dir))
 
 
+@pytest.mark.slow
 def test_a_reward_model_with_adapters(
     tiny_policy_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], sentences: list[str]
 ) -> None:

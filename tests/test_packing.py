@@ -75,6 +75,7 @@ def test_there_are_few_shapes() -> None:
         assert all(rows <= round_up(rows, G, 1) <= min(G, 2 * rows - 1) for rows in range(1, G + 1))
 
 
+@pytest.mark.slow
 def test_packed_equals_padded() -> None:
     """Log-probabilities and gradients; one of the layers sees only so far back."""
     sliding = {"sliding_window": 3, "layer_types": ("full_attention", "sliding_attention")}

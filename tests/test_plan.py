@@ -180,6 +180,7 @@ def plan(*arguments: str) -> subprocess.CompletedProcess[str]:
     return program("-m", "train", "plan", *ARGUMENTS, *arguments)
 
 
+@pytest.mark.slow
 def test_the_plan_of_a_small_run(tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
     done = plan("--mesh", "data=2,fsdp=2,tensor=2", "--chip", "H200", "--out", str(file))

@@ -86,6 +86,7 @@ def test_one_token_at_a_time_equals_all_at_once(model: Qwen3, chunk: int, monkey
         past = past.append(own)
 
 
+@pytest.mark.slow
 def test_blocks_of_queries_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     graphdef, params = split(Qwen3(CONFIG, nnx.Rngs(0)))
     weight_PGTD = jax.random.normal(jax.random.key(5), (P, G, T, CONFIG.hidden_size))
@@ -185,6 +186,7 @@ def test_reward_of_a_group_equals_rewards_of_its_texts() -> None:
             np.testing.assert_allclose(rewards_PG[p, g], alone[0], atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
 def test_gradients_of_tables_add_up_in_float32(tied: bool) -> None:
     """2,048 times the same token, in bfloat16: summed in bfloat16 its gradient would stand still at 256 summands."""

@@ -230,6 +230,12 @@ def test_combinations_are_of_the_weighted_rewards_that_are_there(
         assert rewards_PG[p, g] == pytest.approx(combine(present) if present else math.nan, rel=1e-5, nan_ok=True)
 
 
+def test_an_infinite_reward_is_refused(define: Callable[..., str]) -> None:
+    module = define(wild=lambda prompts, completions: [1.0, float("inf")])
+    with pytest.raises(ValueError, match="wild: expected finite rewards, or None .*, got an infinite one"):
+        function_scorer(f"{module}.wild")(["p"], [["a", "b"]], {})
+
+
 def test_a_function_gets_prompts_completions_and_the_columns_it_names(define: Callable[..., str]) -> None:
     calls: list[dict[str, Any]] = []
 

@@ -69,6 +69,13 @@ def test_gradients_of_ratios() -> None:
     np.testing.assert_allclose(gradient("trajectory"), mask * whole * total, atol=1e-4)
 
 
+def test_a_trajectory_far_away_has_a_finite_ratio_and_gradient() -> None:
+    data = batch() | {"old_logprobs": batch()["logprobs"] - 50.0}  # 5 tokens: exp(250) overflows
+    loss = lambda x: policy_loss(**(data | {"logprobs": x}), ratio="trajectory")[0]  # noqa: E731
+    value, gradient = jax.value_and_grad(loss)(data["logprobs"])
+    assert np.isfinite(value) and np.isfinite(gradient).all()
+
+
 @every_surrogate
 def test_on_policy_every_surrogate_has_the_gradient_of_reinforce(surrogate: str) -> None:
     data = batch(spread=0.0)
@@ -105,6 +112,14 @@ def test_surrogates_are_their_formulas(advantage: float) -> None:
     tau = 1.0 if A > 0 else 1.05
     sapo = sapo_surrogate(RATIO, logprobs, jnp.full(6, A))
     np.testing.assert_allclose(sapo, 4 / tau / (1 + np.exp(-tau * (w - 1))) * A, rtol=1e-6)
+
+
+@pytest.mark.parametrize("clips", [(0.0, 0.0), (0.0, 0.2), (0.2, 0.0)])
+def test_on_policy_no_clip_changes_the_gradient(clips: tuple[float, float]) -> None:
+    data = batch(spread=0.0)
+    loss = lambda x: policy_loss(**(data | {"logprobs": x}), clip_low=clips[0], clip_high=clips[1])[0]  # noqa: E731
+    expected = -data["advantages"][..., None] * data["mask"] / data["mask"].sum()
+    np.testing.assert_allclose(jax.grad(loss)(data["logprobs"]), expected, atol=1e-6)
 
 
 def test_no_token_of_cispo_loses_its_gradient_and_sapo_s_shrinks() -> None:

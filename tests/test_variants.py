@@ -3,7 +3,7 @@
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -17,7 +17,6 @@ from gopo_jax import ADVANTAGES, SURROGATES
 from train.config import LossConfig, PolicyConfig, RewardSpec, parse
 from train.loop import make_advantages, train_policy
 from train.metrics import read_metrics
-from train.rewards import Rewards
 
 ROOT = Path(__file__).parent.parent
 VARIANTS = sorted(file.stem for file in (ROOT / "configs" / "variants").glob("*.yaml"))
@@ -26,18 +25,50 @@ MakeConfig = Callable[..., PolicyConfig]
 numbers = partial(read_metrics, clock=False)
 
 
+OTHERWISE = {  # than every variant, wherever that is possible
+    "advantage": "odrpo",
+    "advantage_options": {"scale": "none"},
+    "dynamic_sampling_attempts": 7,
+    "temperature": 0.7,
+    "num_iterations": 2,
+    "loss": {
+        "beta": 0.3,
+        "kl": "k2",
+        "kl_in": "reward",
+        "ratio": "sequence_token",
+        "surrogate": "cispo",
+        "surrogate_options": {"clip_max": 9.0},
+        "aggregate": "constant",
+        "token_broadcast": "log_decay",
+    },
+}
+
+
 @pytest.mark.parametrize("name", VARIANTS)
-def test_a_variant_is_one_word_over_a_recipe_that_writes_all_out(name: str) -> None:
-    config = parse(PolicyConfig, ["--variant", name, "--config", RECIPE, "--temperature", "0.7"])
-    recipe, wanted = (
-        parse(PolicyConfig, ["--config", RECIPE]),
-        yaml.safe_load((ROOT / "configs" / "variants" / f"{name}.yaml").read_text()),
-    )
-    for key, value in wanted.pop("loss", {}).items():
-        assert getattr(config.loss, key) == value
-    for key, value in wanted.items():
-        assert getattr(config, key) == value
-    assert config.temperature == 0.7 and config.data == recipe.data and config.optimizer == recipe.optimizer
+def test_a_variant_is_the_same_algorithm_over_any_config(name: str, tmp_path: Path) -> None:
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(OTHERWISE))
+    masked = {"loss": {"mask_truncated_completions": True, "clip_low": 0.4}}
+    (tmp_path / "masked.yaml").write_text(yaml.safe_dump(masked))
+    plain = parse(PolicyConfig, ["--variant", name, "--config", RECIPE])
+    for file in ("other", "masked"):
+        config = parse(
+            PolicyConfig, ["--variant", name, "--config", RECIPE, "--config", str(tmp_path / f"{file}.yaml")]
+        )
+        assert config.loss == plain.loss
+        for key in ("advantage", "advantage_options", "dynamic_sampling_attempts"):
+            assert getattr(config, key) == getattr(plain, key)
+        assert config.data == plain.data and config.temperature == (0.7 if file == "other" else 1.0)
+    wanted = yaml.safe_load((ROOT / "configs" / "variants" / f"{name}.yaml").read_text())
+    assert {key: getattr(config.loss, key) for key in wanted.get("loss", {})} == wanted.get("loss", {})
+    assert config.advantage == wanted.get("advantage", "gopo")
+
+
+def test_gopo_s_file_sets_all_that_makes_an_algorithm() -> None:
+    written = yaml.safe_load((ROOT / "configs" / "variants" / "gopo.yaml").read_text())
+    placement = {"offload_reference", "logprob_chunk"}  # no part of the algorithm
+    sampler = {f"importance_sampling_{what}" for what in ("mode", "clip_max", "clip_min")}  # a repair, of any of them
+    assert written["loss"].keys() == {item.name for item in fields(LossConfig)} - placement - sampler
+    assert LossConfig(**written["loss"]) == LossConfig() and written["advantage"] == "gopo"
 
 
 def test_the_command_line_overrides_a_variant() -> None:
@@ -63,6 +94,16 @@ def test_impossible_settings_are_refused(policy_config: MakeConfig, tmp_path: Pa
         LossConfig(kl_in="reward", beta=0.0)
     with pytest.raises(ValueError, match="surrogate_options: cispo has no 'dual_clip'; expected one of clip_max"):
         LossConfig(surrogate="cispo", surrogate_options={"dual_clip": 3.0})
+    for surrogate, (given, why) in {
+        "cispo": ({"clip_high": 5.0}, "are of the surrogate clip; cispo has surrogate_options: clip_max"),
+        "clip": ({"surrogate_options": {"dual_clip": 0.5}}, "dual_clip: expected a number above 1, got 0.5"),
+        "sapo": ({"surrogate_options": {"temperature_pos": "1"}}, "temperature_pos: expected a number, got '1'"),
+    }.items():
+        with pytest.raises(ValueError, match=why):
+            LossConfig(surrogate=surrogate, **given)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="kl_in: reward and mask_truncated_completions"):
+        LossConfig(kl_in="reward", mask_truncated_completions=True)
+    refuse("minibatch_prompts: expected at least 1, got 0", minibatch_prompts=0)
     with pytest.raises(ValueError, match="importance_sampling_clip_max: expected at least 3"):
         LossConfig(importance_sampling_clip_min=3.0)
 
@@ -78,11 +119,11 @@ def run(config: PolicyConfig) -> list[dict[str, float]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*(f"advantage {name}" for name in ADVANTAGES), *VARIANTS])
 def test_every_name_trains_three_steps(name: str, policy_config: MakeConfig, tmp_path: Path) -> None:
-    if name.startswith("advantage "):
-        settings: dict[str, Any] = {"advantage": name.removeprefix("advantage ")}
-    else:
-        settings = yaml.safe_load((ROOT / "configs" / "variants" / f"{name}.yaml").read_text())
-        settings["loss"] = LossConfig(**settings.get("loss", {}))
+    settings: dict[str, Any] = {"advantage": name.removeprefix("advantage ")}
+    if not name.startswith("advantage "):
+        variant = parse(PolicyConfig, ["--config", RECIPE, "--variant", name])
+        names = ("advantage", "advantage_options", "dynamic_sampling_attempts", "loss")
+        settings = {key: getattr(variant, key) for key in names}
     rows = run(policy_config(tmp_path, **settings))
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
     assert all(math.isfinite(value) for row in rows for value in row.values())
@@ -112,7 +153,7 @@ def test_every_option_trains_three_steps(settings: Any, policy_config: MakeConfi
 
 def test_every_surrogate_and_advantage_is_in_some_variant() -> None:
     settings = [yaml.safe_load((ROOT / "configs" / "variants" / f"{name}.yaml").read_text()) for name in VARIANTS]
-    assert {each["advantage"] for each in settings} == ADVANTAGES.keys()
+    assert {each["advantage"] for each in settings if "advantage" in each} == ADVANTAGES.keys()
     assert {each["loss"]["surrogate"] for each in settings if "surrogate" in each.get("loss", {})} == SURROGATES.keys()
 
 
@@ -162,9 +203,8 @@ def test_the_advantage_of_the_docs(policy_config: MakeConfig, tmp_path: Path, mo
     assert imported == {"gopo_jax"}
     (tmp_path / "my_lab.py").write_text(code)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr("train.rewards.RewardModelScorer", lambda *_, **__: None)
     config = policy_config(tmp_path, advantage="my_lab.best_advantages", advantage_options={"margin": 0.5})
-    advantages = make_advantages(config, Rewards(config.rewards, None, "float32"))
+    advantages = make_advantages(config)
     rewards = np.random.default_rng(0).normal(size=(4, 4)).astype(np.float32)
     rewards[0, 1] = np.nan
     found = advantages(rewards[..., None], 0.0)

@@ -25,7 +25,7 @@ Advantages = Callable[..., np.ndarray]  # rewards_PGR -> advantages_PG, see `tra
 
 
 def counting(groups: Groups, config: PolicyConfig) -> np.ndarray:
-    """`counts_PG`, the completions that are learned from: those with a reward; not those cut at T, if they are masked."""
+    """Which completions are learned from, [P, G]: those with a reward, and not those cut at T if these are masked."""
     scored_PG = ~np.all(np.isnan(groups.rewards_PGR), axis=-1)
     return scored_PG & groups.rollout.finished_PG if config.loss.mask_truncated_completions else scored_PG
 

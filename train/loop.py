@@ -36,7 +36,16 @@ from models.sharding import Layout, fetch, to_host
 from train import state as training
 from train.batch import Groups, choose, completion_table, is_enough, make_batch
 from train.config import PolicyConfig
-from train.metrics import Run, Timer, console, rollout_metrics, sampling_metrics, setup_errors, throughput
+from train.metrics import (
+    Run,
+    Timer,
+    console,
+    require_finite,
+    rollout_metrics,
+    sampling_metrics,
+    setup_errors,
+    throughput,
+)
 from train.packing import unpack
 from train.processes import share
 from train.prompts import Prompts, load_prompts
@@ -121,6 +130,7 @@ def train_policy(config: PolicyConfig) -> None:
             state, metrics = update(state, ref_params, batch | before | {"advantages_PG": advantages_PG}, step)
         # 8 log, validate, checkpoint
         done = step + 1
+        require_finite(done, metrics)
         metrics |= rewards.metrics(groups.rewards_PGR)
         metrics |= rollout_metrics(rewards_PG, rollout.lengths_PG, rollout.finished_PG)
         metrics |= {"sampling/attempts": len(drawn), "epoch": done * config.prompts_per_step / len(prompts)}

@@ -24,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from gopo_jax.losses import Metrics
 from models.checkpoint import Checkpoints, about, folder_of
 from models.config import Qwen3Config
-from models.flops import forward_flops, peak_flops
+from models.flops import forward_flops, peak_flops, step_flops
 from models.tokenizer import Tokenizer
 from train.batch import Groups
 from train.config import PolicyConfig, RunConfig, resolved
@@ -317,6 +317,20 @@ def divide(metrics: Mapping[str, tuple[jax.Array, jax.Array]]) -> dict[str, floa
     return {name: total / count if count else math.nan for name, (total, count) in pairs.items()}
 
 
+def require_finite(step: int, metrics: Mapping[str, float]) -> None:
+    """Stop a run that has diverged: nothing it would write from here on means anything.
+
+    Raises:
+      FloatingPointError: the loss or the gradient's norm is not a number.
+    """
+    for name in ("loss", "grad_norm"):
+        if not math.isfinite(metrics[name]):
+            raise FloatingPointError(
+                f"step {step}: {name} is {metrics[name]}: the run has diverged; the checkpoints are as they were; go "
+                f"on from an earlier one with a lower optimizer.learning_rate, or look at the rewards of this step"
+            )
+
+
 def sampling_metrics(
     old_PGT: jax.Array, sampled_PGT: jax.Array, mask_PGT: jax.Array, weights_PGT: jax.Array | None
 ) -> Metrics:
@@ -347,9 +361,9 @@ def throughput(config: PolicyConfig, network: Qwen3Config, drawn: Sequence[Group
     peak = peak_flops(jax.devices()[0].device_kind)
     if peak is not None:
         forward = [forward_flops(network, g.lengths_P.tolist(), g.rollout.lengths_PG.tolist()) for g in drawn]
-        passes = 3 * config.num_iterations + (config.loss.beta > 0)
-        kept = sum(forward) / len(forward)
-        found["perf/mfu"] = (sum(forward) + passes * kept) / (seconds * peak * jax.device_count())
+        one = sum(forward) / len(forward)  # as many prompts are learned from as one attempt has
+        flops = step_flops(one, reference=config.loss.beta > 0, iterations=config.num_iterations)
+        found["perf/mfu"] = (sum(forward) + flops["update"]) / (seconds * peak * jax.device_count())
     return found
 
 

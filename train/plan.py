@@ -285,7 +285,8 @@ def updating(config: PlanConfig, layout: Layout, graphdef: Any, params: Any) -> 
         lambda leaf, like: placed(leaf, like.sharding), jax.eval_shape(update.nothing, trained), trained
     )
     micro = abstract_microbatch(config.microbatch_prompts, S, G, T, layout)
-    arguments = (gradient, state, reference, micro, shape(layout, (), jnp.float32, ()))
+    denominator = shape(layout, (), jnp.float32, ())
+    parts = P // config.microbatch_prompts
     place = "offloaded reference" if config.loss.offload_reference else "reference"
     arrays = {
         "parameters": on_device(trained),
@@ -294,11 +295,15 @@ def updating(config: PlanConfig, layout: Layout, graphdef: Any, params: Any) -> 
         "gradient": on_device(gradient),
         place: on_device(reference),
     }
-    parts = config.num_iterations * (P // config.microbatch_prompts)
-    programs = [
-        Program("gradient", parts, update.add, arguments, {}, ("gradient", place)),
-        Program("optimizer", config.updates_per_step, update.apply, (state, gradient), {}, ("gradient",)),
-    ]
+    programs = [Program("optimizer", config.updates_per_step, update.apply, (state, gradient), {}, ("gradient",))]
+    beside: tuple[str, ...] = ("gradient", place)
+    if config.logprobs_before_update:  # then the update reads them, and no reference policy
+        policies = 2 if reference else 1
+        programs.append(Program("logprobs", policies * parts, update.logprobs, (params, micro), {}, (place,)))
+        known = ("old_PGT", "ref_PGT")[:policies]
+        micro, reference, beside = micro | dict.fromkeys(known, micro["sampled_PGT"]), None, ("gradient",)
+    arguments = (gradient, state, reference, micro, denominator)
+    programs.append(Program("gradient", config.num_iterations * parts, update.add, arguments, {}, beside))
     return arrays, programs
 
 
