@@ -257,6 +257,7 @@ def test_the_penalty_in_the_reward_and_the_mean_of_micro_batches(policy_config: 
     # micro-batches keep the order of the prompts, for each counts the same whatever its tokens
     by_part = replace(base, loss=LossConfig(aggregate="token_per_microbatch", logprob_chunk=24), microbatch_prompts=2)
     T = base.max_completion_length
+    batch["advantages_PG"] = np.random.default_rng(2).normal(size=(4, 4)).astype(np.float32)
     batch["mask_PGT"] = np.broadcast_to(np.arange(T) < np.array([1, T, 1, T])[:, None, None], batch["mask_PGT"].shape)
 
     def loss_of(config: PolicyConfig, these: list[int]) -> float:
