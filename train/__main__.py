@@ -49,9 +49,9 @@ def main(arguments: list[str]) -> int:
             processes.start()
             console.quiet = not processes.is_first()
         program(task)(config, **options)
-    except (SetupError, processes.JoinError) as error:
+    except (SetupError, processes.JoinError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
-        code = 2
+        code = 1 if isinstance(error, FloatingPointError) else 2
     except (Exception, KeyboardInterrupt):
         if not processes.are_several():
             raise
