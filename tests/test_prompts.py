@@ -30,6 +30,7 @@ from train.prompts import (
 from train.supervised import Task, load_examples
 
 USER, ANSWER = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}
+SYSTEM = {"role": "system", "content": "Be brief."}
 
 # Columns
 
@@ -85,12 +86,31 @@ def test_a_prompt_that_is_in_the_answer_again_is_asked_once(prompt: Any) -> None
     assert prompt_and_answer({"prompt": prompt, "chosen": [USER, ANSWER]}, "chosen", "file") == ([USER], "So.")
 
 
+@pytest.mark.parametrize(
+    ("prompt", "before"),
+    [
+        ("Why?", [SYSTEM, USER]),
+        ([USER], [SYSTEM, USER]),
+        ([SYSTEM, USER], [SYSTEM, USER]),
+        ([SYSTEM, USER], [USER]),
+        (None, [SYSTEM, USER]),
+        ("Why?", [SYSTEM]),
+        ([SYSTEM], [USER]),
+    ],
+)
+def test_system_messages_come_first_and_once(prompt: Any, before: list[dict[str, str]]) -> None:
+    row = {"prompt": prompt, "chosen": [*before, ANSWER]}
+    assert prompt_and_answer(row, "chosen", "file") == ([SYSTEM, USER], "So.")
+
+
 def test_a_whole_conversation_is_learned_from_its_last_message(tiny_tokenizer_dir: Path, tmp_path: Path) -> None:
     tokenizer = Tokenizer(tiny_tokenizer_dir)
     tokenizer.hf.chat_template = "{% for m in messages %}{{ m.content }}|{% endfor %}"
     expected = sft.encode([{"prompt": [USER, ANSWER, USER], "completion": "So."}], tokenizer, "file", ChatConfig())
     for extra in ({}, {"prompt": "Why?"}):
         write_jsonl(tmp_path / "x.jsonl", [{"messages": [USER, ANSWER, USER, ANSWER]} | extra])
+        told = [{"messages": [USER, ANSWER, USER, ANSWER], "prompt": "something else"}]
+        assert sft.encode(told, tokenizer, "file", ChatConfig()) == expected
         rows = load_rows(str(tmp_path / "x.jsonl"), columns={"completion": "messages"})
         assert sft.encode(rows, tokenizer, "file", ChatConfig()) == expected
     with pytest.raises(ValueError, match="row 2 has no 'prompt'"):

@@ -76,7 +76,7 @@ def conversation(row: Row, where: str) -> Row:
             f"{where}: 'messages': expected a list of at least 2 chat messages, the last of which is learned, got "
             f"{str(messages)[:60]!r}"
         )
-    return row | {"completion": messages}
+    return {"completion": messages}  # a column 'prompt' says it again
 
 
 def collate(examples: Sequence[Example], tokenizer: Tokenizer, max_length: int) -> Batch:
