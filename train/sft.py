@@ -31,14 +31,16 @@ Example = tuple[list[int], int]  # token ids, how many of them are prompt
 
 
 def train_sft(config: SftConfig) -> None:
+    train_supervised(config, task(config))
+
+
+def task(config: SftConfig) -> Task:
     def length(example: Example) -> int:
         return len(example[0])
 
     if config.packing:
-        packed = Task(encode, length, collate_packed, objective, lambda _: {}, pack=partial(pack, config=config))
-        train_supervised(config, packed)
-    else:
-        train_supervised(config, Task(encode, length, collate, objective, lambda _: {}))
+        return Task(encode, length, collate_packed, objective, lambda _: {}, pack=partial(pack, config=config))
+    return Task(encode, length, collate, objective, lambda _: {})
 
 
 def encode(rows: Sequence[Row], tokenizer: Tokenizer, source: str, chat: ChatConfig) -> list[Example]:
