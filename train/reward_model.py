@@ -66,16 +66,24 @@ def compared(examples: list[Comparison], source: str) -> list[Comparison]:
 
 
 def encode(rows: Sequence[Row], tokenizer: Tokenizer, source: str, chat: ChatConfig) -> list[Comparison]:
-    require_columns([{"prompt": row.get("prompt") or "-"} for row in rows], source, "prompt")  # it may be missing
+    check_rows(rows, source)
     if "completions" in rows[0]:
         return encode_groups(rows, tokenizer, source, chat)
-    require_columns(rows, source, "chosen", "rejected")
     sides = [
         tokenizer.conversation_ids(*asked_and_answered(rows, source, side, chat)) for side in ("chosen", "rejected")
     ]
-    check_margins(rows, source)
     margins = [float(row.get("margin") or 0.0) for row in rows]
     return [Comparison([c, r], [1.0, 0.0], m) for c, r, m in zip(*sides, margins, strict=True)]
+
+
+def check_rows(rows: Sequence[Row], source: str) -> None:
+    """Refuse rows that are no comparisons."""
+    require_columns([{"prompt": row.get("prompt") or "-"} for row in rows], source, "prompt")  # it may be missing
+    if "completions" in rows[0]:
+        check_groups(rows, source)
+        return
+    require_columns(rows, source, "chosen", "rejected")
+    check_margins(rows, source)
 
 
 def check_margins(rows: Sequence[Row], source: str) -> None:
@@ -102,7 +110,6 @@ def check_groups(rows: Sequence[Row], source: str) -> None:
 
 
 def encode_groups(rows: Sequence[Row], tokenizer: Tokenizer, source: str, chat: ChatConfig) -> list[Comparison]:
-    check_groups(rows, source)
     asked: list[Prompt] = []
     answers: list[str] = []
     for number, row in enumerate(rows, 1):

@@ -44,6 +44,18 @@ def task(config: SftConfig) -> Task:
 
 
 def encode(rows: Sequence[Row], tokenizer: Tokenizer, source: str, chat: ChatConfig) -> list[Example]:
+    rows = check_rows(rows, source, chat)
+    if "text" in rows[0]:
+        prompts: list[list[int]] = [[] for _ in rows]
+        completions = tokenizer.encode([row["text"] for row in rows])
+    else:
+        asked, answers = asked_and_answered(rows, source, "completion", chat)
+        prompts, completions = tokenizer.prompt_ids(asked), tokenizer.encode_literally(answers)
+    return [(p + c + [tokenizer.eos_ids[0]], len(p)) for p, c in zip(prompts, completions, strict=True)]
+
+
+def check_rows(rows: Sequence[Row], source: str, chat: ChatConfig) -> Sequence[Row]:
+    """The rows, a column 'messages' under the name of 'completion'; refuses what cannot be learned from."""
     if "text" in rows[0]:
         require_columns(rows, source, "text")
         if chat.system_prompt is not None or chat.text_as_chat:
@@ -51,19 +63,13 @@ def encode(rows: Sequence[Row], tokenizer: Tokenizer, source: str, chat: ChatCon
                 f"{source}: chat.system_prompt and chat.text_as_chat are for rows with prompt and completion; the "
                 f"column 'text' is learned as it is"
             )
-        prompts: list[list[int]] = [[] for _ in rows]
-        completions = tokenizer.encode([row["text"] for row in rows])
-    else:
-        if "completion" not in rows[0] and "messages" in rows[0]:
-            rows = [conversation(row, f"{source}: row {number}") for number, row in enumerate(rows, 1)]
-        require_columns(rows, source, "completion")
-        # a conversation needs no prompt of its own
-        require_columns(
-            [row if isinstance(row["completion"], str) else {"prompt": "-"} for row in rows], source, "prompt"
-        )
-        asked, answers = asked_and_answered(rows, source, "completion", chat)
-        prompts, completions = tokenizer.prompt_ids(asked), tokenizer.encode_literally(answers)
-    return [(p + c + [tokenizer.eos_ids[0]], len(p)) for p, c in zip(prompts, completions, strict=True)]
+        return rows
+    if "completion" not in rows[0] and "messages" in rows[0]:
+        rows = [conversation(row, f"{source}: row {number}") for number, row in enumerate(rows, 1)]
+    require_columns(rows, source, "completion")
+    # a conversation needs no prompt of its own
+    require_columns([row if isinstance(row["completion"], str) else {"prompt": "-"} for row in rows], source, "prompt")
+    return rows
 
 
 def conversation(row: Row, where: str) -> Row:
