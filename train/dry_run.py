@@ -2,8 +2,9 @@
 
 Files are read, and tokenized where that takes seconds and the tokenizer is on this machine; data sets on the Hub are
 asked for their columns and rows, or looked up in schemas.yaml where the Hub cannot be reached. Of networks the shapes
-are known without their weights. Nothing is compiled (that is `train plan`), trained or written. What other machines may
-have, the judge's key and IFEval's splitter of sentences, is not looked for.
+are known without their weights. Nothing is compiled (that is `train plan`), trained or written, but that ids of many
+prompts go to the cache. What the machine that trains may have, the judge's key and IFEval's splitter of sentences, is
+not looked for.
 """
 
 import dataclasses
