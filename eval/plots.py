@@ -27,6 +27,7 @@ SERIES = ("#0072b2", "#d55e00", "#009e73", "#a8457f", "#6b5bc2", "#8a6d00")
 VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid"} | {hex: f"--s{i}" for i, hex in enumerate(SERIES)}
 MARKERS, DASHES = ("o", "s", "^", "D", "v", "P"), ("-", (0, (5, 2)), (0, (1, 1.2)), "-.", (0, (7, 2, 1, 2, 1, 2)), "--")
 SIZE = (5.2, 3.4)  # inches: at a phone's width the text is still legible
+LETTERS = 57  # that have room beside each other in a legend, of which a line takes 8
 SETTINGS: Any = {
     "font.size": 11,
     "axes.edgecolor": MUTED,
@@ -75,8 +76,9 @@ class Studio:
             axes = figure.subplots()
             axes.set_axisbelow(True)
             paint(axes)
-            if axes.get_legend_handles_labels()[1]:
-                axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2, handlelength=2.6)
+            if labels := axes.get_legend_handles_labels()[1]:
+                columns = max(1, min(3, LETTERS // (8 + max(map(len, labels)))))
+                axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0.2, handlelength=2.6)
             figure.draw_without_rendering()
             figure.set_layout_engine("none")  # laid out once, not for each file
             figure.savefig(self.folder / f"{name}.png", dpi=150)

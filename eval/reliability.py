@@ -23,14 +23,15 @@ def parse_reliability(arguments: list[str]) -> ReliabilityConfig:
 
 def draw_reliability(config: ReliabilityConfig) -> None:
     """Raises: SetupError: a run that has not validated."""
+    runs = list(dict.fromkeys(run.partition("@")[0] for run in config.runs))
     with setup_errors():
-        for run in config.runs:
+        for run in runs:
             if not (Path(run) / CALIBRATION).is_file():
                 raise FileNotFoundError(
                     f"{run}: no {CALIBRATION} in it; expected a run of `train reward` with data.validation or "
                     f"data.held_out that has validated at least once"
                 )
-    for run in config.runs:
+    for run in runs:
         reliability_pictures(Path(run), [run])
         console.print(str(Path(run) / "reliability.png"))
 
@@ -38,10 +39,13 @@ def draw_reliability(config: ReliabilityConfig) -> None:
 def reliability_pictures(folder: Path, models: Sequence[str]) -> list[plots.Picture]:
     """One picture of all the models, and of all their held-out sets, that have been validated."""
     bins = {}
-    for path in dict.fromkeys(model.partition("@")[0] for model in models):
+    paths = list(dict.fromkeys(model.partition("@")[0] for model in models))
+    folders = [Path(path).resolve().name for path in paths]
+    for path, name_of_run in zip(paths, folders, strict=True):
+        title = name_of_run if folders.count(name_of_run) == 1 else path
         file = Path(path) / CALIBRATION
         sets = json.loads(file.read_text(encoding="utf-8"))["sets"] if file.is_file() else {}
         for name, rows in sets.items():
             short = name.removeprefix("validation/")
-            bins[short if len(models) == 1 else f"{Path(path).resolve().name}, {short}"] = rows
+            bins[short if len(models) == 1 else f"{title}, {short}"] = rows
     return [plots.reliability(folder, bins)] if bins else []

@@ -97,12 +97,15 @@ class Tokenizer:
 
     @cached_property
     def fingerprint(self) -> str | None:
-        """A hash of all that decides which ids a prompt becomes; None where that cannot be told."""
+        """A hash of all that decides which ids a prompt becomes; None where that cannot be told, or changes daily."""
+        if "strftime_now" in str(self.hf.chat_template):
+            return None
         try:
             parts = [self.hf.backend_tokenizer.to_str()]
         except AttributeError:
             return None  # a slow tokenizer keeps its tables in code
         parts += [str(self.hf.chat_template), str(self.enable_thinking), importlib.metadata.version("transformers")]
+        parts.append(json.dumps(self.hf.special_tokens_map, sort_keys=True, default=str))  # a template may name them
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
     @property

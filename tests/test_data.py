@@ -154,6 +154,22 @@ def test_command_line_over_file_over_defaults(tmp_path: Path) -> None:
         assert [spec.label for spec in config.rewards] == ["b", "rm"]
 
 
+@pytest.mark.parametrize("where", ["command line", "another file"])
+def test_a_list_of_rewards_replaces_the_one_before(tmp_path: Path, where: str) -> None:
+    """The first is what the tiny configs' headers say."""
+    file, more = tmp_path / "x.yaml", tmp_path / "more.yaml"
+    for before in ({"function": "length", "options": {"target": 5}, "weight": 2}, {"model": "runs/rm", "name": "a"}):
+        for after in ({"model": "runs/tldr/tiny_reward"}, {"function": "length"}):
+            file.write_text(yaml.safe_dump(SETTINGS | {"rewards": [before]}))
+            more.write_text(yaml.safe_dump({"rewards": [after]}))
+            arguments = {
+                "command line": ["--rewards", json.dumps([after])],
+                "another file": ["--config", str(more)],
+            }[where]
+            config = parse(PolicyConfig, ["--config", str(file), *arguments, "--max_steps", "3"])
+            assert config.rewards == [RewardSpec(**after)] and config.max_steps == 3
+
+
 def test_a_resolved_config_is_the_same_config(tmp_path: Path) -> None:
     file = tmp_path / "x.yaml"
     file.write_text(yaml.safe_dump(SETTINGS | {"mesh": {"rules": {"prompt": ["data"], "group": ["fsdp"]}}}))

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import yaml
 
 from eval.__main__ import main
 from eval.plots import pick_groups, skewness, smoothed
+from eval.reliability import reliability_pictures
 from eval.report import reward_model
 from eval.runs import PolicyRun
 from eval.stats import mean_and_error, paired_gain
@@ -170,6 +172,13 @@ def test_reliability_of_some_reward_models(made: Path, capsys: pytest.CaptureFix
         svg = Path("runs", name, "reliability.svg").read_text()
         assert Path("runs", name, "reliability.png").stat().st_size > 1000
         assert all(f"<!-- {text} -->" in svg for text in sets)
+    shutil.copytree("runs/judge", "runs/other/judge")
+    Path("runs/judge/reliability.svg").unlink()
+    assert main(["reliability", "runs/judge@20"]) == 0 and Path("runs/judge/reliability.svg").exists()
+    reliability_pictures(made / "both", ["runs/judge", "runs/other/judge", "runs/reward"])
+    svg = (made / "both" / "reliability.svg").read_text()
+    names = ["runs/judge, validation", "runs/other/judge, other", "reward, validation"]
+    assert all(f"<!-- {name} -->" in svg for name in names), "each has a name of its own"
     assert main(["reliability", "runs/gopo"]) == 2
     assert "runs/gopo: no calibration.json in it; expected a run of `train reward`" in capsys.readouterr().err
 

@@ -14,7 +14,16 @@ import yaml
 from models.tokenizer import Tokenizer
 from train import sft, token_cache
 from train.__main__ import main
-from train.config import ChatConfig, DataConfig, PolicyConfig, RewardModelConfig, ValidationConfig, resolved
+from train.config import (
+    ChatConfig,
+    DataConfig,
+    PolicyConfig,
+    RewardModelConfig,
+    RewardSpec,
+    SftConfig,
+    ValidationConfig,
+    resolved,
+)
 from train.dry_run import SCHEMAS, from_card, look_up
 from train.metrics import write_jsonl
 from train.prompts import (
@@ -30,6 +39,7 @@ from train.prompts import (
 from train.supervised import Task, load_examples
 
 USER, ANSWER = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}
+SYSTEM = {"role": "system", "content": "Be brief."}
 
 # Columns
 
@@ -85,12 +95,31 @@ def test_a_prompt_that_is_in_the_answer_again_is_asked_once(prompt: Any) -> None
     assert prompt_and_answer({"prompt": prompt, "chosen": [USER, ANSWER]}, "chosen", "file") == ([USER], "So.")
 
 
+@pytest.mark.parametrize(
+    ("prompt", "before"),
+    [
+        ("Why?", [SYSTEM, USER]),
+        ([USER], [SYSTEM, USER]),
+        ([SYSTEM, USER], [SYSTEM, USER]),
+        ([SYSTEM, USER], [USER]),
+        (None, [SYSTEM, USER]),
+        ("Why?", [SYSTEM]),
+        ([SYSTEM], [USER]),
+    ],
+)
+def test_system_messages_come_first_and_once(prompt: Any, before: list[dict[str, str]]) -> None:
+    row = {"prompt": prompt, "chosen": [*before, ANSWER]}
+    assert prompt_and_answer(row, "chosen", "file") == ([SYSTEM, USER], "So.")
+
+
 def test_a_whole_conversation_is_learned_from_its_last_message(tiny_tokenizer_dir: Path, tmp_path: Path) -> None:
     tokenizer = Tokenizer(tiny_tokenizer_dir)
     tokenizer.hf.chat_template = "{% for m in messages %}{{ m.content }}|{% endfor %}"
     expected = sft.encode([{"prompt": [USER, ANSWER, USER], "completion": "So."}], tokenizer, "file", ChatConfig())
     for extra in ({}, {"prompt": "Why?"}):
         write_jsonl(tmp_path / "x.jsonl", [{"messages": [USER, ANSWER, USER, ANSWER]} | extra])
+        told = [{"messages": [USER, ANSWER, USER, ANSWER], "prompt": "something else"}]
+        assert sft.encode(told, tokenizer, "file", ChatConfig()) == expected
         rows = load_rows(str(tmp_path / "x.jsonl"), columns={"completion": "messages"})
         assert sft.encode(rows, tokenizer, "file", ChatConfig()) == expected
     with pytest.raises(ValueError, match="row 2 has no 'prompt'"):
@@ -228,6 +257,11 @@ def test_other_prompts_settings_or_tokenizers_have_ids_of_their_own(
     templated = Tokenizer(tiny_tokenizer_dir)
     templated.hf.chat_template = "{{ messages }}"
     asked = [{"role": "user", "content": sentences[0]}]
+    padded = Tokenizer(tiny_tokenizer_dir)
+    padded.hf.bos_token = padded.hf.eos_token
+    dated = Tokenizer(tiny_tokenizer_dir)
+    dated.hf.chat_template = "{{ strftime_now('%d') }}"
+    assert dated.fingerprint is None
     keys = [
         key(sentences, tokenizer),
         key(sentences[:-1], tokenizer),
@@ -235,6 +269,7 @@ def test_other_prompts_settings_or_tokenizers_have_ids_of_their_own(
         key([asked, *sentences[1:]], tokenizer),
         key(sentences, Tokenizer(tiny_tokenizer_dir, enable_thinking=True)),
         key(sentences, templated),
+        key(sentences, padded),
     ]
     assert len(set(keys)) == len(keys) and key(list(sentences), Tokenizer(tiny_tokenizer_dir)) == keys[0]
 
@@ -338,6 +373,70 @@ def test_a_dry_run_refuses_data_that_could_not_be_used(
         raise ValueError(error)
 
 
+def rewarded(name: str, **options: Any) -> dict[str, Any]:
+    return {"rewards": [RewardSpec(function=name, options=options)]}
+
+
+@pytest.mark.parametrize(
+    ("command", "row", "settings", "named"),
+    [
+        ("policy", {}, rewarded("length", unit="pages"), "length: unit: expected one of words, characters"),
+        ("policy", {}, rewarded("rouge"), "rouge: .* there is no column 'completion'; the columns are wanted"),
+        ("policy", {}, rewarded("soft_overlong_punishment", cache=3), "needs 'max_completion_length'"),
+        ("policy", {}, {"max_prompt_length": 1}, "none of the 8 prompts has at most max_prompt_length = 1 tokens"),
+        ("sft", {"completion": "Good."}, {}, "row 1 has no 'prompt'"),
+        ("sft", {"messages": [USER]}, {}, "row 1: 'messages': expected a list of at least 2"),
+        ("sft", {"prompt": [USER], "completion": "Good."}, {}, "no chat template"),
+        ("reward", {"prompt": 5, "chosen": "a", "rejected": "b"}, {}, "row 1: 'prompt': expected text"),
+        ("reward", {"chosen": "a", "rejected": "b", "margin": "big"}, {}, "row 1: 'margin': expected a number"),
+        ("reward", {"completions": ["good food", "bad food"], "scores": [1, 1]}, {}, "nothing is compared"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_run_would_refuse(
+    run: Callable[..., tuple[int, str, str]],
+    policy_config: Callable[..., PolicyConfig],
+    tmp_path: Path,
+    command: str,
+    row: dict[str, Any],
+    settings: dict[str, Any],
+    named: str,
+) -> None:
+    write_jsonl(tmp_path / "x.jsonl", [row or {"prompt": "good food", "wanted": 1}] * 8)
+    data = DataConfig(train=str(tmp_path / "x.jsonl"))
+    config: Any = policy_config(tmp_path, data=data, validation=ValidationConfig(prompts=0))
+    if command == "policy":
+        config = dataclasses.replace(config, **settings)
+    else:
+        kind = {"sft": SftConfig, "reward": RewardModelConfig}[command]
+        config = kind(output_dir="x", model=config.model, data=data, max_steps=1, batch_size=2)
+    code, _, error = run(config, "--dry_run", command=(command,))
+    assert code == 2
+    with pytest.raises(ValueError, match=named):
+        raise ValueError(error)
+
+
+def test_a_dry_run_needs_no_key_and_knows_packed_rows(
+    run: Callable[..., tuple[int, str, str]],
+    policy_config: Callable[..., PolicyConfig],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    config = policy_config(tmp_path, **rewarded("judge", model="m"))
+    assert run(config, "--dry_run")[0] == 0
+    many = dataclasses.replace(config, validation=ValidationConfig(every=3, num_generations=2))
+    assert "2 validations of 24 prompts x 2" in run(many, "--dry_run")[1], "there are no more than that"
+
+    write_jsonl(tmp_path / "x.jsonl", [{"text": "good"}] * 12)
+    data = DataConfig(train=str(tmp_path / "x.jsonl"))
+    packed = SftConfig(output_dir="x", model=config.model, data=data, max_steps=3, batch_size=2, packing=True)
+    _, out, _ = run(packed, "--dry_run", command=("sft",))
+    assert "3 steps of 2 rows; 6.00 epochs of 1 rows" in out
+    monkeypatch.setattr("train.dry_run.MANY", 11)
+    _, out, _ = run(packed, "--dry_run", command=("sft",))
+    assert "tokens: not counted" in out and "epochs" not in out
+
+
 def test_a_dry_run_refuses_models_in_the_wrong_place(
     run: Callable[..., tuple[int, str, str]],
     policy_config: Callable[..., PolicyConfig],
@@ -424,3 +523,18 @@ def test_inspection_measures_and_shows(
     code, out, _ = run(reward, "--rows=1", command=("inspect", "reward"))
     assert code == 0 and "the longer one in 50.0 % of the comparisons" in out and "row 1, score 0" in out
     assert "Expected one of sft, reward, policy" in run(config, command=("inspect", "plan"))[2]
+
+
+def test_inspection_of_ties_and_of_a_part_that_is_wrong(
+    run: Callable[..., tuple[int, str, str]], policy_config: Callable[..., PolicyConfig], tmp_path: Path
+) -> None:
+    rows = [{"prompt": "p", "completions": ["a", "b"], "scores": scores} for scores in ([1, 1], [1, 1], [2, 1])]
+    write_jsonl(tmp_path / "x.jsonl", [row | {"chosen": "a", "rejected": "b"} for row in rows])
+    write_jsonl(tmp_path / "wrong.jsonl", [{"prompt": "p"}])
+    data = DataConfig(train=str(tmp_path / "x.jsonl"))
+    config = RewardModelConfig(output_dir="x", model=policy_config(tmp_path).model, data=data, max_steps=1)
+    code, out, _ = run(config, "--rows", "2", "--mesh", "data=1", command=("inspect", "reward"))
+    assert code == 0 and "row 2, score 1" in out and "answers" in out
+    held_out = dataclasses.replace(data, held_out={"train": str(tmp_path / "wrong.jsonl")})
+    code, _, error = run(dataclasses.replace(config, data=held_out), command=("inspect", "reward"))
+    assert code == 2 and f"{tmp_path / 'wrong.jsonl'}: row 1 has no 'chosen'" in error

@@ -195,7 +195,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 def test_scores_come_in_the_completions_order_and_what_is_unclear_is_none(
     server: Server, caplog: pytest.LogCaptureFixture
 ) -> None:
-    server.answers = {"a": '{"score": 3}', "b": "Seven.", "c": '{"score": 10}', "d": 400}
+    server.answers = {"a": '{"score": 3}', "b": "Seven.", "c": '{"score": 10}', "d": 422}
     prompts: list[Any] = ["p", [{"role": "user", "content": "q"}], "r", "s"]
     with caplog.at_level(logging.WARNING, "train.judge_reward"):
         scores = judge(prompts, list("abcd"), model="m", base_url=server.url, source=["x"] * 4)
@@ -222,8 +222,8 @@ def test_a_failure_is_tried_again_and_then_none(server: Server, monkeypatch: pyt
     assert len(server.requests) == 3
 
 
-@pytest.mark.parametrize("status", [401, 403, 404])
-def test_a_refused_key_or_model_stops_the_run(server: Server, status: int) -> None:
+@pytest.mark.parametrize("status", [400, 401, 403, 404])
+def test_a_refused_key_model_or_request_stops_the_run(server: Server, status: int) -> None:
     server.answers = {"a": status}
     with pytest.raises(ValueError, match=f"judge: m at {server.url}/: .*{status}"):
         judge(["p"], ["a"], model="m", base_url=server.url)

@@ -76,14 +76,26 @@ def test_formats(chatty: Tokenizer, row: dict[str, Any], expected: list[str]) ->
         ({"prompt": "Q", "completions": ["A", "B"]}, "got 2 and no list"),
         ({"completions": ["A", "B"], "scores": [1, float("nan")]}, "'scores': expected numbers"),
         ({"completions": ["A", "B"], "scores": ["1", "2"]}, "'scores': expected numbers"),
-        ({"completions": ["A", "B"], "scores": [1, 1]}, "nothing is compared"),
+        ({"chosen": "A", "rejected": "B", "margin": "big"}, "row 1: 'margin': expected a number, got 'big'"),
+        ({"chosen": "A", "rejected": "B", "margin": [1]}, "row 1: 'margin': expected a number"),
+        ({"chosen": "A", "rejected": "B", "margin": float("nan")}, "row 1: 'margin': expected a number, got nan"),
         ({"completions": ["A", ""], "scores": [1, 2]}, "row 1: 'completions': row 2 has no 'answer'"),
         ({"prompt": [USER], "completions": [[ANSWER], [USER]], "scores": [1, 2]}, "end with the assistant's"),
     ],
 )
-def test_groups_that_are_refused(chatty: Tokenizer, row: dict[str, Any], named: str) -> None:
+def test_rows_that_are_refused(chatty: Tokenizer, row: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         encode([row], chatty, "file", ChatConfig())
+
+
+def test_something_has_to_be_compared(chatty: Tokenizer) -> None:
+    """In the whole data set; a part of it, such as its first rows, may be without."""
+    rows: list[dict[str, Any]] = [{"completions": ["A", "B"], "scores": scores} for scores in ([1, 1], [1, 2])]
+    examples = encode(rows, chatty, "file", ChatConfig())
+    pack = reward_model.task(config()).pack
+    assert pack(examples, "file") == examples
+    with pytest.raises(ValueError, match="file: nothing is compared"):
+        pack(encode(rows[:1], chatty, "file", ChatConfig()), "file")
 
 
 # The loss

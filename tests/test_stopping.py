@@ -1,7 +1,9 @@
 """Early stopping: a function of the metrics' rows, exact whenever the run was killed; the run then is its best step."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax.numpy as jnp
@@ -19,7 +21,7 @@ from train.config import (
     OptimizerConfig,
     RewardModelConfig,
 )
-from train.metrics import read_metrics
+from train.metrics import read_metrics, write_jsonl
 from train.reward_model import train_reward_model
 from train.stopping import STOPPED, EarlyStopping
 
@@ -164,6 +166,16 @@ def test_a_run_that_is_killed_anywhere_ends_in_the_same_state(
     assert killed_in(metrics.Run, "wait", 1, True) == expected  # all is saved, nothing said
     assert killed_in(stopping, "write_whole", 1, True) == expected  # said, nothing removed
     assert killed_in(metrics.Run, "drop_after", 1, True) == expected
+
+    (run / STOPPED).unlink()
+    train_reward_model(replace(config, early_stopping=EarlyStoppingConfig(patience=3)))
+    assert json.loads((run / STOPPED).read_text()) == {"step": 8, "best_step": 2, "metric": "loss"}
+    assert read_metrics(run)[-1]["step"] == 8 and steps_of(run) == [2]
+
+    write_jsonl(run / "metrics.jsonl", [{"step": 1, "timing_s/validation": 0.0, "validation/loss": -1.0}])
+    stands_at = SimpleNamespace(path=run, start=1)
+    with pytest.raises(ValueError, match="its best step is 1, whose checkpoint was not kept"):
+        EarlyStopping(config.early_stopping).recall(stands_at)  # type: ignore[arg-type]
 
 
 @pytest.mark.slow

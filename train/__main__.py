@@ -71,14 +71,14 @@ def what_to_do(arguments: list[str]) -> tuple[str, list[str], str, dict[str, Any
       ValueError: an option of ours has no value or a wrong one.
     """
     command, *rest = arguments
+    if command != "export":
+        rest = spread_mesh(rest)
     if command == "inspect":
         if not rest or rest[0] not in LEARNING:
             raise ValueError(f"inspect: the data of which program? Expected one of {', '.join(LEARNING)} behind it")
         command, *rest = rest
         rest, rows = take(rest, "--rows", alone="3")
         return command, rest, "inspect", {"count": number("--rows", rows or "3")}
-    if command != "export":
-        rest = spread_mesh(rest)
     if command in LEARNING:
         rest, shown = take(rest, "--show", alone="3")
         rest, dry = take(rest, "--dry_run", alone="true")

@@ -417,6 +417,10 @@ class ExportConfig:
         return int(size)
 
 
+# Before every list of rewards: jsonargparse would fill what an item leaves out from the item that stood in its place.
+_NO_REWARDS = ("--rewards=[]",)
+
+
 def parse(kind: type[Any], arguments: list[str], program: str = "python -m train") -> Any:
     """The config that a command line makes.
 
@@ -436,8 +440,7 @@ def parse(kind: type[Any], arguments: list[str], program: str = "python -m train
         key, equals, value = argument.partition("=")
         if key == "--config":
             value = value if equals else next(following, "")
-            _check_file(kind, value)
-            files.append(f"--config={value}")
+            files += [*(_NO_REWARDS if "rewards" in _check_file(kind, value) else ()), f"--config={value}"]
             continue
         if key == "--variant":
             value = _variant_file(value if equals else next(following, ""))
@@ -447,7 +450,7 @@ def parse(kind: type[Any], arguments: list[str], program: str = "python -m train
             continue
         if key.startswith("--") and key not in ("--help", "--print_config"):
             _check_keys(kind, key[2:].split("."), "command line")
-        others.append(argument)
+        others += [*(_NO_REWARDS if key == "--rewards" else ()), argument]
     try:
         values = parser.instantiate(parser.parse_args([*files, *variants, *others]))
     except (jsonargparse.ArgumentError, ValueError) as error:
@@ -478,7 +481,7 @@ def resolved(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def _check_file(kind: type[Any], file: str) -> None:
+def _check_file(kind: type[Any], file: str) -> dict[str, Any]:
     if not Path(file).is_file():
         raise FileNotFoundError(f"--config {file}: no such file")
     try:
@@ -488,6 +491,7 @@ def _check_file(kind: type[Any], file: str) -> None:
     if not isinstance(values, dict):
         raise ValueError(f"{file}: expected 'key: value' lines, got {type(values).__name__}")
     _check_nested(kind, values, file)
+    return values
 
 
 def _check_nested(kind: type[Any], values: dict[str, Any], source: str) -> None:

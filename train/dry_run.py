@@ -1,14 +1,16 @@
 """`--dry_run`: what a run would do, from its config alone: its data, networks, memory and schedule.
 
-Files are read; data sets on the Hub are asked for their columns and rows, or looked up in schemas.yaml where the Hub
-cannot be reached. Of networks the shapes are known without their weights. Nothing is compiled (that is `train plan`),
-trained or written.
+Files are read, and tokenized where that takes seconds and the tokenizer is on this machine; data sets on the Hub are
+asked for their columns and rows, or looked up in schemas.yaml where the Hub cannot be reached. Of networks the shapes
+are known without their weights. Nothing is compiled (that is `train plan`), trained or written, but that ids of many
+prompts go to the cache. What the machine that trains may have, the judge's key and IFEval's splitter of sentences, is
+not looked for.
 """
 
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,18 +23,29 @@ from models.hf_weights import abstract_model, abstract_params
 from models.lora import separate
 from models.sharding import Layout
 from models.tokenizer import Tokenizer
-from train import plan
+from train import plan, reward_model, sft
 from train import state as training
-from train.config import DataConfig, PlanConfig, PolicyConfig, RewardModelConfig, SupervisedConfig
+from train.config import DataConfig, PlanConfig, PolicyConfig, RewardModelConfig, SftConfig
 from train.metrics import console, setup_errors
 from train.plan import FULL, GIB, HBM
-from train.prompts import Row, as_chat, asked_and_answered, is_file_name, load_rows, load_splits, require_columns
-from train.reward_model import check_groups
+from train.prompts import (
+    Prompts,
+    Row,
+    Splits,
+    as_chat,
+    asked_and_answered,
+    is_file_name,
+    load_rows,
+    load_splits,
+    require_columns,
+)
 from train.rewards import function_scorer
+from train.supervised import load_examples
 
 SCHEMAS = Path(__file__).with_name("schemas.yaml")
 HUB_SECONDS = 5
-Config = SupervisedConfig | RewardModelConfig | PolicyConfig
+MANY = 20_000  # rows that are no longer tokenized in seconds
+Config = SftConfig | RewardModelConfig | PolicyConfig
 
 
 def dry_run(config: Config, devices: int | None, chip: str | None) -> None:
@@ -44,11 +57,12 @@ def dry_run(config: Config, devices: int | None, chip: str | None) -> None:
     with setup_errors():
         if chip is not None and chip not in HBM:
             raise ValueError(f"--chip: expected one of {', '.join(HBM)}, got {chip!r}")
-        rows = describe_data(config)
-        network = describe_networks(config)
+        known = describe_data(config)
+        network, tokenizer = describe_networks(config, known.columns)
+        known = try_data(config, tokenizer, known)
         layout, arrays, saved = memory(config, network, devices)
     describe_memory(layout, arrays, chip)
-    describe_schedule(config, rows, saved)
+    describe_schedule(config, known, saved)
 
 
 def line(text: str) -> None:
@@ -81,44 +95,80 @@ def parts(config: Config) -> list[Part]:
     return found
 
 
-def describe_data(config: Config) -> int | None:
-    """Print the data; returns the rows to train on, None where they are not known."""
-    counts = {part.name: part_rows(config, part) for part in parts(config)}
-    if all(is_file_name(part.source) for part in parts(config)) and isinstance(config, PolicyConfig):
-        splits = load_splits(config)
-        counts |= {"train": len(splits.train)}
-        line(f"  {splits.duplicates} prompts of train are in validation or test too" + drops(config.data))
-    elif config.data.validation_rows and (known := counts["train"]) is not None:
-        if known <= config.data.validation_rows:
+class Known(NamedTuple):
+    """What is known of the data; None: not known."""
+
+    train: int | None  # rows to train on, packed ones where rows are packed
+    validation: int | None
+    columns: Collection[str] | None  # of both, which reward functions may ask for
+    splits: Splits | None = None  # a policy's rows
+    rows: int | None = None  # of all parts together, all of them from files
+
+
+def describe_data(config: Config) -> Known:
+    """Print the data."""
+    data, found = config.data, {part.name: part_rows(config, part) for part in parts(config)}
+    counts = {name: count for name, (count, _) in found.items()}
+    files = all(is_file_name(part.source) for part in parts(config))
+    rows = sum(filter(None, counts.values())) if files else None
+    splits = load_splits(config) if files and isinstance(config, PolicyConfig) else None
+    if splits is not None:
+        counts |= {"train": len(splits.train), "validation": len(splits.validation)}
+        line(f"  {splits.duplicates} prompts of train are in validation or test too" + drops(data))
+    elif data.validation_rows and (known := counts["train"]) is not None:
+        if known <= data.validation_rows:
             raise ValueError(f"data.validation_rows: expected fewer than the {known} rows that there are")
-        counts["train"] = known - config.data.validation_rows
-    if config.data.validation_rows:
-        line(f"  {config.data.validation_rows} rows of train held out to validate on, by seed {config.data.split_seed}")
-    return counts["train"]
+        counts["train"] = known - data.validation_rows
+    if data.validation_rows:
+        counts["validation"] = data.validation_rows
+        line(f"  {data.validation_rows} rows of train held out to validate on, by seed {data.split_seed}")
+    columns: set[str] | None = {*(found["train"][1] or ())} - {data.prompt_column}
+    for name in ("train", "validation"):
+        known_columns = found.get(name, found["train"])[1]
+        columns = None if columns is None or known_columns is None else columns & {*known_columns}
+    return Known(counts["train"], counts.get("validation"), columns, splits, rows)
+
+
+def try_data(config: Config, tokenizer: Tokenizer | None, known: Known) -> Known:
+    """Do with the rows what the run does before its first step, where that takes seconds and no network."""
+    if tokenizer is None or known.rows is None or known.rows > MANY:
+        line(f"tokens: not counted, which needs a tokenizer that is here and at most {MANY:,} rows in files")
+        packed = isinstance(config, SftConfig) and config.packing
+        return known._replace(train=None) if packed else known
+    if isinstance(config, PolicyConfig):
+        assert known.splits is not None
+        source = config.data.validation or config.data.train
+        prompts = Prompts(known.splits.train, config.data.train, config, tokenizer)
+        validation = Prompts(known.splits.validation, source, config, tokenizer)
+        line(f"tokens: {prompts.too_long} prompts of train and {validation.too_long} of validation are too long")
+        return known._replace(train=len(prompts), validation=len(validation))
+    task = reward_model.task(config) if isinstance(config, RewardModelConfig) else sft.task(config)
+    train, _ = load_examples(config, task, tokenizer)
+    return known._replace(train=len(train))
 
 
 def drops(data: DataConfig) -> str:
     return ": left out" if data.drop_duplicates else ""
 
 
-def part_rows(config: Config, part: Part) -> int | None:
-    """Print one part of the data, and refuse columns that are not there; how many rows it has."""
+def part_rows(config: Config, part: Part) -> tuple[int | None, Collection[str] | None]:
+    """Print one part of the data, and refuse what could not be used; how many rows it has, and which columns."""
     if is_file_name(part.source):
         rows = load_rows(part.source, part.split, config.data.columns)
         check_rows(config, rows, part.source)
         line(f"{part.name}: {part.source}: {len(rows):,} rows, columns {', '.join(rows[0])}")
-        return len(rows)
+        return len(rows), {name for row in rows for name in row}
     schema, origin = look_up(part.source)
     if schema is None:
         line(f"{part.name}: {part.source}: {origin}; its rows and columns are checked when it is loaded")
-        return None
+        return None, None
     if part.split not in schema["splits"]:
         raise ValueError(f"{part.source}: has no split {part.split!r}; expected one of {', '.join(schema['splits'])}")
-    check_columns(config, schema["columns"], part.source)
+    ours = check_columns(config, schema["columns"], part.source)
     columns = ", ".join(f"{name} ({kind})" for name, kind in schema["columns"].items())
     count = schema["splits"][part.split]
     line(f"{part.name}: {part.source}, {part.split}: {count:,} rows, columns {columns} [{origin}]")
-    return int(count)
+    return int(count), ours
 
 
 def needed(config: Config, columns: Mapping[str, Any]) -> list[str]:
@@ -131,21 +181,25 @@ def needed(config: Config, columns: Mapping[str, Any]) -> list[str]:
 
 
 def check_rows(config: Config, rows: Sequence[Row], source: str) -> None:
-    columns = needed(config, rows[0])
-    if "scores" in columns:
-        check_groups(rows, source)
-        return
-    require_columns(rows, source, *columns)
-    if not isinstance(config, PolicyConfig) and columns != ["text"]:  # a policy's: load_splits
-        for column in columns:
-            asked_and_answered(rows, source, column, config.chat)
+    """Refuse rows that could not be used, whatever the tokenizer."""
+    if isinstance(config, PolicyConfig):
+        require_columns(rows, source, config.data.prompt_column)
+    elif isinstance(config, RewardModelConfig):
+        reward_model.check_rows(rows, source)
+        for side in ("chosen", "rejected") if "completions" not in rows[0] else ():
+            asked_and_answered(rows, source, side, config.chat)
+    elif "text" not in (rows := sft.check_rows(rows, source, config.chat))[0]:
+        asked_and_answered(rows, source, "completion", config.chat)
 
 
-def check_columns(config: Config, columns: Mapping[str, str], source: str) -> None:
-    for theirs in config.data.columns.values():
-        if theirs not in columns:
-            raise ValueError(f"{source}: has no column {theirs!r} (data.columns); its columns are {', '.join(columns)}")
-    ours = dict(columns) | {name: columns[theirs] for name, theirs in config.data.columns.items()}
+def check_columns(config: Config, columns: Mapping[str, str], source: str) -> Collection[str]:
+    """Refuse a data set without the columns that are read; all its columns, under our names."""
+    theirs = config.data.columns.values()
+    for name in theirs:
+        if name not in columns:
+            raise ValueError(f"{source}: has no column {name!r} (data.columns); its columns are {', '.join(columns)}")
+    ours = {name: kind for name, kind in columns.items() if name not in theirs}
+    ours |= {name: columns[other] for name, other in config.data.columns.items()}
     for name in needed(config, ours):
         if name not in ours:
             raise ValueError(
@@ -154,6 +208,7 @@ def check_columns(config: Config, columns: Mapping[str, str], source: str) -> No
     asked = ours.get(needed(config, ours)[0] if isinstance(config, PolicyConfig) else "prompt")
     if asked is not None:
         as_chat("text" if asked == "string" else [{"role": "user", "content": "text"}], config.chat, source)
+    return ours
 
 
 @functools.cache
@@ -198,8 +253,8 @@ def type_of(feature: Mapping[str, Any]) -> str:
 # Networks
 
 
-def describe_networks(config: Config) -> Qwen3Config:
-    """Print the shapes of the networks; the one that is trained."""
+def describe_networks(config: Config, columns: Collection[str] | None) -> tuple[Qwen3Config, Tokenizer | None]:
+    """Print the shapes of the networks; the one that is trained, and its tokenizer if that is here."""
     network = plan.network_config(config.model.path) if config.model.path else config.model.architecture
     assert network is not None  # ModelConfig has checked it
     if isinstance(config, RewardModelConfig):
@@ -207,6 +262,7 @@ def describe_networks(config: Config) -> Qwen3Config:
     elif network.is_reward_model:
         raise ValueError(f"model.path: {config.model.path} is a reward model; expected a policy")
     say_network("model", config.model.path or "random weights", network)
+    tokenizer = None
     if Path(config.model.tokenizer_path).is_dir() or config.model.tokenizer_path.count("/") != 1:
         tokenizer = Tokenizer(config.model.tokenizer_path, config.chat.enable_thinking)
         tokenizer.check_fits(network.vocab_size, config.model.path or "model.architecture")
@@ -215,14 +271,14 @@ def describe_networks(config: Config) -> Qwen3Config:
         line(f"tokenizer {config.model.tokenizer_path}: on the Hub, not read")
     for spec in config.rewards if isinstance(config, PolicyConfig) else ():
         if spec.function is not None:
-            function_scorer(spec.function, spec.options)
+            function_scorer(spec.function, spec.options, columns, runs_here=False)
             line(f"reward {spec.label}: {spec.function}, weight {spec.weight:g}")
             continue
         judge = plan.network_config(str(spec.model))
         if not judge.is_reward_model:
             raise ValueError(f"rewards: {spec.model} is a policy; expected a reward model")
         say_network(f"reward {spec.label}, weight {spec.weight:g}", str(spec.model), judge)
-    return network
+    return network, tokenizer
 
 
 def say_network(name: str, path: str, network: Qwen3Config) -> None:
@@ -295,8 +351,8 @@ def describe_memory(layout: Layout, arrays: Mapping[str, float], chip: str | Non
 # Schedule
 
 
-def describe_schedule(config: Config, rows: int | None, saved: tuple[float, float]) -> None:
-    steps, optimizer = config.max_steps, config.optimizer
+def describe_schedule(config: Config, known: Known, saved: tuple[float, float]) -> None:
+    steps, optimizer, rows = config.max_steps, config.optimizer, known.train
     if isinstance(config, PolicyConfig):
         P, G = config.prompts_per_step, config.num_generations
         line(
@@ -306,7 +362,8 @@ def describe_schedule(config: Config, rows: int | None, saved: tuple[float, floa
         if config.updates_per_step > 1:
             line(f"{config.updates_per_step} updates a step, of {config.update_prompts} prompts each")
         due = [step for step in range(steps + 1) if config.validation.due(step, steps)]
-        each = f"{config.validation.prompts} prompts x {config.validation.num_generations}"
+        prompts = config.validation.prompts if known.validation is None else known.validation
+        each = f"{min(prompts, config.validation.prompts)} prompts x {config.validation.num_generations}"
     else:
         line(f"{steps:,} steps of {config.batch_size} rows" + of(rows, steps * config.batch_size))
         validated = config.data.validation is not None or config.data.validation_rows or config.data.held_out

@@ -1,6 +1,7 @@
 """`python -m train inspect`: a run's data in numbers, and its first rows as the models see them; no weight is read."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from rich.table import Table
@@ -42,9 +43,10 @@ def inspect_policy(config: PolicyConfig, tokenizer: Tokenizer) -> None:
     data, splits = config.data, load_splits(config)
     table = new_table(f"max_prompt_length {config.max_prompt_length}")
     parts = {"train": splits.train, "validation": splits.validation, "test": splits.test}
+    sources = {"train": data.train, "validation": data.validation or data.train, "test": str(data.test)}
     for name, rows in parts.items():
         if rows:
-            prompts = Prompts(rows, data.train, config, tokenizer)
+            prompts = Prompts(rows, sources[name], config, tokenizer)
             lengths: dict[str, Sequence[int]] = {"prompts": prompts.lengths}
             answers = [row["completion"] for row in rows if isinstance(row.get("completion"), str)]
             if answers:
@@ -65,30 +67,27 @@ def repeated(rows: Sequence[Row], column: str) -> int:
 
 def inspect_supervised(config: SupervisedConfig, tokenizer: Tokenizer) -> None:
     data = config.data
-    parts = {"train": load_rows(data.train, data.split, data.columns)}
+    encode = reward_model.encode if isinstance(config, RewardModelConfig) else sft.encode
+
+    def load(source: str, split: str) -> list[Any]:
+        return [*encode(load_rows(source, split, data.columns), tokenizer, source, config.chat)]
+
+    parts = [("train", load(data.train, data.split))]
     if data.validation_rows:
-        rows = parts["train"]
+        rows = parts[0][1]
         kept, out = hold_out(len(rows), data.validation_rows, data.split_seed)
-        parts = {"train": [rows[i] for i in kept], "validation": [rows[i] for i in out]}
+        parts = [("train", [rows[i] for i in kept]), ("validation", [rows[i] for i in out])]
     elif data.validation is not None:
-        parts["validation"] = load_rows(data.validation, data.validation_split, data.columns)
-    parts |= {name: load_rows(source, data.validation_split, data.columns) for name, source in data.held_out.items()}
+        parts.append(("validation", load(data.validation, data.validation_split)))
+    parts += [(name, load(source, data.validation_split)) for name, source in data.held_out.items()]
     table, notes = new_table(f"max_length {config.max_length}"), []
-    for name, rows in parts.items():
+    for name, examples in parts:
         if isinstance(config, RewardModelConfig):
-            comparisons = reward_model.encode(rows, tokenizer, data.train, config.chat)
-            answers = list(zip(*(c.rows for c in comparisons), strict=True)) if "chosen" in rows[0] else []
-            measured: Lengths = {
-                kind: [len(ids) for ids in side] for kind, side in zip(("chosen", "rejected"), answers, strict=False)
-            } or {"answers": [len(ids) for c in comparisons for ids in c.rows]}
-            (longer,) = reward_model.length_baseline(comparisons).values()
-            notes.append(f"{name}: the better answer is the longer one in {100 * longer:.1f} % of the comparisons")
+            measured = of_comparisons(examples)
+            for longer in reward_model.length_baseline(examples).values():  # none if nothing is compared
+                notes.append(f"{name}: the better answer is the longer one in {100 * longer:.1f} % of the comparisons")
         else:
-            examples = sft.encode(rows, tokenizer, data.train, config.chat)
-            measured = {
-                "prompts": [learned_from for _, learned_from in examples],
-                "rows": [len(e[0]) for e in examples],
-            }
+            measured = {"prompts": [prompt for _, prompt in examples], "rows": [len(ids) for ids, _ in examples]}
         over = {
             kind: sum(n > config.max_length for n in found) for kind, found in measured.items() if kind != "prompts"
         }
@@ -96,6 +95,13 @@ def inspect_supervised(config: SupervisedConfig, tokenizer: Tokenizer) -> None:
     console.print(table)
     for note in notes:
         line(note)
+
+
+def of_comparisons(examples: Sequence[reward_model.Comparison]) -> Lengths:
+    """Tokens of the answers, prompt included; of pairs, those of the better and of the worse ones."""
+    if any(example.scores != [1, 0] for example in examples):
+        return {"answers": [len(ids) for example in examples for ids in example.rows]}
+    return {kind: [len(e.rows[side]) for e in examples] for side, kind in enumerate(("chosen", "rejected"))}
 
 
 def new_table(limit: str) -> Table:

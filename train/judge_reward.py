@@ -40,14 +40,14 @@ def judge(
 
     Raises:
       ValueError: no key in OPENAI_API_KEY (a server given by base_url may do without), or the server refuses key or
-        model.
+        model, or the request (400: an option it does not have, or a text longer than its model reads).
     """
     import openai
 
     key = os.environ.get("OPENAI_API_KEY") or ("none" if base_url else None)
     if key is None:
         raise ValueError("judge: expected a key in the environment variable OPENAI_API_KEY, or base_url in its options")
-    refused = (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError)
+    refused = (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError, openai.BadRequestError)
 
     def score(client: openai.OpenAI, prompt: Any, completion: str) -> tuple[float | None, str]:
         asked = json.dumps({"conversation": prompt, "answer": completion}, ensure_ascii=False)

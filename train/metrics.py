@@ -34,7 +34,7 @@ from train.state import TrainState
 
 METRICS, CONFIG, COMPLETIONS, CALIBRATION = "metrics.jsonl", "config.yaml", "completions", "calibration.json"
 # What may differ between a run and its continuation: it changes no number that is already written.
-_MAY_CHANGE = ("max_steps", "log", "checkpoint", "mesh", "output_dir")
+_MAY_CHANGE = ("max_steps", "log", "checkpoint", "mesh", "output_dir", "early_stopping")
 _WHERE = ("offload", "offload_reference", "logprob_chunk", "batch_prompts")  # of parts: where and how much at a time
 
 

@@ -81,6 +81,7 @@ def prompt_and_answer(row: Row, column: str, where: str) -> tuple[Prompt, str]:
     """What precedes the answer in `column`, and its text; an answer in chat messages ends with the assistant's.
 
     Some data sets have the prompt twice, as a column and as the beginning of the answer's messages; it is asked once.
+    System messages come first, wherever they stood.
 
     Raises:
       ValueError: it ends with another's message.
@@ -92,10 +93,20 @@ def prompt_and_answer(row: Row, column: str, where: str) -> tuple[Prompt, str]:
         raise ValueError(
             f"{where}: {column!r}: expected messages that end with the assistant's, got {answer[-1]['role']!r}"
         )
-    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) and prompt else list(prompt)
-    before = answer[:-1]
+    system, asked = _system_apart(
+        [{"role": "user", "content": prompt}] if isinstance(prompt, str) and prompt else prompt
+    )
+    more, before = _system_apart(answer[:-1])
     twice = [_said(message) for message in before[: len(asked)]] == [_said(message) for message in asked]
-    return before if twice else [*asked, *before], answer[-1]["content"]
+    new = [message for message in more if _said(message) not in map(_said, system)]
+    return [*system, *new, *([] if twice else asked), *before], answer[-1]["content"]
+
+
+def _system_apart(messages: Prompt) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """The system messages at the beginning, and the others."""
+    listed: list[dict[str, str]] = list(messages) if isinstance(messages, list) else []
+    count = next((i for i, message in enumerate(listed) if message["role"] != "system"), len(listed))
+    return listed[:count], listed[count:]
 
 
 def _said(message: Mapping[str, str]) -> tuple[str, str]:

@@ -42,6 +42,10 @@ class Comparison(NamedTuple):
 
 
 def train_reward_model(config: RewardModelConfig) -> None:
+    train_supervised(config, task(config))
+
+
+def task(config: RewardModelConfig) -> Task:
     def loss(params: Any, batch: dict[str, jax.Array], *, graphdef: Any) -> tuple[jax.Array, Outcome]:
         return objective(params, batch, graphdef=graphdef, config=config)
 
@@ -51,20 +55,43 @@ def train_reward_model(config: RewardModelConfig) -> None:
             raise ValueError(f"{source}: the column 'margin' is for loss: bradley_terry; leave one of the two out")
         return examples
 
-    task = Task(checked, lambda e: max(map(len, e.rows)), collate, loss, length_baseline, REWARD_MODEL)
-    train_supervised(config, task)
+    return Task(checked, lambda e: max(map(len, e.rows)), collate, loss, length_baseline, REWARD_MODEL, compared)
+
+
+def compared(examples: list[Comparison], source: str) -> list[Comparison]:
+    """The examples; refused if nothing in them is compared."""
+    if not any(example.pairs() for example in examples):
+        raise ValueError(f"{source}: nothing is compared: in every row all 'scores' are equal")
+    return examples
 
 
 def encode(rows: Sequence[Row], tokenizer: Tokenizer, source: str, chat: ChatConfig) -> list[Comparison]:
-    require_columns([{"prompt": row.get("prompt") or "-"} for row in rows], source, "prompt")  # it may be missing
+    check_rows(rows, source)
     if "completions" in rows[0]:
         return encode_groups(rows, tokenizer, source, chat)
-    require_columns(rows, source, "chosen", "rejected")
     sides = [
         tokenizer.conversation_ids(*asked_and_answered(rows, source, side, chat)) for side in ("chosen", "rejected")
     ]
     margins = [float(row.get("margin") or 0.0) for row in rows]
     return [Comparison([c, r], [1.0, 0.0], m) for c, r, m in zip(*sides, margins, strict=True)]
+
+
+def check_rows(rows: Sequence[Row], source: str) -> None:
+    """Refuse rows that are no comparisons."""
+    require_columns([{"prompt": row.get("prompt") or "-"} for row in rows], source, "prompt")  # it may be missing
+    if "completions" in rows[0]:
+        check_groups(rows, source)
+        return
+    require_columns(rows, source, "chosen", "rejected")
+    check_margins(rows, source)
+
+
+def check_margins(rows: Sequence[Row], source: str) -> None:
+    """Refuse margins that are not numbers; a row may have none."""
+    for number, row in enumerate(rows, 1):
+        margin = row.get("margin")
+        if margin is not None and not (isinstance(margin, int | float) and math.isfinite(margin)):
+            raise ValueError(f"{source}: row {number}: 'margin': expected a number, got {margin!r}")
 
 
 def check_groups(rows: Sequence[Row], source: str) -> None:
@@ -83,7 +110,6 @@ def check_groups(rows: Sequence[Row], source: str) -> None:
 
 
 def encode_groups(rows: Sequence[Row], tokenizer: Tokenizer, source: str, chat: ChatConfig) -> list[Comparison]:
-    check_groups(rows, source)
     asked: list[Prompt] = []
     answers: list[str] = []
     for number, row in enumerate(rows, 1):
@@ -93,10 +119,7 @@ def encode_groups(rows: Sequence[Row], tokenizer: Tokenizer, source: str, chat: 
         asked += found[0]
         answers += found[1]
     ids = iter(tokenizer.conversation_ids(asked, answers))
-    examples = [Comparison([next(ids) for _ in row["scores"]], list(map(float, row["scores"]))) for row in rows]
-    if not any(example.pairs() for example in examples):
-        raise ValueError(f"{source}: nothing is compared: in every row all 'scores' are equal")
-    return examples
+    return [Comparison([next(ids) for _ in row["scores"]], list(map(float, row["scores"]))) for row in rows]
 
 
 def collate(examples: Sequence[Comparison], tokenizer: Tokenizer, max_length: int) -> Batch:

@@ -38,6 +38,7 @@ BUILT_IN = {
     "judge": "train.judge_reward.judge",
     "ifeval": "eval.ifeval.strict",
 }
+OF_MACHINE = ("judge", "ifeval")  # need a key in the environment, or data that are downloaded
 
 
 class Rewards:
@@ -274,7 +275,11 @@ class Wanted:
 
 
 def function_scorer(
-    name: str, options: Mapping[str, Any] | None = None, data_columns: Collection[str] | None = None
+    name: str,
+    options: Mapping[str, Any] | None = None,
+    data_columns: Collection[str] | None = None,
+    *,
+    runs_here: bool = True,
 ) -> Scorer:
     """A reward function f(prompts, completions, **columns) -> list[float | None] (TRL's signature).
 
@@ -284,6 +289,7 @@ def function_scorer(
     Args:
       name: of a built-in reward, or a dotted path.
       data_columns: names that the data has; None: not known.
+      runs_here: whether it is to run on this machine, which then must have what `OF_MACHINE` need.
 
     Raises:
       ValueError: no such function or option, or a parameter without a value.
@@ -292,7 +298,9 @@ def function_scorer(
     wanted = Wanted(name, function, options)
     if data_columns is not None:
         wanted.check_columns(data_columns)
-        if name in BUILT_IN:  # without completions it says what it lacks: a package, a key, a sensible option
+        if name in BUILT_IN and (
+            runs_here or name not in OF_MACHINE
+        ):  # without completions it says what it lacks: a package, a key, a sensible option
             nothing: dict[str, list[Any]] = {column: [] for column in [*data_columns, *GIVEN]}
             try:
                 function(**wanted.chosen(nothing), **options)

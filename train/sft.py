@@ -31,17 +31,31 @@ Example = tuple[list[int], int]  # token ids, how many of them are prompt
 
 
 def train_sft(config: SftConfig) -> None:
+    train_supervised(config, task(config))
+
+
+def task(config: SftConfig) -> Task:
     def length(example: Example) -> int:
         return len(example[0])
 
     if config.packing:
-        packed = Task(encode, length, collate_packed, objective, lambda _: {}, pack=partial(pack, config=config))
-        train_supervised(config, packed)
-    else:
-        train_supervised(config, Task(encode, length, collate, objective, lambda _: {}))
+        return Task(encode, length, collate_packed, objective, lambda _: {}, pack=partial(pack, config=config))
+    return Task(encode, length, collate, objective, lambda _: {})
 
 
 def encode(rows: Sequence[Row], tokenizer: Tokenizer, source: str, chat: ChatConfig) -> list[Example]:
+    rows = check_rows(rows, source, chat)
+    if "text" in rows[0]:
+        prompts: list[list[int]] = [[] for _ in rows]
+        completions = tokenizer.encode([row["text"] for row in rows])
+    else:
+        asked, answers = asked_and_answered(rows, source, "completion", chat)
+        prompts, completions = tokenizer.prompt_ids(asked), tokenizer.encode_literally(answers)
+    return [(p + c + [tokenizer.eos_ids[0]], len(p)) for p, c in zip(prompts, completions, strict=True)]
+
+
+def check_rows(rows: Sequence[Row], source: str, chat: ChatConfig) -> Sequence[Row]:
+    """The rows, a column 'messages' under the name of 'completion'; refuses what cannot be learned from."""
     if "text" in rows[0]:
         require_columns(rows, source, "text")
         if chat.system_prompt is not None or chat.text_as_chat:
@@ -49,19 +63,13 @@ def encode(rows: Sequence[Row], tokenizer: Tokenizer, source: str, chat: ChatCon
                 f"{source}: chat.system_prompt and chat.text_as_chat are for rows with prompt and completion; the "
                 f"column 'text' is learned as it is"
             )
-        prompts: list[list[int]] = [[] for _ in rows]
-        completions = tokenizer.encode([row["text"] for row in rows])
-    else:
-        if "completion" not in rows[0] and "messages" in rows[0]:
-            rows = [conversation(row, f"{source}: row {number}") for number, row in enumerate(rows, 1)]
-        require_columns(rows, source, "completion")
-        # a conversation needs no prompt of its own
-        require_columns(
-            [row if isinstance(row["completion"], str) else {"prompt": "-"} for row in rows], source, "prompt"
-        )
-        asked, answers = asked_and_answered(rows, source, "completion", chat)
-        prompts, completions = tokenizer.prompt_ids(asked), tokenizer.encode_literally(answers)
-    return [(p + c + [tokenizer.eos_ids[0]], len(p)) for p, c in zip(prompts, completions, strict=True)]
+        return rows
+    if "completion" not in rows[0] and "messages" in rows[0]:
+        rows = [conversation(row, f"{source}: row {number}") for number, row in enumerate(rows, 1)]
+    require_columns(rows, source, "completion")
+    # a conversation needs no prompt of its own
+    require_columns([row if isinstance(row["completion"], str) else {"prompt": "-"} for row in rows], source, "prompt")
+    return rows
 
 
 def conversation(row: Row, where: str) -> Row:
@@ -76,7 +84,7 @@ def conversation(row: Row, where: str) -> Row:
             f"{where}: 'messages': expected a list of at least 2 chat messages, the last of which is learned, got "
             f"{str(messages)[:60]!r}"
         )
-    return row | {"completion": messages}
+    return {"completion": messages}  # a column 'prompt' says it again
 
 
 def collate(examples: Sequence[Example], tokenizer: Tokenizer, max_length: int) -> Batch:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from models.checkpoint import folder_of
 from train.config import EarlyStoppingConfig
 from train.metrics import METRICS, Run, console, read_metrics, write_whole
 from train.processes import gather, is_first
@@ -43,7 +44,7 @@ class EarlyStopping:
         """Take all validations up to the step that `run` goes on from into account.
 
         Raises:
-          ValueError: metrics.jsonl does not reach to that step.
+          ValueError: metrics.jsonl does not reach to that step, or the best step's checkpoint is gone.
         """
         if not self.on or not run.start:
             return
@@ -58,6 +59,11 @@ class EarlyStopping:
         mine = np.array(seen if is_first() else [], np.float32).reshape(-1, 2)
         for step, value in gather(mine):
             self._take(int(step), value)
+        if self.best_step and not (folder_of(run.path) / str(self.best_step)).exists():
+            raise ValueError(
+                f"{run.path}: by these early_stopping settings its best step is {self.best_step}, whose checkpoint was "
+                f"not kept; go on with the settings it had, or start over in another output_dir"
+            )
         run.keep_best(self.best_step)
 
     def _take(self, step: int, value: np.float32) -> None:
@@ -107,4 +113,7 @@ def is_over(run: Run) -> bool:
 def close_at(run: Run, step: int, best: int) -> None:
     run.drop_after(best)
     run.close(f"ended at step {step}; the run is its best step, {best}")
-    console.print(f"{run.path}: to train on from there, delete {STOPPED} in it")
+    console.print(
+        f"{run.path}: to train on from there, delete {STOPPED} in it and raise what ended it, early_stopping.patience "
+        f"or max_steps"
+    )

@@ -46,7 +46,9 @@ class Task(NamedTuple):
     objective: Callable[..., tuple[jax.Array, Outcome]]  # (params, batch, graphdef) -> loss, outcome
     baselines: Callable[[Sequence[Any]], dict[str, float]]  # of the validation examples
     architecture: str = POLICY
-    pack: Callable[[list[Any], str], list[Any]] = lambda examples, source: examples  # examples -> rows of a batch
+    pack: Callable[[list[Any], str], list[Any]] = lambda examples, source: (
+        examples
+    )  # examples that fit -> rows of a batch
 
 
 def train_supervised(config: SupervisedConfig, task: Task) -> None:

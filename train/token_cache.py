@@ -7,6 +7,7 @@ settings and the prompts themselves, so it is never out of date. It may be delet
 import hashlib
 import json
 import os
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -67,7 +68,7 @@ def _read(file: Path, count: int) -> list[np.ndarray]:
 def _write(file: Path, ids: Sequence[np.ndarray]) -> None:
     """At once: a process that is killed, or another that writes the same, leaves no half file behind."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+    temporary = file.with_name(f"{file.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     with temporary.open("wb") as out:
         np.savez(out, ids=np.concatenate(ids), lengths=np.array([len(row) for row in ids], np.int64))
     temporary.replace(file)
