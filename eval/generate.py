@@ -14,8 +14,9 @@ from models.hf_weights import split
 from models.qwen3 import Qwen3
 from models.tokenizer import Tokenizer, tokenizer_path
 from train import state as training
-from train.config import ChatConfig, MeshConfig, parse
+from train.config import ChatConfig, MeshConfig
 from train.metrics import console, setup_errors, write_jsonl
+from train.parse import parse
 from train.prompts import Row, conversations, fitting, load_rows
 
 

@@ -13,8 +13,9 @@ import numpy as np
 
 from eval.stats import mean_and_error, prompt_means
 from train import state as training
-from train.config import MeshConfig, parse
+from train.config import MeshConfig
 from train.metrics import console, setup_errors, write_jsonl
+from train.parse import parse
 from train.prompts import Row, load_rows
 from train.rewards import RewardModelScorer
 

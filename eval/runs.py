@@ -18,7 +18,7 @@ from train.prompts import Row, load_rows
 
 
 class Arguments(argparse.ArgumentParser):
-    """A command line whose mistakes are ValueErrors, as those of `train.config.parse`."""
+    """A command line whose mistakes are ValueErrors, as those of `train.parse.parse`."""
 
     def __init__(self, program: str, description: str | None) -> None:
         super().__init__(prog=f"python -m eval {program}", description=description, allow_abbrev=False)

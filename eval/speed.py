@@ -24,8 +24,8 @@ from eval.workloads import END_SHARE, WORKLOADS, Workload, prepare
 from models.config import REWARD_MODEL
 from models.flops import decode_bytes, forward_flops, step_flops
 from models.tokenizer import Tokenizer
-from train.config import parse
 from train.metrics import console, read_metrics, setup_errors
+from train.parse import parse
 from train.prompts import load_rows
 
 WARMUP = 2  # steps left out of every median

@@ -16,8 +16,9 @@ from scipy.stats import spearmanr
 
 from models.tokenizer import Tokenizer
 from train import reward_model, sft
-from train.config import ChatConfig, DataConfig, PolicyConfig, RewardSpec, SupervisedConfig, parse, resolved
+from train.config import ChatConfig, DataConfig, PolicyConfig, RewardSpec, SupervisedConfig, resolved
 from train.metrics import divide, read_metrics, rollout_metrics, write_jsonl
+from train.parse import parse
 from train.prompts import (
     Prompts,
     as_chat,

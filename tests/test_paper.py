@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from gopo_jax import policy_loss
-from train.config import PolicyConfig, parse
+from train.config import PolicyConfig
+from train.parse import parse
 
 RECIPE = Path(__file__).parent.parent / "configs" / "tldr" / "qwen3_8b_gopo.yaml"
 CONFIG = parse(PolicyConfig, ["--config", str(RECIPE), "--variant", "gopo_paper"])

@@ -20,8 +20,9 @@ from models.hf_weights import abstract_model, split
 from models.published import PUBLISHED
 from train import processes
 from train.__main__ import main, spread_mesh
-from train.config import PlanConfig, parse
+from train.config import PlanConfig
 from train.hlo import work
+from train.parse import parse
 from train.plan import parameter_count
 
 ROOT = Path(__file__).parent.parent
@@ -218,7 +219,8 @@ from models.generate import SamplingCopy, sampling_program
 from models.hf_weights import abstract_model, split
 from models.sampler import SamplingParams
 from models.sharding import make_layout, parameter_shardings
-from train.config import PlanConfig, parse
+from train.config import PlanConfig
+from train.parse import parse
 from train.loop import make_update
 from train.state import copy, make_optimizer, make_state
 

@@ -11,8 +11,9 @@ import pytest
 import yaml
 
 from models.tokenizer import Tokenizer
-from train.config import PolicyConfig, RewardModelConfig, parse
+from train.config import PolicyConfig, RewardModelConfig
 from train.metrics import read_metrics
+from train.parse import parse
 from train.prompts import load_rows, load_splits
 
 ROOT = Path(__file__).parent.parent

@@ -14,9 +14,10 @@ import pytest
 import yaml
 
 from gopo_jax import ADVANTAGES, SURROGATES
-from train.config import LossConfig, PolicyConfig, RewardSpec, parse
+from train.config import LossConfig, PolicyConfig, RewardSpec
 from train.loop import make_advantages, train_policy
 from train.metrics import read_metrics
+from train.parse import parse
 
 ROOT = Path(__file__).parent.parent
 VARIANTS = sorted(file.stem for file in (ROOT / "configs" / "variants").glob("*.yaml"))

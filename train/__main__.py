@@ -6,7 +6,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from train.config import ExportConfig, PlanConfig, PolicyConfig, RewardModelConfig, SftConfig, parse
+from train.config import ExportConfig, PlanConfig, PolicyConfig, RewardModelConfig, SftConfig
+from train.parse import parse
 
 USAGE = """usage: python -m train {sft,reward,policy} --config FILE [--variant NAME] [--key value ...] [--show [N]]
        python -m train {sft,reward,policy} --config FILE --dry_run [--devices N] [--chip H200]
