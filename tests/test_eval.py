@@ -206,6 +206,7 @@ def drawn(policy: Path, tmp_path: Path, **settings: Any) -> list[dict[str, Any]]
     return rows
 
 
+@pytest.mark.slow
 def test_the_batch_split_changes_no_token(policy: Path, tmp_path: Path) -> None:
     whole = drawn(policy, tmp_path)
     assert drawn(policy, tmp_path, batch_prompts=2) == whole

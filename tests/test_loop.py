@@ -69,7 +69,10 @@ def some_batch(config: PolicyConfig, vocabulary: int) -> dict[str, jax.Array]:
     return batch | {"advantages_PG": np.asarray(ADVANTAGES["gopo"](rewards_PG))}
 
 
-@pytest.mark.parametrize("aggregate", ["token", "sequence", "constant"])
+@pytest.mark.parametrize(
+    "aggregate",
+    ["token", pytest.param("sequence", marks=pytest.mark.slow), pytest.param("constant", marks=pytest.mark.slow)],
+)
 def test_the_cut_into_micro_batches_changes_nothing(aggregate: Any, policy_config: MakeConfig, tmp_path: Path) -> None:
     base = policy_config(tmp_path, loss=LossConfig(aggregate=aggregate, logprob_chunk=24))
     layout = make_layout(data=1)

@@ -52,6 +52,7 @@ def logprobs(graphdef: Any, params: Any) -> jax.Array:
     return jax.nn.log_softmax(model.logits(model.predict(prompt_PS, jnp.array([5, 3]), tokens_PGT)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("targets", [tuple(PROJECTIONS), ("q_proj", "down_proj"), ("o_proj",)])
 def test_fresh_ones_change_nothing_and_merged_equals_unmerged(
     targets: tuple[str, ...], make_model: Callable[..., Backbone], tiny_config: Qwen3Config

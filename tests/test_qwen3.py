@@ -37,7 +37,10 @@ def joined(prompt_PS: jax.Array, tokens_PGT: jax.Array, p: int) -> jax.Array:
     return jnp.concatenate([prompt_GS, tokens_PGT[p]], axis=1)
 
 
-@pytest.fixture(params=VARIANTS.values(), ids=VARIANTS.keys())
+OTHERS = [pytest.param(VARIANTS[name], id=name, marks=pytest.mark.slow) for name in VARIANTS if name != "plain"]
+
+
+@pytest.fixture(params=[pytest.param(VARIANTS["plain"], id="plain"), *OTHERS])
 def model(request: pytest.FixtureRequest) -> Qwen3:
     model = Qwen3(request.param, nnx.Rngs(0))
     if request.param.attention_bias:  # they start at 0, which would test nothing
@@ -172,6 +175,7 @@ def test_bfloat16_computes_in_bfloat16_and_answers_in_float32() -> None:
     np.testing.assert_allclose(logits, exact(tokens_BS, jnp.array([S, S])), atol=scale * 2**-8 * 12)
 
 
+@pytest.mark.slow
 def test_reward_of_a_group_equals_rewards_of_its_texts() -> None:
     config = Qwen3Config(V, 32, 48, 2, 4, 2, 16, initializer_range=0.2, architecture="Qwen3ForSequenceClassification")
     model = Qwen3RewardModel(config, nnx.Rngs(0))

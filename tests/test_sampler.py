@@ -449,6 +449,7 @@ def test_inverse_cdf_frequencies(size: int) -> None:
 # The generator
 
 
+@pytest.mark.slow
 def test_generator_batches_change_no_text_and_its_end_of_text_ids_are_honoured(
     tiny_config: Qwen3Config, tiny_tokenizer_dir: Path, make_model: Callable[..., Backbone], sentences: list[str]
 ) -> None:
