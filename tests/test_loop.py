@@ -346,8 +346,8 @@ def test_nothing_compiles_but_for_shapes_that_are_new(
         lengths.append(np.asarray(out.lengths_PG).max())
         return out
 
-    def counted_cut(*arguments: Any) -> Iterator[Any]:
-        for micro in cut(*arguments):
+    def counted_cut(*arguments: Any, **options: Any) -> Iterator[Any]:
+        for micro in cut(*arguments, **options):
             note("update", (micro["prompt_PS"].shape, micro["tokens_PBT"].shape))
             yield micro
 

@@ -103,7 +103,9 @@ def assert_same(found: Sequence[dict[str, float]], expected: Sequence[dict[str, 
         assert row.keys() == other.keys()
         for name, value in row.items():
             if not name.startswith(("timing_s/", "perf/")):
-                assert math.isclose(value, other[name], rel_tol=1e-5, abs_tol=1e-6), (row["step"], name)
+                # how far sampler and trainer are apart is rounding alone, and as uncertain as that
+                tolerance = 1e-5 if name.startswith("sampling/sampling_logp_difference") else 1e-6
+                assert math.isclose(value, other[name], rel_tol=1e-5, abs_tol=tolerance), (row["step"], name)
 
 
 def vowels(completions: list[str], wanted: list[str], **_: Any) -> list[float | None]:

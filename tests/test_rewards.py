@@ -345,7 +345,14 @@ def test_training_and_validation_hand_over_the_tokens_of_the_texts(
         calls.append((completions, completion_ids))
         return [float(len(ids)) for ids in completion_ids]
 
-    monkeypatch.setattr("train.loop.make_update", lambda *_: lambda state, ref_params, batch: (state, {}))
+    class NoUpdate:
+        def before(self, *_: Any) -> tuple[dict[str, Any], float]:
+            return {}, 0.0
+
+        def __call__(self, state: Any, *_: Any) -> tuple[Any, dict[str, float]]:
+            return state, {"loss": 0.0, "grad_norm": 0.0}
+
+    monkeypatch.setattr("train.loop.make_update", lambda *_: NoUpdate())
     train_policy(policy_config(tmp_path, rewards=[RewardSpec(function=f"{define(seen=seen)}.seen")], max_steps=1))
     tokenizer = Tokenizer(tiny_tokenizer_dir)
     assert [len(texts) for texts, _ in calls] == [16, 16, 16], "validation, a step, validation"
