@@ -1,0 +1,96 @@
+"""Softmax policies over finitely many answers, trained with the real losses: what `gopo_jax.theory` says, happening.
+
+`trained` samples groups and takes steps along the gradient of `policy_loss`, as train/loop.py does for a network;
+`trained_exactly` takes the expectation over groups instead. One prompt, one token per answer.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gopo_jax import ADVANTAGES, policy_loss
+from gopo_jax.games import Game, make_game
+
+
+class Problem(NamedTuple):
+    """What is trained on."""
+
+    reference_O: jax.Array
+    rewards_O: jax.Array
+    beta: float
+    noise: float = 0.0  # standard deviation of what is added to each reward
+
+
+@partial(jax.jit, static_argnames=("advantage", "group_size", "kl", "groups", "steps"))
+def trained(
+    problem: Problem,
+    key: jax.Array,
+    *,
+    advantage: str,
+    group_size: int,
+    kl: str | None = "k3",
+    groups: int = 1024,
+    steps: int = 4000,
+    learning_rate: float = 1.0,
+) -> jax.Array:
+    """The mean policy [O] over the second half of the steps, each on `groups` groups drawn from the policy itself.
+
+    The step's size falls as 1 / (1 + 10 t / steps): near the fixed point the policy wanders less.
+    """
+
+    def step(logits_O: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+        draw, shake = jax.random.split(jax.random.fold_in(key, t))
+        answers_PG = jax.random.categorical(draw, logits_O, shape=(groups, group_size))
+        rewards_PG = problem.rewards_O[answers_PG]
+        rewards_PG += problem.noise * jax.random.normal(shake, rewards_PG.shape, rewards_PG.dtype)
+        advantages_PG = ADVANTAGES[advantage](rewards_PG)
+        slope_O = jax.grad(_loss)(logits_O, answers_PG, advantages_PG, problem, kl)
+        return logits_O - learning_rate / (1 + 10 * t / steps) * slope_O, jax.nn.softmax(logits_O)
+
+    _, policies_NO = jax.lax.scan(step, jnp.log(problem.reference_O), jnp.arange(steps))
+    return policies_NO[steps // 2 :].mean(0)
+
+
+def _loss(
+    logits_O: jax.Array, answers: jax.Array, advantages: jax.Array, problem: Problem, kl: str | None
+) -> jax.Array:
+    """`policy_loss` of answers of one token."""
+    logprobs = jax.nn.log_softmax(logits_O)[answers][..., None]
+    reference = jnp.log(problem.reference_O)[answers][..., None]
+    old, mask = jax.lax.stop_gradient(logprobs), jnp.ones(logprobs.shape, bool)
+    penalty: dict[str, Any] = {"kl": kl, "ref_logprobs": reference, "beta": problem.beta} if kl else {}
+    return policy_loss(logprobs, old, advantages, mask, **penalty)[0]
+
+
+def trained_exactly(
+    problem: Problem,
+    *,
+    advantage: Any,
+    group_size: float,
+    kl: str | None = "k3",
+    ddof: int = 1,
+    epsilon: float = 1e-4,
+    steps: int = 20_000,
+    learning_rate: float = 1.0,
+) -> jax.Array:
+    """The policy [O] after so many steps along the expected gradient of the same loss; ddof and epsilon as GRPO's."""
+    reference_O = problem.reference_O
+    game = make_game(reference_O.size, problem.rewards_O, None, advantage, group_size, ddof, epsilon, reference_O.dtype)
+    return _exactly(problem, game, kl, steps, learning_rate)
+
+
+@partial(jax.jit, static_argnames=("kl", "steps"))
+def _exactly(problem: Problem, game: Game, kl: str | None, steps: int, learning_rate: float) -> jax.Array:
+    answers_O = jnp.arange(problem.reference_O.size)
+
+    def expected_loss(logits_O: jax.Array) -> jax.Array:
+        policy_O = jax.lax.stop_gradient(jax.nn.softmax(logits_O))
+        losses_O = jax.vmap(lambda o, a: _loss(logits_O, o, a, problem, kl))(answers_O, game.expected(policy_O))
+        return policy_O @ losses_O
+
+    def step(_: int, logits_O: jax.Array) -> jax.Array:
+        return logits_O - learning_rate * jax.grad(expected_loss)(logits_O)
+
+    return jax.nn.softmax(jax.lax.fori_loop(0, steps, step, jnp.log(problem.reference_O)))

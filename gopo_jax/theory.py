@@ -1,0 +1,320 @@
+"""What a policy over finitely many answers is driven to: expected advantages, their second moments, fixed points.
+
+A group is one answer o and G - 1 others, all drawn from the policy pi. What everything here rests on is the expected
+advantage of an answer, P(o) = E[A | o], which group advantages make zero in the mean, sum_o pi(o) P(o) = 0. For GOPO
+with mid-ranks it is the same for every G,
+
+    P(o) = 2 (Pr[o beats o'] - Pr[o' beats o]),   o' ~ pi,
+
+because the mean rank of o is 1 + (G - 1) (Pr[o' beats o] + Pr[o' ties o] / 2): GOPO optimises the pairwise win rate.
+GRPO's depends on G. Use float64 (`jax.config.update("jax_enable_x64", True)`, or `with jax.enable_x64(True)`) where
+digits matter.
+
+References:
+  Vojnovic and Yun, What is the Alignment Objective of GRPO?, https://arxiv.org/abs/2502.18548.
+  GOPO, https://arxiv.org/abs/2602.03876, section 3.
+"""
+
+import math
+import warnings
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from gopo_jax import checks
+from gopo_jax.games import Game, Name, advantages, check_size, distribution, finite_rewards, make_game, multisets
+
+
+def expected_advantage(
+    policy_O: jax.typing.ArrayLike,
+    rewards_O: jax.typing.ArrayLike | None = None,
+    *,
+    advantage: Name,
+    group_size: float,
+    preference_OO: jax.typing.ArrayLike | None = None,
+    ddof: int = 0,
+    epsilon: float = 0.0,
+) -> jax.Array:
+    """The expected advantage P(o) = E[A | o] of each answer in a group of `group_size` drawn from the policy.
+
+        gopo     2 (Pr[o beats o'] - Pr[o' beats o])     for every G
+        grpo     E[(r(o) - mean) / (std + epsilon)]      exact, over all multisets of G - 1 others
+        dr_grpo  (1 - 1/G) (r(o) - sum_o' pi(o') r(o'))
+        rloo     r(o) - sum_o' pi(o') r(o')
+
+    Args:
+      policy_O: [O] probabilities.
+      rewards_O: [O] the reward of each answer.
+      group_size: G, at least 2; float("inf") for the limit.
+      preference_OO: instead of rewards, the probability that the row's answer beats the column's; what is missing to
+        1 in a pair and its mirror are ties. The diagonal does not matter. For gopo at any G, for the others at G = 2,
+        where the winner's reward is 1 and the loser's 0, or 1/2 each.
+      ddof: of grpo's standard deviation; 0 is the population's, 1 what `grpo_advantages` uses.
+      epsilon: added to that standard deviation. A group without spread has advantages 0.
+
+    Returns:
+      [O], zero in the mean over the policy.
+
+    Raises:
+      ValueError: not a distribution, not one of rewards and preference, a group too large to enumerate.
+    """
+    policy_O = distribution("policy_O", policy_O)
+    game = make_game(policy_O.size, rewards_O, preference_OO, advantage, group_size, ddof, epsilon, policy_O.dtype)
+    return game.expected(policy_O)
+
+
+def second_moment(
+    policy_O: jax.typing.ArrayLike,
+    rewards_O: jax.typing.ArrayLike,
+    *,
+    advantage: Name,
+    group_size: int,
+    ddof: int = 0,
+    epsilon: float = 0.0,
+) -> jax.Array:
+    """E[A^2] of one completion of a group, exact, over all groups drawn from the policy.
+
+    In a group without ties it is 4 (G + 1) / (3 (G - 1)) for gopo; in one with spread it is 1 for grpo with ddof 0
+    and (G - 1) / G with ddof 1, at epsilon 0.
+
+    Args, Raises: as `expected_advantage`.
+    """
+    policy_O = distribution("policy_O", policy_O)
+    check_size(advantage, group_size, finite=True)
+    rewards_O = finite_rewards(rewards_O, policy_O)
+    counts_WO, log_ways_W, others_WK = multisets(policy_O.size, int(group_size), policy_O.dtype)
+    table_OW = advantages(rewards_O, others_WK, advantage, ddof, epsilon)
+    game = Game(jnp.square(table_OW), counts_WO, log_ways_W, rewards_O, epsilon)
+    return policy_O @ game.expected(policy_O)
+
+
+def expected_gradient(policy_O: jax.typing.ArrayLike, advantage_O: jax.typing.ArrayLike) -> jax.Array:
+    """The on-policy gradient of sum_o pi(o) P(o) in the logits of a softmax over the answers, P held fixed.
+
+        g(o) = pi(o) (P(o) - sum_o' pi(o') P(o'))
+
+    Its norm is the exact norm of the expected policy gradient of a tabular policy.
+    """
+    policy_O = distribution("policy_O", policy_O)
+    advantage_O = jnp.asarray(advantage_O, policy_O.dtype)
+    checks.same_shape("advantage_O", advantage_O, "policy_O", policy_O)
+    return policy_O * (advantage_O - policy_O @ advantage_O)
+
+
+def stationary_policy(
+    reference_O: jax.typing.ArrayLike,
+    rewards_O: jax.typing.ArrayLike | None = None,
+    *,
+    beta: float,
+    advantage: Name,
+    group_size: float,
+    kl: Literal["k3", "direct"] = "k3",
+    ddof: int = 0,
+    epsilon: float = 0.0,
+    preference_OO: jax.typing.ArrayLike | None = None,
+) -> jax.Array:
+    """The policy at which the expected gradient of advantage minus beta times the penalty is zero.
+
+        k3      pi(o) (1 - P(o) / beta) = pi_ref(o)        (the k3 estimator in the loss; 2502.18548, theorem 1)
+        direct  pi(o) ~ pi_ref(o) exp(P(o) / beta)         (KL(pi, pi_ref) itself; k2 in the loss on policy)
+
+    with P the expected advantage under pi itself. One exists for every beta > 0 where P is continuous (Brouwer), which
+    leaves out grpo with an infinite group: with direct KL its P grows without bound as one answer takes over, and for
+    small beta nothing holds the policy back. It is unique for gopo, whose P is that of a skew-symmetric game and whose
+    penalty is strictly concave, and for dr_grpo and rloo, whose P is the gradient of a linear function; for grpo
+    several starts are tried, and a warning says so if they end in more than one.
+
+    Args:
+      reference_O: [O] probabilities, all positive.
+      beta: weight of the penalty.
+      rewards_O, advantage, group_size, ddof, epsilon, preference_OO: as `expected_advantage`.
+
+    Returns:
+      [O] probabilities; of several found, the one that is reached from the reference.
+
+    Raises:
+      ValueError: as `expected_advantage`; beta <= 0; a reference with zeros.
+      RuntimeError: no start converged; never a policy that is not stationary.
+    """
+    found = stationary_policies(
+        reference_O,
+        rewards_O,
+        beta=beta,
+        advantage=advantage,
+        group_size=group_size,
+        kl=kl,
+        ddof=ddof,
+        epsilon=epsilon,
+        preference_OO=preference_OO,
+    )
+    if len(found) > 1:
+        warnings.warn(
+            f"{len(found)} stationary policies found; returned is the one reached from the reference. "
+            f"stationary_policies gives all of them",
+            stacklevel=2,
+        )
+    return found[0]
+
+
+def stationary_policies(
+    reference_O: jax.typing.ArrayLike,
+    rewards_O: jax.typing.ArrayLike | None = None,
+    *,
+    beta: float,
+    advantage: Name,
+    group_size: float,
+    kl: Literal["k3", "direct"] = "k3",
+    ddof: int = 0,
+    epsilon: float = 0.0,
+    preference_OO: jax.typing.ArrayLike | None = None,
+) -> list[jax.Array]:
+    """All stationary policies that were found, first the one reached from the reference; see `stationary_policy`.
+
+    Starts: the reference, and for grpo, of which uniqueness is not known, also the uniform policy and one near each
+    answer.
+    """
+    reference_O = distribution("reference_O", reference_O)
+    if not bool((reference_O > 0).all()):
+        raise ValueError(
+            "reference_O: expected positive probabilities; leave out answers that the reference never gives"
+        )
+    checks.one_of("kl", kl, ("k3", "direct"))
+    if not beta > 0:
+        raise ValueError(
+            f"beta: expected a positive number, got {beta}; without a penalty every policy that gives one answer alone "
+            f"is stationary, and there is nothing to choose between them"
+        )
+    count = reference_O.size
+    game = make_game(count, rewards_O, preference_OO, advantage, group_size, ddof, epsilon, reference_O.dtype)
+    starts = [reference_O]
+    if advantage == "grpo" and count > 1:
+        near = 0.9 * jnp.eye(count, dtype=reference_O.dtype) + 0.1 / count
+        starts += [jnp.full_like(reference_O, 1 / count), *near]
+    found: list[jax.Array] = []
+    for i, start in enumerate(starts):
+        solution = _continued(game, reference_O, beta, kl) if i == 0 else None
+        if solution is None:
+            solution = _followed(game, start, reference_O, beta, kl)
+        if solution is not None and not any(float(jnp.abs(solution - other).max()) < 1e-6 for other in found):
+            found.append(solution)
+    if not found:
+        raise RuntimeError(
+            f"no stationary policy found for beta {beta}, advantage {advantage}, group_size {group_size}: none of "
+            f"{len(starts)} starts converged; is float64 on (jax_enable_x64)? Is beta very small?"
+        )
+    return found
+
+
+def binary_gopo_policy(reference: float, margin: float, beta: float) -> float:
+    """GOPO's stationary probability of answer a of two, k3 penalty, any G.
+
+        (2 gamma / beta) x^2 + (1 - 2 gamma / beta) x - p = 0,   gamma = Pr[a beats b] - Pr[b beats a]
+
+    Args:
+      reference: p, the reference's probability of a.  margin: gamma, in [-1, 1].
+    """
+    a, c = 2 * margin / beta, -reference
+    b = 1 - a
+    if a == 0:
+        return reference
+    return (-b + math.sqrt(b * b - 4 * a * c)) / (2 * a) if b < 0 else 2 * -c / (b + math.sqrt(b * b - 4 * a * c))
+
+
+def binary_grpo_policy(reference: float, beta: float) -> float:
+    """GRPO's stationary probability of the better answer of two as G goes to infinity, k3 penalty.
+
+        x = (1 + 2 beta^2 p + sqrt(1 + 4 beta^2 p (1 - p))) / (2 (1 + beta^2))
+
+    The rewards are one number for each answer; by how much they differ does not matter.
+    """
+    square, p = beta * beta, reference
+    return (1 + 2 * square * p + math.sqrt(1 + 4 * square * p * (1 - p))) / (2 * (1 + square))
+
+
+def rlhf_policy(reference_O: jax.typing.ArrayLike, rewards_O: jax.typing.ArrayLike, beta: float) -> jax.Array:
+    """pi(o) ~ pi_ref(o) exp(r(o) / beta): what RLHF's objective E[r] - beta KL(pi, pi_ref) asks for.
+
+    Without scaling and with direct KL it is also stationary: for rloo with this beta, for dr_grpo with
+    beta (1 - 1/G) in its place.
+    """
+    reference_O = distribution("reference_O", reference_O)
+    return jax.nn.softmax(jnp.log(reference_O) + finite_rewards(rewards_O, reference_O) / beta)
+
+
+def _residual(
+    logits_O: jax.Array, game: Game, reference_O: jax.Array, beta: jax.Array, strength: jax.Array, kl: str
+) -> jax.Array:
+    """What is zero at a stationary policy, relative to the reference; `strength` multiplies the advantage."""
+    policy_O = jax.nn.softmax(logits_O)
+    advantage_O = strength * game.expected(policy_O)
+    advantage_O -= policy_O @ advantage_O
+    if kl == "k3":
+        return (policy_O * (1 - advantage_O / beta)) / reference_O - 1
+    target_O = jax.nn.log_softmax(jnp.log(reference_O) + advantage_O / beta)
+    return jax.nn.log_softmax(logits_O) - target_O
+
+
+@jax.jit(static_argnames="kl")
+def _newton(
+    logits_O: jax.Array, game: Game, reference_O: jax.Array, beta: jax.Array, strength: jax.Array, kl: str
+) -> tuple[jax.Array, jax.Array]:
+    """Newton's iterations with halved steps; the logits, and the largest entry of the residual."""
+
+    def residual(logits_O: jax.Array) -> jax.Array:
+        return _residual(logits_O, game, reference_O, beta, strength, kl)
+
+    def iterate(_: int, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        logits_O, now_O = state
+        slope_OO = jax.jacfwd(residual)(logits_O)
+        # Logits are known up to a constant, and k3's residuals weighted by the reference add up to 0: least squares.
+        step_O = jnp.linalg.lstsq(slope_OO, -now_O)[0]
+        sizes_C = 0.5 ** jnp.arange(12.0, dtype=logits_O.dtype)
+        tried_CO = logits_O + sizes_C[:, None] * step_O
+        there_CO = jax.vmap(residual)(tried_CO)
+        norms_C = jnp.where(jnp.isfinite(there_CO).all(-1), jnp.square(there_CO).sum(-1), jnp.inf)
+        best = norms_C.argmin()
+        better = norms_C[best] < jnp.square(now_O).sum()
+        return jnp.where(better, tried_CO[best], logits_O), jnp.where(better, there_CO[best], now_O)
+
+    logits_O, last_O = jax.lax.fori_loop(0, 30, iterate, (logits_O, residual(logits_O)))
+    return logits_O - jax.nn.logsumexp(logits_O), jnp.abs(last_O).max()
+
+
+def _continued(game: Game, reference_O: jax.Array, beta: float, kl: str) -> jax.Array | None:
+    """From the reference, which is stationary without an advantage, along growing strengths of the advantage to 1."""
+    logits_O, reached, stride = jnp.log(reference_O), 0.0, 1.0
+    tolerance = 1e-12 if reference_O.dtype == jnp.float64 else 1e-5
+    while reached < 1:
+        strength = min(1.0, reached + stride)
+        given = (game, reference_O, jnp.asarray(beta, reference_O.dtype), jnp.asarray(strength, reference_O.dtype))
+        tried_O, error = _newton(logits_O, *given, kl=kl)
+        if error < tolerance and bool(jnp.abs(tried_O - logits_O).max() < 3):  # 3: not thrown onto another branch
+            logits_O, reached, stride = tried_O, strength, 2 * stride
+        elif (stride := stride / 4) < 1e-5:
+            return None
+    return jnp.exp(logits_O)
+
+
+@jax.jit(static_argnames="kl")
+def _flow(logits_O: jax.Array, game: Game, reference_O: jax.Array, beta: jax.Array, kl: str) -> jax.Array:
+    """The logits after a long gradient flow of training itself, in small Euler steps."""
+
+    def step(_: int, logits_O: jax.Array) -> jax.Array:
+        policy_O = jax.nn.softmax(logits_O)
+        force_O = policy_O * game.expected(policy_O)
+        if kl == "k3":
+            force_O += beta * (reference_O - policy_O)
+        else:
+            force_O -= beta * policy_O * (jnp.log(policy_O) - jnp.log(reference_O))
+        return logits_O + (force_O - policy_O * force_O.sum()) / (1 + beta)
+
+    return jax.lax.fori_loop(0, 20_000, step, logits_O)
+
+
+def _followed(game: Game, start_O: jax.Array, reference_O: jax.Array, beta: float, kl: str) -> jax.Array | None:
+    """Where training from a start leads, made exact by Newton."""
+    size = jnp.asarray(beta, reference_O.dtype)
+    logits_O = _flow(jnp.log(start_O), game, reference_O, size, kl=kl)
+    logits_O, error = _newton(logits_O, game, reference_O, size, jnp.ones_like(size), kl=kl)
+    return jnp.exp(logits_O) if error < (1e-12 if reference_O.dtype == jnp.float64 else 1e-5) else None
