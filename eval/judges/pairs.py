@@ -1,0 +1,176 @@
+"""Pairs of completions of the same prompt, and what a judge said of each."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from eval.judges.task import readable
+from models.tokenizer import check_text
+from train.metrics import console
+from train.prompts import Row, load_rows
+
+KEPT = 20_000  # characters of a reply in judgements.jsonl; longer ones are cut there
+
+
+class Where(NamedTuple):
+    """A pair's place: the k-th completion of a prompt at a temperature."""
+
+    prompt_id: Any
+    temperature: float | None
+    sample: int
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The k-th completions of both policies."""
+
+    where: Where
+    prompt: Any
+    a: str
+    b: str
+    row_a: Mapping[str, Any]
+    row_b: Mapping[str, Any]
+
+    def shown(self, order: str) -> tuple[str, str]:
+        """The answers in an order: "ab" or "ba"."""
+        return (self.a, self.b) if order == "ab" else (self.b, self.a)
+
+
+@dataclass
+class Judged:
+    """What a judge said of a pair: a verdict for each order, or each answer's score.
+
+    An order: {"shown": "ab" or "ba", "winner": "a", "b", "tie" or None, "kind", "aspects", ...}. `kind` is "strict",
+    "fallback", "unparsable", "failed", "too_long", or of judges without text "likelihood".
+    """
+
+    orders: list[dict[str, Any]] = field(default_factory=list)
+    scores: tuple[float | None, float | None] | None = None
+    p: float | None = None  # that A is better: the mean of both orders
+    kind: str | None = None  # of scores: why one is missing
+
+
+def winner_of(order: str, winner: str | None) -> str | None:
+    """ "first" or "second" of the shown order as "a" or "b"."""
+    if winner not in ("first", "second"):
+        return winner
+    return order[winner == "second"]
+
+
+def cut(text: str) -> str:
+    """A reply as judgements.jsonl keeps it."""
+    return text if len(text) <= KEPT else f"{text[:KEPT]} [... cut: {len(text)} characters]"
+
+
+def read_pairs(file_a: str, file_b: str, *, common: bool = False, limit: int | None = None) -> list[Pair]:
+    """The pairs of two files, in the order of the prompts' ids, temperatures and samples.
+
+    Args:
+      common: leave out prompts that one side does not have, and say how many.
+      limit: the first so many prompts.
+
+    Raises:
+      FileNotFoundError, ValueError: files that are not completions of the same prompts; the message says where.
+    """
+    groups = [grouped(file) for file in (file_a, file_b)]
+    ids = [dict.fromkeys(prompt_id for prompt_id, _ in groups[side]) for side in (0, 1)]
+    shared = [prompt_id for prompt_id in ids[0] if prompt_id in ids[1]]
+    if not shared:
+        raise ValueError(f"{file_a} and {file_b} have no prompt_id in common")
+    for one, other, mine, theirs in ((file_a, file_b, *ids), (file_b, file_a, *ids[::-1])):
+        lonely = [prompt_id for prompt_id in mine if prompt_id not in theirs]
+        if lonely and not common:
+            raise ValueError(
+                f"{other}: {len(lonely)} of the {len(mine)} prompts of {one} are missing, the first with prompt_id "
+                f"{lonely[0]!r}; give completions of the same prompts, or --common true"
+            )
+        if lonely:
+            console.print(f"{one}: {len(lonely)} of {len(mine)} prompts left out, {other} does not have them")
+    kept = set(sorted(shared, key=_in_order)[:limit])
+    pairs = [
+        pair
+        for key in sorted({**groups[0], **groups[1]}, key=lambda key: (_in_order(key[0]), _in_order(key[1])))
+        if key[0] in kept
+        for pair in _of_group(key, groups, (file_a, file_b))
+    ]
+    samples = [(pair.row_a.get("sample"), pair.row_b.get("sample")) for pair in pairs]
+    if unlike := [both for both in samples if None not in both and both[0] != both[1]]:
+        console.print(
+            f"{len(unlike)} of {len(pairs)} pairs have different numbers in 'sample' (first: {unlike[0][0]} and "
+            f"{unlike[0][1]}); they are paired in the order of these numbers"
+        )
+    return pairs
+
+
+def grouped(file: str) -> dict[tuple[Any, float | None], list[Row]]:
+    """The rows of a file by (prompt_id, temperature), in the order of their samples.
+
+    Raises:
+      ValueError: a row without a column or with a value of another kind, two prompts under one prompt_id, or two
+        completions under one sample.
+    """
+    groups: dict[tuple[Any, float | None], list[Row]] = {}
+    prompts: dict[Any, Any] = {}
+    for number, row in enumerate(load_rows(file), 1):
+        row = row if "completion" in row or "response" not in row else row | {"completion": row["response"]}
+        for column in ("prompt_id", "prompt", "completion"):
+            if row.get(column) is None:
+                raise ValueError(f"{file}: row {number} has no {column!r}; its columns are {', '.join(row)}")
+        if not isinstance(row["completion"], str):
+            raise ValueError(f"{file}: row {number}: expected a completion that is text, got {row['completion']!r:.60}")
+        try:
+            check_text(row["completion"])
+            check_text(readable(row["prompt"]))
+        except ValueError as error:
+            raise ValueError(f"{file}: row {number}: {error}") from error
+        if isinstance(row["prompt_id"], (list, dict)):
+            raise ValueError(f"{file}: row {number}: expected a prompt_id that is a number or text")
+        temperature = row.get("temperature")
+        if temperature is not None and not is_number(temperature):
+            raise ValueError(f"{file}: row {number}: expected a temperature that is a number, got {temperature!r:.60}")
+        if prompts.setdefault(row["prompt_id"], row["prompt"]) != row["prompt"]:
+            raise ValueError(f"{file}: row {number}: prompt_id {row['prompt_id']} stands for two prompts")
+        groups.setdefault((row["prompt_id"], temperature), []).append(row)
+    for key, rows in groups.items():
+        samples = [row["sample"] for row in rows if row.get("sample") is not None]
+        if not samples:
+            continue
+        if len(samples) < len(rows) or not all(type(sample) is int for sample in samples):
+            raise ValueError(f"{file}: {_at(key)}: expected a whole number in 'sample' of every row, or of none")
+        if len(set(samples)) < len(samples):
+            double = next(sample for sample in samples if samples.count(sample) > 1)
+            raise ValueError(f"{file}: {_at(key)}: two completions are sample {double}; expected each once")
+        rows.sort(key=lambda row: row["sample"])
+    return groups
+
+
+def is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _of_group(
+    key: tuple[Any, float | None], groups: Sequence[dict[tuple[Any, float | None], list[Row]]], files: tuple[str, str]
+) -> list[Pair]:
+    rows = [groups[side].get(key, []) for side in (0, 1)]
+    prompt_id, temperature = key
+    if len(rows[0]) != len(rows[1]):
+        raise ValueError(
+            f"{_at(key)}: {len(rows[0])} completions in {files[0]}, {len(rows[1])} in {files[1]}; "
+            f"expected as many of both"
+        )
+    pairs = []
+    for k, (a, b) in enumerate(zip(*rows, strict=True)):
+        if a["prompt"] != b["prompt"]:
+            raise ValueError(f"prompt_id {prompt_id} stands for one prompt in {files[0]} and another one in {files[1]}")
+        pairs.append(Pair(Where(prompt_id, temperature, k), a["prompt"], a["completion"], b["completion"], a, b))
+    return pairs
+
+
+def _at(key: tuple[Any, float | None]) -> str:
+    return f"prompt_id {key[0]}" + ("" if key[1] is None else f" at temperature {key[1]}")
+
+
+def _in_order(value: Any) -> tuple[bool, Any]:
+    """Numbers before texts, and no number (None) first of all."""
+    return (isinstance(value, str), -1.0 if value is None else value)

@@ -1,0 +1,371 @@
+"""A judge behind an OpenAI-compatible server: many requests at a time, none asked twice, none lost.
+
+The `openai` client asks again, with growing pauses or those that the server names (Retry-After), after failures of the
+connection, time-outs, 408, 409, 429 and errors of the server. What comes is written to the cache at once. Worker
+threads ask; the cache and all decisions are the main thread's.
+"""
+
+import contextlib
+import json
+import os
+import queue
+import re
+import threading
+import time
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from eval.judges.cache import Cache, Reply, content_key
+from train.console import console
+
+FORMATS = ("json_schema", "json_object", "none")  # ways to ask for JSON, the strictest first
+PAUSE = 0.5  # seconds, after a reply that is broken; all other pauses are the client's
+LEAST_IN_A_ROW = 8  # failures before the rest is given up: two orders of one bad pair are not yet a bad server
+PATIENCE = 2.5  # seconds for the replies that are under way when it stops
+SHORTEST_SECRET = 6  # characters; keys such as "none" are none
+LEAST_REFUSED = 4  # questions, before all are taken to be: a refusal is faster than a reply that comes
+LONGEST_KEPT = 250_000  # characters of a reply; a longer one is cut, which makes it unparsable
+
+
+TOO_LONG = (
+    *("context_length_exceeded", "context length", "maximum context", "available context size"),  # OpenAI, llama.cpp
+    *("maximum model length", "prompt is too long", "maximum number of tokens"),  # vLLM, and others
+)
+TOO_LONG_COUNTS = re.compile(r"inputs\b.{0,60}must (be <=|have less than) *\d")  # TGI
+FILTERED = ("content_policy_violation", "content_filter", "content management policy", "usage policy")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked, all that the reply depends on but for server and model."""
+
+    messages: tuple[tuple[str, str], ...]  # (role, content)
+    max_tokens: int | None = None
+    schema: str | None = None  # the JSON schema of the reply, as JSON
+
+    @classmethod
+    def of(cls, messages: Sequence[dict[str, str]], **options: Any) -> "Request":
+        return cls(tuple((message["role"], message["content"]) for message in messages), **options)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """No reply: the server could not be asked, or `too_long`: the model cannot read as much."""
+
+    why: str
+    too_long: bool = False
+    by_connection: bool = False
+    refused: bool = False  # key or model: nothing else will be answered either
+    of_question: bool = False  # 400 or 422: this question, or every one
+    filtered: bool = False  # certainly this question alone
+
+
+@dataclass
+class Server:
+    """A model on a server.
+
+    Raises:
+      ValueError: no key in OPENAI_API_KEY; a server given by base_url may do without.
+    """
+
+    model: str
+    cache: Cache
+    base_url: str | None = None  # default: OPENAI_BASE_URL of the environment, else OpenAI's own
+    concurrency: int = 16  # requests at a time
+    timeout: float = 60.0  # seconds until a request has failed
+    max_retries: int = 5
+    temperature: float | None = 0.0  # None: not sent
+    requests: int = 0  # answered in this run
+    cached: int = 0
+    _format: int = 0
+    _limit_name: str = "max_tokens"  # or max_completion_tokens, for models that know that name alone
+    _secret: str = field(default="", repr=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        import openai
+
+        key = os.environ.get("OPENAI_API_KEY") or ("none" if self.base_url else None)
+        if key is None:
+            raise ValueError("expected a key in the environment variable OPENAI_API_KEY, or --base_url")
+        options: dict[str, Any] = {"timeout": self.timeout, "max_retries": self.max_retries}
+        self._secret = key.strip()
+        self.client = openai.OpenAI(api_key=key, base_url=self.base_url, **options)
+
+    def ask(self, requests: Sequence[Request], title: str) -> dict[Request, Reply | Failure]:
+        """The replies, from the cache or the server; equal requests are one.
+
+        Raises:
+          ValueError: the server refuses key or model, or each request from the first on, cannot be reached, or fails
+            again and again.
+        """
+        found: dict[Request, Reply | Failure] = {}
+        missing: list[Request] = []
+        for request in dict.fromkeys(requests):
+            reply = self._known(request)
+            if reply is None:
+                missing.append(request)
+            else:
+                found[request] = reply
+        self.cached += len(found)
+        if missing:
+            bar = ProgressBar(title, len(missing), len(found))
+            with bar as advance, contextlib.closing(self._answers(missing)) as answers:
+                for request, answer in answers:
+                    found[request] = answer
+                    advance(answer)
+        return found
+
+    def close(self) -> None:
+        self.client.close()
+
+    def key(self, request: Request, how: str) -> str:
+        """By what a reply is kept: everything that determines it."""
+        return content_key(
+            {
+                "backend": "server",
+                "base_url": str(self.client.base_url),
+                "model": self.model,
+                "messages": request.messages,
+                "temperature": self.temperature,
+                "max_tokens": request.max_tokens,
+                "response_format": [how, request.schema] if request.schema and how != "none" else None,
+            }
+        )
+
+    def _known(self, request: Request) -> Reply | None:
+        """A reply that was received before, whichever format the server could do then."""
+        for how in FORMATS if request.schema else ("none",):
+            if reply := self.cache.get(self.key(request, how)):
+                return reply
+        return None
+
+    def _answers(self, requests: Sequence[Request]) -> Generator[tuple[Request, Reply | Failure], None, None]:
+        """Each request with its answer, in the order in which they come."""
+        todo: queue.SimpleQueue[Request] = queue.SimpleQueue()
+        done: queue.SimpleQueue[tuple[Request, str, Reply | Failure]] = queue.SimpleQueue()
+        for request in requests:
+            todo.put(request)
+        stop = threading.Event()
+
+        def work() -> None:
+            while not stop.is_set():
+                try:
+                    request = todo.get_nowait()
+                except queue.Empty:
+                    return
+                try:
+                    done.put((request, *self._request(request)))
+                except BaseException as error:  # whatever it is, the main thread has to hear of it
+                    done.put((request, "none", Failure(f"{type(error).__name__}: {error}")))
+
+        threads = [threading.Thread(target=work, daemon=True) for _ in range(min(self.concurrency, len(requests)))]
+        for thread in threads:
+            thread.start()  # daemon: Ctrl-C waits for no server longer than PATIENCE
+        failed, answered = 0, 0
+        try:
+            for _ in requests:
+                request, how, answer = done.get()
+                answer = self._without_key(answer)
+                self._keep(request, how, answer)
+                if isinstance(answer, Failure) and not (answer.too_long or answer.filtered):
+                    failed += 1
+                    self._check_going(answer, failed, answered, len(requests))
+                else:
+                    failed, answered = 0, answered + 1
+                yield request, answer
+        finally:
+            stop.set()
+            try:
+                until = time.monotonic() + PATIENCE
+                for thread in threads:
+                    thread.join(max(0.0, until - time.monotonic()))
+            finally:  # also after a second Ctrl-C
+                while not done.empty():  # what has come meanwhile
+                    self._keep(*done.get())
+
+    def _keep(self, request: Request, how: str, answer: Reply | Failure) -> None:
+        if isinstance(answer, Reply):
+            self.cache.put(self.key(request, how), answer)
+            self.requests += 1
+
+    def _without_key(self, answer: Reply | Failure) -> Reply | Failure:
+        """A failure is printed and written; a server may have put the key into it."""
+        if isinstance(answer, Reply) or len(self._secret) < SHORTEST_SECRET:
+            return answer
+        return replace(answer, why=answer.why.replace(self._secret, "***"))
+
+    def _check_going(self, failure: Failure, failed: int, answered: int, asked: int) -> None:
+        """Stop where nothing is to be hoped for."""
+        where = f"{self.model} at {self.client.base_url}"
+        all_refused = failure.of_question and failed >= min(max(self.concurrency, LEAST_REFUSED), asked)
+        if failure.refused or (all_refused and not self.requests + self.cached):
+            raise ValueError(f"{where}: {failure.why}")
+        kept = f"{len(self.cache)} replies are kept; the same command goes on from there"
+        if failure.by_connection and not answered:
+            raise ValueError(f"{where}: cannot be reached ({failure.why}). Is the server running? {kept}")
+        if failed >= max(2 * self.concurrency, LEAST_IN_A_ROW):
+            raise ValueError(f"{where}: {failed} requests in a row have failed, the last: {failure.why}. {kept}")
+
+    def _request(self, request: Request) -> tuple[str, Reply | Failure]:
+        """One request, in the strictest format that the server knows; how it was asked, and the answer."""
+        import openai
+
+        broken = "no reply"
+        attempts = self.max_retries + 1
+        while attempts:
+            level, limit_name = (self._format if request.schema else FORMATS.index("none")), self._limit_name
+            try:
+                reply = self.client.chat.completions.create(**self._options(request, FORMATS[level], limit_name))
+                return FORMATS[level], read_reply(reply)
+            except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+                if too_long(error):
+                    return FORMATS[level], Failure(str(error), too_long=True)
+                if not self._asked_otherwise(error, level, limit_name):
+                    return FORMATS[level], Failure(with_advice(error), of_question=True, filtered=filtered(error))
+            except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
+                return FORMATS[level], Failure(with_advice(error), refused=True)
+            except openai.APITimeoutError:
+                return FORMATS[level], Failure(f"no reply within {self.timeout:g} seconds; raise --timeout")
+            except openai.APIConnectionError as error:
+                why = f"{error} {error.__cause__ or ''}".strip()
+                return FORMATS[level], Failure(why, by_connection=True)
+            except (json.JSONDecodeError, NotACompletionError, openai.APIResponseValidationError) as error:
+                broken, attempts = f"the body of a reply is broken ({error})", attempts - 1
+                time.sleep(PAUSE)
+            except openai.OpenAIError as error:
+                return FORMATS[level], Failure(f"{type(error).__name__}: {error}")
+        return "none", Failure(broken)
+
+    def _options(self, request: Request, how: str, limit_name: str) -> dict[str, Any]:
+        messages = [{"role": role, "content": content} for role, content in request.messages]
+        options: dict[str, Any] = {"model": self.model, "messages": messages}
+        if self.temperature is not None:
+            options["temperature"] = self.temperature
+        if request.max_tokens is not None:
+            options[limit_name] = request.max_tokens
+        if request.schema and how != "none":
+            options["response_format"] = response_format(request.schema, how)
+        return options
+
+    def _asked_otherwise(self, error: Any, level: int, limit_name: str) -> bool:
+        """Whether a refused option can be left out or named otherwise, for the rest of the run; said once."""
+        said = what_it_says(error)
+        with self._lock:
+            if "max_completion_tokens" in said and limit_name == "max_tokens":
+                self._limit_name = "max_completion_tokens"
+                return True
+            if not about_format(said) or FORMATS[level] == "none":
+                return False
+            if self._format == level:
+                self._format = level + 1
+                console.print(
+                    f"{self.model}: the server refuses response_format {FORMATS[level]}; "
+                    f"asked with {FORMATS[level + 1]} from here on"
+                )
+            return True
+
+
+class NotACompletionError(ValueError):
+    """A reply that is no chat completion."""
+
+
+class ProgressBar:
+    """How far it is, how fast, and what came from the cache."""
+
+    def __init__(self, title: str, total: int, cached: int) -> None:
+        columns: tuple[ProgressColumn, ...] = (
+            *(TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()),
+            TextColumn(f"{cached} cached" + "  {task.fields[rate]:.1f}/s  {task.fields[tokens]} tokens"),
+        )
+        self.bar = Progress(*columns, console=console, disable=not console.is_terminal)
+        self.task = self.bar.add_task(title, total=total, tokens=0, rate=0.0)
+        self.started = time.monotonic()
+        self.tokens = 0
+
+    def __enter__(self) -> Callable[[Reply | Failure], None]:
+        self.bar.start()
+        return self.advance
+
+    def __exit__(self, *_: Any) -> None:
+        self.bar.stop()
+
+    def advance(self, answer: Reply | Failure) -> None:
+        if isinstance(answer, Reply):
+            self.tokens += answer.prompt_tokens + answer.completion_tokens
+        done = self.bar.tasks[0].completed + 1
+        rate = done / max(time.monotonic() - self.started, 1e-3)
+        self.bar.update(self.task, completed=done, tokens=self.tokens, rate=rate)
+
+
+def response_format(schema: str, how: str) -> dict[str, Any]:
+    """The option by which a server is told to reply in JSON."""
+
+    if how == "json_object":
+        return {"type": "json_object"}
+    return {"type": "json_schema", "json_schema": {"name": "judgement", "strict": True, "schema": json.loads(schema)}}
+
+
+def read_reply(reply: Any) -> Reply:
+    """Text, end and tokens of a chat completion.
+
+    Raises:
+      NotACompletionError: something else.
+    """
+    choices = getattr(reply, "choices", None)
+    if not choices or getattr(choices[0], "message", None) is None:
+        raise NotACompletionError(f"expected a chat completion, got {str(reply)[:100]!r}")
+    message, usage = choices[0].message, getattr(reply, "usage", None)
+    refusal = getattr(message, "refusal", None)
+    text = message.content if isinstance(message.content, str) else refusal or ""
+    return Reply(
+        # half of a surrogate pair, which no file holds, becomes "?"
+        text=text[:LONGEST_KEPT].encode("utf-8", "replace").decode("utf-8"),
+        finish_reason="refusal" if refusal else str(choices[0].finish_reason or ""),
+        prompt_tokens=int(getattr(usage, "prompt_tokens", 0) or 0),
+        completion_tokens=int(getattr(usage, "completion_tokens", 0) or 0),
+    )
+
+
+def what_it_says(error: Any) -> str:
+    """An error of the server in one text: its message, code and the name of the option that it is about."""
+    return f"{error} {getattr(error, 'code', '')} {getattr(error, 'param', '')}".lower()
+
+
+def with_advice(error: Any) -> str:
+    """What the server refuses, and which setting that is about."""
+    if error.status_code in (401, 403):
+        return f"{error}. Is the key in OPENAI_API_KEY right?"
+    if error.status_code == 404:
+        return f"{error}. Are --model and --base_url right?"
+    if "temperature" in what_it_says(error):
+        return f"{error}. If the model takes no temperature, use --temperature null"
+    return str(error)
+
+
+def about_format(said: str) -> bool:
+    """Whether an error is about the format of the reply."""
+    return any(word in said for word in ("response_format", "json_schema", "json_object", "guided_json"))
+
+
+def too_long(error: Any) -> bool:
+    """Whether a request was refused because the model cannot read as much."""
+    said = what_it_says(error)
+    return any(words in said for words in TOO_LONG) or bool(TOO_LONG_COUNTS.search(said))
+
+
+def filtered(error: Any) -> bool:
+    """Whether a question was refused for what it says; another one may well be answered."""
+    said = what_it_says(error)
+    return any(words in said for words in FILTERED)
