@@ -20,7 +20,7 @@ from typing import Any
 SPLITTER = "punkt_tab"
 INSTALL = "pip install langdetect immutabledict nltk && pip install --no-deps lm-eval"
 
-Arguments = Sequence[Mapping[str, Any]]
+Arguments = Sequence[Mapping[str, Any] | None]
 
 
 def strict(
@@ -36,7 +36,7 @@ def strict(
 
     Args:
       instruction_id_list: of each completion's prompt, e.g. [["punctuation:no_comma"]].
-      kwargs: the arguments of those instructions, one mapping each; what is None in it is left out.
+      kwargs: the arguments of those instructions, one mapping each, or None; what is None in it is left out.
       all_or_nothing: 1 if all of them are followed, else 0 (IFEval's prompt level).
     """
     return _rewards("strict", all_or_nothing, prompts, completions, instruction_id_list, kwargs)
@@ -70,6 +70,27 @@ def outcomes(
     return _followed("strict", *given), _followed("loose", *given)
 
 
+def check_instructions(names: Any, kwargs: Any) -> None:
+    """Refuse what is no list of IFEval's instructions with one mapping of arguments, or None, for each.
+
+    Raises:
+      ValueError: see above.
+    """
+    known = load_verifiers().instructions_registry.INSTRUCTION_DICT
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise ValueError(
+            f"ifeval: instruction_id_list: expected a list such as ['punctuation:no_comma'], got "
+            f"{type(names).__name__} {str(names)[:80]!r}"
+        )
+    if unknown := [name for name in names if not isinstance(name, str) or name not in known]:
+        raise ValueError(f"ifeval: there is no instruction {unknown[0]!r}; expected one of {', '.join(known)}")
+    if isinstance(kwargs, str) or not isinstance(kwargs, Sequence) or len(kwargs) != len(names):
+        count = len(kwargs) if isinstance(kwargs, list | tuple) else f"{type(kwargs).__name__} {str(kwargs)[:80]!r}"
+        raise ValueError(f"ifeval: kwargs: expected one mapping for each of {list(names)}, got {count}")
+    if wrong := [one for one in kwargs if not isinstance(one, Mapping | None)]:
+        raise ValueError(f"ifeval: kwargs: expected a mapping or null for each of {list(names)}, got {wrong[0]!r}")
+
+
 @functools.cache
 def load_verifiers() -> Any:
     """The module lm_eval.tasks.ifeval.utils, with all it needs.
@@ -94,7 +115,8 @@ def load_verifiers() -> Any:
     finally:
         if before is None:
             del sys.modules[name]
-    langdetect.DetectorFactory.seed = 0
+    langdetect.DetectorFactory.seed = 0  # with it an answer depends on the text alone, and may be kept
+    langdetect.detect = functools.lru_cache(maxsize=1 << 12)(langdetect.detect)  # a loose check asks up to 8 times
     # It reports each text whose language it cannot tell, such as "!!!", and counts it as followed.
     logging.getLogger("lm_eval.tasks.ifeval.instructions").setLevel(logging.CRITICAL)
     return utils
@@ -142,19 +164,18 @@ def _followed(
     kind: str, prompt: Any, response: str, instruction_id_list: Sequence[str], kwargs: Arguments
 ) -> list[bool]:
     verifiers = load_verifiers()
-    known = verifiers.instructions_registry.INSTRUCTION_DICT
-    if unknown := [name for name in instruction_id_list if name not in known]:
-        raise ValueError(f"ifeval: there is no instruction {unknown[0]!r}; expected one of {', '.join(known)}")
-    if len(kwargs) != len(instruction_id_list):
-        raise ValueError(
-            f"ifeval: kwargs: expected one mapping for each of {list(instruction_id_list)}, got {len(kwargs)}"
-        )
+    check_instructions(instruction_id_list, kwargs)
     text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-    arguments = [{name: value for name, value in one.items() if value is not None} for one in kwargs]
+    arguments = [{name: value for name, value in (one or {}).items() if value is not None} for one in kwargs]
     example = verifiers.InputExample(0, list(instruction_id_list), text, arguments)
     before = random.getstate()
     random.seed(0)  # an instruction draws at random what it is not told, or what it cannot use
     try:
         return getattr(verifiers, f"test_instruction_following_{kind}")(example, response).follow_instruction_list
+    except (TypeError, ValueError, AttributeError) as error:  # an instruction's arguments are its own business
+        raise ValueError(
+            f"ifeval: {', '.join(instruction_id_list)} cannot be checked with the kwargs {arguments} ({error}); "
+            f"expected the arguments that google/IFEval gives these instructions"
+        ) from error
     finally:
         random.setstate(before)

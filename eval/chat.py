@@ -1,0 +1,151 @@
+"""Talk to a policy in the terminal, or by lines on standard input.
+
+A line is what the user says; the whole conversation goes through the model's chat template, and the answer is printed
+when it is complete. A model without a chat template goes on with each line as plain text. A line that begins with "/"
+is a command; see HELP. The same seed and the same lines give the same answers.
+"""
+
+import math
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import jax
+
+from eval.generate import load_policy, trained_chat
+from models.checkpoint import check, exact_name
+from models.generate import Generator
+from models.tokenizer import Prompt, Tokenizer, tokenizer_path
+from train import state as training
+from train.config import ChatConfig, MeshConfig
+from train.metrics import console, setup_errors
+from train.parse import parse
+
+HELP = """/reset            forget what was said
+/system TEXT      a system prompt for a new conversation; without TEXT none
+/temperature X    0: greedy
+/seed N           of the answers from here on
+/quit             end; so does the end of the input"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TalkConfig:
+    checkpoint: str  # a run, RUN@STEP, a Hugging Face directory or Hub name
+    temperature: float = 1.0  # 0: greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0: off
+    max_prompt_length: int = 4096  # tokens of the whole conversation
+    max_completion_length: int = 512
+    seed: int = 0
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    chat: ChatConfig | None = None  # default: the run's own; for a model directory, ChatConfig's
+    plain: bool | None = None  # each line is plain text that is gone on with; default: without a chat template
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+    def __post_init__(self) -> None:
+        least = {"max_prompt_length": 1, "max_completion_length": 1, "temperature": 0, "top_k": 0, "seed": 0}
+        for name, low in least.items():
+            if not low <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: expected at least {low}, got {getattr(self, name)}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p: expected a number in (0, 1], got {self.top_p}")
+
+
+def parse_chat(arguments: list[str]) -> TalkConfig:
+    return parse(TalkConfig, arguments, "python -m eval chat")
+
+
+def chat(config: TalkConfig) -> None:
+    """Read lines and answer them until there are no more."""
+    with setup_errors():
+        check(config.checkpoint)
+        layout = training.make_layout_for(config.mesh)
+        settings = config.chat or trained_chat(config.checkpoint)
+        tokenizer = Tokenizer(tokenizer_path(config.checkpoint), settings.enable_thinking)
+        generator, params = load_policy(config, tokenizer, layout)
+    generator.sampling = generator.sampling._replace(temperature=config.temperature)
+    talk = Talk(config, settings, generator, params)
+    how = "goes on with each line as plain text" if talk.plain else "answers"
+    console.print(f"{exact_name(config.checkpoint)} {how}; /help lists the commands", markup=False)
+    for line in lines():
+        if line.strip() == "/quit":
+            return
+        if line.strip():
+            console.print(talk.hear(line), markup=False, highlight=False)
+
+
+def lines() -> Iterator[str]:
+    """What is typed, with a prompt on a terminal; else the lines of standard input."""
+    if not sys.stdin.isatty():
+        given: Iterable[str] = sys.stdin
+        yield from (line.rstrip("\n") for line in given)
+        return
+    while True:
+        try:
+            yield input("> ")
+        except (EOFError, KeyboardInterrupt):
+            return
+
+
+class Talk:
+    """A conversation so far."""
+
+    def __init__(self, config: TalkConfig, chat: ChatConfig, generator: Generator, params: Any) -> None:
+        self.config, self.generator, self.params = config, generator, params
+        self.plain = config.plain if config.plain is not None else not generator.tokenizer.hf.chat_template
+        self.system, self.seed = chat.system_prompt, config.seed
+        self.reset()
+
+    def reset(self) -> None:
+        self.said: list[dict[str, str]] = []
+        self.turn = 0  # answers since then, each with a key of its own
+
+    def hear(self, line: str) -> str:
+        """What to print of a line: the answer, or what a command did."""
+        return self.obey(line) if line.startswith("/") else self.answer(line)
+
+    def answer(self, line: str) -> str:
+        system = [{"role": "system", "content": self.system}] if self.system is not None else []
+        user = {"role": "user", "content": line}
+        prompt: Prompt = line if self.plain else [*system, *self.said, user]
+        longest = self.config.max_prompt_length
+        try:
+            length = len(self.generator.tokenizer.prompt_ids([prompt])[0])
+        except ValueError as error:  # of the chat template
+            return f"error: {error}"
+        if length > longest:
+            return (
+                f"error: {length} tokens with this line, more than max_prompt_length = {longest}; /reset forgets them"
+            )
+        key: jax.Array = training.stream_key(self.seed, training.EVALUATION, self.turn)
+        drawn = self.generator.complete(self.params, [prompt], key, 1, 1)
+        text, self.turn = drawn.texts_PG[0][0], self.turn + 1
+        self.said += [user, {"role": "assistant", "content": text}]
+        return text if drawn.finished_PG[0, 0] else f"{text} [cut: {self.config.max_completion_length} tokens]"
+
+    def obey(self, line: str) -> str:
+        command, _, value = line.strip().partition(" ")
+        if command == "/reset":
+            self.reset()
+            return "a new conversation"
+        if command == "/system":
+            self.system = value.strip() or None
+            self.reset()
+            return f"a new conversation, system prompt: {self.system}"
+        if command in ("/temperature", "/seed"):
+            return self.set(command[1:], value.strip())
+        return HELP if command == "/help" else f"error: there is no {command}\n{HELP}"
+
+    def set(self, name: str, text: str) -> str:
+        try:
+            value = float(text) if name == "temperature" else int(text)
+        except ValueError:
+            value = -1
+        if not 0 <= value < (math.inf if name == "temperature" else 2**32):
+            return f"error: /{name}: expected a number from 0, got {text!r}"
+        if name == "temperature":
+            self.generator.sampling = self.generator.sampling._replace(temperature=value)
+        else:
+            self.seed, self.turn = int(value), 0
+        return f"{name} {value:g}"

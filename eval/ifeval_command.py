@@ -1,0 +1,216 @@
+"""IFEval of responses: the shares of prompts and of instructions that are followed, strictly and loosely.
+
+  prompt_strict = mean over responses of [all of the prompt's instructions are followed]
+  instruction_strict = instructions followed / instructions, over all responses together; *_loose in the same way
+
+Loosely counts also what is followed without "*", without the first or without the last line. With several responses
+to a prompt these are means over responses.
+Standard errors are over prompts, of a ratio of sums: with y_p of n_p followed on prompt p,
+s.e. = sqrt(P / (P - 1) * sum_p (y_p - accuracy n_p)^2) / sum_p n_p.
+
+References:
+  Zhou et al., Instruction-Following Evaluation for Large Language Models, https://arxiv.org/abs/2311.07911.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from eval.ifeval import Arguments, check_instructions, load_verifiers, outcomes
+from eval.tables import Sheet, number
+from eval.texts import answered, by_temperature, check_out, prompt_of, read, squeezed, write_json
+from train.metrics import console, setup_errors
+from train.parse import parse
+from train.prompts import Row, load_rows
+
+PROMPTS = Path(__file__).parent.parent / "data" / "ifeval" / "input_data.jsonl.gz"
+ACCURACIES = ("prompt_strict", "prompt_loose", "instruction_strict", "instruction_loose")
+
+
+@dataclass(frozen=True, kw_only=True)
+class IfevalConfig:
+    responses: str  # JSONL (.gz too): prompt (text or chat messages) and response, or completion; null: empty
+    out: str  # the JSON file to write
+    data: str | None = None  # google/IFEval's columns; default: its 541 prompts. Rows with instructions keep their own
+
+
+class Asked(NamedTuple):
+    """A prompt with its instructions."""
+
+    key: Any
+    prompt: str
+    names: Sequence[str]
+    arguments: Arguments
+
+
+class Answer(NamedTuple):
+    key: Any
+    names: Sequence[str]
+    strict: list[bool]
+    loose: list[bool]
+
+
+def parse_ifeval(arguments: list[str]) -> IfevalConfig:
+    return parse(IfevalConfig, arguments, "python -m eval ifeval")
+
+
+def ifeval(config: IfevalConfig) -> dict[str, Any]:
+    """Write the accuracies and each row's outcomes to `config.out`; returns them.
+
+    Raises:
+      SetupError: responses that cannot be read, or to prompts that nobody knows the instructions of.
+    """
+    with setup_errors():
+        check_out(config.out, config.responses, *([config.data] if config.data else []))
+        load_verifiers()
+        rows = load_rows(config.responses)
+        data = Data(config.data or str(PROMPTS))
+        texts: list[str] = read(rows, config.responses, answered)
+        asked = data.instructions(rows, config.responses)
+        answers = read(list(zip(asked, texts, strict=True)), config.responses, checked)
+    result = {
+        "responses": config.responses,
+        **summary(answers),
+        "empty": sum(not text.strip() for text in texts),
+        "unanswered": data.unanswered(asked),
+        "types": dict(sorted(by_type(answers).items())),
+        "temperatures": {name: summary([answers[i] for i in part]) for name, part in by_temperature(rows).items()},
+        "rows": [{"key": answer.key, "strict": answer.strict, "loose": answer.loose} for answer in answers],
+    }
+    write_json(config.out, result)
+    show(result, config.out)
+    return result
+
+
+def checked(given: tuple[Asked, str]) -> Answer:
+    one, text = given
+    return Answer(one.key, one.names, *outcomes(one.prompt, text, one.names, one.arguments))
+
+
+class Data:
+    """The prompts of IFEval, found by their text."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        rows = load_rows(source)
+        names = ("key", "prompt", "instruction_id_list", "kwargs")
+        missing = [(i, name) for i, row in enumerate(rows, 1) for name in names if row.get(name) is None]
+        if missing:
+            raise ValueError(f"{source}: row {missing[0][0]} has no {missing[0][1]!r}; expected {', '.join(names)}")
+        texts = read(rows, source, prompt_of)
+        read(rows, source, lambda row: check_instructions(row["instruction_id_list"], row["kwargs"]))
+        lists = (
+            (row["key"], text, row["instruction_id_list"], row["kwargs"]) for row, text in zip(rows, texts, strict=True)
+        )
+        self.asked = [Asked(*given) for given in lists]
+        self._exact = {one.prompt: one for one in self.asked}
+        self._squeezed = {squeezed(one.prompt): one for one in self.asked}
+
+    def find(self, prompt: str) -> Asked | None:
+        """The prompt of that text; if there is none, of that text but for its white space."""
+        return self._exact.get(prompt) or self._squeezed.get(squeezed(prompt))
+
+    def instructions(self, rows: Sequence[Row], source: str) -> list[Asked]:
+        """What each row was asked: by its own columns, or by its prompt's text.
+
+        Raises:
+          ValueError: prompts that are not there, or instructions of a row's own that cannot be.
+        """
+        prompts: list[str] = read(rows, source, prompt_of)
+        own: list[Asked | None] = read(rows, source, self._own)
+        found = [mine or self.find(text) for mine, text in zip(own, prompts, strict=True)]
+        unknown = [i for i, one in enumerate(found) if one is None]
+        if unknown:
+            raise ValueError(
+                f"{source}: {len(unknown)} of {len(rows)} prompts are not in {self.source}, the first in row "
+                f"{unknown[0] + 1}: {prompts[unknown[0]][:80]!r}; expected prompts of IFEval, or rows with their own "
+                f"instruction_id_list and kwargs, or --data FILE with them"
+            )
+        return [one for one in found if one is not None]
+
+    @staticmethod
+    def _own(row: Row) -> Asked | None:
+        names, arguments = row.get("instruction_id_list"), row.get("kwargs")
+        if not names or arguments is None:
+            return None
+        check_instructions(names, arguments)
+        key = next((row[name] for name in ("key", "prompt_id") if row.get(name) is not None), None)
+        return Asked(key, prompt_of(row), names, arguments)
+
+    def unanswered(self, asked: Sequence[Asked]) -> int | None:
+        """How many prompts have no response; None if responses are to other prompts than these."""
+        found = [self.find(one.prompt) for one in asked]
+        if any(one is None for one in found):
+            return None
+        return len(self.asked) - len({one.prompt for one in found if one is not None})
+
+
+def summary(answers: Sequence[Answer]) -> dict[str, Any]:
+    """The four accuracies, their standard errors, and counts."""
+    both = [(answer.strict, answer.loose) for answer in answers]
+    keys = [str(answer.key) for answer in answers]
+    counts = [len(answer.names) for answer in answers]
+    followed: dict[str, tuple[list[int], list[int]]] = {}
+    for j, kind in enumerate(("strict", "loose")):
+        followed[f"prompt_{kind}"] = [int(all(pair[j])) for pair in both], [1] * len(answers)
+        followed[f"instruction_{kind}"] = [sum(pair[j]) for pair in both], counts
+    return {
+        **{name: sum(followed[name][0]) / sum(followed[name][1]) for name in ACCURACIES},
+        "standard_errors": {name: ratio_error(*followed[name], keys) for name in ACCURACIES},
+        "count": len(answers),
+        "prompts": len(set(keys)),
+        "instructions": sum(counts),
+    }
+
+
+def ratio_error(parts: Sequence[int], wholes: Sequence[int], keys: Sequence[str]) -> float | None:
+    """The standard error of sum(parts) / sum(wholes) over clusters of one key; None of a single cluster."""
+    _, cluster = np.unique(keys, return_inverse=True)
+    y_P, n_P = np.bincount(cluster, parts), np.bincount(cluster, wholes)
+    if len(y_P) < 2:
+        return None
+    apart_P = y_P - y_P.sum() / n_P.sum() * n_P
+    return math.sqrt(len(y_P) / (len(y_P) - 1) * (apart_P**2).sum()) / float(n_P.sum())
+
+
+def by_type(answers: Sequence[Answer]) -> dict[str, dict[str, float]]:
+    """How often each type of instruction is followed, and each family, which is what stands before the colon."""
+
+    def every() -> Iterator[tuple[str, bool, bool]]:
+        for answer in answers:
+            for name, strict, loose in zip(answer.names, answer.strict, answer.loose, strict=True):
+                yield name, strict, loose
+                yield name.partition(":")[0], strict, loose
+
+    counts: dict[str, list[int]] = {}
+    for name, strict, loose in every():
+        entry = counts.setdefault(name, [0, 0, 0])
+        for i, value in enumerate((True, strict, loose)):
+            entry[i] += value
+    return {name: {"count": n, "strict": s / n, "loose": x / n} for name, (n, s, x) in counts.items()}
+
+
+def show(result: Mapping[str, Any], out: str) -> None:
+    def cells(part: Mapping[str, Any]) -> tuple[str, ...]:
+        errors = part["standard_errors"]
+        return tuple(f"{number(part[name])} ± {number(errors[name])}" for name in ACCURACIES)
+
+    rows = [("all", *cells(result))]
+    parts = result["temperatures"] if len(result["temperatures"]) > 1 else {}
+    rows += [(f"temperature {name}", *cells(part)) for name, part in parts.items()]
+    families = {name: part for name, part in result["types"].items() if ":" not in name}
+    title = f"IFEval of {result['responses']}"
+    console.print(Sheet(title, ("responses", *(name.replace("_", " ") for name in ACCURACIES)), rows).rich())
+    kinds = [(name, str(f["count"]), number(f["strict"]), number(f["loose"])) for name, f in families.items()]
+    console.print(Sheet("By kind of instruction", ("kind", "instructions", "strict", "loose"), kinds).rich())
+    left = result["unanswered"]
+    console.print(
+        f"{out}: {result['count']} responses ({result['empty']} of them empty) to {result['prompts']} prompts with "
+        f"{result['instructions']} instructions; {'' if left is None else f'{left} prompts unanswered, not counted; '}"
+        f"± standard error over prompts",
+        markup=False,
+    )
