@@ -1,23 +1,50 @@
-"""Completions of a policy, to JSONL: one row {prompt_id, prompt, completion, length, finished, seed, checkpoint} each.
+"""Completions of a policy, to JSONL: at each temperature n of each prompt.
 
-`prompt_id` is the row's number in the data. What is drawn depends on the policy, the data, the seed and the sampling
-settings alone: not on `batch_prompts`, and the same seed gives every checkpoint the same random numbers.
+A row is {prompt_id, prompt, completion, length, temperature, sample, stop_reason, seed, checkpoint} and what else the
+data has: `prompt_id` is the row's number in the data, `length` is in tokens with the one that ended it, `stop_reason`
+is "stop" (the policy ended) or "length" (it was cut), `sample` counts a prompt's completions at a temperature from 0.
+Rows are in the order of temperatures, then prompts, then samples.
+
+What is drawn depends on the policy, the sampling settings, the seed and (prompt_id, temperature, sample) alone: not on
+`n`, `batch_prompts`, `limit` or the devices, but for rounding. The same seed gives every checkpoint and every
+temperature the same random numbers, so that what differs between them is theirs.
+
+Killed and started again, it goes on where it was (see `eval.growing`). On several processes each draws its share on
+its devices, and the first one writes.
 """
 
-from dataclasses import dataclass, field
+import hashlib
+import math
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
-from models.checkpoint import about, exact_name, is_run, load_model
-from models.generate import Generator
+import numpy as np
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from eval.growing import GrowingFile, as_line
+from eval.texts import check_out
+from models.checkpoint import about, check, exact_name, find, folder_of, is_run, load_model
+from models.generate import Completions, Generator
 from models.hf_weights import split
 from models.qwen3 import Qwen3
+from models.sharding import Layout
 from models.tokenizer import Tokenizer, tokenizer_path
 from train import state as training
 from train.config import ChatConfig, MeshConfig
-from train.metrics import console, setup_errors, write_jsonl
-from train.parse import parse
+from train.metrics import console, setup_errors
+from train.parse import parse, spread_mesh, take
 from train.prompts import Row, conversations, fitting, load_rows
+
+MOST = 1024  # completions of a prompt at a temperature: row * MOST + sample is the number of a random stream
+STREAMS = 2**32
+OURS = ("completion", "length", "temperature", "sample", "stop_reason", "seed", "checkpoint", "prompt_id", "prompt")
+# What changes no row, or is in the hash of the data.
+_MAY_CHANGE = ("out", "overwrite", "batch_prompts", "mesh", "checkpoint", "data", "split", "columns", "limit", "chat")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,9 +54,10 @@ class GenerateConfig:
     out: str  # the JSONL file to write
     split: str = "validation"  # of a Hub data set
     prompt_column: str = "prompt"  # text, or a list of chat messages
+    columns: dict[str, str] = field(default_factory=dict)  # renames: ours: theirs, as {reference: completion}
     limit: int | None = None  # the first so many rows
-    num_generations: int = 1  # completions per prompt
-    temperature: float = 1.0  # 0: greedy
+    temperatures: list[float] = field(default_factory=lambda: [1.0])  # 0.1,0.5,0.9; 0: greedy
+    n: int = 1  # completions per prompt and temperature
     top_p: float = 1.0
     top_k: int = 0  # 0: off
     max_prompt_length: int = 1024  # tokens; longer prompts are left out, counted and printed
@@ -38,13 +66,24 @@ class GenerateConfig:
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
     chat: ChatConfig | None = None  # default: the run's own; for a model directory, ChatConfig's
-    mesh: MeshConfig = field(default_factory=MeshConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)  # also data=8,fsdp=1
+    overwrite: bool = False  # start anew, whatever there is
 
     def __post_init__(self) -> None:
-        least = {"num_generations": 1, "max_prompt_length": 1, "max_completion_length": 1, "batch_prompts": 1}
-        for name, low in (least | {"temperature": 0, "top_k": 0, "seed": 0}).items():
+        least = {"n": 1, "max_prompt_length": 1, "max_completion_length": 1, "batch_prompts": 1}
+        for name, low in (least | {"top_k": 0, "seed": 0}).items():
             if not getattr(self, name) >= low:
                 raise ValueError(f"{name}: expected at least {low}, got {getattr(self, name)}")
+        given = self.temperatures
+        if not given or not all(0 <= t < math.inf for t in given) or len(set(given)) < len(given):
+            raise ValueError(f"temperatures: expected numbers from 0, each once, such as 0.1,0.5,0.9, got {given}")
+        if 0 in given and self.n > 1:
+            raise ValueError(
+                f"temperatures: at 0 the {self.n} completions of a prompt would be one and the same; expected n = 1, "
+                f"or temperatures above 0"
+            )
+        if self.n > MOST:
+            raise ValueError(f"n: expected at most {MOST}, got {self.n}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p: expected a number in (0, 1], got {self.top_p}")
         if self.limit is not None and self.limit < 1:
@@ -52,24 +91,68 @@ class GenerateConfig:
 
 
 def parse_generate(arguments: list[str]) -> GenerateConfig:
-    return parse(GenerateConfig, arguments, "python -m eval generate")
+    """The config; --temperatures may be 0.1,0.5,0.9 and --mesh data=8."""
+    rest, listed = take(spread_mesh(arguments), "--temperatures")
+    if listed is not None:
+        try:
+            numbers = [float(number) for number in listed.strip("[] ").split(",")]
+            if not all(map(math.isfinite, numbers)):
+                raise ValueError
+        except ValueError:
+            raise ValueError(f"temperatures: expected numbers such as 0.1,0.5,0.9, got {listed}") from None
+        rest.append(f"--temperatures={numbers}")
+    return parse(GenerateConfig, rest, "python -m eval generate")
 
 
 def generate(config: GenerateConfig) -> list[Row]:
-    """Write the completions to `config.out`; returns its rows.
+    """Write the completions to `config.out`; returns its rows (of several processes, to the first).
 
     Raises:
       SetupError: a mistake in the settings or the data, before anything is drawn.
     """
     with setup_errors():
+        check_out(config.out, config.data, several=True)
+        check(config.checkpoint)  # first: of a wrong name, that there is no tokenizer is half the story
         layout = training.make_layout_for(config.mesh, config.batch_prompts)
         chat = config.chat or trained_chat(config.checkpoint)
         tokenizer = Tokenizer(tokenizer_path(config.checkpoint), chat.enable_thinking)
-        prompts = load_prompts(config, tokenizer, chat)
-        model = load_model(config.checkpoint, mesh=layout, dtype=config.dtype)
-        if not isinstance(model, Qwen3):
-            raise ValueError(f"{config.checkpoint}: expected a policy, got a reward model")
-        tokenizer.check_fits(model.config.vocab_size, config.checkpoint)
+        rows = load_prompts(config, tokenizer, chat)
+        file = GrowingFile(config.out, settings_of(config, chat, rows), overwrite=config.overwrite)
+        if file.complete:
+            console.print(f"{config.out}: is complete, made with the same settings", markup=False)
+            return file.finish()
+        generator, params = load_policy(config, tokenizer, layout)
+    draw_all(config, file, generator, params, rows)
+    return file.finish()
+
+
+class PolicySettings(Protocol):
+    """What `load_policy` has to know: GenerateConfig and eval.chat's TalkConfig say it."""
+
+    @property
+    def checkpoint(self) -> str: ...
+    @property
+    def dtype(self) -> Literal["float32", "bfloat16"]: ...
+    @property
+    def max_prompt_length(self) -> int: ...
+    @property
+    def max_completion_length(self) -> int: ...
+    @property
+    def top_k(self) -> int: ...
+    @property
+    def top_p(self) -> float: ...
+
+
+def load_policy(config: PolicySettings, tokenizer: Tokenizer, layout: Layout) -> tuple[Generator, Any]:
+    """A policy with its sampler, and what it samples from.
+
+    Raises:
+      ValueError: a reward model, or one with too few embeddings for the tokenizer.
+    """
+    model = load_model(config.checkpoint, mesh=layout, dtype=config.dtype)
+    if not isinstance(model, Qwen3):
+        raise ValueError(f"{config.checkpoint}: expected a policy, got a reward model")
+    tokenizer.check_fits(model.config.vocab_size, config.checkpoint)
     graphdef, params = split(model)
     generator = Generator(
         graphdef,
@@ -77,31 +160,80 @@ def generate(config: GenerateConfig) -> list[Row]:
         layout,
         max_prompt_length=config.max_prompt_length,
         max_completion_length=config.max_completion_length,
-        temperature=config.temperature,
         top_k=config.top_k,
         top_p=config.top_p,
     )
+    return generator, generator.prepared(params)
+
+
+def draw_all(
+    config: GenerateConfig, file: GrowingFile, generator: Generator, params: Any, rows: Sequence[tuple[int, Row]]
+) -> None:
+    """Draw what is not in the file yet, batch by batch."""
     key = training.stream_key(config.seed, training.EVALUATION, 0)
-    drawn = generator.complete(params, list(prompts.values()), key, config.num_generations, config.batch_prompts)
-    origin: dict[str, Any] = {"seed": config.seed, "checkpoint": exact_name(config.checkpoint)}
-    rows = [
-        {
-            "prompt_id": prompt_id,
-            "prompt": prompt,
-            "completion": drawn.texts_PG[p][g],
-            "length": int(drawn.lengths_PG[p, g]),
-            "finished": bool(drawn.finished_PG[p, g]),
-            **origin,
-        }
-        for p, (prompt_id, prompt) in enumerate(prompts.items())
-        for g in range(config.num_generations)
-    ]
-    write_jsonl(Path(config.out), rows)
+    origin = {"seed": config.seed, "checkpoint": exact_name(config.checkpoint)}
+    total = len(rows) * len(config.temperatures) * config.n
+    done = skipped(config, file.rows, len(rows))
+    file.keep(sum(size for _, _, size in islice(batches(config, len(rows)), done)))
+    if file.rows:
+        console.print(f"{config.out}: goes on behind {file.rows} of {total} completions", markup=False)
+    ways = generator.layout.ways("prompt")
+    size = min(config.batch_prompts, -(-len(rows) // ways) * ways)  # no room for prompts that do not exist
+    began, tokens, cut, first = time.perf_counter(), 0, 0, file.rows
+    with progress_bar() as bar:
+        task = bar.add_task(Path(config.out).name, total=total, completed=file.rows)
+        for temperature, start, _ in islice(batches(config, len(rows)), done, None):
+            part = rows[start : start + config.batch_prompts]
+            streams_PG = np.array([[i * MOST + g for g in range(config.n)] for i, _ in part], np.uint32)
+            generator.sampling = generator.sampling._replace(temperature=temperature)
+            prompts = [row["prompt"] for _, row in part]
+            drawn = generator.complete(params, prompts, key, config.n, size, streams_PG)
+            file.append(list(as_rows(part, drawn, temperature, origin)))
+            tokens, cut = tokens + int(drawn.lengths_PG.sum()), cut + int((~drawn.finished_PG).sum())
+            bar.update(task, completed=file.rows)
+    new, seconds = file.rows - first, time.perf_counter() - began
     console.print(
-        f"{config.out}: {len(rows)} completions of {len(prompts)} prompts by {origin['checkpoint']}, mean length "
-        f"{drawn.lengths_PG.mean():.1f} tokens, {1 - drawn.finished_PG.mean():.1%} cut off"
+        f"{config.out}: {total} completions of {len(rows)} prompts by {origin['checkpoint']}; {new} of them now, mean "
+        f"length {tokens / max(new, 1):.1f} tokens, {cut / max(new, 1):.1%} cut off, {tokens / seconds:.0f} tokens/s",
+        markup=False,
     )
-    return rows
+
+
+def batches(config: GenerateConfig, count: int) -> Iterator[tuple[float, int, int]]:
+    """Temperature, first prompt and number of rows of each batch, in the file's order."""
+    for temperature in config.temperatures:
+        for start in range(0, count, config.batch_prompts):
+            yield temperature, start, min(config.batch_prompts, count - start) * config.n
+
+
+def skipped(config: GenerateConfig, rows: int, count: int) -> int:
+    """How many batches so many rows hold from the beginning, whole."""
+    held = 0
+    for _, _, size in batches(config, count):
+        rows -= size
+        if rows < 0:
+            break
+        held += 1
+    return held
+
+
+def as_rows(
+    part: Sequence[tuple[int, Row]], drawn: Completions, temperature: float, origin: Mapping[str, Any]
+) -> Iterator[Row]:
+    for p, (prompt_id, row) in enumerate(part):
+        others = {name: value for name, value in row.items() if name not in OURS}
+        for g, text in enumerate(drawn.texts_PG[p]):
+            yield {
+                "prompt_id": prompt_id,
+                "prompt": row["prompt"],
+                "completion": text,
+                "length": int(drawn.lengths_PG[p, g]),
+                "temperature": temperature,
+                "sample": g,
+                "stop_reason": "stop" if drawn.finished_PG[p, g] else "length",
+                **origin,
+                **others,
+            }
 
 
 def trained_chat(checkpoint: str) -> ChatConfig:
@@ -111,12 +243,64 @@ def trained_chat(checkpoint: str) -> ChatConfig:
     return ChatConfig(**about(checkpoint)["run"].get("chat", {}))
 
 
-def load_prompts(config: GenerateConfig, tokenizer: Tokenizer, chat: ChatConfig) -> dict[int, Any]:
-    """The prompts that fit, by their row's number in the data."""
-    rows = conversations(load_rows(config.data, config.split)[: config.limit], config.data, config.prompt_column, chat)
-    fit = fitting(rows, config.data, config.prompt_column, tokenizer, config.max_prompt_length)
-    kept = {i: rows[i][config.prompt_column] for i in fit}
-    if len(kept) < len(rows):
+def load_prompts(config: GenerateConfig, tokenizer: Tokenizer, chat: ChatConfig) -> list[tuple[int, Row]]:
+    """The rows whose prompt fits, with their number in the data; the prompt as it is asked is in column "prompt"."""
+    column = config.prompt_column
+    loaded = load_rows(config.data, config.split, config.columns, "columns")[: config.limit]
+    rows = conversations(loaded, config.data, column, chat, "--prompt_column")
+    fit = fitting(rows, config.data, column, tokenizer, config.max_prompt_length)
+    if len(fit) < len(rows):
         longer = f"longer than {config.max_prompt_length} tokens"
-        console.print(f"{config.data}: {len(rows) - len(kept)} of {len(rows)} prompts left out, {longer}")
-    return kept
+        console.print(f"{config.data}: {len(rows) - len(fit)} of {len(rows)} prompts left out, {longer}", markup=False)
+    if fit[-1] >= STREAMS // MOST:
+        raise ValueError(f"{config.data}: expected at most {STREAMS // MOST} rows, got {len(rows)}; --limit them")
+    clashing = sorted({name for row in rows for name in row} & {*OURS} - {"prompt_id", column})
+    if clashing:
+        console.print(
+            f"{config.data}: its columns {', '.join(clashing)} are not carried along: the completions' own have these "
+            f"names; --columns '{{NEW: {clashing[0]}}}' renames one",
+            markup=False,
+        )
+    renamed = [(i, {name: value for name, value in rows[i].items() if name != column}) for i in fit]
+    return [(i, row | {"prompt": rows[i][column]}) for i, row in renamed]
+
+
+def settings_of(config: GenerateConfig, chat: ChatConfig, rows: Sequence[tuple[int, Row]]) -> dict[str, Any]:
+    """All that the file's rows depend on."""
+    digest = hashlib.sha256()
+    for i, row in rows:
+        digest.update(as_line({"prompt_id": i} | row).encode())
+    return {
+        "checkpoint": exact_name(config.checkpoint),
+        "weights": weights_hash(config.checkpoint),
+        "data": digest.hexdigest(),
+        "chat": asdict(chat),
+        **{name: value for name, value in asdict(config).items() if name not in _MAY_CHANGE},
+    }
+
+
+def weights_hash(checkpoint: str) -> str | None:
+    """Tells a model from one that has taken its place, by a few bytes of its files; None of a name on the Hub."""
+    if is_run(checkpoint):  # Orbax notes when it wrote a step
+        run, step = find(checkpoint)
+        ends = [(folder_of(run) / str(step) / "_CHECKPOINT_METADATA").read_bytes()]
+    elif Path(checkpoint).is_dir():
+        files = sorted(file for file in Path(checkpoint).iterdir() if re.search(r"\.(json|safetensors)$", file.name))
+        ends = [part for file in files for part in _both_ends(file)]
+    else:
+        return None
+    return hashlib.sha256(b"\0".join(ends)).hexdigest()
+
+
+def _both_ends(file: Path, size: int = 1 << 16) -> Iterator[bytes]:
+    length = file.stat().st_size
+    with file.open("rb") as opened:
+        yield f"{file.name} {length}".encode() + opened.read(size)
+        opened.seek(max(0, length - size))
+        yield opened.read(size)
+
+
+def progress_bar() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn())
+    times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    return Progress(*columns, *times, console=console, disable=console.quiet or not console.is_terminal)

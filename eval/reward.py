@@ -1,6 +1,6 @@
-"""A reward model's scores of completions, from JSONL to JSONL.
+"""A reward model's scores of completions, from JSONL to JSONL; and of each prompt's completions the best.
 
-Rows of one prompt_id are one group; groups need not be of one size.
+Rows of one prompt_id are one group; groups need not be of one size. Best of n: see `eval.best_of`.
 """
 
 import math
@@ -9,13 +9,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import jax
 import numpy as np
 
+from eval.best_of import best_rows, by_temperature, sheet
 from eval.stats import mean_and_error, prompt_means
+from eval.texts import check_out
 from train import state as training
 from train.config import MeshConfig
 from train.metrics import console, setup_errors, write_jsonl
 from train.parse import parse
+from train.processes import is_first, share
 from train.prompts import Row, load_rows
 from train.rewards import RewardModelScorer
 
@@ -25,6 +29,7 @@ class RewardConfig:
     responses: str  # JSONL with prompt_id, prompt, completion, as `python -m eval generate` writes it
     reward_model: str  # a run of `train reward`, RUN@STEP, a Hugging Face directory or Hub name
     out: str  # the JSONL file to write: the same rows with "reward", null where unscorable
+    best_of: str | None = None  # a JSONL file for the best row of each prompt at each temperature
     max_length: int = 4096  # of prompt and completion together, in the reward model's tokens
     batch_prompts: int = 32  # prompts scored at a time
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -47,6 +52,9 @@ def reward(config: RewardConfig) -> list[Row]:
       SetupError: a mistake in the settings or the data, before anything is scored.
     """
     with setup_errors():
+        check_out(config.out, config.responses, several=True)
+        if config.best_of is not None:
+            check_out(config.best_of, config.responses, config.out, several=True)
         rows = load_rows(config.responses)
         groups = by_prompt(rows, config.responses)
         layout = training.make_layout_for(config.mesh, config.batch_prompts)
@@ -59,13 +67,30 @@ def reward(config: RewardConfig) -> list[Row]:
         )
     scores = score_rows(scorer, rows, groups)
     scored = [row | {"reward": score} for row, score in zip(rows, scores, strict=True)]
-    write_jsonl(Path(config.out), scored)
+    if is_first():
+        write_jsonl(Path(config.out), scored)
     found = mean_and_error(prompt_means([[scores[i] for i in group] for group in groups]))
     console.print(
         f"{config.out}: reward {found['mean']:.4f} ± {found['standard_error']:.4f} (standard error over "
         f"{found['prompts']} prompts), {len(rows)} completions, {scores.count(None)} unscorable"
     )
+    if config.best_of is not None:
+        keep_best(scored, config.best_of)
     return scored
+
+
+def keep_best(scored: Sequence[Row], file: str) -> None:
+    """Write the best rows, and print what the best of fewer would be."""
+    best = best_rows(scored)
+    if is_first():
+        write_jsonl(Path(file), best)
+    console.print(sheet(by_temperature(scored)).rich())
+    left = sum(row["reward"] is None for row in scored)
+    console.print(
+        f"{file}: {len(best)} completions, each the best of its prompt's at a temperature; {left} unscorable ones left "
+        f"out",
+        markup=False,
+    )
 
 
 def by_prompt(rows: Sequence[Row], source: str) -> list[list[int]]:
@@ -87,12 +112,17 @@ def by_prompt(rows: Sequence[Row], source: str) -> list[list[int]]:
 
 
 def score_rows(scorer: RewardModelScorer, rows: Sequence[Row], groups: Sequence[Sequence[int]]) -> list[float | None]:
-    """One score per row, None where unscorable; groups of one size are scored together."""
+    """One score per row, None where unscorable; groups of one size are scored together.
+
+    Of several processes each tokenizes its share, and all of them get all scores.
+    """
     scores: list[float | None] = [None] * len(rows)
     for size in sorted({len(group) for group in groups}):
         same = [group for group in groups if len(group) == size]
-        prompts = [rows[group[0]]["prompt"] for group in same]
-        rewards_PG = scorer(prompts, [[rows[i]["completion"] for i in group] for group in same])
+        enough = same + same[-1:] * (jax.process_count() - len(same))  # at least one for each process
+        mine = enough[share(len(enough))]
+        prompts = [rows[group[0]]["prompt"] for group in mine]
+        rewards_PG = scorer(prompts, [[rows[i]["completion"] for i in group] for group in mine])[: len(same)]
         for i, value in zip(np.ravel(same), np.ravel(rewards_PG), strict=True):
             scores[i] = None if math.isnan(value) else float(value)
     return scores

@@ -52,16 +52,20 @@ class Generator:
         key: jax.Array,
         num_generations: int,
         first_row: int = 0,
+        streams_PG: np.ndarray | None = None,
     ) -> Rollout:
-        """G completions of each prompt; `first_row` is the number of the first prompt in the whole batch."""
-        rows_P = np.arange(first_row, first_row + len(prompt_PS), dtype=np.int32)
-        put = self.layout.put
-        arrays = (put(prompt_PS, ("prompt", None)), put(lengths_P, ("prompt",)), put(rows_P, ("prompt",)))
-        weights = self._prepared(params)
-        return self._sample(weights, *arrays, key, self.sampling, num_generations=num_generations)
+        """G completions of each prompt; `first_row` is the number of the first prompt in the whole batch.
 
-    def _prepared(self, params: Any) -> Any:
-        """What is sampled from."""
+        `streams_PG`, if given, are the numbers of the completions' random streams instead.
+        """
+        rows = np.arange(first_row, first_row + len(prompt_PS), dtype=np.int32) if streams_PG is None else streams_PG
+        put = self.layout.put
+        arrays = (put(prompt_PS, ("prompt", None)), put(lengths_P, ("prompt",)))
+        numbers, weights = put(rows, ("prompt", "group")[: rows.ndim]), self.prepared(params)
+        return self._sample(weights, *arrays, numbers, key, self.sampling, num_generations=num_generations)
+
+    def prepared(self, params: Any) -> Any:
+        """What is sampled from; of what is prepared already, itself."""
         if not self._sampling_copy:
             return params
         if self._copy is None:
@@ -69,15 +73,28 @@ class Generator:
         return self._copy(params)
 
     def complete(
-        self, params: Any, prompts: Sequence[Prompt], key: jax.Array, num_generations: int, batch_prompts: int
+        self,
+        params: Any,
+        prompts: Sequence[Prompt],
+        key: jax.Array,
+        num_generations: int,
+        batch_prompts: int,
+        streams_PG: np.ndarray | None = None,
     ) -> Completions:
-        """Texts for any number of prompts, `batch_prompts` at a time; the batch size changes no token."""
-        parts, params = [], self._prepared(params)
+        """Texts for any number of prompts, `batch_prompts` at a time; the batch size changes no token.
+
+        `streams_PG`: see `rollout`.
+        """
+        parts, params = [], self.prepared(params)
         for start in range(0, len(prompts), batch_prompts):
             batch = list(prompts[start : start + batch_prompts])
-            full = batch + batch[-1:] * (batch_prompts - len(batch))  # one shape: nothing new to compile
+            missing = batch_prompts - len(batch)
+            full = batch + batch[-1:] * missing  # one shape: nothing new to compile
+            streams = None if streams_PG is None else streams_PG[start : start + batch_prompts]
+            if streams is not None:
+                streams = np.pad(streams, [(0, missing), (0, 0)], "edge")
             prompt_PS, lengths_P = self.tokenizer.encode_prompts(full, self.max_prompt_length)
-            out = self.rollout(params, prompt_PS, lengths_P, key, num_generations, start)
+            out = self.rollout(params, prompt_PS, lengths_P, key, num_generations, start, streams)
             parts.append([fetch(x)[: len(batch)] for x in (out.tokens_PGT, out.lengths_PG, out.finished_PG)])
         tokens_PGT, lengths_PG, finished_PG = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         return Completions(self.tokenizer.decode(tokens_PGT, lengths_PG), lengths_PG, finished_PG, tokens_PGT)

@@ -54,12 +54,13 @@ def sample(
     Args:
       prompt_PS, lengths_P: right-padded prompts of at least one token.
       rows_P: the prompts' numbers in the whole batch; completion g of prompt p draws from the key
-        fold_in(key, rows_P[p] * G + g), its token t from the t-th uniform number of that key.
+        fold_in(key, rows_P[p] * G + g), its token t from the t-th uniform number of that key. Or [P, G], the
+        number that each completion's key folds in: then what it draws does not depend on G either.
       key: of this run, stream and step.
       num_generations, max_completion_length: G and T.
     """
     (P, _), G, T = prompt_PS.shape, num_generations, max_completion_length
-    rows_PG = rows_P[:, None] * G + jnp.arange(G)
+    rows_PG = rows_P if rows_P.ndim == 2 else rows_P[:, None] * G + jnp.arange(G)
     keys_PG = jax.vmap(jax.vmap(lambda row: jax.random.fold_in(key, row)))(rows_PG)
     uniforms_PGT = jax.vmap(jax.vmap(lambda k: jax.random.uniform(k, (T,))))(keys_PG)
     eos_ids = jnp.asarray(params.eos_ids)

@@ -20,8 +20,10 @@ import numpy as np
 from jinja2.exceptions import TemplateError
 
 from models.config import read_json
+from models.weight_files import could_be_on_hub
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read at its import; "PyTorch was not found" is known
+os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # else every one of its retries is reported
 
 Prompt = str | list[dict[str, str]]
 ROLES = ("system", "user", "assistant", "tool")
@@ -74,7 +76,7 @@ class Tokenizer:
     """A Hugging Face tokenizer with the few calls that training and evaluation need."""
 
     def __init__(self, path: str | Path, enable_thinking: bool = False) -> None:
-        if not Path(path).is_dir() and str(path).count("/") != 1:
+        if not Path(path).is_dir() and not could_be_on_hub(path):
             raise FileNotFoundError(f"{path}: no such directory; expected a Hugging Face tokenizer directory")
         self.path = str(path)
         try:
@@ -82,6 +84,11 @@ class Tokenizer:
         except Exception as error:  # a damaged file: whatever its reader stumbles over
             why = textwrap.shorten(str(error), 200, placeholder=" ...")  # some have many lines
             raise FileNotFoundError(f"{path}: no Hugging Face tokenizer could be read there ({why})") from error
+        if len(self.hf) <= len(self.hf.added_tokens_decoder):  # what transformers makes of a config.json alone
+            raise FileNotFoundError(
+                f"{path}: has no tokenizer (expected tokenizer.json, or vocab.json with merges.txt); copy the model's "
+                f"tokenizer files there"
+            )
         self.enable_thinking = enable_thinking
         file = Path(self.path) / "generation_config.json"
         self.generation: dict[str, Any] = read_json(file) if file.is_file() else {}

@@ -53,8 +53,9 @@ def _is_text(value: object) -> bool:
 
 
 def could_be_on_hub(name: str | Path) -> bool:
-    """Whether it looks like ORGANISATION/MODEL."""
-    return str(name).count("/") == 1 and not str(name).startswith(("/", "."))
+    """Whether it looks like ORGANISATION/MODEL, and not like something in a directory that is here."""
+    text = str(name)
+    return text.count("/") == 1 and not text.startswith(("/", ".", "~")) and not Path(text).parent.is_dir()
 
 
 def find_directory(path_or_hub_id: str | Path) -> Path:

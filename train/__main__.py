@@ -1,13 +1,11 @@
 """`python -m train {sft,reward,policy} --config FILE [--key value ...]`, and `python -m train export`."""
 
-import re
 import sys
-import traceback
 from collections.abc import Callable
 from typing import Any
 
 from train.config import ExportConfig, PlanConfig, PolicyConfig, RewardModelConfig, SftConfig
-from train.parse import parse
+from train.parse import parse, spread_mesh, take
 
 USAGE = """usage: python -m train {sft,reward,policy} --config FILE [--variant NAME] [--key value ...] [--show [N]]
        python -m train {sft,reward,policy} --config FILE --dry_run [--devices N] [--chip H200]
@@ -40,29 +38,9 @@ def main(arguments: list[str]) -> int:
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    from models.compile_cache import enable_compile_cache
-    from train import processes
-    from train.metrics import SetupError, console
+    from train.running import exit_code
 
-    try:
-        if task not in ("plan", "dry_run"):  # which make their own devices
-            enable_compile_cache()
-            processes.start()
-            console.quiet = not processes.is_first()
-        program(task)(config, **options)
-    except (SetupError, processes.JoinError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = 1 if isinstance(error, FloatingPointError) else 2
-    except (Exception, KeyboardInterrupt):
-        if not processes.are_several():
-            raise
-        traceback.print_exc()
-        code = 1
-    else:
-        return 0
-    if processes.are_several():
-        processes.leave(code)
-    return code
+    return exit_code(lambda: program(task)(config, **options), own_devices=task in ("plan", "dry_run"))
 
 
 def what_to_do(arguments: list[str]) -> tuple[str, list[str], str, dict[str, Any]]:
@@ -94,43 +72,10 @@ def what_to_do(arguments: list[str]) -> tuple[str, list[str], str, dict[str, Any
     return command, rest, command, {}
 
 
-def take(arguments: list[str], name: str, alone: str | None = None) -> tuple[list[str], str | None]:
-    """The other arguments, and the value of `name VALUE` or `name=VALUE`: None without it, `alone` if it has none.
-
-    Raises:
-      ValueError: it has none and needs one.
-    """
-    others, found, rest = [], None, list(arguments)
-    while rest:
-        argument = rest.pop(0)
-        key, equals, value = argument.partition("=")
-        if key != name:
-            others.append(argument)
-            continue
-        if not equals and (not rest or rest[0].startswith("--")):
-            if alone is None:
-                raise ValueError(f"{name}: expected a value behind it")
-            value = alone
-        elif not equals:
-            value = rest.pop(0)
-        found = value
-    return others, found
-
-
 def number(name: str, value: str | None) -> int | None:
     if value is not None and (not value.isdigit() or int(value) < 1):
         raise ValueError(f"{name}: expected a number of at least 1, got {value!r}")
     return None if value is None else int(value)
-
-
-def spread_mesh(arguments: list[str]) -> list[str]:
-    """`--mesh data=1,fsdp=64` as `--mesh.data=1 --mesh.fsdp=64`."""
-    rest, mesh = take(arguments, "--mesh")
-    for size in mesh.split(",") if mesh is not None else ():
-        if not re.fullmatch(r"(data|fsdp|tensor)=-?\d+", size):
-            raise ValueError(f"--mesh: expected sizes such as data=1,fsdp=64,tensor=4, got {size!r}")
-        rest.append(f"--mesh.{size}")
-    return rest
 
 
 def program(task: str) -> Callable[..., None]:

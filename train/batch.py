@@ -97,7 +97,7 @@ def completion_table(
     names: Sequence[str],
     advantages_PG: np.ndarray,
 ) -> dict[str, list[Any]]:
-    """The columns prompt, completion, rewards/NAME of every reward, advantage, length (tokens) and finished."""
+    """The columns prompt, completion, rewards/NAME of every reward, advantage, length (tokens) and stop_reason."""
     G = len(texts_PG[0])
     table: dict[str, list[Any]] = {
         "prompt": [str(prompt) for prompt in prompts for _ in range(G)],
@@ -106,5 +106,6 @@ def completion_table(
     table |= {f"rewards/{name}": groups.rewards_PGR[..., r].reshape(-1).tolist() for r, name in enumerate(names)}
     table["advantage"] = np.asarray(advantages_PG, np.float32).reshape(-1).tolist()
     table["length"] = np.asarray(groups.rollout.lengths_PG).reshape(-1).tolist()
-    table["finished"] = np.asarray(groups.rollout.finished_PG).reshape(-1).tolist()
+    finished = np.asarray(groups.rollout.finished_PG).reshape(-1)
+    table["stop_reason"] = ["stop" if ended else "length" for ended in finished]
     return table

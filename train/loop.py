@@ -262,7 +262,7 @@ def validate(
             "completion": texts_PG[p][g],
             "reward": None if math.isnan(rewards_PG[p, g]) else float(rewards_PG[p, g]),
             "length": int(lengths_PG[p, g]),
-            "finished": bool(finished_PG[p, g]),
+            "stop_reason": "stop" if finished_PG[p, g] else "length",
         }
         for p in range(len(rows))
         for g in range(G)

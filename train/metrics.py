@@ -44,10 +44,12 @@ class SetupError(ValueError):
 
 @contextlib.contextmanager
 def setup_errors() -> Iterator[None]:
-    """Turn what the checks of a run's set-up raise into one clear error."""
+    """Turn what the checks of a run's set-up raise into one clear error; the operating system's with its file."""
     try:
         yield
-    except (ValueError, TypeError, FileNotFoundError, ImportError) as error:
+    except OSError as error:
+        raise SetupError(str(error) if error.filename is None else f"{error.filename}: {error.strerror}") from error
+    except (ValueError, TypeError, ImportError) as error:
         raise SetupError(str(error)) from error
 
 

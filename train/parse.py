@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import re
 import typing
 from pathlib import Path
 from typing import Any
@@ -114,3 +115,36 @@ def _dataclass_in(hint: Any) -> type[Any] | None:
         return hint
     found = [_dataclass_in(argument) for argument in typing.get_args(hint)]
     return next((item for item in found if item is not None), None)
+
+
+def take(arguments: list[str], name: str, alone: str | None = None) -> tuple[list[str], str | None]:
+    """The other arguments, and the value of `name VALUE` or `name=VALUE`: None without it, `alone` if it has none.
+
+    Raises:
+      ValueError: it has none and needs one.
+    """
+    others, found, rest = [], None, list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        key, equals, value = argument.partition("=")
+        if key != name:
+            others.append(argument)
+            continue
+        if not equals and (not rest or rest[0].startswith("--")):
+            if alone is None:
+                raise ValueError(f"{name}: expected a value behind it")
+            value = alone
+        elif not equals:
+            value = rest.pop(0)
+        found = value
+    return others, found
+
+
+def spread_mesh(arguments: list[str]) -> list[str]:
+    """`--mesh data=1,fsdp=64` as `--mesh.data=1 --mesh.fsdp=64`."""
+    rest, mesh = take(arguments, "--mesh")
+    for size in mesh.split(",") if mesh is not None else ():
+        if not re.fullmatch(r"(data|fsdp|tensor)=-?\d+", size):
+            raise ValueError(f"--mesh: expected sizes such as data=1,fsdp=64,tensor=4, got {size!r}")
+        rest.append(f"--mesh.{size}")
+    return rest

@@ -6,12 +6,13 @@ process alone writes metrics, logs and texts, and all of them write their part o
 """
 
 import importlib.util
+import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -107,6 +108,13 @@ def gather_lists(mine: Sequence[Sequence[int]]) -> list[list[int]]:
     for row, numbers in zip(padded, mine, strict=True):
         row[: len(numbers)] = numbers
     return [row[:length].tolist() for row, length in zip(gather(padded), lengths, strict=True)]
+
+
+def first_says(ask: Callable[[], Any]) -> Any:
+    """The first process' answer, in JSON's types, on all of them; only it is asked."""
+    answer = ask() if is_first() else None
+    said = gather_lists([list(json.dumps(answer).encode())])[0]
+    return json.loads(bytes(said))
 
 
 def leave(code: int) -> NoReturn:

@@ -23,8 +23,13 @@ def is_file_name(source: str) -> bool:
     return source.removesuffix(".gz").endswith((".jsonl", ".json", ".parquet"))
 
 
-def load_rows(source: str, split: str = "train", columns: Mapping[str, str] | None = None) -> list[Row]:
+def load_rows(
+    source: str, split: str = "train", columns: Mapping[str, str] | None = None, setting: str = "data.columns"
+) -> list[Row]:
     """The rows of a JSONL file (.gz too), a parquet file, or a data set on the Hub; `columns` renames: ours -> theirs.
+
+    Args:
+      setting: what the user knows `columns` by, for an error.
 
     Raises:
       FileNotFoundError: no such file.
@@ -42,16 +47,16 @@ def load_rows(source: str, split: str = "train", columns: Mapping[str, str] | No
         raise ValueError(f"{source}: cannot be read ({error}); was it downloaded whole?") from error
     if not rows:
         raise ValueError(f"{source}: expected at least one row, got an empty data set")
-    return renamed(rows, source, columns) if columns else rows
+    return renamed(rows, source, columns, setting) if columns else rows
 
 
-def renamed(rows: Sequence[Row], source: str, columns: Mapping[str, str]) -> list[Row]:
+def renamed(rows: Sequence[Row], source: str, columns: Mapping[str, str], setting: str) -> list[Row]:
     """The rows with their columns under our names; a column that had the name already gives way."""
     for number, row in enumerate(rows, 1):
         for ours, theirs in columns.items():
             if theirs not in row:
                 raise ValueError(
-                    f"{source}: row {number} has no {theirs!r}, which data.columns takes as {ours!r}; its columns are "
+                    f"{source}: row {number} has no {theirs!r}, which {setting} takes as {ours!r}; its columns are "
                     f"{', '.join(row) or '(none)'}"
                 )
     taken = set(columns.values())
@@ -62,14 +67,18 @@ def renamed(rows: Sequence[Row], source: str, columns: Mapping[str, str]) -> lis
     ]
 
 
-def require_columns(rows: Sequence[Row], source: str, *columns: str) -> None:
-    """Refuse data in which a row lacks a column, or has neither text nor chat messages in it."""
+def require_columns(rows: Sequence[Row], source: str, *columns: str, setting: str = "the config") -> None:
+    """Refuse data in which a row lacks a column, or has neither text nor chat messages in it.
+
+    Args:
+      setting: where the user names the columns, for an error.
+    """
     for number, row in enumerate(rows, 1):
         for column in columns:
             if row.get(column) in (None, "", []):
                 raise ValueError(
                     f"{source}: row {number} has no {column!r}; its columns are {', '.join(row) or '(none)'}; "
-                    f"name the right one in the config or mend the row"
+                    f"name the right one in {setting} or mend the row"
                 )
             try:
                 check_text(row[column]) if isinstance(row[column], str) else check_messages(row[column])
@@ -148,9 +157,11 @@ def asked_and_answered(
     return prompts, [answer for _, answer in pairs]
 
 
-def conversations(rows: Sequence[Row], source: str, column: str, chat: ChatConfig) -> list[Row]:
-    """The rows with the column's prompts as they are asked: see `as_chat` and `without_answer`."""
-    require_columns(rows, source, column)
+def conversations(
+    rows: Sequence[Row], source: str, column: str, chat: ChatConfig, setting: str = "the config"
+) -> list[Row]:
+    """The rows with the column's prompts as they are asked: see `as_chat`, `without_answer`, `require_columns`."""
+    require_columns(rows, source, column, setting=setting)
     wheres = [f"{source}: row {number}" for number in range(1, len(rows) + 1)]
     return [
         row | {column: as_chat(without_answer(row[column], where), chat, where)}
@@ -310,7 +321,7 @@ def load_prompts(config: PolicyConfig, tokenizer: Tokenizer) -> tuple[Prompts, P
 def _read_jsonl(path: Path) -> list[Row]:
     rows = []
     opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as lines:
+    with opener(path, "rt", encoding="utf-8-sig") as lines:  # Windows' programs begin a file with a mark
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue

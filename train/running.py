@@ -1,0 +1,41 @@
+"""A program of the command line, from its start to its exit code."""
+
+import sys
+import traceback
+from collections.abc import Callable
+
+
+def exit_code(program: Callable[[], object], *, own_devices: bool = False, several: bool = True) -> int:
+    """Run it; a user's mistake is one line on the standard error.
+
+    Args:
+      own_devices: it makes its own, so nothing is set up for it.
+      several: it may be one of several processes, which then find each other first and end together.
+
+    Returns:
+      0; 2 for a mistake; 1 for numbers that are none, and, of several processes, for a failure.
+    """
+    from models.compile_cache import enable_compile_cache
+    from train import processes
+    from train.metrics import SetupError, console
+
+    try:
+        if not own_devices:
+            enable_compile_cache()
+        if several and not own_devices:
+            processes.start()
+            console.quiet = not processes.is_first()
+        program()
+    except (SetupError, processes.JoinError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 1 if isinstance(error, FloatingPointError) else 2
+    except (Exception, KeyboardInterrupt):
+        if not processes.are_several():
+            raise
+        traceback.print_exc()
+        code = 1
+    else:
+        return 0
+    if processes.are_several():
+        processes.leave(code)
+    return code
