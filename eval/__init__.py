@@ -1,1 +1,1 @@
-"""Programs that judge: `python -m eval {generate,reward,compare,report}`."""
+"""Programs that judge: `python -m eval {generate,reward,judge,ifeval,summaries,chat,compare,report,...}`."""

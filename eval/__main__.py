@@ -1,13 +1,16 @@
-"""`python -m eval {generate,reward,compare,report,reliability,speed} ...`."""
+"""`python -m eval {generate,reward,judge,ifeval,summaries,chat,compare,report,reliability,speed} ...`."""
 
 import sys
-from collections.abc import Callable
-from typing import Any
+from importlib import import_module
 
-USAGE = """usage: python -m eval {generate,reward,compare,report,reliability,speed} ...
+USAGE = """usage: python -m eval {generate,reward,judge,ifeval,summaries,chat,compare,report,reliability,speed} ...
 
   generate  --checkpoint RUN[@STEP]|DIR --data FILE --out R.jsonl             completions of a policy
   reward    --responses R.jsonl --reward_model PATH --out SCORED.jsonl        a reward model's scores of them
+  judge     A.jsonl B.jsonl --backend server --model NAME --out DIR           which of two policies answers better
+  ifeval    --responses R.jsonl --out OUT.json                                how well instructions are followed
+  summaries --responses R.jsonl --out OUT.json                                ROUGE, length, novelty of summaries
+  chat      --checkpoint RUN[@STEP]|DIR                                       talk to a policy
   compare   RUN_A RUN_B --judge PATH --out DIR                                win rate and gains of two policies
   report    RUN [RUN ...] --reward_models PATH ... --compare DIR --out DIR    report.html and report.md
   reliability  RM [RM ...]                                                    how sure reward models are, and how right
@@ -15,54 +18,35 @@ USAGE = """usage: python -m eval {generate,reward,compare,report,reliability,spe
 
   --help after a command explains its settings."""
 
+COMMANDS = {  # the module, imported when it is needed, with its parser of the command line and its program
+    "generate": ("eval.generate", "parse_generate", "generate"),
+    "reward": ("eval.reward", "parse_reward", "reward"),
+    "judge": ("eval.judge", "parse_judge", "judge"),
+    "ifeval": ("eval.ifeval_command", "parse_ifeval", "ifeval"),
+    "summaries": ("eval.summaries", "parse_summaries", "summaries"),
+    "chat": ("eval.chat", "parse_chat", "chat"),
+    "compare": ("eval.compare", "parse_compare", "compare"),
+    "report": ("eval.report", "parse_report", "report"),
+    "reliability": ("eval.reliability", "parse_reliability", "draw_reliability"),
+    "speed": ("eval.speed", "parse_speed", "speed"),
+}
+SEVERAL = ("generate", "reward")  # those that may be one of several processes
+
 
 def main(arguments: list[str]) -> int:
-    if not arguments or arguments[0] not in ("generate", "reward", "compare", "report", "reliability", "speed"):
+    if not arguments or arguments[0] not in COMMANDS:
         print(USAGE, file=sys.stderr)
         return 0 if arguments and arguments[0] in ("-h", "--help") else 2
-    from models.compile_cache import enable_compile_cache
-    from train.metrics import SetupError
-
-    parse, program = command(arguments[0])
+    module, *names = COMMANDS[arguments[0]]
+    parse, program = (getattr(import_module(module), name) for name in names)
     try:
         config = parse(arguments[1:])
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    enable_compile_cache()
-    try:
-        program(config)
-    except SetupError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    from train.running import exit_code
 
-
-def command(name: str) -> tuple[Callable[[list[str]], Any], Callable[[Any], Any]]:
-    """The parser and the program behind a command, imported when they are needed."""
-    if name == "generate":
-        from eval.generate import generate, parse_generate
-
-        return parse_generate, generate
-    if name == "reward":
-        from eval.reward import parse_reward, reward
-
-        return parse_reward, reward
-    if name == "compare":
-        from eval.compare import compare, parse_compare
-
-        return parse_compare, compare
-    if name == "reliability":
-        from eval.reliability import draw_reliability, parse_reliability
-
-        return parse_reliability, draw_reliability
-    if name == "speed":
-        from eval.speed import parse_speed, speed
-
-        return parse_speed, speed
-    from eval.report import parse_report, report
-
-    return parse_report, report
+    return exit_code(lambda: program(config), several=arguments[0] in SEVERAL)
 
 
 if __name__ == "__main__":

@@ -1,35 +1,40 @@
 """Two policies on the same prompts, judged by a reward model that neither was trained against.
 
-At every validation step that both runs have: the win rate of A over B with a bootstrap interval over prompts, and
-each policy's judge score and trained-against reward. Over the steps: each policy's paired gain, last minus first.
-Writes OUT/compare.json, OUT/compare.md and the judge's scores to OUT/scores/NAME/, from which a repeated call takes
-what is not older than the completions and the judge.
+At every validation step that both runs have: the win rate of A over B with its interval over prompts, and each
+policy's judge score and trained-against reward. Over the steps: each policy's paired gain, last minus first, and the
+step at which it reaches the other one's end. Beside it, verdicts of `eval judge` on texts of the two.
+Writes OUT/compare.json, OUT/compare.md, OUT/tables/*.tex, OUT/figures/*.png and *.svg, and the judge's scores to
+OUT/scores/NAME/, from which a repeated call takes what is not older than the completions and the judge.
 """
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from eval import judged_tables
 from eval import tables as tables_of
+from eval.judged import read_judged
 from eval.reward import score_rows
 from eval.runs import Arguments, Completions, PolicyRun, same_model
 from eval.stats import (
     CONFIDENCE,
+    ENOUGH,
     RESAMPLES,
-    bootstrap_interval,
     mean_and_error,
     paired_gain,
     prompt_means,
     same_text_same_score,
+    summary,
     win_rates,
+    without_nan,
 )
+from eval.steps import both_ways
 from models.checkpoint import find, folder_of, is_run
 from train import state as training
 from train.config import MeshConfig
-from train.metrics import console, setup_errors, write_jsonl
+from train.metrics import console, setup_errors, write_jsonl, write_whole
 from train.prompts import Row, load_rows
 from train.rewards import RewardModelScorer
 
@@ -44,6 +49,7 @@ class CompareConfig:
     out: str
     name_a: str | None = None
     name_b: str | None = None
+    judged: tuple[str, ...] = ()
     seed: int = 0
     max_length: int = 4096
     batch_prompts: int = 32
@@ -58,6 +64,8 @@ def parse_compare(arguments: list[str]) -> CompareConfig:
     parser.add_argument("--out", required=True, help="the directory to write")
     parser.add_argument("--name_a", help="in tables and pictures; default: the run's directory")
     parser.add_argument("--name_b")
+    judged_help = "what `eval judge` wrote to its --out about texts of these two runs, to be shown too"
+    parser.add_argument("--judged", metavar="DIR", nargs="+", default=(), help=judged_help)
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
     parser.add_argument("--max_length", type=int, default=4096, help="of prompt and completion, in the judge's tokens")
     parser.add_argument("--batch_prompts", type=int, default=32, help="prompts judged at a time")
@@ -78,6 +86,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         steps = common_steps(runs)
         tables = {run.name: {step: run.completions(step) for step in steps} for run in runs}
         check_prompts(runs, tables)
+        judged = [read_judged(folder, runs) for folder in config.judged]
         judge = Judge(config, runs)
         scores = {run.name: {step: judge.scores(run, step, tables[run.name][step]) for step in steps} for run in runs}
     result: dict[str, Any] = {
@@ -86,18 +95,42 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         "judge": config.judge,
         "prompts": len(tables[runs[0].name][steps[0]].groups),
         "seed": config.seed,
-        "interval": f"bootstrap over prompts, BCa, {100 * CONFIDENCE:.0f} %, {RESAMPLES} resamples",
+        "interval": f"bootstrap over prompts, BCa, {100 * CONFIDENCE:.0f} %, {RESAMPLES} resamples; Wilson's score "
+        f"interval where all prompts agree, or there are fewer than {ENOUGH}",
         "win_rate": [win_rate(config.seed, step, runs, tables, scores) for step in steps],
         "runs": {run.name: describe(run, tables[run.name], scores[run.name]) for run in runs},
+        "steps_to_reach": reaching(config.seed, runs, tables, scores),
+        "judged": judged,
     }
-    out = Path(config.out)
-    (out / RESULT).write_text(json.dumps(without_nan(result), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    sheets = (tables_of.policies(result["runs"]), tables_of.by_step(result), tables_of.rewards_by_step(result["runs"]))
-    title = f"# {result['a']} against {result['b']}, judged by {config.judge}\n\n"
-    text = "\n".join(f"## {sheet.title}\n\n{sheet.markdown()}" for sheet in sheets)
-    (out / "compare.md").write_text(title + text, encoding="utf-8")
-    console.print(*(sheet.rich() for sheet in sheets[:2]), f"{out / RESULT}", sep="\n")
+    result = without_nan(result)
+    write(result, Path(config.out))
     return result
+
+
+def write(result: dict[str, Any], out: Path) -> None:
+    """compare.json, compare.md, tables/ and figures/; the main tables to the terminal."""
+    from eval.compare_plots import comparison_pictures, judged_pictures  # matplotlib: after what may be refused
+
+    write_whole(out / RESULT, json.dumps(result, indent=2, allow_nan=False) + "\n")
+    main = [tables_of.policies(result["runs"]), tables_of.by_step(result), tables_of.steps_to_reach(result)]
+    judged = judged_tables.all_of(result)
+    sheets = [*main, tables_of.rewards_by_step(result["runs"]), *judged]
+    pictures = comparison_pictures(out / "figures", result, result["runs"])
+    pictures += judged_pictures(out / "figures", result, result["judged"])
+    write_tables(out / "tables", sheets)
+    title = f"# {result['a']} against {result['b']}, judged by {result['judge']}\n\n"
+    text = "\n".join(f"## {sheet.title}\n\n{sheet.markdown()}" for sheet in sheets)
+    drawn = "".join(f"\n## {p.title}\n\n![{p.title}](figures/{p.name}.png)\n\n{p.caption}\n" for p in pictures)
+    write_whole(out / "compare.md", title + text + drawn)
+    shown = [*main, *(sheet.first(4) for sheet in judged[:1])]  # what a terminal has room for
+    console.print(*(sheet.rich() for sheet in shown), f"{out / RESULT}", sep="\n")
+
+
+def write_tables(folder: Path, sheets: Sequence[tables_of.Sheet]) -> None:
+    """FOLDER/NAME.tex of each table."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for sheet in sheets:
+        write_whole(folder / f"{sheet.name}.tex", sheet.latex())
 
 
 def check_names(runs: Sequence[PolicyRun]) -> None:
@@ -164,7 +197,8 @@ class Judge:
             "runs": {run.name: str(run.path) for run in runs},
         }
         file = self.folder / "about.json"
-        if not file.is_file() or json.loads(file.read_text(encoding="utf-8")) != about:
+        if _noted(file) != about:
+            self.scorer = self._load()  # before anything is thrown away: it may be no judge at all
             for old in self.folder.glob("*/validation_*.jsonl"):
                 old.unlink()
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -188,6 +222,14 @@ class Judge:
             max_length=self.config.max_length,
             batch_prompts=self.config.batch_prompts,
         )
+
+
+def _noted(file: Path) -> Any:
+    """What a note of ours says; None if there is none, or a broken one."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
 
 
 def read_scores(out: str | Path, name: str, step: int) -> list[Row]:
@@ -214,9 +256,23 @@ def win_rate(
     """A against B at one step."""
     table_a, table_b = (tables[run.name][step] for run in runs)
     judged = (table.grouped(scores[run.name][step]) for run, table in zip(runs, (table_a, table_b), strict=True))
-    rates_P = win_rates(*same_text_same_score(table_a.texts, table_b.texts, *judged))
-    low, high = bootstrap_interval(rates_P, seed)
-    return {"step": step, **mean_and_error(rates_P), "low": low, "high": high}
+    return {"step": step, **summary(win_rates(*same_text_same_score(table_a.texts, table_b.texts, *judged)), seed)}
+
+
+def reaching(
+    seed: int,
+    runs: Sequence[PolicyRun],
+    tables: dict[str, dict[int, Completions]],
+    scores: dict[str, dict[int, list[float | None]]],
+) -> list[dict[str, Any]]:
+    """When each run reaches the other's end: by the judge's score, and by the reward if both have the same one."""
+    judge = {
+        run.name: {step: prompt_means(table.grouped(scores[run.name][step])) for step, table in found.items()}
+        for run, found in ((run, tables[run.name]) for run in runs)
+    }
+    reward = {run.name: {step: table.means("reward") for step, table in tables[run.name].items()} for run in runs}
+    same = runs[0].config.get("rewards") == runs[1].config.get("rewards")
+    return both_ways(({"reward": reward} if same else {}) | {"judge": judge}, seed)
 
 
 def describe(run: PolicyRun, tables: dict[int, Completions], scores: dict[int, list[float | None]]) -> dict[str, Any]:
@@ -245,12 +301,3 @@ def describe(run: PolicyRun, tables: dict[int, Completions], scores: dict[int, l
             "judge": paired_gain(judge_P[first], judge_P[last]),
         },
     }
-
-
-def without_nan(value: Any) -> Any:
-    """NaN as None, all the way down: JSON has none."""
-    if isinstance(value, dict):
-        return {key: without_nan(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [without_nan(inner) for inner in value]
-    return None if isinstance(value, float) and math.isnan(value) else value

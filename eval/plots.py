@@ -4,6 +4,7 @@ A run keeps its colour and its line style in every picture. The colours are Okab
 eyes); in the page's SVG they are CSS variables, so that they follow light and dark.
 """
 
+import html
 import io
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -87,7 +88,7 @@ class Studio:
         svg = buffer.getvalue()
         on_paper = re.sub(r"(<svg[^>]*>)", r'\1<rect width="100%" height="100%" fill="#ffffff"/>', svg, count=1)
         (self.folder / f"{name}.svg").write_text(on_paper, encoding="utf-8")
-        return Picture(name, title, caption, inline(svg, name, title))
+        return Picture(name, title, caption, inline(svg, name, title, caption))
 
 
 @contextmanager
@@ -96,25 +97,23 @@ def drawing() -> Iterator[Figure]:
         yield Figure(figsize=SIZE, layout="constrained")  # no pyplot: no window, no global state
 
 
-def inline(svg: str, name: str, title: str) -> str:
+def inline(svg: str, name: str, title: str, caption: str) -> str:
     """An SVG file as part of an HTML page: ids of its own, the page's colours, nothing that points elsewhere."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\s(?:xmlns(?::\w+)?|width|height|version)="[^"]*"', "", svg, count=5)
-    svg = svg.replace("xlink:href", "href").replace("<svg", f'<svg role="img" aria-label="{title}"', 1)
+    label = html.escape(f"{title}. {caption}")
+    svg = svg.replace("xlink:href", "href").replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
     for colour, variable in VARIABLES.items():
         svg = svg.replace(colour, f"var({variable})")
     return svg.strip()
 
 
-def pictures(
-    folder: Path, runs: Sequence[PolicyRun], described: Mapping[str, Any], result: Mapping[str, Any]
-) -> list[Picture]:
-    """All pictures that the runs have numbers for."""
+def training_pictures(folder: Path, runs: Sequence[PolicyRun]) -> list[Picture]:
+    """The pictures of what the runs logged at every step."""
     studio = Studio(folder, [run.name for run in runs])
     smooth = f"Thick: mean over {window(runs)} neighbouring steps; faint: every step."
-    over_prompts = "Band: ± one standard error over prompts."
     training = [
         ("reward", "training_reward", "Training reward", "mean reward of a step", smooth),
         ("kl", "kl", "KL to the start", "nats per token", smooth),
@@ -122,16 +121,8 @@ def pictures(
         ("entropy", "entropy", "Entropy of the policy", "nats per token", smooth),
         ("grad_norm", "grad_norm", "Gradient norm", "before clipping", smooth),
     ]
-    curves = {
-        file: training_curve(studio, runs, key, file, title, label, caption)
-        for key, file, title, label, caption in training
-    }
     found = [
-        curves["training_reward"],
-        validation_curve(studio, described, "reward", "validation_reward", "Validation reward", over_prompts),
-        validation_curve(studio, described, "judge", "judge", "Score of the independent judge", over_prompts),
-        win_rate(studio, result),
-        *(curves[file] for file in ("kl", "length", "entropy", "grad_norm")),
+        training_curve(studio, runs, key, file, title, label, caption) for key, file, title, label, caption in training
     ]
     return [picture for picture in found if picture is not None]
 
@@ -196,35 +187,6 @@ def validation_curve(
         over_steps(axes, "mean score")
 
     return studio.draw(file, title, caption, paint)
-
-
-def win_rate(studio: Studio, result: Mapping[str, Any]) -> Picture:
-    rates = [rate for rate in result["win_rate"] if rate["mean"] is not None and rate["low"] is not None]
-    a, b = result["a"], result["b"]
-
-    def paint(axes: Axes) -> None:
-        steps, means, lows, highs = np.array([[r["step"], r["mean"], r["low"], r["high"]] for r in rates]).T
-        axes.axhline(0.5, color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)))
-        # in ink: the points belong to the comparison, not to one of the runs
-        axes.errorbar(steps, means, (means - lows, highs - means), color=INK, marker="o", capsize=4, linewidth=1.4)
-        reach = max(0.06, 1.25 * max(abs(lows - 0.5).max(), abs(highs - 0.5).max()))
-        over_steps(axes, f"win rate of {a}")
-        axes.set_ylim(max(0, 0.5 - reach), min(1, 0.5 + reach))
-        for y, name, vertical in ((0.97, a, "top"), (0.03, b, "bottom")):
-            axes.text(
-                0.99,
-                y,
-                f"{name} ahead",
-                transform=axes.transAxes,
-                ha="right",
-                va=vertical,
-                color=studio.look(name)["color"],
-            )
-
-    caption = (
-        "Same prompts, same step, by the judge. Bars: 95 % bootstrap intervals over prompts; dashed: no difference."
-    )
-    return studio.draw("win_rate", f"Win rate of {a} over {b}", caption, paint)
 
 
 def reliability(folder: Path, bins: Mapping[str, Sequence[Mapping[str, Any]]]) -> Picture:

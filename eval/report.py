@@ -1,10 +1,10 @@
 """The report of some policies: tables, pictures, samples, and what happened in plain words.
 
-Reads the runs' metrics and validation completions, the reward models' metrics and a comparison; computes nothing
-that is not in them. Writes OUT/report.html, which stands alone, OUT/report.md and OUT/figures/.
+Reads the runs' metrics and validation completions, the reward models' metrics, a comparison, and what `eval judge`,
+`eval ifeval` and `eval summaries` wrote; computes nothing that is not in them. Writes OUT/report.html, which stands
+alone and holds the raw numbers to download, OUT/report.md and OUT/figures/.
 """
 
-import json
 import os
 import shlex
 from collections.abc import Sequence
@@ -14,13 +14,27 @@ from typing import Any
 
 import numpy as np
 
-from eval import plots, story, tables
-from eval.compare import JUDGE_SCORE, RESULT, SCORES, describe, read_scores, without_nan
-from eval.page import Answer, Content, Sample, markdown, page
+from eval import compare_plots, judged_tables, plots, story, tables
+from eval.compare import JUDGE_SCORE, RESULT, SCORES, describe, read_scores
+from eval.judged import JUDGE_RESULT, read_ifeval, read_json, read_judged, read_summaries
+from eval.page import (
+    Answer,
+    Block,
+    Commands,
+    Content,
+    Downloads,
+    Files,
+    Gallery,
+    Sample,
+    Section,
+    markdown,
+    page,
+)
 from eval.reliability import reliability_pictures
 from eval.runs import Arguments, Completions, PolicyRun, differences, same_model
+from eval.stats import without_nan
 from models.checkpoint import is_run
-from train.metrics import METRICS, console, read_metrics, setup_errors
+from train.metrics import METRICS, console, read_metrics, setup_errors, write_whole
 from train.stopping import best_step
 
 SAMPLES = 6
@@ -32,6 +46,9 @@ class ReportConfig:
     reward_models: list[str]
     compare: str
     out: str
+    judged: tuple[str, ...] = ()
+    ifeval: tuple[str, ...] = ()
+    summaries: tuple[str, ...] = ()
     title: str | None = None
 
 
@@ -41,6 +58,12 @@ def parse_report(arguments: list[str]) -> ReportConfig:
     parser.add_argument("--reward_models", nargs="+", required=True, metavar="RM", help="runs of `train reward`")
     parser.add_argument("--compare", required=True, help="what `eval compare` wrote to --out")
     parser.add_argument("--out", required=True, help="the directory to write")
+    for name, metavar, what in (
+        ("judged", "DIR", "what `eval judge` wrote to --out about texts of these runs"),
+        ("ifeval", "JSON", "what `eval ifeval` wrote to --out"),
+        ("summaries", "JSON", "what `eval summaries` wrote to --out"),
+    ):
+        parser.add_argument(f"--{name}", metavar=metavar, nargs="+", default=(), help=f"{what}, to be shown too")
     parser.add_argument("--title")
     return ReportConfig(**vars(parser.parse_args(arguments)))
 
@@ -56,28 +79,36 @@ def report(config: ReportConfig) -> Content:
         runs = open_runs(config.runs, result)
         described = {run.name: result["runs"].get(run.name) or alone(run) for run in runs}
         models = [reward_model(path, result, runs) for path in config.reward_models]
+        result |= {"judged": all_judged(config, runs, result)}
+        followed = read_ifeval(config.ifeval, runs)
+        summarized = read_summaries(config.summaries, runs)
+        samples = pick_samples(config.compare, runs, result)
     warn_if_old(config, runs, result)
     out = Path(config.out)
+    drawn = out / "figures"
+    curves = compare_plots.comparison_pictures(drawn, result, described) + plots.training_pictures(drawn, runs)
+    results = [tables.reward_models(models), tables.policies(described), tables.final_win_rate(result)]
+    results += [tables.steps_to_reach(result)]
+    sections = [
+        Section("The result", [*results, Gallery(reliability_pictures(drawn, config.reward_models))]),
+        Section("What happened", story.what_happened(result, described, runs)),
+        Section("Over the training", [Gallery(curves), tables.by_step(result), tables.rewards_by_step(described)]),
+        Section("By other judges", other_judges(drawn, result)),
+        Section("Instructions followed", instructions(drawn, followed, runs)),
+        Section("Summaries", [judged_tables.summaries(summarized)] if summarized else []),
+        Section("The same rewards as ranks and as z-scores", ranks_and_scores(drawn, runs)),
+        Section("Samples", [ABOUT_SAMPLES, *samples]),
+        Section("Where the numbers come from", [difference_sheet(runs), *raw(config, runs, result)]),
+    ]
     content = Content(
         title=config.title or f"{story.listing([run.name for run in runs])}, trained and judged",
         subtitle=f"{result['prompts']} validation prompts; the judge is {result['judge']}",
         headline=story.headline(result, described),
-        story=story.what_happened(result, described, runs),
-        sheets=[tables.reward_models(models), tables.policies(described), tables.final_win_rate(result)],
-        calibration=reliability_pictures(out / "figures", config.reward_models),
-        steps=[tables.by_step(result), tables.rewards_by_step(described)],
-        pictures=plots.pictures(out / "figures", runs, described, result),
-        advantages=plots.advantage_pictures(out / "figures", runs, plots.pick_groups(runs)),
-        about_advantages=ABOUT_ADVANTAGES,
-        samples=pick_samples(config.compare, runs, result),
-        about_samples=f"{SAMPLES} prompts at equal distances through the validation set, of each the first completion.",
-        differences=difference_sheet(runs),
-        sources=sources(config, runs),
-        commands=commands(config, runs, result),
+        sections=[section for section in sections if section.blocks],
     )
-    (out / "report.html").write_text(page(content), encoding="utf-8")
-    (out / "report.md").write_text(markdown(content), encoding="utf-8")
-    console.print(*(sheet.rich() for sheet in content.sheets), content.headline, f"{out / 'report.html'}", sep="\n")
+    write_whole(out / "report.html", page(content))
+    write_whole(out / "report.md", markdown(content))
+    console.print(*(sheet.rich() for sheet in results), content.headline, f"{out / 'report.html'}", sep="\n")
     return content
 
 
@@ -88,13 +119,12 @@ ABOUT_ADVANTAGES = (
     "the groups whose rewards are most skewed down, least skewed, and most skewed up; completions are taken from the "
     "last validation of each run, and from the one before where that is not enough for 8."
 )
+ABOUT_SAMPLES = f"{SAMPLES} prompts at equal distances through the validation set, of each the first completion."
 
 
 def read_result(folder: str) -> dict[str, Any]:
-    file = Path(folder) / RESULT
-    if not file.is_file():
-        raise FileNotFoundError(f"--compare {folder}: no {RESULT} in it; run `python -m eval compare` first")
-    return json.loads(file.read_text(encoding="utf-8"))
+    keys = ("a", "b", "judge", "prompts", "seed", "interval", "win_rate", "runs", "steps_to_reach", "judged")
+    return read_json(Path(folder) / RESULT, "--compare", keys, "compare")
 
 
 def open_runs(paths: Sequence[str], result: dict[str, Any]) -> list[PolicyRun]:
@@ -147,6 +177,32 @@ def warn_if_old(config: ReportConfig, runs: Sequence[PolicyRun], result: dict[st
             console.print(f"warning: {run.path} has validated since {config.compare} was written; compare anew")
 
 
+def all_judged(config: ReportConfig, runs: Sequence[PolicyRun], result: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the comparison was shown, and what this report is: each folder once, the compared runs in their order."""
+    ordered = sorted(runs, key=lambda run: (run.name != result["a"], run.name != result["b"]))
+    known = {Path(found["source"]).resolve() for found in result["judged"]}
+    return result["judged"] + [read_judged(f, ordered) for f in config.judged if Path(f).resolve() not in known]
+
+
+def other_judges(folder: Path, result: dict[str, Any]) -> list[Block]:
+    if not result["judged"]:
+        return []
+    pictures = compare_plots.judged_pictures(folder, result, result["judged"])
+    return [*story.verdicts(result["judged"]), Gallery(pictures), *judged_tables.all_of(result)]
+
+
+def instructions(folder: Path, followed: Sequence[dict[str, Any]], runs: Sequence[PolicyRun]) -> list[Block]:
+    if not followed:
+        return []
+    picture = compare_plots.ifeval(folder, followed, [run.name for run in runs])
+    return [judged_tables.ifeval(followed), Gallery([picture])]
+
+
+def ranks_and_scores(folder: Path, runs: Sequence[PolicyRun]) -> list[Block]:
+    pictures = plots.advantage_pictures(folder, runs, plots.pick_groups(runs))
+    return [ABOUT_ADVANTAGES, Gallery(pictures, narrow=True)] if pictures else []
+
+
 def pick_samples(folder: str, runs: Sequence[PolicyRun], result: dict[str, Any]) -> list[Sample]:
     """The same prompts before and after, side by side."""
     scored = {run.name: [scored_completions(folder, run, i, result) for i in (0, -1)] for run in runs}
@@ -182,7 +238,23 @@ def answer(label: str, table: Completions, prompt_id: int) -> Answer:
 def difference_sheet(runs: Sequence[PolicyRun]) -> tables.Sheet:
     rows = [(key, *map(str, values)) for key, values in differences(runs).items()]
     note = "" if rows else "Every setting but the directory is the same."
-    return tables.Sheet("Settings in which the runs differ", ("setting", *(run.name for run in runs)), rows, note)
+    columns = ("setting", *(run.name for run in runs))
+    return tables.Sheet("Settings in which the runs differ", columns, rows, note, "differences")
+
+
+def raw(config: ReportConfig, runs: Sequence[PolicyRun], result: dict[str, Any]) -> list[Block]:
+    """The raw numbers: those that the page holds, those that lie beside it, and how to make them again."""
+    held = [("win rates, gains, steps", Path(config.compare) / RESULT, RESULT)]
+    held += [("verdicts of a judge", Path(f["source"]) / JUDGE_RESULT, JUDGE_RESULT) for f in result["judged"]]
+    held += [("IFEval, every outcome", Path(file), Path(file).name) for file in config.ifeval]
+    held += [("summaries, every measure", Path(file), Path(file).name) for file in config.summaries]
+    names = [name for *_, name in held]
+    texts = [
+        (f"{what} ({file})", name if names.count(name) == 1 else f"{i}_{name}", file.read_text(encoding="utf-8"))
+        for i, (what, file, name) in enumerate(held, 1)
+        if file.is_file()
+    ]
+    return [Downloads(texts), Files(sources(config, runs)), Commands(commands(config, runs, result))]
 
 
 def sources(config: ReportConfig, runs: Sequence[PolicyRun]) -> list[tuple[str, str]]:
@@ -212,7 +284,11 @@ def commands(config: ReportConfig, runs: Sequence[PolicyRun], result: dict[str, 
     for option, side, path in (("--name_a", "a", a), ("--name_b", "b", b)):
         words += [option, result[side]] if Path(path).name != result[side] else []
     words += ["--seed", str(result["seed"])] if result["seed"] else []
+    already = [found["source"] for found in result["judged"] if found["source"] not in config.judged]
+    words += ["--judged", *already] if already else []
     again = ["python", "-m", "eval", "report", *config.runs, "--reward_models", *config.reward_models]
     again += ["--compare", config.compare, "--out", config.out]
+    for option in ("judged", "ifeval", "summaries"):
+        again += [f"--{option}", *getattr(config, option)] if getattr(config, option) else []
     again += ["--title", config.title] if config.title else []
     return [*lines, shlex.join(words), shlex.join(again)]

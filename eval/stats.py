@@ -1,16 +1,21 @@
-"""The statistics of a comparison: means over prompts, paired gains, win rates, bootstrap intervals.
+"""The statistics of a comparison: means over prompts, paired gains, win rates with intervals, agreement of judges.
 
 The prompt is the unit: completions of one prompt are averaged first, and errors and intervals are over prompts.
 """
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+from statistics import NormalDist
+from typing import Any, NamedTuple
 
 import numpy as np
 
 Scores = Sequence[float | None]  # of the completions of one prompt; None or NaN = unscorable
 RESAMPLES, CONFIDENCE = 9999, 0.95
+REFITS = 1999  # resamples of a statistic that is a regression
+ENOUGH = 20  # prompts from which on a bootstrap is tried
 
 
 def prompt_means(scores: Sequence[Scores]) -> np.ndarray:
@@ -76,29 +81,228 @@ def same_text_same_score(
     return new_a, new_b
 
 
-def bootstrap_interval(values_P: np.ndarray, seed: int) -> tuple[float, float]:
-    """The 95 % bootstrap interval (BCa) of the mean over prompts; by percentiles where BCa does not exist."""
+class Interval(NamedTuple):
+    """A 95 % interval and how it was made: "bca", "wilson", or "none" where there is nothing to make one of."""
+
+    low: float
+    high: float
+    method: str
+
+
+def win_rate_interval(rates_P: np.ndarray, seed: int) -> Interval:
+    """The 95 % interval of the mean over prompts of win rates.
+
+    With 20 prompts or more that do not all agree: the bootstrap over prompts, bias-corrected and accelerated (BCa).
+    Else Wilson's score interval with each prompt as one trial,
+      (p + z^2 / 2P ± z sqrt(p (1 - p) / P + z^2 / 4P^2)) / (1 + z^2 / P),
+    which exists where all prompts agree (BCa is NaN there, percentiles have no width) and for a single prompt; it is
+    wide rather than narrow, since rates between 0 and 1 vary less than single trials with the same mean.
+    Swapping the sides, rates -> 1 - rates, mirrors it exactly: see `_canonical`.
+
+    Args:
+      rates_P: [P] in [0, 1]; NaN = no result, left out.
+      seed: of the resamples.
+
+    Raises:
+      ValueError: rates outside [0, 1].
+    References:
+      Efron, Better bootstrap confidence intervals, 1987; Wilson, Probable inference, 1927.
+    """
+    margins_P, sign = _canonical(_rates(rates_P))
+    if not margins_P.size:
+        return Interval(math.nan, math.nan, "none")
+    if margins_P.size >= ENOUGH and np.ptp(margins_P) > 0:
+        low, high = _bootstrap(margins_P, np.mean, RESAMPLES, seed, 2**22 // margins_P.size).confidence_interval
+        if math.isfinite(low + high):
+            return _interval(float(low), float(high), sign, "bca")
+    return _interval(*_wilson(margins_P.mean(), margins_P.size), sign, "wilson")
+
+
+def summary(rates_P: np.ndarray, seed: int) -> dict[str, Any]:
+    """mean, standard_error and prompts of win rates as `mean_and_error`, with low, high and method of the interval."""
+    margins_P, sign = _canonical(_rates(rates_P))
+    found = mean_and_error(margins_P)
+    mean, error = _as_rate(sign * found["mean"]), found["standard_error"] / 2
+    return found | {"mean": mean, "standard_error": error} | win_rate_interval(rates_P, seed)._asdict()
+
+
+def length_controlled(
+    rates_N: np.ndarray, length_a_N: np.ndarray, length_b_N: np.ndarray, prompt_N: np.ndarray, seed: int
+) -> dict[str, Any]:
+    """The win rate of A over B at equal length: by a logistic regression of the outcome on the difference in length.
+
+      P(A wins) = sigmoid(theta + phi tanh(d / std(d))), d = length of A - length of B;   sigmoid(theta) is the result.
+
+    Each prompt has weight 1, shared by its pairs. Where the length decides everything (or one side wins everything)
+    the likelihood has no maximum; therefore two half prompts that tie are added, at tanh = -1 and at tanh = 1: the
+    estimate is finite, mirrors exactly, and their share vanishes as prompts are added.
+    Dubois et al. have another term, how hard each instruction is for a baseline; it needs many models on the same
+    instructions and is left out.
+
+    Args:
+      rates_N: [N] of pairs: 1 where A wins, 1/2 for a tie, 0; NaN = no result, left out.
+      length_a_N, length_b_N: [N] in any unit; a pair in which one is NaN is left out.
+      prompt_N: [N] which prompt a pair belongs to.
+      seed: of the resamples.
+
+    Returns:
+      As `summary`, the interval by BCa over prompts, or Wilson's as for `win_rate_interval`; standard_error is the
+      standard deviation of the resamples, NaN without them. All NaN with method "none" without pairs, and where every
+      pair has the same difference in length that is not 0: then length and skill cannot be told apart.
+    References:
+      Dubois et al., Length-controlled AlpacaEval, https://arxiv.org/abs/2404.04475, section 3.
+    """
+    rates_N, difference_N = _rates(rates_N, keep_nan=True), np.subtract(length_a_N, length_b_N, dtype=np.float64)
+    valid_N = ~np.isnan(rates_N + difference_N)
+    margins_N, sign = _canonical(rates_N[valid_N])
+    difference_N = sign * difference_N[valid_N]
+    _, prompt_N = np.unique(np.asarray(prompt_N)[valid_N], return_inverse=True)
+    nothing = {"mean": math.nan, "standard_error": math.nan, "low": math.nan, "high": math.nan, "method": "none"}
+    deviation = difference_N.std() if difference_N.size else 0.0
+    if not difference_N.size or (deviation == 0 and difference_N[0] != 0):
+        return nothing | {"prompts": int(prompt_N.max(initial=-1)) + 1}
+    length_N = np.tanh(difference_N / deviation) if deviation else np.zeros_like(difference_N)
+    pairs_P = np.bincount(prompt_N)
+
+    def at_equal_length(prompts_BP: np.ndarray, axis: int) -> np.ndarray:
+        """The margin of A at equal length, 2 sigmoid(theta) - 1, for each choice of prompts."""
+        choices = prompts_BP.reshape(-1, prompts_BP.shape[-1])
+        numbers_BP = choices + len(pairs_P) * np.arange(len(choices))[:, None]
+        count_BP = np.bincount(numbers_BP.ravel(), minlength=choices.shape[0] * len(pairs_P))
+        weight_BN = (count_BP.reshape(-1, len(pairs_P)) / pairs_P)[:, prompt_N]
+        fitted = _regressions(weight_BN, length_N, outcome_N, start=whole)
+        return np.tanh(fitted[0] / 2).reshape(prompts_BP.shape[:-1])
+
+    prompts_P, outcome_N = np.arange(len(pairs_P)), (1 + margins_N) / 2
+    whole = _regressions((1 / pairs_P)[None, prompt_N], length_N, outcome_N, start=np.zeros((2, 1)))
+    margin = math.tanh(whole[0, 0] / 2)
+    low, high, method, error = *_wilson(margin, len(pairs_P)), "wilson", math.nan
+    if len(pairs_P) >= ENOUGH and np.ptp(margins_N) > 0:
+        found = _bootstrap(prompts_P, at_equal_length, REFITS, seed, 2**21 // len(margins_N))
+        error = float(found.standard_error) / 2
+        if math.isfinite(found.confidence_interval.low + found.confidence_interval.high):
+            (low, high), method = found.confidence_interval, "bca"
+    result = {"mean": _as_rate(sign * margin), "standard_error": error, "prompts": len(pairs_P)}
+    return result | _interval(float(low), float(high), sign, method)._asdict()
+
+
+def _regressions(weight_BN: np.ndarray, length_N: np.ndarray, outcome_N: np.ndarray, start: np.ndarray) -> np.ndarray:
+    """theta and phi [2, B] of the weighted logistic regressions outcome ~ sigmoid(theta + phi length), by Newton."""
+    x = np.append(length_N, (-1, 1))
+    y = np.append(outcome_N, (0.5, 0.5))
+    weight = np.pad(weight_BN, ((0, 0), (0, 2)), constant_values=0.5)
+    found = np.repeat(start, len(weight) // start.shape[1], axis=1)
+    for _ in range(100):
+        p = 1 / (1 + np.exp(-(found[0][:, None] + found[1][:, None] * x)))
+        error, curvature = weight * (y - p), weight * p * (1 - p)
+        slope_0, slope_1 = error.sum(1), error @ x
+        h_00, h_01, h_11 = curvature.sum(1), curvature @ x, curvature @ (x * x)
+        step = np.stack((h_11 * slope_0 - h_01 * slope_1, h_00 * slope_1 - h_01 * slope_0)) / (h_00 * h_11 - h_01**2)
+        found += np.clip(step, -2, 2)  # a full step may overshoot where the outcomes are nearly separated
+        if np.abs(step).max() < 1e-9:
+            return found
+    raise RuntimeError("length_controlled: the regression did not converge in 100 steps; please report the data")
+
+
+def cohen_kappa(labels_1: Sequence[Hashable], labels_2: Sequence[Hashable]) -> float:
+    """Agreement of two judges beyond chance.
+
+      kappa = (o - e) / (1 - e), o the share of equal labels, e = sum_k share_1(k) share_2(k).
+
+    1 for equal labels, 0 on average for independent ones. NaN without labels, and where both judges give one and the
+    same label throughout: chance alone agrees always, and nothing is left to be beyond it.
+
+    References:
+      Cohen, A coefficient of agreement for nominal scales, 1960.
+    """
+    N = len(labels_1)
+    equal = sum(one == other for one, other in zip(labels_1, labels_2, strict=True))
+    counts_1, counts_2 = Counter(labels_1), Counter(labels_2)
+    chance = sum(count * counts_2[label] for label, count in counts_1.items())  # whole numbers: times N^2
+    return (N * equal - chance) / (N * N - chance) if chance < N * N else math.nan
+
+
+def position_bias(first_wins_N: np.ndarray) -> dict[str, Any]:
+    """The share of verdicts for the answer that was shown first; without bias it is one half if all are shown twice.
+
+    Args:
+      first_wins_N: [N] 1 where the first one won, 1/2 for a tie, 0; NaN = no verdict, left out.
+
+    Returns:
+      share, verdicts, and Wilson's interval with each verdict as one trial: low, high, method.
+    """
+    margins_N, sign = _canonical(_rates(first_wins_N))
+    if not margins_N.size:
+        return {"share": math.nan, "verdicts": 0} | Interval(math.nan, math.nan, "none")._asdict()
+    interval = _interval(*_wilson(margins_N.mean(), margins_N.size), sign, "wilson")
+    return {"share": _as_rate(sign * margins_N.mean()), "verdicts": int(margins_N.size)} | interval._asdict()
+
+
+def _rates(values: np.ndarray, keep_nan: bool = False) -> np.ndarray:
+    rates = np.asarray(values, np.float64)
+    if np.any((rates < 0) | (rates > 1)):
+        raise ValueError(f"win rates: expected values in [0, 1], got {np.nanmin(rates)} to {np.nanmax(rates)}")
+    return rates if keep_nan else rates[~np.isnan(rates)]
+
+
+def _canonical(rates: np.ndarray) -> tuple[np.ndarray, float]:
+    """Margins 2 rate - 1 times a sign that makes their mean positive (their first that is not 0, if the mean is 0).
+
+    Both ways to call the two sides give the same numbers here and differ in the sign alone. Margins are rounded to
+    multiples of 2^-40, so that 1/3 and 2/3, which are not each other's complement in floating point, become so;
+    sums of up to 2^13 of them are exact.
+    """
+    margins = np.round((2 * rates - 1) * 2**40) / 2**40
+    leading = [value for value in (margins.sum(), *margins[margins != 0][:1]) if value != 0]
+    sign = -1.0 if leading and leading[0] < 0 else 1.0
+    return sign * margins + 0.0, sign  # + 0.0: no negative zeros
+
+
+def _as_rate(margin: float) -> float:
+    """(1 + margin) / 2 so that _as_rate(-margin) == 1 - _as_rate(margin) to the last bit."""
+    upper = (1 + abs(float(margin))) / 2
+    return upper if margin >= 0 or math.isnan(margin) else 1 - upper
+
+
+def _interval(low: float, high: float, sign: float, method: str) -> Interval:
+    """An interval of canonical margins as one of win rates."""
+    low, high = (low, high) if sign > 0 else (-high, -low)
+    return Interval(_as_rate(low), _as_rate(high), method)
+
+
+def _wilson(margin: float, trials: int) -> tuple[float, float]:
+    """Wilson's interval for margins m = 2 p - 1: (m ± z sqrt((1 - m^2) / n + z^2 / n^2)) / (1 + z^2 / n)."""
+    z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
+    half = z * math.sqrt((1 - margin**2) / trials + (z / trials) ** 2)
+    low, high = ((margin + side * half) / (1 + z * z / trials) for side in (-1, 1))
+    return max(-1.0, min(low, margin)), min(1.0, max(high, margin))  # where it touches an end, up to rounding
+
+
+def _bootstrap(values: np.ndarray, statistic: Callable[..., np.ndarray], resamples: int, seed: int, batch: int) -> Any:
+    """scipy's bootstrap of a statistic over the last axis; NaN for an interval that does not exist."""
     from scipy.stats import DegenerateDataWarning, bootstrap
 
-    values = np.asarray(values_P, np.float64)
-    values = values[~np.isnan(values)]
-    if values.size < 2:
-        return math.nan, math.nan
-    for method in ("BCa", "percentile"):
-        with warnings.catch_warnings():  # a NaN below says it all
-            warnings.simplefilter("ignore", DegenerateDataWarning)
-            warnings.simplefilter("ignore", RuntimeWarning)
-            interval = bootstrap(
-                (values,),
-                np.mean,
-                n_resamples=RESAMPLES,
-                confidence_level=CONFIDENCE,
-                method=method,
-                rng=np.random.default_rng(seed),
-            ).confidence_interval
-        if not math.isnan(interval.low + interval.high):
-            break
-    return float(interval.low), float(interval.high)
+    with warnings.catch_warnings():  # a NaN says it all
+        warnings.simplefilter("ignore", DegenerateDataWarning)
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return bootstrap(
+            (values,),
+            statistic,
+            n_resamples=resamples,
+            batch=max(1, batch),
+            confidence_level=CONFIDENCE,
+            method="BCa",
+            rng=np.random.default_rng(seed),
+        )
+
+
+def without_nan(value: Any) -> Any:
+    """NaN as None, all the way down: JSON has none."""
+    if isinstance(value, dict):
+        return {key: without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _valid(scores: Scores) -> np.ndarray:

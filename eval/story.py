@@ -4,8 +4,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from eval.judged import name_of
 from eval.runs import PolicyRun
-from eval.tables import interval, missing, number, percent, signed
+from eval.tables import interval, missing, number, percent, signed, step_text
 
 ENOUGH = 3.0  # paired standard errors that a gain must exceed to be called one
 LONGER, SHORTER, REPEATING = 1.25, 0.8, 0.8  # changes of length and of distinct completions worth a warning
@@ -53,13 +54,29 @@ def winner(result: Result) -> str:
     best = ahead(result, last)
     if best is None:
         return f"Between {result['a']} and {result['b']}: no difference that {last['prompts']} prompts can show."
-    return f"At the end {best} is ahead, by the judge."
+    elsewhere = [text for found in result.get("judged") or [] for text in leads(result, found, but=best)]
+    more = f" Not so where texts are drawn otherwise: {'; '.join(elsewhere)}." if elsewhere else ""
+    return f"At the end {best} is ahead on the validation texts, by the judge.{more}"
+
+
+def leads(result: Result, judged: Mapping[str, Any], but: str | None = None) -> list[str]:
+    """Who is ahead at which temperatures, where the interval excludes one half; `but`: leave this run out."""
+    names = {"a": judged["name_a"], "b": judged["name_b"]}
+    found: dict[str, list[str]] = {}
+    for temperature, rate in (judged.get("temperatures") or {}).items():
+        best = ahead(names, rate)
+        if best is not None and best != but:
+            found.setdefault(best, []).append(f"{temperature} ({number(rate['mean'])})")
+    model = name_of(judged)
+    by = "" if model == result["judge"] else f", by {model}"
+    return [f"{name} is ahead at temperature {listing(at)}{by}" for name, at in found.items()]
 
 
 def what_happened(result: Result, described: Described, runs: Sequence[PolicyRun]) -> list[str]:
     """Paragraphs: one for each run, one for the comparison, one of what hints at reward hacking, one of limits."""
     paragraphs = [gains(name, run) for name, run in described.items()]
     paragraphs.append(comparison(result))
+    paragraphs += [text for text in (sooner(result),) if text]
     paragraphs += [hints(run, described[run.name]) for run in runs]
     paragraphs.append(
         "Limits: one run of each method with one seed. The standard errors and intervals are over prompts; they say "
@@ -113,6 +130,44 @@ def comparison(result: Result) -> str:
         earlier = f"Of the {len(rates) - 1} earlier comparisons"
         text += f" {earlier}, {' and '.join(seen)}." if seen else f" {earlier}, none excludes 0.5."
     return text
+
+
+def sooner(result: Result) -> str:
+    """Which run was where the other one ended before that one's end, by each score; not where chance may say so."""
+    parts = []
+    for found in result.get("steps_to_reach") or []:
+        if found["times_as_fast"] is None or found["high"] is None or found["high"] >= found["final_step"]:
+            continue
+        what = "validation reward" if found["score"] == "reward" else "judge's score"
+        between = f"95 % interval [{step_text(found['low'])}, {step_text(found['high'])}] over prompts"
+        parts.append(
+            f"{found['run']} had {found['reaches']}'s final {what} ({number(found['target'])}) at step "
+            f"{found['step']:.1f} of {found['final_step']} ({between}), {found['times_as_fast']:.2f} times as fast."
+        )
+    return "Speed: " + " ".join(parts) if parts else ""
+
+
+def verdicts(judged: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A paragraph for each judge."""
+    paragraphs = []
+    for found in judged:
+        step = "" if found.get("step") is None else f" at step {found['step']}"
+        rate = found["win_rate"]
+        text = (
+            f"{name_of(found)}{step}: {found['name_a']} wins {percent(rate['mean'])} of {found['pairs']} pairs against "
+        )
+        text += f"{found['name_b']}, ties as halves (95 % interval {interval(rate)} over {rate['prompts']} prompts)"
+        equal = found.get("length_controlled")
+        if equal is not None and not missing(equal["mean"]):
+            text += f", and {percent(equal['mean'])} {interval(equal)} at equal length"
+        if not missing(found.get("consistent")):
+            text += f". Both orders gave the same verdict in {percent(found['consistent'])} of pairs"
+        ahead_at = leads({"judge": name_of(found)}, found)
+        text += f". {'; '.join(ahead_at)}" if ahead_at else ""
+        lost = [f"{found[key]} {key}" for key in ("unparsable", "failed") if found.get(key)]
+        text += f". No verdict: {', '.join(lost)}." if lost else "."
+        paragraphs.append(text)
+    return paragraphs
 
 
 def hints(run: PolicyRun, described: Mapping[str, Any]) -> str:

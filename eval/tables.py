@@ -1,14 +1,26 @@
-"""The tables of a comparison: made once, shown in the terminal, in Markdown and in HTML."""
+"""The tables of a comparison: made once, shown in the terminal, in Markdown, LaTeX, CSV and HTML."""
 
+import csv
 import html
+import io
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+from urllib.parse import quote
 
 from rich.table import Table
+from rich.text import Text
 
 NONE = "–"
+PHONE = 38  # letters of a table that fit side by side on a phone; of a wider one, each row becomes a card there
+SHORT = 24  # letters of cells that are not broken in such a card
+TEX = {
+    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}",
+    ">": r"\textgreater{}", "|": r"\textbar{}", "[": "{[}", "]": "{]}", "*": "{*}", '"': "''",
+    "–": "--", "−": "$-$", "±": r"$\pm$", "×": r"$\times$", "→": r"$\rightarrow$", "…": r"\ldots{}",
+    "“": "``", "”": "''", "’": "'", "\u00a0": "~",
+} | {sign: "\\" + sign for sign in "&%$#_{}"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -17,19 +29,45 @@ class Sheet:
     columns: tuple[str, ...]
     rows: Sequence[tuple[str, ...]]
     note: str = ""
+    name: str = ""  # of its files, without suffix
+
+    def first(self, columns: int) -> "Sheet":
+        """The same with the first columns alone."""
+        return replace(self, columns=self.columns[:columns], rows=[row[:columns] for row in self.rows])
 
     def rich(self) -> Table:
         table = Table(title=self.title, title_justify="left", caption_justify="left")
         for i, column in enumerate(self.columns):
             table.add_column(column, justify="left" if i == 0 else "right")
         for row in self.rows:
-            table.add_row(*row)
+            table.add_row(*map(Text, row))  # as it is: "[not reached]" is no markup
         return table
 
     def markdown(self) -> str:
         lines = [self.columns, ("---", *["---:"] * (len(self.columns) - 1)), *self.rows]
         text = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
         return f"{text}\n" + (f"\n{self.note}\n" if self.note else "")
+
+    def latex(self) -> str:
+        """A plain tabular for \\input, which needs no package; title and note are comments."""
+        lines = [[tex(cell) for cell in line] for line in (self.columns, *self.rows)]
+        head, *body = (" & ".join(line) + r" \\" for line in lines)
+        frame = [
+            r"\begin{tabular}{l" + "r" * (len(self.columns) - 1) + "}",
+            r"\hline",
+            head,
+            r"\hline",
+            *body,
+            r"\hline",
+        ]
+        said = [f"% {line}" for text in (self.title, self.note) for line in text.splitlines()]
+        return "\n".join([*said[:1], *frame, r"\end{tabular}", *said[1:]]) + "\n"
+
+    def csv(self) -> str:
+        """The cells as they are shown."""
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows((self.columns, *self.rows))
+        return text.getvalue()
 
     def html(self) -> str:
         escape = html.escape
@@ -43,8 +81,34 @@ class Sheet:
             + "</tr>"
             for row in self.rows
         )
-        note = f'<p class="note">{escape(self.note)}</p>' if self.note else ""
-        return f"<h3>{escape(self.title)}</h3><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{note}"
+        links = " ".join(
+            download(f"{self.name}.{kind}", text, label)
+            for kind, text, label in (("csv", self.csv(), "CSV"), ("tex", self.latex(), "LaTeX"))
+            if self.name
+        )
+        note = f'<p class="note">{" ".join(part for part in (escape(self.note), links) if part)}</p>'
+        longest = max((len(cell) for row in self.rows for cell in row[1:]), default=0)
+        kind = f' class="wide{" short" if longest <= SHORT else ""}"' if self.letters() > PHONE else ""
+        table = f"<table{kind}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        return f"<h3>{escape(self.title)}</h3>{table}{note}"
+
+    def letters(self) -> int:
+        """How wide it is: the longest cell of each column, and two between columns."""
+        return sum(2 + max(map(len, column)) for column in zip(self.columns, *self.rows, strict=True))
+
+
+def download(file: str, text: str, label: str) -> str:
+    """A link that saves a text which the page itself holds."""
+    kind = {"csv": "text/csv", "json": "application/json"}.get(file.rpartition(".")[2], "text/plain")
+    return (
+        f'<a download="{html.escape(file)}" href="data:{kind};charset=utf-8,{quote(text, safe="")}">'
+        f"{html.escape(label)}</a>"
+    )
+
+
+def tex(text: str) -> str:
+    """A text in LaTeX: signs with a meaning there are escaped, white space is one blank."""
+    return "".join(TEX.get(sign, sign) for sign in " ".join(text.split()))
 
 
 def reward_models(models: Sequence[Mapping[str, Any]]) -> Sheet:
@@ -58,6 +122,7 @@ def reward_models(models: Sequence[Mapping[str, Any]]) -> Sheet:
         ],
         "Accuracy: the share of held-out comparisons in which the chosen answer scores higher; length alone: if the "
         "longer answer were always preferred; ECE: how far accuracy and stated probability are apart, on average.",
+        "reward_models",
     )
 
 
@@ -77,6 +142,7 @@ def policies(runs: Mapping[str, Mapping[str, Any]]) -> Sheet:
         rows,
         "Reward: by the reward model trained against; judge: by the other one. Means over validation prompts; "
         "gain: paired over prompts, ± its standard error (s.e.).",
+        "policies",
     )
 
 
@@ -88,6 +154,7 @@ def final_win_rate(result: Mapping[str, Any]) -> Sheet:
         ("policies", "step", "win rate", "95 % interval", "prompts"),
         [(name, count(last["step"]), number(last["mean"]), interval(last), count(last["prompts"]))],
         f"Over all pairs of completions of a prompt, equal scores count one half. Interval: {result['interval']}.",
+        "final_win_rate",
     )
 
 
@@ -103,6 +170,7 @@ def by_step(result: Mapping[str, Any]) -> Sheet:
         ("step", "win rate", "95 % interval", f"score {a}", f"score {b}"),
         rows,
         "Scores: mean ± standard error over prompts.",
+        "win_rate_by_step",
     )
 
 
@@ -116,7 +184,28 @@ def rewards_by_step(runs: Mapping[str, Mapping[str, Any]]) -> Sheet:
         ("step", *found),
         [(count(step), *row) for step, row in zip(steps, cells, strict=True)],
         "By the reward model trained against; mean ± standard error over prompts.",
+        "validation_reward",
     )
+
+
+def steps_to_reach(result: Mapping[str, Any]) -> Sheet:
+    """When each run is where the other one ends."""
+    rows = []
+    for found in result["steps_to_reach"]:
+        at = "not reached" if found["step"] is None else f"{step_text(found['step'])} of {found['final_step']}"
+        between = f"[{step_text(found['low'])}, {step_text(found['high'])}]" if found["low"] is not None else NONE
+        times = NONE if found["times_as_fast"] is None else f"{found['times_as_fast']:.2f}"
+        name = f"{found['run']} to {found['reaches']}, {found['score']}"
+        rows.append((name, number(found["target"]), at, between, times))
+    note = (
+        "Target: the other run's mean at its last step. At step: where the validation curve first reaches it, on the "
+        "straight line between validations; the interval is by percentiles of the bootstrap over prompts, – where "
+        "resamples do not reach it. Times as fast: the other run's last step / at step."
+    )
+    if {found["score"] for found in result["steps_to_reach"]} == {"judge"}:
+        note += " The runs were trained on different rewards, which cannot be compared."
+    columns = ("run to other's end", "target", "at step", "95 % interval", "times as fast")
+    return Sheet("Steps to the other run's final score", columns, rows, note, "steps_to_reach")
 
 
 def missing(value: float | None) -> bool:
@@ -155,3 +244,20 @@ def tenths(value: float | None) -> str:
 
 def gain_text(gain: Mapping[str, Any]) -> str:
     return NONE if missing(gain["mean"]) else f"{signed(gain['mean'])} ± {number(gain['standard_error'])}"
+
+
+def estimate(rate: Mapping[str, Any] | None) -> str:
+    return NONE if rate is None or missing(rate["mean"]) else f"{number(rate['mean'])} {interval(rate)}"
+
+
+def estimate_error(value: Mapping[str, Any]) -> str:
+    error = value.get("standard_error")
+    return number(value["mean"]) + ("" if missing(error) else f" ± {number(error)}")
+
+
+def percent_error(value: float, error: float | None) -> str:
+    return f"{100 * value:.1f}" + ("" if error is None else f" ± {100 * error:.1f}") + " %"
+
+
+def step_text(step: float | None) -> str:
+    return NONE if step is None else f"{step:.1f}"

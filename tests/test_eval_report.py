@@ -44,7 +44,7 @@ def make_run(directory: Path, gain: float, seed: int, G: int = 2, length: int = 
                 "completion": f" <b>{rng.integers(10**6)}</b>",
                 "reward": float(rng.normal() + gain * step / 10),
                 "length": length if step else 8,
-                "finished": True,
+                "stop_reason": "stop",
             }
             for i, prompt in enumerate(PROMPTS)
             for _ in range(G)
@@ -64,10 +64,27 @@ class Lookup:
 
 
 @pytest.fixture
-def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Two runs, their reward model, a judge and a comparison, under relative paths."""
+def made(made_once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two runs, their reward model, a judge and a comparison, under relative paths; a copy for each test."""
+    shutil.copytree(made_once, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "unused")
+    monkeypatch.setattr("eval.compare.RewardModelScorer", Lookup)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("report")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(directory)
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", "unused")
+        patch.setattr("eval.compare.RewardModelScorer", Lookup)
+        make_all()
+    return directory
+
+
+def make_all() -> None:
     make_run(Path("runs/gopo"), 2.0, 1)
     make_run(Path("runs/grpo"), 0.0, 2)
     for name, accuracy in (("reward", 0.8125), ("judge", 0.7321)):
@@ -77,9 +94,7 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         sets = {"validation": bins} | ({"validation/other": bins[::2]} if name == "judge" else {})
         Path("runs", name, "calibration.json").write_text(json.dumps({"step": 20, "sets": sets}))
         write_jsonl(Path("runs", name, "metrics.jsonl"), [{"step": 0} | row, {"step": 20} | row, {"step": 21}])
-    monkeypatch.setattr("eval.compare.RewardModelScorer", Lookup)
     assert main(["compare", "runs/gopo", "runs/grpo", "--judge", "runs/judge", "--out", "out/compare"]) == 0
-    return tmp_path
 
 
 REPORT = (
@@ -149,7 +164,7 @@ def test_the_report_is_whole(made: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert not re.search(r"https?:|//|url\((?!#)|@import|<script", html.replace("<!doctype", ""))
     inside = [link for link in page.references if link.startswith("#")]
     assert set(link[1:] for link in inside) <= set(page.ids)
-    raw = [link for link in page.references if not link.startswith("#")]
+    raw = [link for link in page.references if not link.startswith(("#", "data:"))]
     assert {"compare/compare.json", "../runs/gopo/metrics.jsonl", "../runs/judge/metrics.jsonl"} <= set(raw)
     assert all((made / "out" / link).exists() for link in raw)
 
