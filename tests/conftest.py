@@ -1,15 +1,19 @@
-"""What several tests share: a tiny tokenizer, a tiny policy, a tiny reward model, prompts, and a run's config."""
+"""What several tests share: a tiny tokenizer, a tiny policy, a tiny reward model, prompts, a run's config, and a
+server of chat completions."""
 
 import os
 
 # Before jax starts: most of a test's time is compiling, so compile quickly rather than well.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
+import contextlib
 import gzip
 import json
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from models.checkpoint import Checkpoints
 from models.config import REWARD_MODEL, Qwen3Config
 from models.hf_weights import abstract_model, save_pretrained, split
 from models.qwen3 import Backbone
@@ -48,6 +53,29 @@ def compile_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
             jax.config.update("jax_compilation_cache_dir", directory)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
         yield
+
+
+@pytest.fixture
+def dies() -> Callable[[type[BaseException]], Any]:
+    """`with dies(Killed):` expects that exception, as a kill: Orbax's threads, which end with a process, are waited for
+    before anything else looks at the checkpoints."""
+
+    @contextlib.contextmanager
+    def dying(of: type[BaseException]) -> Iterator[None]:
+        saving: list[Checkpoints] = []
+        save = Checkpoints.save
+
+        def noted(self: Checkpoints, *arguments: Any) -> None:
+            saving.append(self)
+            save(self, *arguments)
+
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(of):
+            patch.setattr(Checkpoints, "save", noted)
+            yield
+        for checkpoints in saving:
+            checkpoints.wait()
+
+    return dying
 
 
 @pytest.fixture(scope="session")
@@ -169,3 +197,85 @@ def policy_config(tiny_policy_dir: Path, tiny_reward_dir: Path, prompts_file: Pa
         return PolicyConfig(**(settings | overrides))
 
     return make
+
+
+class ChatServer(ThreadingHTTPServer):
+    """A local server of OpenAI's chat completions. `answer(body)` gives a reply's text, or a dictionary with some of:
+    text, finish_reason, status, headers, raw (bytes in place of JSON), cut (the connection, half-way through).
+
+    `bodies`: what was asked; `answered`: for how many of them a whole reply was sent."""
+
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, answer: Callable[[dict[str, Any]], Any]) -> None:
+        super().__init__(("127.0.0.1", 0), ChatHandler)
+        self.answer, self.bodies, self.headers, self.answered = answer, [], [], 0
+        self.lock = threading.Lock()
+        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}/v1"
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that has gone is no error here."""
+
+
+class ChatHandler(BaseHTTPRequestHandler):
+    server: ChatServer
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with self.server.lock:
+            self.server.bodies.append(body)
+            self.server.headers.append({name.lower(): value for name, value in self.headers.items()})
+        said = self.server.answer(body)
+        said = said if isinstance(said, dict) else {"text": said}
+        whole = said.get("raw") or json.dumps(self.completion(body, said)).encode()
+        self.send_response(said.get("status", 200))
+        for name, value in {"Content-Type": "application/json", **said.get("headers", {})}.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(whole)))
+        self.end_headers()
+        self.wfile.write(whole[: len(whole) // 2] if said.get("cut") else whole)
+        if said.get("status", 200) == 200 and not said.get("cut"):
+            with self.server.lock:
+                self.server.answered += 1
+
+    def completion(self, body: dict[str, Any], said: dict[str, Any]) -> dict[str, Any]:
+        if said.get("status", 200) != 200:
+            return {"error": {"message": said.get("text", "no"), "type": "error", "code": said.get("code")}}
+        message = {"role": "assistant", "content": said["text"], "refusal": said.get("refusal")}
+        words = sum(len(m["content"].split()) for m in body["messages"])
+        return {
+            "id": "x",
+            "object": "chat.completion",
+            "created": 0,
+            "model": body["model"],
+            "choices": [{"index": 0, "message": message, "finish_reason": said.get("finish_reason", "stop")}],
+            "usage": {"prompt_tokens": words, "completion_tokens": 1, "total_tokens": words + 1},
+        }
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        """Silence."""
+
+
+@pytest.fixture
+def chat_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[[dict[str, Any]], Any]], ChatServer]]:
+    """chat_server(answer) starts a server; the client's pauses are short, and no key is in the environment."""
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
+    monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.02)
+    monkeypatch.setattr("eval.judges.server.PAUSE", 0.01)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    started: list[ChatServer] = []
+
+    def start(answer: Callable[[dict[str, Any]], Any]) -> ChatServer:
+        started.append(ChatServer(answer))
+        return started[-1]
+
+    yield start
+    for server in started:
+        server.shutdown()
+        server.server_close()

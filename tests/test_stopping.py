@@ -1,6 +1,7 @@
 """Early stopping: a function of the metrics' rows, exact whenever the run was killed; the run then is its best step."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +25,8 @@ from train.config import (
 from train.metrics import read_metrics, write_jsonl
 from train.reward_model import train_reward_model
 from train.stopping import STOPPED, EarlyStopping
+
+Dies = Callable[[type[BaseException]], Any]
 
 
 def by_hand(values: list[float], patience: int, min_delta: float) -> tuple[int, int | None]:
@@ -120,7 +123,11 @@ def what_is_there(run: Path) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_anywhere_ends_in_the_same_state(
-    config: RewardModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    config: RewardModelConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    dies: Dies,
 ) -> None:
     run = Path(config.output_dir)
     train_reward_model(config)
@@ -155,7 +162,7 @@ def test_a_run_that_is_killed_anywhere_ends_in_the_same_state(
         run.rename(tmp_path / f"run_{name}_{call}_{after}")
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, function)
-            with pytest.raises(Killed):
+            with dies(Killed):
                 train_reward_model(config)
         assert not calls[call:]
         train_reward_model(config)
@@ -179,13 +186,15 @@ def test_a_run_that_is_killed_anywhere_ends_in_the_same_state(
 
 
 @pytest.mark.slow
-def test_without_its_rows_it_does_not_guess(config: RewardModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_its_rows_it_does_not_guess(
+    config: RewardModelConfig, monkeypatch: pytest.MonkeyPatch, dies: Dies
+) -> None:
     def kill(*_: Any) -> None:
         raise Killed
 
     with monkeypatch.context() as patch:
         patch.setattr(metrics.Run, "wait", kill)
-        with pytest.raises(Killed):
+        with dies(Killed):
             train_reward_model(config)
     (Path(config.output_dir) / "metrics.jsonl").unlink()
     with pytest.raises(metrics.SetupError, match="expected rows up to step 6"):
