@@ -44,7 +44,10 @@ demo: install  ## train GOPO and GRPO on the small review data and compare them
 	$(PY) -m train reward --config configs/demo/judge.yaml
 	$(PY) -m train policy --config configs/demo/gopo.yaml
 	$(PY) -m train policy --config configs/demo/grpo.yaml
-	$(PY) -m eval compare runs/demo/gopo runs/demo/grpo --judge runs/demo/judge --name_a GOPO --name_b GRPO --out runs/demo/compare
+	$(PY) -m eval generate --config configs/demo/generate.yaml --checkpoint runs/demo/gopo --out runs/demo/texts/gopo.jsonl
+	$(PY) -m eval generate --config configs/demo/generate.yaml --checkpoint runs/demo/grpo --out runs/demo/texts/grpo.jsonl
+	$(PY) -m eval judge runs/demo/texts/gopo.jsonl runs/demo/texts/grpo.jsonl --backend reward_model --model runs/demo/judge --name_a GOPO --name_b GRPO --out runs/demo/judged
+	$(PY) -m eval compare runs/demo/gopo runs/demo/grpo --judge runs/demo/judge --name_a GOPO --name_b GRPO --judged runs/demo/judged --out runs/demo/compare
 	$(PY) -m eval report runs/demo/gopo runs/demo/grpo --reward_models runs/demo/reward runs/demo/judge --compare runs/demo/compare --out runs/demo
 
 clean-demo:  ## remove what the demo made

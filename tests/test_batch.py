@@ -112,4 +112,4 @@ def test_the_table_of_completions() -> None:
     table = completion_table(["p", "q"], texts, found, ["one", "two"], np.array([[2.0, 0, -2]] * 2))
     assert table["prompt"] == ["p"] * 3 + ["q"] * 3 and table["completion"] == list("abcdef")
     assert table["rewards/one"] == [0, 2, 4, 6, 8, 10] and table["rewards/two"] == [1, 3, 5, 7, 9, 11]
-    assert table["advantage"] == [2, 0, -2] * 2 and table["finished"] == [True, False, True] * 2
+    assert table["advantage"] == [2, 0, -2] * 2 and table["stop_reason"] == ["stop", "length", "stop"] * 2

@@ -19,10 +19,10 @@ from models.flops import layer_weights
 from models.hf_weights import abstract_model, split
 from models.published import PUBLISHED
 from train import processes
-from train.__main__ import main, spread_mesh
+from train.__main__ import main
 from train.config import PlanConfig
 from train.hlo import work
-from train.parse import parse
+from train.parse import parse, spread_mesh
 from train.plan import parameter_count
 
 ROOT = Path(__file__).parent.parent

@@ -160,7 +160,7 @@ def test_configs_whose_data_is_made_pass_a_dry_run_too(tmp_path: Path) -> None:
     programs = {"demo/sft": "sft", "demo/gopo": "policy", "demo/grpo": "policy"}
     programs |= dict.fromkeys(("demo/reward", "demo/judge", "preferences/hh", "preferences/tldr"), "reward")
     made = {str(file.relative_to(CONFIGS).with_suffix("")) for d in EXCLUDED[:2] for file in (CONFIGS / d).glob("*")}
-    assert programs.keys() == made
+    assert programs.keys() == made - {"demo/generate"}  # of `eval generate`, which draws nothing dry
     for name, program in programs.items():
         run("-m", "train", program, *config(name), "--dry_run")
 

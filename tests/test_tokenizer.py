@@ -6,9 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from models.checkpoint import check
 from models.tokenizer import Tokenizer, bucket, pad, train_bpe
+from models.weight_files import could_be_on_hub
 
-QWEN3 = Path(__file__).parents[2] / "shared" / "data" / "tokenizer_qwen3"
+ROOT = Path(__file__).parent.parent
+QWEN3 = ROOT.parent / "shared" / "data" / "tokenizer_qwen3"
 needs_qwen3 = pytest.mark.skipif(not QWEN3.is_dir(), reason="the Qwen3 vocabulary (4 MB) is not shipped")
 
 
@@ -94,6 +97,26 @@ def test_what_cannot_be_padded_is_refused(small: Tokenizer) -> None:
         Tokenizer("nowhere")
     with pytest.raises(ValueError, match=f"vocab_size is 10, but the tokenizer .* has {small.size} ids"):
         small.check_fits(10, "model")
+
+
+@pytest.mark.parametrize("name", ["runs/nowhere", "./nowhere", "~/nowhere", "a/b/c"])
+def test_what_cannot_be_on_the_hub_is_not_looked_for_there(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    monkeypatch.setattr("models.tokenizer._read", lambda _: pytest.fail("the Hub was asked"))
+    assert not could_be_on_hub(name) and could_be_on_hub("org/nowhere")
+    with pytest.raises(FileNotFoundError, match=f"^{name}: no such directory"):
+        Tokenizer(name)
+    with pytest.raises(FileNotFoundError, match=f"^{name}: no such directory; expected a run directory"):
+        check(name)
+
+
+@pytest.mark.parametrize("model", ["tiny_qwen3", "hf_tied_causal", "hf_reward_seqcls"])
+def test_a_model_without_a_tokenizer_is_refused(model: str) -> None:
+    with pytest.raises(FileNotFoundError, match=f"{model}: has no tokenizer .*; copy the model's tokenizer files"):
+        Tokenizer(ROOT / "tests" / "data" / "models" / model)
 
 
 # Messages
