@@ -1,0 +1,108 @@
+"""The lab's cells: one method in one situation, several seeds side by side. Their names, the grid, their files."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+METHODS = ("gopo", "grpo", "dr_grpo", "rloo")
+GROUP_SIZES = (2, 4, 8, 16)
+NOISES = (0.0, 0.1, 0.2, 0.3)
+DISTORTIONS = ("none", "exp", "cubic", "outliers_1", "outliers_5", "bf16")
+REGIMES = ("tuned", "equal_rms", "equal_norm")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One setting of everything that the lab varies; the seeds are inside.
+
+    Args:
+      method: name of the advantage.
+      group_size: G; prompts x G is the same in all cells.
+      noise: share of the comparisons behind the proxy whose label is turned.
+      distortion: of the proxy's scale; all but bf16's ties keep the order.
+      regime: "tuned" uses the method's own tuned learning rate; "equal_rms" one learning rate for all, with advantages
+        scaled so that their root mean square at the start is 1; "equal_norm" that, and every gradient scaled to norm 1.
+    """
+
+    method: str
+    group_size: int = 8
+    noise: float = 0.0
+    distortion: str = "none"
+    regime: str = "tuned"
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}_g{self.group_size}_noise{round(100 * self.noise)}_{self.distortion}_{self.regime}"
+
+
+def cells(
+    methods: tuple[str, ...] = METHODS,
+    group_sizes: tuple[int, ...] = (8,),
+    noises: tuple[float, ...] = (0.0, 0.3),
+    distortions: tuple[str, ...] = ("none",),
+    regimes: tuple[str, ...] = ("tuned",),
+) -> list[Cell]:
+    situations = product(group_sizes, noises, distortions, regimes)
+    return [Cell(method, *rest) for rest in situations for method in methods]
+
+
+PARTS: dict[str, list[Cell]] = {
+    "default": cells(methods=("gopo", "grpo")),
+    "methods": cells(),
+    "regimes": cells(regimes=REGIMES[1:], noises=NOISES),
+    "noise": cells(noises=NOISES),
+    "group_size": cells(group_sizes=GROUP_SIZES, noises=NOISES),
+    "distortions": cells(distortions=DISTORTIONS[1:]),
+}
+PARTS["full"] = list(dict.fromkeys(cell for part in PARTS.values() for cell in part))
+
+
+class Outcome(NamedTuple):
+    """What a cell gave. N seeds, E evaluations, P validation prompts, G completions of each, M steps.
+
+    Rewards are in standard deviations over the starting policy's completions, whose mean is 0; the proxy is the
+    undistorted one. Evaluation 0 is the starting policy.
+    """
+
+    cell: Cell
+    about: dict[str, Any]  # learning_rate, beta, seeds, seconds, proxy_accuracy (one per seed), versions, ...
+    steps_E: np.ndarray
+    proxy_NEPG: np.ndarray
+    gold_NEPG: np.ndarray
+    length_NEPG: np.ndarray
+    kl_NEPG: np.ndarray  # sum over a completion's tokens of log policy - log reference, in nats
+    training: dict[str, np.ndarray]  # [N, M]: reward, kl, grad_norm, update_norm, advantage_rms, length, rank_length
+
+    def save(self, folder: Path) -> None:
+        """FOLDER/NAME.npz, whole or not at all."""
+        arrays = {name: value for name, value in self._asdict().items() if isinstance(value, np.ndarray)}
+        arrays |= {f"training/{name}": value for name, value in self.training.items()}
+        about = json.dumps({"cell": asdict(self.cell), "about": self.about})
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / f"{self.cell.name}.partial.npz"
+        np.savez_compressed(partial, about=np.array(about), **arrays)
+        partial.replace(place(folder, self.cell))
+
+
+def place(folder: Path, cell: Cell) -> Path:
+    return folder / f"{cell.name}.npz"
+
+
+def load(file: Path) -> Outcome:
+    with np.load(file) as arrays:
+        given: Mapping[str, Any] = json.loads(str(arrays["about"]))
+        plain = {name: arrays[name] for name in arrays.files if name != "about" and "/" not in name}
+        training = {name.removeprefix("training/"): arrays[name] for name in arrays.files if "/" in name}
+    return Outcome(Cell(**given["cell"]), given["about"], training=training, **plain)
+
+
+def outcomes(folder: Path) -> Iterator[Outcome]:
+    """All that have ended, in the order of the grid."""
+    for cell in PARTS["full"]:
+        if place(folder, cell).is_file():
+            yield load(place(folder, cell))
