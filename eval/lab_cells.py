@@ -80,7 +80,9 @@ class Outcome(NamedTuple):
 
     def save(self, folder: Path) -> None:
         """FOLDER/NAME.npz, whole or not at all."""
-        arrays = {name: value for name, value in self._asdict().items() if isinstance(value, np.ndarray)}
+        arrays: dict[str, Any] = {
+            name: value for name, value in self._asdict().items() if isinstance(value, np.ndarray)
+        }
         arrays |= {f"training/{name}": value for name, value in self.training.items()}
         about = json.dumps({"cell": asdict(self.cell), "about": self.about})
         folder.mkdir(parents=True, exist_ok=True)
