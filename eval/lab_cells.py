@@ -54,12 +54,18 @@ def cells(
 PARTS: dict[str, list[Cell]] = {
     "default": cells(methods=("gopo", "grpo")),
     "methods": cells(),
-    "regimes": cells(regimes=REGIMES[1:], noises=NOISES),
+    "regimes": cells(regimes=REGIMES[1:]),
+    "distortions": cells(distortions=DISTORTIONS[1:], noises=(0.0,)),
+    "group_size": cells(group_sizes=GROUP_SIZES),
     "noise": cells(noises=NOISES),
-    "group_size": cells(group_sizes=GROUP_SIZES, noises=NOISES),
-    "distortions": cells(distortions=DISTORTIONS[1:]),
 }
-PARTS["full"] = list(dict.fromkeys(cell for part in PARTS.values() for cell in part))
+PARTS["factors"] = list(dict.fromkeys(cell for part in PARTS.values() for cell in part))  # one factor at a time
+_CROSSED = (
+    cells(group_sizes=GROUP_SIZES, noises=NOISES)
+    + cells(regimes=REGIMES[1:], noises=NOISES)
+    + cells(distortions=DISTORTIONS[1:], noises=NOISES)
+)
+PARTS["full"] = list(dict.fromkeys(PARTS["factors"] + _CROSSED))
 
 
 class Outcome(NamedTuple):

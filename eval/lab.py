@@ -1,0 +1,234 @@
+"""A controlled study on two CPU cores: does ranking help, when, and why?
+
+    python -m eval lab --out runs/lab                   the default cells: gopo and grpo, G = 8, noise 0 and 30 %
+    python -m eval lab --out runs/lab --part factors    four methods, one factor at a time: noise, G, scale, regime
+    python -m eval lab --out runs/lab --part full       the factors crossed
+    python -m eval lab --out runs/lab --part plan       these and other parts: cells, how many ended, minutes left
+
+Every cell (`eval.lab_cells.Cell`) is one method in one situation, `seeds` runs side by side in one compiled program
+(`eval.lab_program`), in a world made for it (`eval.lab_world`). A method's learning rate is tuned first, with the same
+budget for each method: all of `learning_rates`, `tuning_seeds` seeds each that are used for nothing else, at G = 8 and
+no noise; the one with the highest final *proxy* reward is taken, for the gold reward is kept from training. The other
+regimes use one rate for all methods, GRPO's.
+
+A cell that has ended is not run again: a lab that was killed goes on, losing the cell it was in. The parts add up in
+one directory, and the table and the pictures are of everything that is there (`eval.lab_results`).
+"""
+
+import json
+import time
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+import jax
+import numpy as np
+from rich.progress import Progress
+
+from eval.generate import progress_bar
+from eval.lab_cells import METHODS, PARTS, Cell, Outcome, outcomes, place
+from eval.lab_program import Program, members
+from eval.lab_world import Scorer, World, WorldConfig, build, proxies
+from eval.tables import Sheet
+from train.metrics import console, setup_errors, write_whole
+from train.parse import parse
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
+FIRST_TUNING_SEED = 1000
+PACE = 45.0  # seconds a cell takes on two cores, for who has run none yet
+Part = Literal["default", "methods", "regimes", "distortions", "group_size", "noise", "factors", "full", "plan"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabConfig:
+    """`python -m eval lab`. A directory keeps one setting of all but part and seconds."""
+
+    out: str
+    part: Part = "default"
+    seeds: int = 8
+    steps: int = 40
+    evaluate_every: int = 2
+    beta: float = 0.1  # of the k3 penalty in the loss
+    learning_rates: list[float] = field(default_factory=lambda: [1e-3, 3e-3, 1e-2, 3e-2])
+    tuning_seeds: int = 4
+    world: WorldConfig = field(default_factory=WorldConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "steps", "evaluate_every", "tuning_seeds"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.steps % self.evaluate_every:
+            raise ValueError(f"steps: expected a multiple of evaluate_every, {self.evaluate_every}, got {self.steps}")
+        if not self.learning_rates or min(self.learning_rates) <= 0:
+            raise ValueError(f"learning_rates: expected positive numbers, got {self.learning_rates}")
+        if not self.beta > 0:
+            raise ValueError(
+                f"beta: expected a number above 0, got {self.beta}; the KL penalty is part of what is studied"
+            )
+
+    @property
+    def cells(self) -> list[Cell]:
+        return PARTS["full" if self.part == "plan" else self.part]
+
+    @property
+    def command(self) -> str:
+        return f"python -m eval lab --out {self.out} --part {self.part}"
+
+
+def parse_lab(arguments: list[str]) -> LabConfig:
+    config: LabConfig = parse(LabConfig, arguments, "python -m eval lab")
+    return config
+
+
+def lab(config: LabConfig) -> None:
+    """Run what is missing of a part of the grid, then write the table and the pictures of all that is there.
+
+    Raises:
+      SetupError: a directory with other settings, or no data; before anything is trained.
+    """
+    folder = Path(config.out)
+    if config.part == "plan":
+        sheet = plan(folder)
+        console.print(sheet.rich(), sheet.note)
+        return
+    with setup_errors():
+        keep_settings(folder, config)
+        world = build(folder, config.world)
+    Laboratory(folder, config, world).run()
+    # results
+
+
+def keep_settings(folder: Path, config: LabConfig) -> None:
+    """Refuse to add cells to those of other settings."""
+    plain = {name: value for name, value in asdict(config).items() if name not in ("out", "part")}
+    file, mine = folder / "lab.json", json.dumps(plain, indent=1)
+    if file.is_file() and json.loads(file.read_text()) != plain:
+        before = json.loads(file.read_text())
+        name = next(name for name in plain if plain[name] != before.get(name))
+        raise ValueError(
+            f"{folder}: holds cells with other settings ({name}: {before.get(name)}, now {plain[name]}); "
+            f"choose another --out, or delete that directory"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(file, mine)
+
+
+class Laboratory:
+    """Runs cells; a compiled program for each G, proxies for each noise."""
+
+    def __init__(self, folder: Path, config: LabConfig, world: World) -> None:
+        self.folder, self.config, self.world = folder, config, world
+        self._programs: dict[int, Program] = {}
+        self._proxies: dict[tuple[tuple[int, ...], float], Scorer] = {}
+
+    def run(self) -> None:
+        """All cells of the part that have not ended."""
+        config, there = self.config, self.folder / "cells"
+        missing = [cell for cell in config.cells if not place(there, cell).is_file()]
+        console.print(f"{self.folder}: {len(config.cells)} cells in part {config.part}, {len(missing)} to run")
+        with progress_bar() as bar:
+            rates = self.tune({cell.method for cell in missing} | ({"grpo"} if missing else set()), bar)
+            whole = bar.add_task("cells", total=len(missing))
+            for number, cell in enumerate(missing, 1):
+                rate = rates[cell.method if cell.regime == "tuned" else "grpo"]
+                seeds = tuple(range(config.seeds))
+                outcome = self.outcome(cell, seeds, np.full(config.seeds, rate), bar)
+                outcome.save(there)
+                bar.update(whole, completed=number)
+                gold = outcome.gold_NEPG[:, -1].mean()
+                took = outcome.about["seconds"]
+                console.print(f"{number}/{len(missing)} {cell.name}: gold {gold:+.3f}, {took:.0f} s", highlight=False)
+
+    def tune(self, methods: set[str], bar: Progress) -> dict[str, float]:
+        """The learning rate of each method; kept in tuning.json."""
+        config, file = self.config, self.folder / "tuning.json"
+        found = json.loads(file.read_text()) if file.is_file() else {}
+        rates_R, tries = np.array(config.learning_rates), config.tuning_seeds
+        for method in (name for name in METHODS if name in methods - found.keys()):
+            seeds = tuple(range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + tries))
+            outcome = self.outcome(Cell(method), seeds * len(rates_R), np.repeat(rates_R, tries), bar)
+            final_R = outcome.proxy_NEPG[:, -1].mean((1, 2)).reshape(-1, tries).mean(1)
+            gold_R = outcome.gold_NEPG[:, -1].mean((1, 2)).reshape(-1, tries).mean(1)
+            best = float(rates_R[final_R.argmax()])
+            rows = zip(rates_R.tolist(), final_R.tolist(), gold_R.tolist(), strict=True)
+            found[method] = {"learning_rate": best, "tried": [dict(zip(TRIED, row, strict=True)) for row in rows]}
+            write_whole(file, json.dumps(found, indent=1))
+            console.print(f"tuned {method}: learning rate {best:g}", highlight=False)
+        return {method: found[method]["learning_rate"] for method in found}
+
+    def outcome(self, cell: Cell, seeds: tuple[int, ...], learning_rates: np.ndarray, bar: Progress) -> Outcome:
+        """Train a cell's runs side by side, and evaluate them now and then."""
+        config, began = self.config, time.perf_counter()
+        scorer = self.proxies(seeds, cell.noise)
+        program = self.program(cell.group_size)
+        member = members(cell, seeds, learning_rates, scorer)
+        state = program.start(member)
+        evaluations, training = [program.evaluate(member, state, 0)], []
+        task = bar.add_task(cell.name, total=config.steps)
+        for first in range(0, config.steps, config.evaluate_every):
+            state, measured = program.advance(member, state, first)
+            done = first + config.evaluate_every
+            evaluations.append(program.evaluate(member, state, done))
+            training.append(measured)
+            jax.block_until_ready(state)
+            bar.update(task, completed=done)
+        bar.remove_task(task)
+        found = {f"{k}_NEPG": np.stack([e[k] for e in evaluations], 1) for k in evaluations[0]}
+        measures = {k: np.concatenate([m[k] for m in training], 1) for k in training[0]}
+        for name in [k for k in measures if not np.isfinite(measures[k]).all()]:
+            raise FloatingPointError(f"{cell.name}: {name} is not a number; the cell is not kept")
+        about = {
+            "learning_rate": learning_rates.tolist(),
+            "beta": config.beta,
+            "seeds": list(seeds),
+            "seconds": time.perf_counter() - began,
+            "proxy_accuracy": np.asarray(scorer.accuracy).tolist(),
+            "advantage_scale": np.asarray(state.advantage_scale).tolist(),
+            "command": config.command,
+            "versions": versions(),
+        }
+        steps_E = np.arange(0, config.steps + 1, config.evaluate_every)
+        return Outcome(cell, about, steps_E, training=measures, **found)
+
+    def program(self, group_size: int) -> Program:
+        if group_size not in self._programs:
+            self._programs[group_size] = Program(
+                self.world,
+                group_size,
+                beta=self.config.beta,
+                max_completion_length=self.config.world.max_completion_length,
+                every=self.config.evaluate_every,
+            )
+        return self._programs[group_size]
+
+    def proxies(self, seeds: tuple[int, ...], noise: float) -> Scorer:
+        """The seeds' proxies, stacked; a seed may come more than once."""
+        once = tuple(dict.fromkeys(seeds))
+        if (once, noise) not in self._proxies:
+            self._proxies[once, noise] = proxies(self.world, self.folder, self.config.world, once, noise)
+        rows = np.array([once.index(seed) for seed in seeds])
+        return jax.tree.map(lambda array_N: array_N[rows], self._proxies[once, noise])
+
+
+TRIED = ("learning_rate", "proxy", "gold")
+
+
+def versions() -> dict[str, str]:
+    import platform
+
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+
+
+def plan(folder: Path) -> Sheet:
+    """The parts of the grid, how much of each has been run, and what the rest costs at the pace of what has."""
+    there = folder / "cells"
+    seconds = [outcome.about["seconds"] for outcome in outcomes(there)]
+    pace, known = (float(np.median(seconds)), "the median so far") if seconds else (PACE, "2 cores")
+    rows = []
+    for part, cells in PARTS.items():
+        done = sum(place(there, cell).is_file() for cell in cells)
+        rows.append((part, str(len(cells)), str(done), f"{(len(cells) - done) * pace / 60:.0f}"))
+    columns = ("part", "cells", "ended", "minutes left")
+    note = f"At {pace:.0f} s a cell ({known}). Parts overlap; what has ended is not run again. Tuning comes on top."
+    return Sheet("The lab's grid", columns, rows, note)

@@ -1,0 +1,220 @@
+"""The lab's training: several runs side by side, in one compiled program.
+
+What one run does is what train/loop.py does: prompts, rollouts, rewards, `ADVANTAGES[method]`, the trainer's own
+`policy_objective`, Adam behind a clip of the gradient's norm. Everything that a cell may vary but G is traced, so one
+program serves all cells of a G. Two runs of the same seed see the same proxy, prompts and random numbers, whatever
+their method. `jax.vmap` puts the runs side by side; what one does, the others do not change.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from eval.lab_cells import DISTORTIONS, METHODS, Cell
+from eval.lab_world import POOL_COMPLETIONS, Prompts, Scorer, World, score
+from gopo_jax import ADVANTAGES, gopo_advantages, loss_count
+from models.sampler import Rollout, sample
+from train.config import DataConfig, LossConfig, ModelConfig, PolicyConfig, RewardSpec
+from train.loop import logprobs_of, policy_objective
+
+COMPLETIONS = 64  # per step, prompts x G, in every cell
+VALIDATION_COMPLETIONS = 2  # of each validation prompt
+WARMUP, MAX_GRAD_NORM = 5, 1.0
+OUTLIER = 30.0  # standard deviations of the start policy's rewards
+
+
+class Member(NamedTuple):
+    """One of the runs; stacked on an axis N."""
+
+    seed: jax.Array
+    method: jax.Array  # index into METHODS
+    distortion: jax.Array  # index into DISTORTIONS
+    learning_rate: jax.Array
+    equal_rms: jax.Array  # whether advantages are scaled to root mean square 1 at the start
+    equal_norm: jax.Array  # whether every gradient is scaled to norm MAX_GRAD_NORM, not only the larger ones
+    proxy: Scorer
+
+
+class State(NamedTuple):
+    params: Any
+    opt_state: Any
+    advantage_scale: jax.Array
+
+
+def members(cell: Cell, seeds: tuple[int, ...], learning_rates: np.ndarray, proxy: Scorer) -> Member:
+    """The runs of a cell: one for each seed, with a learning rate of its own."""
+    N = len(seeds)
+
+    def same(value: Any) -> jax.Array:
+        return jnp.full(N, value)
+
+    return Member(
+        jnp.array(seeds),
+        same(METHODS.index(cell.method)),
+        same(DISTORTIONS.index(cell.distortion)),
+        jnp.asarray(learning_rates, jnp.float32),
+        same(cell.regime != "tuned"),
+        same(cell.regime == "equal_norm"),
+        proxy,
+    )
+
+
+def distorted(rewards_PG: jax.Array, distortion: jax.Array, key: jax.Array) -> jax.Array:
+    """The proxy's rewards on another scale; within a group the order stays, except for what bfloat16 makes equal.
+
+    exp        e^r
+    cubic      r^3
+    outliers_x the best of a group is moved up by OUTLIER, in so many groups that x % of all completions are moved
+    bf16       r rounded to bfloat16
+    """
+    G = rewards_PG.shape[-1]
+    uniform_P1 = jax.random.uniform(key, (*rewards_PG.shape[:-1], 1))
+
+    def outliers(share: float) -> jax.Array:
+        best_PG = jnp.arange(G) == rewards_PG.argmax(-1, keepdims=True)
+        return rewards_PG + OUTLIER * (best_PG & (uniform_P1 < share * G))
+
+    scales = {
+        "none": rewards_PG,
+        "exp": jnp.exp(rewards_PG),
+        "cubic": rewards_PG**3,
+        "outliers_1": outliers(0.01),
+        "outliers_5": outliers(0.05),
+        "bf16": rewards_PG.astype(jnp.bfloat16).astype(jnp.float32),
+    }
+    return jnp.stack([scales[name] for name in DISTORTIONS])[distortion]
+
+
+def advantages_of(rewards_PG: jax.Array, method: jax.Array) -> jax.Array:
+    return jnp.stack([ADVANTAGES[name](rewards_PG) for name in METHODS])[method]
+
+
+def rank_length_correlation(rewards_PG: jax.Array, lengths_PG: jax.Array) -> jax.Array:
+    """Spearman's correlation of reward and length within a group, its mean over the groups in which both differ."""
+    a_PG, b_PG = gopo_advantages(rewards_PG), gopo_advantages(lengths_PG.astype(jnp.float32))  # centred ranks
+    scale_P = jnp.sqrt(jnp.square(a_PG).sum(-1) * jnp.square(b_PG).sum(-1))
+    found_P = scale_P > 0
+    total = jnp.where(found_P, (a_PG * b_PG).sum(-1) / jnp.where(found_P, scale_P, 1), 0).sum()
+    return total / jnp.maximum(found_P.sum(), 1)
+
+
+class Program:
+    """The compiled parts, for one G. All take members and states stacked on N, and give arrays stacked on N."""
+
+    def __init__(self, world: World, group_size: int, *, beta: float, max_completion_length: int, every: int) -> None:
+        self.world, self.G, self.T = world, group_size, max_completion_length
+        self.optimizer = optax.scale_by_adam()
+        self.config = PolicyConfig(  # what the trainer's objective reads of it
+            output_dir="",
+            max_steps=1,
+            data=DataConfig(train=""),
+            model=ModelConfig(path=""),
+            rewards=[RewardSpec(function="length")],
+            num_generations=group_size,
+            max_completion_length=max_completion_length,
+            loss=LossConfig(beta=beta, logprob_chunk=COMPLETIONS * max_completion_length),
+        )
+        self.start = jax.jit(jax.vmap(self._start))
+        self.advance = jax.jit(jax.vmap(partial(self._advance, every=every), in_axes=(0, 0, None)))
+        self.evaluate = jax.jit(jax.vmap(self._evaluate, in_axes=(0, 0, None)))
+
+    def _start(self, member: Member) -> State:
+        """The start policy, and what the member's advantages are multiplied by: 1, or 1 / their RMS on the pool."""
+        world = self.world
+        proxy_PG = score(world.proxy_graph, member.proxy, world.train, world.pool_PGT, world.pool_lengths_PG)
+        groups_PG = proxy_PG.reshape(-1, POOL_COMPLETIONS // self.G, self.G).reshape(-1, self.G)
+        key = jax.random.fold_in(jax.random.key(2), member.seed)
+        advantages_PG = advantages_of(distorted(groups_PG, member.distortion, key), member.method)
+        rms = jnp.sqrt(jnp.square(advantages_PG).mean())
+        return State(world.start, self.optimizer.init(world.start), jnp.where(member.equal_rms, 1 / rms, 1.0))
+
+    def _advance(
+        self, member: Member, state: State, first: jax.Array, *, every: int
+    ) -> tuple[State, dict[str, jax.Array]]:
+        """So many steps; the metrics of each."""
+        return jax.lax.scan(partial(self._step, member), state, first + jnp.arange(every))
+
+    def _step(self, member: Member, state: State, t: jax.Array) -> tuple[State, dict[str, jax.Array]]:
+        world, G = self.world, self.G
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(3), member.seed), t)
+        choose, draw, shake = jax.random.split(key, 3)
+        rows_P = jax.random.choice(choose, len(world.train.lengths_P), (COMPLETIONS // G,), replace=False)
+        prompts = Prompts(world.train.tokens_PS[rows_P], world.train.lengths_P[rows_P])
+        rollout = self._rollout(state.params, prompts, draw, G)
+        mask_PGT = jnp.arange(self.T) < rollout.lengths_PG[..., None]
+        rewards_PG = score(world.proxy_graph, member.proxy, prompts, rollout.tokens_PGT, rollout.lengths_PG)
+        given_PG = distorted(rewards_PG, member.distortion, shake)
+        advantages_PG = state.advantage_scale * advantages_of(given_PG, member.method)
+        batch = self._batch(prompts, rollout) | {"advantages_PG": advantages_PG, "mask_PGT": mask_PGT}
+        loss = partial(policy_objective, graphdef=world.policy, config=self.config)
+        denominator = loss_count(mask_PGT)
+        gradient, metrics = jax.grad(loss, has_aux=True)(state.params, world.start, {}, batch, denominator)
+        norm = optax.global_norm(gradient)
+        largest = jnp.where(member.equal_norm, norm, jnp.maximum(norm, MAX_GRAD_NORM))
+        gradient = jax.tree.map(lambda g: g * MAX_GRAD_NORM / largest, gradient)
+        updates, opt_state = self.optimizer.update(gradient, state.opt_state)
+        rate = member.learning_rate * jnp.minimum((t + 1) / WARMUP, 1.0)
+        updates = jax.tree.map(lambda u: -rate * u, updates)
+        measured = {
+            "reward": rewards_PG.mean(),
+            "kl": metrics["kl"][0] / metrics["kl"][1],
+            "grad_norm": norm,
+            "update_norm": optax.global_norm(updates),
+            "advantage_rms": jnp.sqrt(jnp.square(advantages_PG).mean()),
+            "length": rollout.lengths_PG.mean(),
+            "rank_length": rank_length_correlation(rewards_PG, rollout.lengths_PG),
+            "ties": _tied(given_PG),
+        }
+        return State(optax.apply_updates(state.params, updates), opt_state, state.advantage_scale), measured
+
+    def _evaluate(self, member: Member, state: State, number: jax.Array) -> dict[str, jax.Array]:
+        """[P, G] over the validation prompts: proxy, gold, length, kl."""
+        world, prompts = self.world, self.world.validation
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(4), member.seed), number)
+        rollout = self._rollout(state.params, prompts, key, VALIDATION_COMPLETIONS)
+        batch = self._batch(prompts, rollout)
+        ref_PGT = logprobs_of(world.policy, self.config, world.start, batch)
+        mask_PGT = jnp.arange(self.T) < rollout.lengths_PG[..., None]
+        given = (prompts, rollout.tokens_PGT, rollout.lengths_PG)
+        return {
+            "proxy": score(world.proxy_graph, member.proxy, *given),
+            "gold": score(world.gold_graph, world.gold, *given),
+            "length": rollout.lengths_PG,
+            "kl": jnp.where(mask_PGT, rollout.logprobs_PGT - ref_PGT, 0).sum(-1),
+        }
+
+    def _rollout(self, params: Any, prompts: Prompts, key: jax.Array, G: int) -> Rollout:
+        return sample(
+            nnx.merge(self.world.policy, params),
+            *prompts,
+            jnp.arange(len(prompts.lengths_P)),
+            key,
+            self.world.sampling,
+            num_generations=G,
+            max_completion_length=self.T,
+            pad_id=self.world.tokenizer.pad_id,
+        )
+
+    def _batch(self, prompts: Prompts, rollout: Rollout) -> dict[str, Any]:
+        """As train/packing.py's, but that every completion has a row of its own: a program's shapes are fixed."""
+        P, G, T = rollout.tokens_PGT.shape
+        return {
+            "prompt_PS": prompts.tokens_PS,
+            "lengths_P": prompts.lengths_P,
+            "tokens_PBT": rollout.tokens_PGT,
+            "offset_PBT": None,
+            "slot_PGT": jnp.broadcast_to(jnp.arange(G * T).reshape(G, T), (P, G, T)),
+            "sampled_PGT": rollout.logprobs_PGT,
+        }
+
+
+def _tied(rewards_PG: jax.Array) -> jax.Array:
+    """The share of pairs in a group whose rewards are equal."""
+    G = rewards_PG.shape[-1]
+    equal_PGG = rewards_PG[..., :, None] == rewards_PG[..., None, :]
+    return (equal_PGG.sum((-2, -1)) - G).mean() / (G * (G - 1))

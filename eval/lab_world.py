@@ -1,0 +1,278 @@
+"""What the lab's policies live in: a start policy, a gold reward model that none is trained on, and noisy proxies.
+
+    start    a small Qwen3, supervised on review sentences (data/reviews, the demo's cut)
+    gold     a reward model trained on all labelled pairs of those sentences. It is the truth here: it labels
+             comparisons and judges policies, and no policy's reward comes from it
+    pool     completions of the start policy to the training prompts, with their gold rewards
+    proxies  one reward model for each seed, trained on that seed's comparisons of pool completions of one prompt,
+             of which a share has its label turned; the same pairs at every noise, and the turned ones are nested
+
+Rewards are shifted and scaled to mean 0 and standard deviation 1 over the pool, gold's and every proxy's.
+All of it is kept in the lab's directory and read from there the next time.
+"""
+
+import runpy
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from gopo_jax import preference_loss
+from models.checkpoint import find, is_run, load_model
+from models.config import REWARD_MODEL, Qwen3Config
+from models.hf_weights import flatten, nest, split
+from models.reward_model import Qwen3RewardModel
+from models.sampler import SamplingParams, sample
+from models.tokenizer import Tokenizer
+from train.config import (
+    CheckpointConfig,
+    DataConfig,
+    LogConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RewardModelConfig,
+    SftConfig,
+)
+from train.metrics import write_jsonl
+from train.prompts import load_rows
+from train.reward_model import train_reward_model
+from train.sft import train_sft
+
+PREPARE = Path(__file__).parent.parent / "data" / "reviews" / "prepare.py"
+POOL_COMPLETIONS = 16  # of each training prompt
+WIDTH = {"vocab_size": 2048, "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
+START = Qwen3Config(hidden_size=96, intermediate_size=288, num_hidden_layers=2, head_dim=24, **WIDTH)  # type: ignore[arg-type]
+GOLD = Qwen3Config(hidden_size=128, intermediate_size=384, num_hidden_layers=2, head_dim=32, **WIDTH)  # type: ignore[arg-type]
+PROXY = Qwen3Config(hidden_size=96, intermediate_size=288, num_hidden_layers=1, head_dim=24, **WIDTH)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class WorldConfig:
+    """How big the lab's world is."""
+
+    sft_steps: int = 280
+    gold_steps: int = 160
+    max_prompt_length: int = 8
+    max_completion_length: int = 16
+    validation_prompts: int = 64
+    comparisons: int = 4096  # behind each proxy
+    proxy_batch: int = 64
+    proxy_learning_rate: float = 2e-3
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not value > 0:
+                raise ValueError(f"world.{name}: expected a number above 0, got {value}")
+        if self.comparisons % self.proxy_batch:
+            raise ValueError(
+                f"world.comparisons: expected a multiple of proxy_batch, {self.proxy_batch}, got {self.comparisons}"
+            )
+
+
+class Prompts(NamedTuple):
+    tokens_PS: jax.Array
+    lengths_P: jax.Array
+
+
+class Scorer(NamedTuple):
+    """A reward model's parameters with what makes its rewards standard on the pool; with a seed axis in front too."""
+
+    params: Any
+    mean: jax.Array
+    scale: jax.Array
+    accuracy: jax.Array  # how often it orders two completions of the pool as gold does
+
+
+class World(NamedTuple):
+    tokenizer: Tokenizer
+    policy: Any  # the start policy's graph
+    start: Any  # its parameters
+    gold_graph: Any
+    gold: Scorer
+    proxy_graph: Any
+    train: Prompts
+    validation: Prompts
+    pool_PGT: jax.Array
+    pool_lengths_PG: jax.Array
+    pool_gold_PG: jax.Array
+
+    @property
+    def sampling(self) -> SamplingParams:
+        return SamplingParams(1.0, 0, 1.0, 0, np.array(self.tokenizer.eos_ids, np.int32))
+
+
+def score(graph: Any, scorer: Scorer, prompts: Prompts, tokens_PGT: jax.Array, lengths_PG: jax.Array) -> jax.Array:
+    """float32 [P, G], standard on the pool."""
+    model = nnx.merge(graph, scorer.params)
+    raw_PG = model.score_group(prompts.tokens_PS, prompts.lengths_P, tokens_PGT, lengths_PG)
+    return (raw_PG - scorer.mean) / scorer.scale
+
+
+def standard(params: Any, raw_PG: jax.Array, gold_PG: jax.Array) -> Scorer:
+    return Scorer(params, raw_PG.mean(), raw_PG.std(), agreement(raw_PG, gold_PG))
+
+
+def build(folder: Path, config: WorldConfig) -> World:
+    """The world in a directory: what is missing is made.
+
+    Raises:
+      ValueError: the repository's data is not there.
+    """
+    if not PREPARE.is_file():
+        raise ValueError(f"{PREPARE}: not there; the lab needs the repository's data/, run it in a checkout")
+    runpy.run_path(str(PREPARE))["main"](folder)
+    _train_start_and_gold(folder, config)
+    tokenizer = Tokenizer(folder / "tokenizer")
+    policy, start = split(load_model(folder / "start"))
+    gold_graph, gold_params = split(load_model(folder / "gold"))
+    train = _prompts(folder, "train", tokenizer, config)
+    validation = _prompts(folder, "validation", tokenizer, config)
+    validation = Prompts(*(array[: config.validation_prompts] for array in validation))
+
+    @jax.jit
+    def pool(key: jax.Array) -> tuple[jax.Array, ...]:
+        rollout = sample(
+            nnx.merge(policy, start),
+            *train,
+            jnp.arange(len(train.lengths_P)),
+            key,
+            SamplingParams(1.0, 0, 1.0, 0, np.array(tokenizer.eos_ids, np.int32)),
+            num_generations=POOL_COMPLETIONS,
+            max_completion_length=config.max_completion_length,
+            pad_id=tokenizer.pad_id,
+        )
+        model = nnx.merge(gold_graph, gold_params)
+        return rollout.tokens_PGT, rollout.lengths_PG, model.score_group(*train, rollout.tokens_PGT, rollout.lengths_PG)
+
+    tokens_PGT, lengths_PG, raw_PG = pool(jax.random.key(0))
+    gold = standard(gold_params, raw_PG, raw_PG)
+    proxy_graph, _ = split(nnx.eval_shape(lambda: _new_proxy(jax.random.key(0), tokenizer)))
+    pool_gold_PG = (raw_PG - gold.mean) / gold.scale
+    return World(
+        tokenizer, policy, start, gold_graph, gold, proxy_graph, train, validation, tokens_PGT, lengths_PG, pool_gold_PG
+    )
+
+
+def proxies(world: World, folder: Path, config: WorldConfig, seeds: tuple[int, ...], noise: float) -> Scorer:
+    """One proxy for each seed, stacked; read from the directory where they have been trained before."""
+    named = f"noise{round(100 * noise)}_seeds{seeds[0]}-{seeds[-1]}"
+    file = folder / "proxies" / f"{named}.npz"
+    if not file.is_file():
+        found = jax.jit(jax.vmap(lambda seed: _train_proxy(world, config, seed, noise)))(jnp.array(seeds))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(".partial.npz")
+        flat = flatten(found.params) | found._replace(params=None)._asdict()
+        arrays: dict[str, Any] = {name: np.asarray(array) for name, array in flat.items() if name != "params"}
+        np.savez(partial, **arrays)
+        partial.replace(file)
+    with np.load(file) as stored:
+        kept = {name: jnp.asarray(stored[name]) for name in stored.files}
+    about = {name: kept.pop(name) for name in ("mean", "scale", "accuracy")}
+    return Scorer(nest(kept), **about)
+
+
+def _train_proxy(world: World, config: WorldConfig, seed: jax.Array, noise: float) -> Scorer:
+    """Bradley-Terry on the seed's comparisons, each seen once, AdamW with a linear decay to 0."""
+    draw, init = jax.random.split(jax.random.fold_in(jax.random.key(1), seed))
+    pairs_M2, prompt_M, chosen_M = comparisons(world, config, draw, noise)
+    params = split(_new_proxy(init, world.tokenizer))[1]
+    steps = config.comparisons // config.proxy_batch
+    optimizer = optax.adamw(optax.linear_schedule(config.proxy_learning_rate, 0.0, steps), weight_decay=0.1)
+
+    def loss(params: Any, rows: jax.Array) -> jax.Array:
+        prompts, these_B2 = prompt_M[rows], pairs_M2[rows]
+        asked = Prompts(world.train.tokens_PS[prompts], world.train.lengths_P[prompts])
+        tokens_B2T = world.pool_PGT[prompts[:, None], these_B2]
+        lengths_B2 = world.pool_lengths_PG[prompts[:, None], these_B2]
+        rewards_B2 = nnx.merge(world.proxy_graph, params).score_group(*asked, tokens_B2T, lengths_B2)
+        chosen_B = chosen_M[rows][:, None]
+        chosen, rejected = (jnp.take_along_axis(rewards_B2, at, 1)[:, 0] for at in (chosen_B, 1 - chosen_B))
+        return preference_loss(chosen, rejected)[0]
+
+    def step(state: tuple[Any, Any], i: jax.Array) -> tuple[tuple[Any, Any], None]:
+        params, opt_state = state
+        rows = i * config.proxy_batch + jnp.arange(config.proxy_batch)
+        updates, opt_state = optimizer.update(jax.grad(loss)(params, rows), opt_state, params)
+        return (optax.apply_updates(params, updates), opt_state), None
+
+    (params, _), _ = jax.lax.scan(step, (params, optimizer.init(params)), jnp.arange(steps))
+    raw_PG = nnx.merge(world.proxy_graph, params).score_group(*world.train, world.pool_PGT, world.pool_lengths_PG)
+    return standard(params, raw_PG, world.pool_gold_PG)
+
+
+def comparisons(world: World, config: WorldConfig, key: jax.Array, noise: float) -> tuple[jax.Array, ...]:
+    """Two completions of each of M prompts, and which is said to be the better one, 0 or 1: gold's word, or turned."""
+    which, first, second, turned = jax.random.split(key, 4)
+    M, (P, G) = config.comparisons, world.pool_gold_PG.shape
+    prompt_M = jax.random.randint(which, (M,), 0, P)
+    first_M = jax.random.randint(first, (M,), 0, G)
+    second_M = (first_M + jax.random.randint(second, (M,), 1, G)) % G
+    pairs_M2 = jnp.stack([first_M, second_M], 1)
+    gold_M2 = world.pool_gold_PG[prompt_M[:, None], pairs_M2]
+    wrong_M = jax.random.uniform(turned, (M,)) < noise
+    chosen_M = (gold_M2[:, 1] > gold_M2[:, 0]) ^ wrong_M
+    return pairs_M2, prompt_M, chosen_M.astype(jnp.int32)
+
+
+def agreement(proxy_PG: jax.Array, gold_PG: jax.Array) -> jax.Array:
+    """How often two of a prompt's completions are ordered as gold orders them; ties of the proxy count one half."""
+    sign_PGG, gold_PGG = (jnp.sign(r[:, :, None] - r[:, None, :]) for r in (proxy_PG, gold_PG))
+    return (gold_PGG * sign_PGG).sum() / jnp.abs(gold_PGG).sum() / 2 + 0.5
+
+
+def _new_proxy(key: jax.Array, tokenizer: Tokenizer) -> Qwen3RewardModel:
+    config = replace(PROXY, architecture=REWARD_MODEL, pad_token_id=tokenizer.pad_id)
+    return Qwen3RewardModel(config, nnx.Rngs(params=key), remat="none")
+
+
+def _train_start_and_gold(folder: Path, config: WorldConfig) -> None:
+    data, tokenizer = folder / "data", str(folder / "tokenizer")
+    pairs = data / "gold_train.jsonl"
+    if not pairs.is_file():
+        write_jsonl(
+            pairs, [row for half in ("reward", "judge") for row in load_rows(str(data / f"{half}_train.jsonl"))]
+        )
+    shared: dict[str, Any] = {"batch_size": 32, "max_length": 40, "checkpoint": CheckpointConfig(every=1000, keep=1)}
+    shared |= {"log": LogConfig(tensorboard=False)}
+    start = SftConfig(
+        output_dir=str(folder / "start"),
+        data=DataConfig(train=str(data / "sft_train.jsonl"), validation=str(data / "sft_validation.jsonl")),
+        model=ModelConfig(tokenizer=tokenizer, architecture=START, remat="none"),
+        max_steps=config.sft_steps,
+        eval_steps=config.sft_steps,
+        optimizer=OptimizerConfig(learning_rate=3e-3, lr_scheduler_type="cosine", warmup_steps=20, weight_decay=0.1),
+        **shared,
+    )
+    gold = RewardModelConfig(
+        output_dir=str(folder / "gold"),
+        data=DataConfig(train=str(pairs), validation=str(data / "pairs_validation.jsonl")),
+        model=ModelConfig(tokenizer=tokenizer, architecture=GOLD, remat="none"),
+        max_steps=config.gold_steps,
+        eval_steps=config.gold_steps,
+        optimizer=OptimizerConfig(learning_rate=1e-3, lr_scheduler_type="cosine", warmup_steps=10, weight_decay=1.0),
+        **shared,
+    )
+    if not _has_ended(start):
+        train_sft(start)
+    if not _has_ended(gold):
+        train_reward_model(gold)
+
+
+def _has_ended(config: SftConfig | RewardModelConfig) -> bool:
+    return is_run(config.output_dir) and find(config.output_dir)[1] == config.max_steps
+
+
+def _prompts(folder: Path, part: str, tokenizer: Tokenizer, config: WorldConfig) -> Prompts:
+    texts = [row["prompt"] for row in load_rows(str(folder / "data" / f"prompts_{part}.jsonl"))]
+    texts = [
+        text
+        for text, ids in zip(texts, tokenizer.prompt_ids(texts), strict=True)
+        if len(ids) <= config.max_prompt_length
+    ]
+    tokens_PS, lengths_P = tokenizer.encode_prompts(texts, config.max_prompt_length)
+    return Prompts(jnp.asarray(tokens_PS), jnp.asarray(lengths_P))

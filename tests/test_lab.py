@@ -1,0 +1,216 @@
+"""The lab: its command line, its distortions and measures, its noisy comparisons, and its runs side by side."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+
+from eval.lab import LabConfig, keep_settings, lab, parse_lab, plan
+from eval.lab_cells import DISTORTIONS, METHODS, PARTS, Cell, load, outcomes, place
+from eval.lab_program import OUTLIER, Program, advantages_of, distorted, members, rank_length_correlation
+from eval.lab_world import World, WorldConfig, agreement, build, comparisons, proxies
+from gopo_jax import ADVANTAGES
+
+TINY = WorldConfig(
+    sft_steps=2, gold_steps=2, validation_prompts=4, max_completion_length=6, comparisons=8, proxy_batch=4
+)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--out", "x", "--part", "everything"], "part"),
+        (["--out", "x", "--steps", "7"], "multiple of evaluate_every"),
+        (["--out", "x", "--beta", "0"], "beta: expected a number above 0"),
+        (["--out", "x", "--seeds", "0"], "seeds: expected at least 1"),
+        (["--out", "x", "--learning_rates", "[]"], "learning_rates: expected positive numbers"),
+        (["--out", "x", "--world.comparisons", "10"], "multiple of proxy_batch"),
+        (["--out", "x", "--world.poolsize", "10"], "unknown key"),
+        ([], "out"),
+    ],
+)
+def test_a_wrong_command_line_is_one_clear_error(arguments: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_lab(arguments)
+
+
+def test_the_grid_has_the_issue_s_factors_and_its_parts_add_up() -> None:
+    assert [cell.name for cell in PARTS["default"]] == [
+        "gopo_g8_noise0_none_tuned",
+        "grpo_g8_noise0_none_tuned",
+        "gopo_g8_noise30_none_tuned",
+        "grpo_g8_noise30_none_tuned",
+    ]
+    full = PARTS["full"]
+    assert len(set(full)) == len(full) == len({cell.name for cell in full})
+    assert set(full) == {cell for part in PARTS.values() for cell in part}
+    for name, wanted in [("group_size", {2, 4, 8, 16}), ("noise", {0.0, 0.1, 0.2, 0.3}), ("method", set(METHODS))]:
+        assert {getattr(cell, name) for cell in full} == wanted
+
+
+def test_cells_of_other_settings_are_refused_and_the_plan_says_what_is_left(tmp_path: Path) -> None:
+    config = LabConfig(out=str(tmp_path))
+    keep_settings(tmp_path, config)
+    keep_settings(tmp_path, replace(config, part="full"))
+    with pytest.raises(ValueError, match=r"steps: 40, now 70.*another --out"):
+        keep_settings(tmp_path, replace(config, steps=70))
+    rows = {row[0]: row[1:3] for row in plan(tmp_path).rows}
+    assert rows["default"] == ("4", "0") and rows["full"] == (str(len(PARTS["full"])), "0")
+
+
+@pytest.mark.parametrize("G", [2, 8])
+@pytest.mark.parametrize("name", DISTORTIONS)
+def test_a_distortion_keeps_the_order_of_a_group(name: str, G: int) -> None:
+    rewards_PG = jax.random.normal(jax.random.key(G), (2000, G))
+    given_PG = distorted(rewards_PG, jnp.array(DISTORTIONS.index(name)), jax.random.key(1))
+    gopo, grpo = (METHODS.index(name) for name in ("gopo", "grpo"))
+    if name == "bf16":
+        assert bool((jnp.diff(jnp.take_along_axis(given_PG, rewards_PG.argsort(-1), -1)) >= 0).all())
+        np.testing.assert_array_equal(given_PG, rewards_PG.astype(jnp.bfloat16).astype(jnp.float32))
+        return
+    same = jnp.array_equal(advantages_of(given_PG, gopo), advantages_of(rewards_PG, gopo))
+    assert bool(same), "ranks do not see it"
+    assert (name == "none") == bool(jnp.array_equal(given_PG, rewards_PG))
+    if name != "none" and G > 2:  # of two, GRPO sees the order alone too
+        assert float(jnp.abs(advantages_of(given_PG, grpo) - advantages_of(rewards_PG, grpo)).max()) > 0.1
+    if name.startswith("outliers"):
+        moved = float((given_PG - rewards_PG > OUTLIER / 2).mean())
+        share = int(name.rpartition("_")[2]) / 100
+        assert abs(moved - share) < 4 * np.sqrt(share / (2000 * G)), "of all completions, not of groups"
+
+
+def test_the_methods_are_the_project_s_advantages() -> None:
+    rewards_PG = jax.random.normal(jax.random.key(0), (5, 4))
+    for i, name in enumerate(METHODS):
+        np.testing.assert_array_equal(advantages_of(rewards_PG, jnp.array(i)), ADVANTAGES[name](rewards_PG))
+
+
+def test_rank_length_correlation_is_spearman_s_within_groups() -> None:
+    rng = np.random.default_rng(0)
+    rewards_PG, lengths_PG = rng.normal(size=(6, 8)).astype(np.float32), rng.integers(1, 5, (6, 8))
+    lengths_PG[0] = 3  # nothing to correlate with: left out
+    by_hand = [scipy.stats.spearmanr(r, n).statistic for r, n in zip(rewards_PG[1:], lengths_PG[1:], strict=True)]
+    found = rank_length_correlation(jnp.asarray(rewards_PG), jnp.asarray(lengths_PG))
+    np.testing.assert_allclose(found, np.mean(by_hand), rtol=1e-5)
+
+
+def test_comparisons_are_gold_s_word_turned_as_often_as_asked_and_nested() -> None:
+    gold_PG = jax.random.normal(jax.random.key(0), (50, 16))
+    config, world = replace(TINY, comparisons=8000), SimpleNamespace(pool_gold_PG=gold_PG)
+    turned: dict[float, np.ndarray] = {}
+    for noise in (0.0, 0.1, 0.3):
+        pairs_M2, prompt_M, chosen_M = comparisons(world, config, jax.random.key(1), noise)  # type: ignore[arg-type]
+        assert bool((pairs_M2[:, 0] != pairs_M2[:, 1]).all())
+        right_M = gold_PG[prompt_M[:, None], pairs_M2].argmax(1)
+        turned[noise] = np.asarray(chosen_M != right_M)
+        assert abs(turned[noise].mean() - noise) < 4 * np.sqrt(noise * (1 - noise) / 8000) + 1e-9
+    assert (turned[0.3] >= turned[0.1]).all(), "more noise turns more of the same comparisons"
+
+
+def test_agreement_of_gold_with_itself_its_opposite_and_nothing() -> None:
+    gold_PG = jax.random.normal(jax.random.key(0), (5, 4))
+    found = [float(agreement(r, gold_PG)) for r in (3 * gold_PG + 1, -gold_PG, 0 * gold_PG)]
+    assert found == [1.0, 0.0, 0.5]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("lab")
+
+
+@pytest.fixture(scope="module")
+def world(folder: Path) -> World:
+    return build(folder, TINY)
+
+
+def run(world: World, folder: Path, cell: Cell, seeds: tuple[int, ...], steps: int = 4) -> tuple[Any, Any, Any]:
+    """Final parameters, metrics of the steps, evaluation."""
+    program = Program(world, cell.group_size, beta=0.1, max_completion_length=6, every=steps)
+    member = members(cell, seeds, np.full(len(seeds), 3e-3), proxies(world, folder, TINY, seeds, cell.noise))
+    state, measured = program.advance(member, program.start(member), 0)
+    return state.params, measured, program.evaluate(member, state, 1)
+
+
+@pytest.mark.slow
+def test_ranks_do_not_see_the_scale_of_the_reward_and_z_scores_do(world: World, folder: Path) -> None:
+    """The lab's own form of the invariance that tests/test_invariance.py shows of the trainer."""
+
+    def train(method: str, distortion: str) -> tuple[Any, Any]:
+        params, measured, _ = run(world, folder, Cell(method, distortion=distortion), (0, 1))
+        return params, measured
+
+    for distortion in ("exp", "cubic", "outliers_5"):
+        plain, bent = train("gopo", "none"), train("gopo", distortion)
+        assert float(plain[1]["ties"].max()) == 0
+        jax.tree.map(np.testing.assert_array_equal, plain, bent)
+    plain, bent = train("grpo", "none"), train("grpo", "exp")
+    assert not np.array_equal(plain[0]["embed_VD"], bent[0]["embed_VD"])
+
+
+@pytest.mark.slow
+def test_runs_side_by_side_are_runs_alone(world: World, folder: Path) -> None:
+    """Sums may be rounded otherwise, so: the same completions and rewards, parameters within rounding."""
+    cell = Cell("grpo", group_size=4, noise=0.3)
+    together = run(world, folder, cell, (0, 1, 2), steps=2)
+    for seed in range(3):
+        alone = run(world, folder, cell, (seed,), steps=2)
+        for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
+            np.testing.assert_allclose(np.asarray(a[seed], np.float64), np.asarray(b[0], np.float64), atol=2e-4)
+
+
+@pytest.mark.slow
+def test_equal_rms_and_equal_norm_do_what_they_say(world: World, folder: Path) -> None:
+    scales = {}
+    for method in METHODS:
+        _, tuned, _ = run(world, folder, Cell(method), (0, 1), steps=1)
+        _, rms, _ = run(world, folder, Cell(method, regime="equal_rms"), (0, 1), steps=1)
+        np.testing.assert_allclose(rms["advantage_rms"], 1, atol=0.25)  # 64 completions; the pool has thousands
+        scales[method] = float((rms["advantage_rms"] / tuned["advantage_rms"]).mean())
+    np.testing.assert_allclose(scales["gopo"], (12 / 7) ** -0.5, rtol=1e-2)  # 4 (G + 1) / (3 (G - 1)) at G = 8
+    np.testing.assert_allclose(scales["grpo"], (7 / 8) ** -0.5, rtol=1e-2)  # (G - 1) / G
+    np.testing.assert_allclose(scales["dr_grpo"], scales["rloo"] * 8 / 7, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_command_goes_on_where_it_was_killed(
+    folder: Path, world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = {"steps": 2, "evaluate_every": 1, "seeds": 2, "tuning_seeds": 1, "learning_rates": [1e-3, 3e-3]}
+    config = LabConfig(out=str(folder), world=TINY, **small)  # type: ignore[arg-type]
+    calls: list[str] = []
+    save = vars(__import__("eval.lab_cells", fromlist=["Outcome"]).Outcome)["save"]
+
+    def dies(self: Any, there: Path) -> None:
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        calls.append(self.cell.name)
+        save(self, there)
+
+    monkeypatch.setattr("eval.lab_cells.Outcome.save", dies)
+    with pytest.raises(KeyboardInterrupt):
+        lab(config)
+    there = folder / "cells"
+    first = {cell.name: place(there, cell).read_bytes() for cell in PARTS["default"] if place(there, cell).is_file()}
+    assert list(first) == calls and len(calls) == 2
+    monkeypatch.setattr("eval.lab_cells.Outcome.save", save)
+    lab(config)
+    assert "4 cells in part default, 2 to run" in capsys.readouterr().out
+    assert {cell.name: place(there, cell).read_bytes() for cell in PARTS["default"][:2]} == first
+    assert [outcome.cell for outcome in outcomes(there)] == PARTS["default"]
+    tuning = json.loads((folder / "tuning.json").read_text())
+    assert set(tuning) == {"gopo", "grpo"} and all(len(found["tried"]) == 2 for found in tuning.values())
+
+    again = load(place(there, PARTS["default"][2]))
+    place(there, again.cell).unlink()
+    lab(config)
+    redone = load(place(there, again.cell))
+    for name in ("proxy_NEPG", "gold_NEPG", "kl_NEPG", "length_NEPG"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(redone, name))
+    assert (folder / "results.csv").is_file() and (folder / "curves.csv").is_file()
