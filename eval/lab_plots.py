@@ -218,14 +218,11 @@ def effects(studio: Studio, cells: Cells) -> Picture | str:
             for row, name in enumerate(("gold", "rank_length")):
                 x_axis(grid[row, column], sorted({x_of(cell) for cell in there}))
                 for method, shift in zip(methods, beside(len(methods), 0.02), strict=True):
-                    own = [
-                        (shifted(x_of(cell), shift), estimate(rows, name))
-                        for cell, rows in there.items()
-                        if cell.method == method
-                    ]
+                    own = {cell: rows for cell, rows in there.items() if cell.method == method}
                     if own:
-                        x, estimates = zip(*own, strict=True)
-                        errorbars(grid[row, column], studio, Series(method, np.array(x), estimates), joined=True)
+                        x = np.array([shifted(x_of(cell), shift) for cell in own])
+                        series = Series(method, x, [estimate(rows, name) for rows in own.values()])
+                        errorbars(grid[row, column], studio, series, joined=True)
             grid[1, column].set_xlabel(label)
         for row, label in enumerate(("final gold reward", "rank/length correlation")):
             grid[row, 0].set_ylabel(label)
@@ -299,7 +296,7 @@ def interval_text(text: str, found: Sequence[CurvePoint | SeedRow]) -> str:
 
 
 def missing_text(**wanted: tuple[Sequence[Any], Sequence[Any]]) -> str:
-    """ " Left out, as no such cell has ended: NAME a, b; ..." of NAME=(what there may be, what there is), or nothing."""
+    """A sentence on what of NAME=(all there may be, what there is) is missing; nothing if nothing is."""
     parts = []
     for name, (possible, there) in wanted.items():
         if missing := [value if isinstance(value, str) else f"{value:g}" for value in possible if value not in there]:
