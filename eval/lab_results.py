@@ -56,7 +56,7 @@ class SeedRow(NamedTuple):
     rank_length: float  # correlation, mean over the steps of training
     common_kl: float  # the smallest final kl of the situation's methods
     gold_at_kl: float  # where the policy first has that kl
-    # against the baseline, at the last step that both evaluated
+    compared_at: int  # the last step that the baseline evaluated too; 0: no comparison, and NaN from here on
     proxy_difference: float
     gold_difference: float
     gold_at_kl_difference: float
@@ -67,6 +67,9 @@ class SeedRow(NamedTuple):
     @property
     def cell(self) -> Cell:
         return Cell(*self[:5])
+
+
+COMPARED = SeedRow._fields[SeedRow._fields.index("compared_at") + 1 :]
 
 
 class CurvePoint(NamedTuple):
@@ -232,7 +235,8 @@ def rows_of(methods: Mapping[str, Outcome]) -> list[SeedRow]:
         for n, seed in enumerate(outcome.about["seeds"]):
             values: dict[str, Any] = {name: rounded(values_N[n]) for name, values_N in numbers.items()}
             values |= {name: rounded(outcome.about.get(name, math.nan)) for name in ("learning_rate", "beta")}
-            values |= {"last_step": int(outcome.steps_E[-1]), "peak_step": int(numbers["peak_step"][n])}
+            values |= {name: int(numbers[name][n]) for name in ("peak_step", "compared_at")}
+            values |= {"last_step": int(outcome.steps_E[-1])}
             rows.append(SeedRow(**asdict(outcome.cell), seed=int(seed), **values))
     return rows
 
@@ -242,16 +246,20 @@ def smallest_final_kl(outcomes: Iterable[Outcome]) -> dict[int, float]:
     smallest: dict[int, float] = {}
     for outcome in outcomes:
         for seed, kl in zip(outcome.about["seeds"], means(outcome)["kl"][:, -1], strict=True):
-            smallest[seed] = min(float(kl), smallest.get(seed, math.inf))
+            smallest[seed] = float(np.fmin(kl, smallest.get(seed, math.nan)))  # one that diverged has no say
     return smallest
 
 
 def at_kl(outcome: Outcome, common_kl: Mapping[int, float]) -> dict[str, np.ndarray]:
-    """Gold reward [N] where a policy first has its seed's common KL, on straight lines between evaluations."""
+    """Gold reward [N] where a policy first has its seed's common KL, on straight lines between evaluations.
+
+    NaN where it never has: the policy, or all of them, diverged.
+    """
     mean_NE = means(outcome)
     target_N = np.array([common_kl[seed] for seed in outcome.about["seeds"]])
     number_E = np.arange(len(outcome.steps_E))
     at_N = first_crossing(number_E.astype(np.float64), mean_NE["kl"], target_N)
+    at_N = np.where(np.isinf(at_N), math.nan, at_N)
     gold_N = np.array([np.interp(at, number_E, gold_E) for at, gold_E in zip(at_N, mean_NE["gold"], strict=True)])
     return {"common_kl": target_N, "gold_at_kl": gold_N}
 
@@ -261,14 +269,15 @@ def against(outcome: Outcome, other: Outcome | None, common_kl: Mapping[int, flo
 
     At the last step that both evaluated; NaN for seeds that the other has not, or where that step is the start.
     """
-    names = SeedRow._fields[SeedRow._fields.index("proxy_difference") :]
-    found = {name: np.full(len(outcome.about["seeds"]), math.nan) for name in names}
+    N = len(outcome.about["seeds"])
+    found = {"compared_at": np.zeros(N, int)} | {name: np.full(N, math.nan) for name in COMPARED}
     if other is None:
         return found
     _, ours, theirs = np.intersect1d(outcome.about["seeds"], other.about["seeds"], return_indices=True)
     _, at, at_other = np.intersect1d(outcome.steps_E, other.steps_E, return_indices=True)
     if not at.size or outcome.steps_E[at[-1]] == outcome.steps_E[0]:
         return found
+    found["compared_at"][ours] = outcome.steps_E[at[-1]]
     ours_NE, theirs_NE, steps_E = means(outcome), means(other), outcome.steps_E.astype(np.float64)
     for name in ("proxy", "gold"):
         target_N = theirs_NE[name][theirs, at_other[-1]]
@@ -323,9 +332,8 @@ def over_seeds(values_N: Sequence[float] | np.ndarray) -> Estimate:
 
 
 def estimate(rows: Iterable[SeedRow], name: str) -> Estimate:
-    """`over_seeds` of a column, over the seeds that have a number there."""
-    values = np.array([getattr(row, name) for row in rows], np.float64)
-    return over_seeds(values[~np.isnan(values)])
+    """`over_seeds` of a column; of a comparison over the seeds that the baseline has too."""
+    return over_seeds([getattr(row, name) for row in rows if name not in COMPARED or row.compared_at])
 
 
 def reached(rows: Sequence[SeedRow], name: str) -> tuple[float, int, int]:

@@ -98,6 +98,7 @@ def test_seeds_are_paired_by_their_numbers_not_by_their_places() -> None:
     rows = rows_of("gopo", make("gopo", curve_NE[::-1] + [0, 0, 1], seeds=(7, 6, 9)), baseline)
     assert [row.gold_difference for row in rows[:2]] == [1, 1]
     assert math.isnan(rows[2].gold_difference) and math.isnan(rows[2].steps_to_gold)
+    assert [row.compared_at for row in rows] == [20, 20, 0]
     assert estimate(rows, "gold_difference").seeds == 2
 
 
@@ -180,9 +181,13 @@ def test_a_single_seed_has_no_interval_and_says_so() -> None:
     assert "no interval" in shown.note and not any("±" in cell or "[" in cell for row in shown.rows for cell in row)
 
 
-@pytest.mark.parametrize("broken", [math.nan, math.inf])
-def test_a_seed_that_failed_is_not_hidden(broken: float) -> None:
-    assert math.isnan(over_seeds([1.0, 2.0, broken]).mean)
+def test_a_seed_that_diverged_is_not_hidden() -> None:
+    curve_NE = np.array([[0, 1, 2], [0, 2, math.nan], [0, 3, 6.0]])
+    rows = rows_of("gopo", make("gopo", curve_NE, kl_NE=curve_NE), make("grpo"))
+    assert [math.isnan(row.win_rate) for row in rows] == [False, True, False]
+    for name in ("gold", "gold_difference", "win_rate", "kl"):
+        assert math.isnan(estimate(rows, name).mean) and estimate(rows, name).seeds == N
+    assert [row.common_kl for row in rows] == [2, 10, 6]  # the other method's, where this one has none
 
 
 # refused
