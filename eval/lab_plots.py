@@ -1,0 +1,304 @@
+"""The lab's pictures. A method keeps its colour, line style and marker in all of them; bars and bands are intervals
+over seeds. Whatever part of the grid is missing is left out, and what is left out is said."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
+
+from eval.lab_cells import DISTORTIONS, METHODS, NOISES, REGIMES, Cell
+from eval.lab_results import BASELINE, CurvePoint, Estimate, SeedRow, Tables, by_cell, estimate, place_of, situation
+from eval.lab_tables import situation_text
+from eval.plots import DASHES, MARKERS, MUTED, SERIES, Picture, Studio, over_steps
+
+SHOWN_NOISES = (NOISES[0], NOISES[-1])
+USUAL = Cell("")
+PANEL = (4.4, 2.9)  # inches
+BANDS, BARS = "Bands: 95 % intervals over seeds", "Bars: 95 % intervals over seeds"
+Cells = Mapping[Cell, Sequence[SeedRow]]
+
+
+class Series(NamedTuple):
+    """A method's estimates beside each other."""
+
+    method: str
+    x: np.ndarray
+    estimates: Sequence[Estimate]
+
+
+def lab_pictures(folder: Path, tables: Tables) -> tuple[list[Picture], list[str]]:
+    """All that there is something to draw for, and a sentence for each picture that is not drawn."""
+    cells = by_cell(tables.rows)
+    names = list(METHODS) + sorted({cell.method for cell in cells} - set(METHODS))
+    studio = Studio(folder, names)
+    drawn = [
+        curves(studio, tables.curves, "steps"),
+        curves(studio, tables.curves, "kl"),
+        differences(studio, cells),
+        distortions(studio, cells),
+        effects(studio, cells),
+    ]
+    pictures = [found for found in drawn if isinstance(found, Picture)]
+    return pictures, [found for found in drawn if isinstance(found, str)]
+
+
+def panels(axes: Axes, columns: int, rows: int = 1, **shared: Any) -> np.ndarray:
+    """[rows, columns] axes in place of the one, in a picture that is as much larger."""
+    figure = axes.figure
+    figure.set_size_inches(PANEL[0] * columns + 0.6, PANEL[1] * rows + 0.5)  # type: ignore[union-attr]
+    axes.remove()
+    found = figure.subplots(rows, columns, squeeze=False, **shared)
+    for one in found.flat:
+        one.set_axisbelow(True)
+    return found
+
+
+def legend(of: Axes, panels_RC: np.ndarray) -> None:
+    """One legend above all panels, with each name once."""
+    named: dict[str, Any] = {}
+    for axes in panels_RC.flat:
+        handles, labels = axes.get_legend_handles_labels()
+        named |= {label: handle for handle, label in zip(handles, labels, strict=True) if label not in named}
+    of.figure.legend(named.values(), named, loc="outside upper left", ncols=4, handlelength=2.6)
+
+
+# against steps, and against KL
+
+
+def curves(studio: Studio, points: Sequence[CurvePoint], against: Literal["steps", "kl"]) -> Picture | str:
+    """Proxy and gold reward of the methods, a column for each noise."""
+    usual = [point for point in points if situation(point.cell) == usual_with(point.noise)]
+    noises = [noise for noise in SHOWN_NOISES if any(point.noise == noise for point in usual)]
+    what = "against steps" if against == "steps" else "against KL"
+    if not noises:
+        return f"reward {what}; no cell of {situation_text(USUAL)} or noise {SHOWN_NOISES[1]:g}."
+
+    def paint(axes: Axes) -> None:
+        grid = panels(axes, len(noises), 2, sharex=True, sharey="row")
+        for column, noise in enumerate(noises):
+            grid[0, column].set_title(f"noise {noise:g}", fontsize=11)
+            for row, reward in enumerate(("proxy", "gold")):
+                for method in studio.style:
+                    found = [point for point in usual if point.noise == noise and point.method == method]
+                    if found:
+                        one_curve(grid[row, column], studio, found, reward, against)
+        for column in range(len(noises)):
+            if against == "steps":
+                over_steps(grid[1, column], "")
+            else:
+                grid[1, column].set_xlabel("√KL to the start, KL in nats per completion")
+        for row, label in enumerate(("proxy reward", "gold reward")):
+            grid[row, 0].set_ylabel(label)
+        legend(grid[0, 0], grid)
+
+    caption = (
+        "Above the reward that is trained on, below the gold reward that is kept from training, in standard deviations "
+        f"of the start. {interval_text(BANDS, usual)}"
+    )
+    if against == "kl":
+        caption += " Where gold falls while proxy rises, the proxy is over-optimised (after Gao et al.)."
+    caption += missing_text(noise=(SHOWN_NOISES, noises), methods=(METHODS, methods_of(usual)))
+    title = "Proxy and gold reward " + what
+    return studio.draw(f"reward_{against}", title, caption, paint)
+
+
+def one_curve(axes: Axes, studio: Studio, found: Sequence[CurvePoint], reward: str, against: str) -> None:
+    x = np.array([p.step if against == "steps" else max(p.kl, 0) ** 0.5 for p in found])
+    mean = np.array([getattr(p, reward) for p in found])
+    half = np.array([getattr(p, f"{reward}_half") for p in found])
+    look = studio.look(found[0].method)
+    axes.fill_between(x, mean - half, mean + half, color=look["color"], alpha=0.15, linewidth=0)
+    axes.plot(x, mean, marker=studio.marker(found[0].method), markersize=4, markevery=[-1], **look)
+
+
+# every situation
+
+
+def differences(studio: Studio, cells: Cells) -> Picture | str:
+    """Final gold reward minus the baseline's, a line for each situation."""
+    compared = {
+        cell: found
+        for cell, rows in cells.items()
+        if cell.method != BASELINE and np.isfinite((found := estimate(rows, "gold_difference")).mean)
+    }
+    if not compared:
+        return f"differences to {BASELINE}; no situation has {BASELINE} and another method."
+    places = sorted({situation(cell) for cell in compared}, key=place_of)
+    methods = [method for method in studio.style if any(cell.method == method for cell in compared)]
+    kinds = [(cell.regime, cell.distortion != "none", cell.group_size) for cell in places]
+    breaks = np.cumsum([0] + [0.6 * (one != other) for one, other in zip(kinds[1:], kinds, strict=False)])
+    y_of = {cell: i + gap for i, (cell, gap) in enumerate(zip(places, breaks, strict=True))}
+
+    def paint(axes: Axes) -> None:
+        axes.figure.set_size_inches(6.4, 1.3 + 0.32 * (max(y_of.values()) + 1.5))  # type: ignore[union-attr]
+        axes.axvline(0, color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)))
+        for method, shift in zip(methods, beside(len(methods), 0.24), strict=True):
+            found = [(y_of[situation(cell)] + shift, one) for cell, one in compared.items() if cell.method == method]
+            y, estimates = zip(*found, strict=True)
+            errorbars(axes, studio, Series(method, np.array(y), estimates), across=True)
+        axes.set_yticks(list(y_of.values()), [situation_text(cell) for cell in y_of])
+        axes.set_ylim(max(y_of.values()) + 0.6, -0.6)
+        axes.grid(visible=False, axis="y")
+        axes.set_xlabel(f"final gold reward − {BASELINE}'s")
+
+    caption = (
+        f"In standard deviations of the start, paired by seed; right of the dashed line a method is better than "
+        f"{BASELINE}. "
+        f"{interval_text(BARS, rows_in(cells))} Of many intervals without any difference, one in 20 would miss 0."
+    )
+    caption += missing_text(
+        methods=([method for method in METHODS if method != BASELINE], methods),
+        regimes=(REGIMES, [cell.regime for cell in places]),
+        distortions=(DISTORTIONS, [cell.distortion for cell in places]),
+    )
+    return studio.draw("differences", f"Final gold reward against {BASELINE}", caption, paint)
+
+
+# distortions
+
+
+def distortions(studio: Studio, cells: Cells) -> Picture | str:
+    """Final gold reward under every distortion of the proxy's scale, a panel for each noise."""
+    usual = {cell: rows for cell, rows in cells.items() if situation(cell) == usual_with(cell.noise, cell.distortion)}
+    distorted = {cell.noise for cell in usual if cell.distortion != "none"}
+    noises = [noise for noise in SHOWN_NOISES if noise in distorted]
+    kinds = [kind for kind in DISTORTIONS if any(cell.distortion == kind and cell.noise in noises for cell in usual)]
+    if not noises:
+        return "distortions of the proxy's scale; no proxy was distorted."
+    methods = methods_of(cell for cell in usual if cell.noise in noises)
+
+    def paint(axes: Axes) -> None:
+        grid = panels(axes, len(noises), sharey=True)
+        for one, noise in zip(grid.flat, noises, strict=True):
+            one.set_title(f"noise {noise:g}", fontsize=11)
+            for method, shift in zip(methods, beside(len(methods), 0.17), strict=True):
+                there = [(i + shift, Cell(method, USUAL.group_size, noise, kind)) for i, kind in enumerate(kinds)]
+                found = [(x, estimate(usual[cell], "gold")) for x, cell in there if cell in usual]
+                if found:
+                    x, estimates = zip(*found, strict=True)
+                    errorbars(one, studio, Series(method, np.array(x), estimates))
+            one.set_xticks(range(len(kinds)), [kind.replace("_", "\n") for kind in kinds])
+            one.grid(visible=False, axis="x")
+        grid[0, 0].set_ylabel("final gold reward")
+        legend(grid[0, 0], grid)
+
+    caption = (
+        "Every distortion but bf16, which makes ties, keeps the order of the proxy's rewards; ranks do not see it. "
+        f"{interval_text(BARS, rows_in(usual))}"
+    )
+    caption += missing_text(noise=(SHOWN_NOISES, noises), distortions=(DISTORTIONS, kinds), methods=(METHODS, methods))
+    return studio.draw("distortions", "Gold reward when the proxy's scale is distorted", caption, paint)
+
+
+# noise and group size
+
+
+def effects(studio: Studio, cells: Cells) -> Picture | str:
+    """Final gold reward and rank/length correlation against label noise and against the group size."""
+    found = {cell: rows for cell, rows in cells.items() if cell.distortion == "none" and cell.regime == "tuned"}
+    over_noise = {cell: rows for cell, rows in found.items() if cell.group_size == USUAL.group_size}
+    at = max((cell.noise for cell in found if cell.group_size != USUAL.group_size), default=None)
+    over_group = {cell: rows for cell, rows in found.items() if cell.noise == at}
+    sides: list[tuple[Cells, str, str, Callable[[Cell], float]]] = []
+    if len({cell.noise for cell in over_noise}) > 1:
+        sides.append((over_noise, f"G {USUAL.group_size}", "label noise", lambda cell: cell.noise))
+    if len({cell.group_size for cell in over_group}) > 1:
+        sides.append((over_group, f"noise {at:g}", "completions in a group, G", lambda cell: cell.group_size))
+    if not sides:
+        return "effects of noise and group size; there is one noise and one group size alone."
+    methods = methods_of(cell for side in sides for cell in side[0])
+
+    def paint(axes: Axes) -> None:
+        grid = panels(axes, len(sides), 2, sharex="col", sharey="row")
+        for column, (there, title, label, x_of) in enumerate(sides):
+            grid[0, column].set_title(title, fontsize=11)
+            for row, name in enumerate(("gold", "rank_length")):
+                x_axis(grid[row, column], sorted({x_of(cell) for cell in there}))
+                for method, shift in zip(methods, beside(len(methods), 0.02), strict=True):
+                    own = {cell: rows for cell, rows in there.items() if cell.method == method}
+                    if own:
+                        x = np.array([shifted(x_of(cell), shift) for cell in own])
+                        series = Series(method, x, [estimate(rows, name) for rows in own.values()])
+                        errorbars(grid[row, column], studio, series, joined=True)
+            grid[1, column].set_xlabel(label)
+        for row, label in enumerate(("final gold reward", "rank/length correlation")):
+            grid[row, 0].set_ylabel(label)
+            grid[row, 0].yaxis.set_major_locator(MaxNLocator(5))
+        legend(grid[0, 0], grid)
+
+    caption = (
+        "Above the final gold reward, below the correlation of a completion's reward rank with its length, mean over "
+        f"the steps of training. {interval_text(BARS, rows_in(found))}"
+    )
+    if len(sides) == 1:
+        caption += f" Left out: {'label noise' if over_group else 'the group size'}, of which there is one value."
+    caption += missing_text(methods=(METHODS, methods))
+    return studio.draw("effects", "The effect of label noise and of the group size", caption, paint)
+
+
+def shifted(x: float, shift: float) -> float:
+    """A little beside a noise, or beside a group size on its scale of doublings."""
+    return x * 2 ** (4 * shift) if x >= 1 else x + shift / 4
+
+
+def x_axis(axes: Axes, values: Sequence[float]) -> None:
+    """A mark at every value, on a scale of doublings for group sizes."""
+    if min(values) >= 1:
+        axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_locator(FixedLocator(list(values)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+
+
+# parts
+
+
+def errorbars(axes: Axes, studio: Studio, series: Series, *, across: bool = False, joined: bool = False) -> None:
+    means, halves = np.array([[one.mean, one.half] for one in series.estimates]).T
+    i = studio.style[series.method]
+    style: dict[str, Any] = {"color": SERIES[i], "marker": MARKERS[i], "markersize": 5, "capsize": 3, "linewidth": 1.4}
+    style |= {"label": series.method, "linestyle": DASHES[i] if joined else "none"}
+    if across:
+        axes.errorbar(means, series.x, xerr=halves, **style)
+    else:
+        axes.errorbar(series.x, means, yerr=halves, **style)
+
+
+def beside(count: int, distance: float) -> np.ndarray:
+    """Shifts that put some points beside each other, centred."""
+    return distance * (np.arange(count) - (count - 1) / 2)
+
+
+def usual_with(noise: float, distortion: str = "none") -> Cell:
+    return Cell("", noise=noise, distortion=distortion)
+
+
+def rows_in(cells: Cells) -> list[SeedRow]:
+    return [row for rows in cells.values() for row in rows]
+
+
+def methods_of(found: Any) -> list[str]:
+    """The methods of cells, rows or points, in the order of the grid."""
+    given = {one.method for one in found}
+    return [method for method in METHODS if method in given] + sorted(given - set(METHODS))
+
+
+def interval_text(text: str, found: Sequence[CurvePoint | SeedRow]) -> str:
+    """What bands or bars are; that there are none for a single seed."""
+    if isinstance(found[0], CurvePoint):
+        several = any(point.seeds > 1 for point in found if isinstance(point, CurvePoint))
+    else:
+        several = len({row.seed for row in found if isinstance(row, SeedRow)}) > 1
+    return f"{text}." if several else "A single seed: no intervals."
+
+
+def missing_text(**wanted: tuple[Sequence[Any], Sequence[Any]]) -> str:
+    """A sentence on what of NAME=(all there may be, what there is) is missing; nothing if nothing is."""
+    parts = []
+    for name, (possible, there) in wanted.items():
+        if missing := [value if isinstance(value, str) else f"{value:g}" for value in possible if value not in there]:
+            parts.append(f"{name} {', '.join(missing)}")
+    return f" Left out, as no such cell has ended: {'; '.join(parts)}." if parts else ""
