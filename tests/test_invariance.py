@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from train.config import CheckpointConfig, LogConfig, PolicyConfig, RewardSpec, ValidationConfig
+from train.config import CheckpointConfig, LogConfig, PolicyConfig, RewardSpec
 from train.loop import train_policy
 from train.metrics import read_metrics
 from train.parse import parse
@@ -98,8 +98,6 @@ def run(policy_config: Callable[..., PolicyConfig], tmp_path_factory: pytest.Tem
             config = policy_config(
                 tmp_path_factory.mktemp("run"),
                 advantage=advantage,
-                max_steps=2,
-                validation=ValidationConfig(every=2, prompts=4, num_generations=4, batch_prompts=4),
                 rewards=reward(name, distortion),
                 checkpoint=CheckpointConfig(every=100),
                 log=LogConfig(tensorboard=False, progress=False, completions_every=1),
