@@ -1,4 +1,4 @@
-"""The training loop's laws: how a batch is cut changes nothing, interrupted equals uninterrupted, order is all."""
+"""The training loop's laws: how a batch is cut changes nothing, interrupted equals uninterrupted."""
 
 import json
 import math
