@@ -8,8 +8,9 @@
 Every cell (`eval.lab_cells.Cell`) is one method in one situation, `seeds` runs side by side in one compiled program
 (`eval.lab_program`), in a world made for it (`eval.lab_world`). A method's learning rate is tuned first, with the same
 budget for each method: all of `learning_rates`, `tuning_seeds` seeds each that are used for nothing else, at G = 8 and
-no noise; the one with the highest final *proxy* reward is taken, for the gold reward is kept from training. The other
-regimes use one rate for all methods, GRPO's.
+no noise; by the final *proxy* reward, for the gold reward is kept from training. Of rates that are no worse than the
+best by more than a standard error, the smallest is taken (`smallest_of_the_best`). The other regimes use one rate for
+all methods, GRPO's.
 
 A cell that has ended is not run again: a lab that was killed goes on, losing the cell it was in. The parts add up in
 one directory, and the table and the pictures are of everything that is there (`eval.lab_results`).
@@ -36,6 +37,7 @@ from train.metrics import console, setup_errors, write_whole
 from train.parse import parse
 
 FIRST_TUNING_SEED = 1000
+TRIED = ("learning_rate", "proxy", "gold", "kl")  # of tuning.json: proxy per seed, the others' means
 PACE = 45.0  # seconds a cell takes on two cores, for who has run none yet
 Part = Literal["default", "methods", "regimes", "distortions", "group_size", "noise", "factors", "full", "plan"]
 
@@ -148,11 +150,17 @@ class Laboratory:
         for method in (name for name in METHODS if name in methods - found.keys()):
             seeds = tuple(range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + tries))
             outcome = self.outcome(Cell(method), seeds * len(rates_R), np.repeat(rates_R, tries), bar)
-            final_R = outcome.proxy_NEPG[:, -1].mean((1, 2)).reshape(-1, tries).mean(1)
-            gold_R = outcome.gold_NEPG[:, -1].mean((1, 2)).reshape(-1, tries).mean(1)
-            best = float(rates_R[final_R.argmax()])
-            rows = zip(rates_R.tolist(), final_R.tolist(), gold_R.tolist(), strict=True)
-            found[method] = {"learning_rate": best, "tried": [dict(zip(TRIED, row, strict=True)) for row in rows]}
+            final_RN, gold_RN, kl_RN = (
+                array_NEPG[:, -1].mean((1, 2)).reshape(-1, tries)
+                for array_NEPG in (outcome.proxy_NEPG, outcome.gold_NEPG, outcome.kl_NEPG)
+            )
+            best = float(rates_R[smallest_of_the_best(final_RN)])
+            columns = (rates_R, final_RN, gold_RN.mean(1), kl_RN.mean(1))
+            tried = [
+                dict(zip(TRIED, (np.asarray(value).tolist() for value in row), strict=True))
+                for row in zip(*columns, strict=True)
+            ]
+            found[method] = {"learning_rate": best, "tried": tried}
             write_whole(file, json.dumps(found, indent=1))
             console.print(f"tuned {method}: learning rate {best:g}", highlight=False)
         return {method: found[method]["learning_rate"] for method in found}
@@ -209,7 +217,17 @@ class Laboratory:
         return jax.tree.map(lambda array_N: array_N[rows], self._proxies[once, noise])
 
 
-TRIED = ("learning_rate", "proxy", "gold")
+def smallest_of_the_best(final_RN: np.ndarray) -> int:
+    """The first of R settings whose mean over N seeds is within one standard error of the best's.
+
+    The error is that of the seeds' differences to the best one (Breiman et al., Classification and Regression Trees,
+    1984, section 3.4.3, has the rule); of a single seed there is none, and the best is taken.
+    """
+    best = int(np.nanargmax(final_RN.mean(1)))
+    behind_RN = final_RN[best] - final_RN
+    N = final_RN.shape[1]
+    error_R = behind_RN.std(1, ddof=1) / np.sqrt(N) if N > 1 else np.zeros(len(final_RN))
+    return int((behind_RN.mean(1) <= error_R).argmax())
 
 
 def plan(folder: Path) -> Sheet:
