@@ -146,7 +146,7 @@ class Laboratory:
         """The learning rate of each method; kept in tuning.json."""
         config, file = self.config, self.folder / "tuning.json"
         found = json.loads(file.read_text()) if file.is_file() else {}
-        rates_R, tries = np.array(config.learning_rates), config.tuning_seeds
+        rates_R, tries = np.sort(config.learning_rates), config.tuning_seeds
         for method in (name for name in METHODS if name in methods - found.keys()):
             seeds = tuple(range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + tries))
             outcome = self.outcome(Cell(method), seeds * len(rates_R), np.repeat(rates_R, tries), bar)

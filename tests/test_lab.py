@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from eval.lab import LabConfig, keep_settings, lab, parse_lab, plan
+from eval.lab import LabConfig, keep_settings, lab, parse_lab, plan, smallest_of_the_best
 from eval.lab_cells import DISTORTIONS, METHODS, PARTS, Cell, load, outcomes, place
 from eval.lab_program import OUTLIER, Program, advantages_of, distorted, members, rank_length_correlation
 from eval.lab_world import World, WorldConfig, agreement, build, comparisons, proxies
@@ -63,6 +63,19 @@ def test_cells_of_other_settings_are_refused_and_the_plan_says_what_is_left(tmp_
         keep_settings(tmp_path, replace(config, steps=70))
     rows = {row[0]: row[1:3] for row in plan(tmp_path).rows}
     assert rows["default"] == ("4", "0") and rows["full"] == (str(len(PARTS["full"])), "0")
+
+
+@pytest.mark.parametrize(
+    "final_RN, expected",
+    [
+        ([[0.0], [1.0], [0.9]], 1),  # one seed: the best
+        ([[0.9, 1.1], [1.2, 1.0], [1.3, 1.1]], 0),  # behind by 0.2 ± 0.2
+        ([[0.9, 0.9], [1.2, 1.1], [1.3, 1.1]], 1),  # by 0.3 ± 0.1; by 0.05 ± 0.05
+        ([[0.9, 0.9], [1.2, 0.9], [1.3, 1.1]], 2),  # by 0.3 ± 0.1; by 0.15 ± 0.05
+    ],
+)
+def test_the_smallest_rate_within_one_standard_error_is_taken(final_RN: list[list[float]], expected: int) -> None:
+    assert smallest_of_the_best(np.array(final_RN)) == expected
 
 
 @pytest.mark.parametrize("G", [2, 8])
