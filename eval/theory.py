@@ -11,7 +11,8 @@ Everything is float64 and starts from the reference; the same settings write the
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +28,7 @@ from eval.texts import check_out, write_json
 from eval.theory_plots import pictures
 from gopo_jax.games import MOST_GROUPS, Name
 from gopo_jax.theory import expected_advantage, expected_gradient, rlhf_policy, stationary_policy
-from train.metrics import console, setup_errors, write_whole
+from train.metrics import SetupError, console, setup_errors, write_whole
 from train.parse import parse, take
 
 LISTS = ("beta", "group_sizes", "noise", "reference", "rewards", "sizes")  # 0.1,0.5,2 on the command line
@@ -112,7 +113,7 @@ def theory(config: TheoryConfig) -> dict[str, Any]:
     with setup_errors():
         check_out(str(out / "theory.json"))
         out.mkdir(parents=True, exist_ok=True)
-    with jax.enable_x64(True), progress_bar() as bar:
+    with solvable(), jax.enable_x64(True), progress_bar() as bar:
         todo = cases(config)
         work = bar.add_task("theory", total=len(todo) + 2 * config.points + len(config.sizes) + config.problems)
         result: dict[str, Any] = {"settings": asdict(config) | {"out": None}}
@@ -126,6 +127,16 @@ def theory(config: TheoryConfig) -> dict[str, Any]:
     sheet = table(result["rows"])
     console.print(sheet.rich(), sheet.note, str(out), sep="\n")
     return result
+
+
+@contextmanager
+def solvable() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if "no stationary policy found" not in str(error):
+            raise
+        raise SetupError(str(error)) from error
 
 
 def cases(config: TheoryConfig) -> list[Case]:
@@ -156,7 +167,7 @@ def trainings(config: TheoryConfig, todo: Sequence[Case], done: Callable[[], Non
         ends = {"predicted": predicted(config, case), "exact": exact(config, case)}
         ends["sampled"] = policies_NO[config.steps // 2 :].mean(0)
         rows.append(row(case, ends, best))
-        if case.advantage == "gopo" and case.beta == config.penalty_beta and not case.noise:
+        if case == penalty_case(config, case.kl):
             paths[case.kl] = policies_NO[shown, best].tolist()
         done()
     penalties = {"beta": config.penalty_beta, "steps": (shown + 1).tolist(), "paths": paths}
@@ -208,14 +219,17 @@ def problem(config: TheoryConfig, case: Case) -> Problem:
 
 
 def exact(config: TheoryConfig, case: Case) -> np.ndarray:
-    options: Any = {"advantage": case.advantage, "group_size": case.group_size, "steps": config.exact_steps}
-    return np.asarray(trained_exactly(problem(config, case), kl=None if case.kl == "none" else case.kl, **options))
+    return np.asarray(trained_exactly(problem(config, case), **options(case), steps=config.exact_steps))
 
 
 def sampled(config: TheoryConfig, case: Case, key: jax.Array) -> jax.Array:
-    options: Any = {"advantage": case.advantage, "group_size": case.group_size}
-    options |= {"groups": config.groups, "steps": config.steps, "kl": None if case.kl == "none" else case.kl}
-    return training(problem(config, case), key, **options)
+    return training(problem(config, case), key, **options(case), groups=config.groups, steps=config.steps)
+
+
+def options(case: Case) -> dict[str, Any]:
+    kl = None if case.kl == "none" else case.kl
+    rate = min(1.0, 2 / case.beta)  # a heavy penalty pulls too far at 1
+    return {"advantage": case.advantage, "group_size": case.group_size, "kl": kl, "learning_rate": rate}
 
 
 def curves(config: TheoryConfig, rows: Sequence[dict[str, Any]], done: Callable[[], None]) -> dict[str, Any]:

@@ -16,7 +16,9 @@ DOTS = "Lines: predicted; dots: trained on sampled groups, RLHF's with RLOO and 
 def pictures(folder: Path, result: Mapping[str, Any]) -> list[Picture]:
     settings, curves = result["settings"], result["curves"]
     beta, size = f"beta {settings['at_beta']:g}", f"G = {settings['at_group_size']}"
-    studio, by_size = Studio(folder, list(curves["beta"]["lines"])), Studio(folder, list(curves["group_size"]["lines"]))
+    studio, by_size = Studio(folder, list(curves["beta"]["lines"])), Studio(folder, [])
+    same = studio.style[f"GRPO, {size}"]  # a method has the same look in all pictures
+    by_size.style = {name: studio.style.get(name, same) for name in curves["group_size"]["lines"]}
     return [
         over(studio, curves["beta"], "beta", "beta, weight of the penalty", f"{size}. {DOTS}"),
         over(by_size, curves["group_size"], "group_size", "G, completions of a group", f"{beta}. {DOTS}"),
@@ -47,7 +49,7 @@ def logarithmic(axes: Axes, ticks: list[float]) -> None:
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xticklabels([f"{tick:g}" for tick in ticks])
+    axes.set_xticklabels([f"{tick:,g}" for tick in ticks])
 
 
 def penalties(folder: Path, found: Mapping[str, Any]) -> Picture:
@@ -63,8 +65,9 @@ def penalties(folder: Path, found: Mapping[str, Any]) -> Picture:
         for kl, text in ends.items():
             colour = studio.look(names[kl])["color"]
             axes.axhline(found["fixed"][kl], color=colour, linewidth=1, linestyle=(0, (1, 2)))
-            axes.text(1.1, found["fixed"][kl] + 0.02, text, color=colour)
-        axes.set(xlabel="step", ylabel="best answer's probability", ylim=(-0.03, 1.03), xscale="log")
+            axes.text(found["steps"][-1], found["fixed"][kl] + 0.02, text, color=colour, ha="right")
+        axes.set(xlabel="step", ylabel="best answer's probability", ylim=(-0.03, 1.03))
+        logarithmic(axes, [tick for tick in (1, 10, 100, 1000, 10_000) if tick <= found["steps"][-1]])
 
     caption = (
         f"GOPO, beta {found['beta']:g}, sampled groups. k1's gradient is zero in the mean: as without a penalty, "
