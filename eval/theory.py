@@ -194,6 +194,8 @@ def predicted(config: TheoryConfig, case: Case) -> np.ndarray:
     """[O], the stationary policy; empty for k1 and no penalty, with which there is none but the answers alone."""
     if case.kl not in ("k2", "k3"):
         return np.zeros(0)
+    if case.advantage == "rloo":  # with k2, in closed form
+        return np.asarray(rlhf_policy(jnp.array(config.reference), jnp.array(config.rewards), case.beta))
     return np.asarray(stationary(config, case.advantage, case.group_size, case.beta, case.noise, case.kl))
 
 
