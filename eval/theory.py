@@ -104,7 +104,7 @@ def parse_theory(arguments: list[str]) -> TheoryConfig:
 
 
 def theory(config: TheoryConfig) -> dict[str, Any]:
-    """Write theory.json, theory.csv and pictures into `config.out`; returns what theory.json holds.
+    """Write theory.json, theory.csv, theory.md and pictures into `config.out`; returns what theory.json holds.
 
     Raises:
       SetupError: a directory that cannot be written; no stationary policy was found.
@@ -123,8 +123,9 @@ def theory(config: TheoryConfig) -> dict[str, Any]:
         bar.update(work, completed=bar.tasks[0].total)
     write_json(str(out / "theory.json"), result)
     write_whole(out / "theory.csv", table(result["rows"], whole=True).csv())
-    pictures(out, result)
     sheet = table(result["rows"])
+    drawn = (f"![{p.title}]({p.name}.png)\n\n{p.title}. {p.caption}\n" for p in pictures(out, result))
+    write_whole(out / "theory.md", "\n".join([f"# {sheet.title}\n", sheet.markdown(), *drawn]))
     console.print(sheet.rich(), sheet.note, str(out), sep="\n")
     return result
 

@@ -156,7 +156,7 @@ def test_the_whole_command_writes_the_same_twice(tmp_path: Path) -> None:
     assert files(tmp_path / "one") == files(tmp_path / "two")
     drawn = {f"{name}.{kind}" for name in ("over_beta", "over_group_size", "over_noise") for kind in ("png", "svg")}
     drawn |= {f"{name}.{kind}" for name in ("penalties", "gradients") for kind in ("png", "svg")}
-    assert set(files(tmp_path / "one")) == {"theory.json", "theory.csv"} | drawn
+    assert set(files(tmp_path / "one")) == {"theory.json", "theory.csv", "theory.md"} | drawn
     for row in found[0]["rows"]:
         assert (row["predicted"] is None) == (row["kl"] in ("k1", "none"))
     with jax.enable_x64(True):
