@@ -1,9 +1,9 @@
-"""`python -m eval {generate,reward,judge,ifeval,summaries,chat,compare,report,reliability,lab,speed} ...`."""
+"""`python -m eval COMMAND ...`: what measures, judges and explains what was trained."""
 
 import sys
 from importlib import import_module
 
-USAGE = """usage: python -m eval {generate,reward,judge,ifeval,summaries,chat,compare,report,reliability,lab,speed} ...
+USAGE = """usage: python -m eval COMMAND ...
 
   generate  --checkpoint RUN[@STEP]|DIR --data FILE --out R.jsonl             completions of a policy
   reward    --responses R.jsonl --reward_model PATH --out SCORED.jsonl        a reward model's scores of them
@@ -14,6 +14,7 @@ USAGE = """usage: python -m eval {generate,reward,judge,ifeval,summaries,chat,co
   compare   RUN_A RUN_B --judge PATH --out DIR                                win rate and gains of two policies
   report    RUN [RUN ...] --reward_models PATH ... --compare DIR --out DIR    report.html and report.md
   reliability  RM [RM ...]                                                    how sure reward models are, and how right
+  theory    --out DIR                                                         tabular policies beside their fixed points
   lab       --out DIR [--part PART]                                           does ranking help: a controlled study
   speed     --workload w1 --json OUT.json                                     seconds of a step and of its parts
 
@@ -29,6 +30,7 @@ COMMANDS = {  # the module, imported when it is needed, with its parser of the c
     "compare": ("eval.compare", "parse_compare", "compare"),
     "report": ("eval.report", "parse_report", "report"),
     "reliability": ("eval.reliability", "parse_reliability", "draw_reliability"),
+    "theory": ("eval.theory", "parse_theory", "theory"),
     "lab": ("eval.lab", "parse_lab", "lab"),
     "speed": ("eval.speed", "parse_speed", "speed"),
 }

@@ -185,7 +185,7 @@ class Laboratory:
         found = {f"{k}_NEPG": np.stack([e[k] for e in evaluations], 1) for k in evaluations[0]}
         measures = {k: np.concatenate([m[k] for m in training], 1) for k in training[0]}
         about = {
-            "learning_rate": learning_rates.tolist(),
+            "learning_rate": float(learning_rates[0]),  # of a cell they are all the same
             "beta": config.beta,
             "seeds": list(seeds),
             "seconds": time.perf_counter() - began,

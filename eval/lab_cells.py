@@ -76,7 +76,7 @@ class Outcome(NamedTuple):
     """
 
     cell: Cell
-    about: dict[str, Any]  # learning_rate, beta, seeds, seconds, proxy_accuracy (one per seed), versions, ...
+    about: dict[str, Any]  # learning_rate, beta, seeds, seconds; proxy_accuracy, one per seed; versions
     steps_E: np.ndarray
     proxy_NEPG: np.ndarray
     gold_NEPG: np.ndarray

@@ -154,7 +154,7 @@ class Program:
         loss = partial(policy_objective, graphdef=world.policy, config=self.config)
         denominator = loss_count(mask_PGT)
         gradient, metrics = jax.grad(loss, has_aux=True)(state.params, world.start, {}, batch, denominator)
-        norm = optax.global_norm(gradient)
+        norm = optax.tree.norm(gradient)
         largest = jnp.where(member.equal_norm, norm, jnp.maximum(norm, MAX_GRAD_NORM))
         gradient = jax.tree.map(lambda g: g * MAX_GRAD_NORM / largest, gradient)
         updates, opt_state = self.optimizer.update(gradient, state.opt_state)
@@ -164,7 +164,7 @@ class Program:
             "reward": rewards_PG.mean(),
             "kl": metrics["kl"][0] / metrics["kl"][1],
             "grad_norm": norm,
-            "update_norm": optax.global_norm(updates),
+            "update_norm": optax.tree.norm(updates),
             "advantage_rms": jnp.sqrt(jnp.square(advantages_PG).mean()),
             "length": rollout.lengths_PG.mean(),
             "rank_length": rank_length_correlation(rewards_PG, rollout.lengths_PG),

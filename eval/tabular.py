@@ -23,8 +23,14 @@ class Problem(NamedTuple):
     noise: float = 0.0  # standard deviation of what is added to each reward
 
 
+def trained(problem: Problem, key: jax.Array, **options: Any) -> jax.Array:
+    """The mean policy [O] over the second half of the steps of `training`."""
+    policies_NO = training(problem, key, **options)
+    return policies_NO[len(policies_NO) // 2 :].mean(0)
+
+
 @partial(jax.jit, static_argnames=("advantage", "group_size", "kl", "groups", "steps"))
-def trained(
+def training(
     problem: Problem,
     key: jax.Array,
     *,
@@ -35,7 +41,7 @@ def trained(
     steps: int = 4000,
     learning_rate: float = 1.0,
 ) -> jax.Array:
-    """The mean policy [O] over the second half of the steps, each on `groups` groups drawn from the policy itself.
+    """The policy [steps, O] before each step, each on `groups` groups drawn from the policy itself.
 
     The step's size falls as 1 / (1 + 10 t / steps): near the fixed point the policy wanders less.
     """
@@ -49,8 +55,7 @@ def trained(
         slope_O = jax.grad(_loss)(logits_O, answers_PG, advantages_PG, problem, kl)
         return logits_O - learning_rate / (1 + 10 * t / steps) * slope_O, jax.nn.softmax(logits_O)
 
-    _, policies_NO = jax.lax.scan(step, jnp.log(problem.reference_O), jnp.arange(steps))
-    return policies_NO[steps // 2 :].mean(0)
+    return jax.lax.scan(step, jnp.log(problem.reference_O), jnp.arange(steps))[1]
 
 
 def _loss(
@@ -75,9 +80,13 @@ def trained_exactly(
     steps: int = 20_000,
     learning_rate: float = 1.0,
 ) -> jax.Array:
-    """The policy [O] after so many steps along the expected gradient of the same loss; ddof and epsilon as GRPO's."""
-    reference_O = problem.reference_O
-    game = make_game(reference_O.size, problem.rewards_O, None, advantage, group_size, ddof, epsilon, reference_O.dtype)
+    """The policy [O] after so many steps along the expected gradient of the same loss; ddof and epsilon as GRPO's.
+
+    With noise epsilon is taken as 0, as `gopo_jax.theory` has it.
+    """
+    reference_O, epsilon = problem.reference_O, 0.0 if problem.noise else epsilon
+    options = (advantage, group_size, ddof, epsilon, reference_O.dtype, problem.noise)
+    game = make_game(reference_O.size, problem.rewards_O, None, *options)
     return _exactly(problem, game, kl, steps, learning_rate)
 
 

@@ -19,7 +19,8 @@ Name = Literal["gopo", "grpo", "dr_grpo", "rloo"]
 class Game(NamedTuple):
     """P(o) = sum_w table[o, w] Pr[w], where w are the multisets of other answers and Pr[w] is multinomial.
 
-    Without a table: GRPO with an infinite group, P(o) = (r(o) - mean) / (std + epsilon) over the policy.
+    Without a table: GRPO with an infinite group, P(o) = (r(o) - mean) / (sqrt(variance + noise^2) + epsilon) over the
+    policy.
     """
 
     table_OW: jax.Array | None
@@ -27,10 +28,11 @@ class Game(NamedTuple):
     log_ways_W: jax.Array  # in how many orders w can be drawn
     rewards_O: jax.Array
     epsilon: float
+    noise: float = 0.0
 
     def expected(self, policy_O: jax.Array) -> jax.Array:
         if self.table_OW is None:
-            return standardized(self.rewards_O, policy_O, self.epsilon)
+            return standardized(self.rewards_O, policy_O, self.epsilon, self.noise)
         return self.table_OW @ self.chances(policy_O)
 
     def chances(self, policy_O: jax.Array) -> jax.Array:
@@ -46,11 +48,13 @@ def make_game(
     ddof: int,
     epsilon: float,
     dtype: jax.typing.DTypeLike,
+    noise: float = 0.0,
 ) -> Game:
     check_size(advantage, group_size)
     checks.one_of("ddof", ddof, (0, 1))
     if not epsilon >= 0:
         raise ValueError(f"epsilon: expected at least 0, got {epsilon}")
+    check_noise(noise, epsilon, advantage, preference_OO is not None)
     if (rewards_O is None) == (preference_OO is None):
         raise ValueError(
             "expected one of rewards_O and preference_OO, got " + ("none" if rewards_O is None else "both")
@@ -66,14 +70,18 @@ def make_game(
     rewards_O = finite_rewards(rewards_O, zeros)
     difference_OO = rewards_O[:, None] - rewards_O
     if advantage == "gopo":
-        return Game(2 * jnp.sign(difference_OO), ones, zeros, rewards_O, epsilon)
+        sure_OO = jax.lax.erf(difference_OO / (2 * noise)) if noise else jnp.sign(difference_OO)
+        return Game(2 * sure_OO, ones, zeros, rewards_O, epsilon)
     if advantage in ("dr_grpo", "rloo"):
         share = 1 - 1 / group_size if advantage == "dr_grpo" else 1.0
         return Game(share * difference_OO, ones, zeros, rewards_O, epsilon)
     if math.isinf(group_size):
-        return Game(None, ones, zeros, rewards_O, epsilon)
+        return Game(None, ones, zeros, rewards_O, epsilon, noise)
     counts_WO, log_ways_W, others_WK = multisets(count, int(group_size), dtype)
-    return Game(advantages(rewards_O, others_WK, "grpo", ddof, epsilon), counts_WO, log_ways_W, rewards_O, epsilon)
+    table_OW = advantages(rewards_O, others_WK, "grpo", ddof, epsilon)
+    if noise:
+        table_OW *= aligned(lengths(rewards_O, others_WK) / noise, int(group_size) - 1)
+    return Game(table_OW, counts_WO, log_ways_W, rewards_O, epsilon)
 
 
 def multisets(count: int, group_size: int, dtype: jax.typing.DTypeLike) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -92,22 +100,62 @@ def multisets(count: int, group_size: int, dtype: jax.typing.DTypeLike) -> tuple
 @jax.jit(static_argnames=("advantage", "ddof"))
 def advantages(rewards_O: jax.Array, others_WK: jax.Array, advantage: str, ddof: int, epsilon: float) -> jax.Array:
     """[O, W] the advantage of answer o in a group with the others w, by the functions that train."""
-    others_WK = rewards_O[others_WK]
-    shape = (rewards_O.size, *others_WK.shape)
-    first_OW1 = jnp.broadcast_to(rewards_O[:, None, None], (*shape[:2], 1))
-    groups_OWG = jnp.concatenate([first_OW1, jnp.broadcast_to(others_WK, shape)], -1)
+    groups_OWG = grouped(rewards_O, others_WK)
     if advantage != "grpo":
         return ADVANTAGES[advantage](groups_OWG)[..., 0]
-    size = groups_OWG.shape[-1]
-    shifted_OWG = groups_OWG - groups_OWG.max(-1, keepdims=True)  # so that equal rewards differ from their mean by 0
-    apart_OWG = shifted_OWG - shifted_OWG.mean(-1, keepdims=True)
+    size, apart_OWG = groups_OWG.shape[-1], from_mean(groups_OWG)
     spread_OW = jnp.sqrt(jnp.square(apart_OWG).sum(-1) / (size - ddof)) + epsilon
     return jnp.where(spread_OW > 0, apart_OWG[..., 0] / jnp.where(spread_OW > 0, spread_OW, 1), 0)
 
 
-def standardized(rewards_O: jax.Array, policy_O: jax.Array, epsilon: float) -> jax.Array:
+def grouped(rewards_O: jax.Array, others_WK: jax.Array) -> jax.Array:
+    """[O, W, G] the rewards of answer o and of the others w."""
+    others_WK = rewards_O[others_WK]
+    shape = (rewards_O.size, *others_WK.shape)
+    first_OW1 = jnp.broadcast_to(rewards_O[:, None, None], (*shape[:2], 1))
+    return jnp.concatenate([first_OW1, jnp.broadcast_to(others_WK, shape)], -1)
+
+
+def from_mean(groups_OWG: jax.Array) -> jax.Array:
+    shifted_OWG = groups_OWG - groups_OWG.max(-1, keepdims=True)  # so that equal rewards differ from their mean by 0
+    return shifted_OWG - shifted_OWG.mean(-1, keepdims=True)
+
+
+@jax.jit
+def lengths(rewards_O: jax.Array, others_WK: jax.Array) -> jax.Array:
+    """[O, W] the length of a group's rewards as a vector from their mean."""
+    return jnp.sqrt(jnp.square(from_mean(grouped(rewards_O, others_WK))).sum(-1))
+
+
+@jax.jit(static_argnames="dimensions")
+def aligned(length: jax.Array, dimensions: int) -> jax.Array:
+    """The expected cosine of the angle between a vector m of this length and m + z, z standard normal.
+
+        E[cos] = s sqrt(2 / pi) integral_0^{pi/2} exp(-(s sin phi)^2 / 2) cos(phi)^d dphi,   s = |m|, d dimensions
+
+    which is erf(s / sqrt 2) for d = 1. With noise, a group's z-scores are on average as much smaller: they are
+    sqrt(G - ddof) times the direction of rewards + noise in the G - 1 dimensions around their mean, and the expected
+    direction is that of the rewards. By Gauss and Legendre's quadrature, as far as the normal density reaches.
+    """
+    order = 64
+    k_C = jnp.arange(1, order, dtype=length.dtype)
+    beside_C = k_C / jnp.sqrt(4 * k_C**2 - 1)
+    nodes_C, vectors_CC = jnp.linalg.eigh(jnp.diag(beside_C, 1) + jnp.diag(beside_C, -1))
+    weights_C = 2 * jnp.square(vectors_CC[0])
+    end = jnp.arcsin(jnp.minimum(1, 9 / jnp.maximum(length, 1e-30)))
+
+    def add(total: jax.Array, node: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        angle = end * (1 + node[0]) / 2
+        height = jnp.exp(-jnp.square(length * jnp.sin(angle)) / 2) * jnp.cos(angle) ** dimensions
+        return total + node[1] * height, None
+
+    total, _ = jax.lax.scan(add, jnp.zeros_like(length), (nodes_C, weights_C))
+    return length * math.sqrt(2 / math.pi) * total * end / 2
+
+
+def standardized(rewards_O: jax.Array, policy_O: jax.Array, epsilon: float, noise: float) -> jax.Array:
     apart_O = rewards_O - policy_O @ rewards_O
-    variance = policy_O @ jnp.square(apart_O)
+    variance = policy_O @ jnp.square(apart_O) + noise**2
     spread = jnp.sqrt(jnp.where(variance > 0, variance, 1))
     return jnp.where(variance > 0, apart_O / (spread + epsilon), 0)
 
@@ -146,3 +194,12 @@ def check_size(advantage: str, group_size: float, finite: bool = False) -> None:
         raise ValueError(f"group_size: expected a whole number of at least 2, or infinity, got {group_size}")
     if finite and math.isinf(group_size):
         raise ValueError("group_size: expected a finite group here")
+
+
+def check_noise(noise: float, epsilon: float, advantage: str, preferred: bool) -> None:
+    if not 0 <= noise < math.inf:
+        raise ValueError(f"noise: expected a standard deviation of at least 0, got {noise}")
+    if noise and preferred:
+        raise ValueError("noise: expected rewards_O with it; a preference_OO has its own ties and upsets")
+    if noise and epsilon and advantage == "grpo":
+        raise ValueError(f"epsilon: expected 0 with noise, of which the expectation is known, got {epsilon}")

@@ -35,6 +35,7 @@ def expected_advantage(
     preference_OO: jax.typing.ArrayLike | None = None,
     ddof: int = 0,
     epsilon: float = 0.0,
+    noise: float = 0.0,
 ) -> jax.Array:
     """The expected advantage P(o) = E[A | o] of each answer in a group of `group_size` drawn from the policy.
 
@@ -52,6 +53,9 @@ def expected_advantage(
         where the winner's reward is 1 and the loser's 0, or 1/2 each.
       ddof: of grpo's standard deviation; 0 is the population's, 1 what `grpo_advantages` uses.
       epsilon: added to that standard deviation. A group without spread has advantages 0.
+      noise: standard deviation of normal noise that every completion's reward gets before it is ranked or standardised,
+        also those of equal answers. Pr[o beats o'] is then Phi((r(o) - r(o')) / (noise sqrt 2)); grpo's z-scores shrink
+        by `games.aligned` (exact, at epsilon 0); dr_grpo's and rloo's expectations stay as they are.
 
     Returns:
       [O], zero in the mean over the policy.
@@ -60,7 +64,8 @@ def expected_advantage(
       ValueError: not a distribution, not one of rewards and preference, a group too large to enumerate.
     """
     policy_O = distribution("policy_O", policy_O)
-    game = make_game(policy_O.size, rewards_O, preference_OO, advantage, group_size, ddof, epsilon, policy_O.dtype)
+    options = (advantage, group_size, ddof, epsilon, policy_O.dtype, noise)
+    game = make_game(policy_O.size, rewards_O, preference_OO, *options)
     return game.expected(policy_O)
 
 
@@ -113,6 +118,7 @@ def stationary_policy(
     ddof: int = 0,
     epsilon: float = 0.0,
     preference_OO: jax.typing.ArrayLike | None = None,
+    noise: float = 0.0,
 ) -> jax.Array:
     """The policy at which the expected gradient of advantage minus beta times the penalty is zero.
 
@@ -128,7 +134,7 @@ def stationary_policy(
     Args:
       reference_O: [O] probabilities, all positive.
       beta: weight of the penalty.
-      rewards_O, advantage, group_size, ddof, epsilon, preference_OO: as `expected_advantage`.
+      rewards_O, advantage, group_size, ddof, epsilon, preference_OO, noise: as `expected_advantage`.
 
     Returns:
       [O] probabilities; of several found, the one that is reached from the reference.
@@ -147,6 +153,7 @@ def stationary_policy(
         ddof=ddof,
         epsilon=epsilon,
         preference_OO=preference_OO,
+        noise=noise,
     )
     if len(found) > 1:
         warnings.warn(
@@ -168,6 +175,7 @@ def stationary_policies(
     ddof: int = 0,
     epsilon: float = 0.0,
     preference_OO: jax.typing.ArrayLike | None = None,
+    noise: float = 0.0,
 ) -> list[jax.Array]:
     """All stationary policies that were found, first the one reached from the reference; see `stationary_policy`.
 
@@ -186,7 +194,8 @@ def stationary_policies(
             f"is stationary, and there is nothing to choose between them"
         )
     count = reference_O.size
-    game = make_game(count, rewards_O, preference_OO, advantage, group_size, ddof, epsilon, reference_O.dtype)
+    options = (advantage, group_size, ddof, epsilon, reference_O.dtype, noise)
+    game = make_game(count, rewards_O, preference_OO, *options)
     starts = [reference_O]
     if advantage == "grpo" and count > 1:
         near = 0.9 * jnp.eye(count, dtype=reference_O.dtype) + 0.1 / count

@@ -1,0 +1,357 @@
+"""`python -m eval theory`: softmax policies over a few answers, trained with the real losses, beside what is predicted.
+
+1. Every case (an advantage, G, beta, an estimator of the penalty, noise of the rewards) is trained three ways: not at
+   all (`gopo_jax.theory.stationary_policy` solves for the end), by the exact expectation of the loss's gradient, and
+   by sampled groups, as train/loop.py does it for a network.
+2. The predictions are drawn as lines against beta, G and noise, the sampled ends as dots.
+3. The penalty's estimators k1, k2 and k3 are trained side by side.
+4. The norms of GOPO's and GRPO's expected gradients are compared over G.
+
+Everything is float64 and starts from the reference; the same settings write the same files.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from eval.generate import progress_bar
+from eval.tables import NONE, Sheet
+from eval.tabular import Problem, trained_exactly, training
+from eval.texts import check_out, write_json
+from eval.theory_plots import pictures
+from gopo_jax.games import MOST_GROUPS, Name
+from gopo_jax.theory import expected_advantage, expected_gradient, rlhf_policy, stationary_policy
+from train.metrics import SetupError, console, setup_errors, write_whole
+from train.parse import parse, take
+
+LISTS = ("beta", "group_sizes", "noise", "reference", "rewards", "sizes")  # 0.1,0.5,2 on the command line
+EPSILON = 1e-4  # of `grpo_advantages`, whose standard deviation has ddof 1
+STEPS_SHOWN = 200  # of a training
+RLHF = "RLHF's optimum"
+COLUMNS = ("advantage", "group_size", "beta", "kl", "noise", "predicted", "exact", "sampled", "difference")
+SHOWN = ("advantage", "G", *COLUMNS[2:-1], "apart")  # 80 letters wide
+
+
+@dataclass(frozen=True, kw_only=True)
+class TheoryConfig:
+    out: str  # the directory to write
+    beta: list[float] = field(default_factory=lambda: [0.1, 0.5, 2.0])  # weights of the penalty
+    group_sizes: list[int] = field(default_factory=lambda: [2, 4, 8])  # G
+    noise: list[float] = field(default_factory=lambda: [0.0, 1.0, 2.0, 4.0])  # standard deviations, added to rewards
+    at_beta: float = 0.5  # of the pictures over G and over noise
+    at_group_size: int = 8  # of the pictures over beta and over noise
+    penalty_beta: float = 1.0  # of the picture of the penalty's estimators
+    reference: list[float] = field(default_factory=lambda: [0.5, 0.3, 0.15, 0.05])  # probabilities of the answers
+    rewards: list[float] = field(default_factory=lambda: [0.0, 1.0, 0.2, 3.0])  # of the answers
+    groups: int = 256  # sampled at each step
+    steps: int = 2000  # of sampled training
+    exact_steps: int = 20_000  # along the exact expectation
+    sizes: list[int] = field(default_factory=lambda: [2, 3, 4, 5, 6, 8, 12, 16])  # G of the curves over it
+    points: int = 17  # of a curve over beta or noise
+    problems: int = 50  # random ones, of the picture of gradients
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        count = len(self.reference)
+        if count < 2 or len(self.rewards) != count:
+            raise ValueError(
+                f"reference, rewards: expected a number for each of at least 2 answers, got {count} and "
+                f"{len(self.rewards)}"
+            )
+        if min(self.reference) <= 0 or abs(sum(self.reference) - 1) > 1e-9:
+            raise ValueError(f"reference: expected positive probabilities that add up to 1, got {self.reference}")
+        if not all(map(math.isfinite, self.rewards)) or self.rewards.count(max(self.rewards)) != 1:
+            raise ValueError(f"rewards: expected finite numbers with one highest, got {self.rewards}")
+        for name, values in (("beta", [*self.beta, self.at_beta, self.penalty_beta]), ("noise", self.noise)):
+            if not getattr(self, name) or not all(0 <= v < math.inf and (v or name == "noise") for v in values):
+                raise ValueError(
+                    f"{name}: expected numbers {'of at least' if name == 'noise' else 'above'} 0, got {values}"
+                )
+        for size in (*self.group_sizes, *self.sizes, self.at_group_size) if self.group_sizes and self.sizes else (0,):
+            if size < 2 or groups_of(count, size) > MOST_GROUPS:
+                raise ValueError(
+                    f"group_sizes, sizes, at_group_size: expected whole numbers from 2 for which {count} answers make "
+                    f"at most {MOST_GROUPS} groups to enumerate, got {size}"
+                )
+        for name, least in (("groups", 1), ("steps", 2), ("exact_steps", 1), ("points", 2), ("problems", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+
+
+class Case(NamedTuple):
+    """What is trained to its end."""
+
+    advantage: Name
+    group_size: int
+    beta: float
+    kl: str = "k3"  # the estimator in the loss; "none": no penalty
+    noise: float = 0.0
+
+
+def parse_theory(arguments: list[str]) -> TheoryConfig:
+    for name in LISTS:
+        arguments, value = take(arguments, f"--{name}")
+        if value is not None:
+            arguments.append(f"--{name}=" + (value if value.startswith("[") else f"[{value}]"))
+    return parse(TheoryConfig, arguments, "python -m eval theory")
+
+
+def theory(config: TheoryConfig) -> dict[str, Any]:
+    """Write theory.json, theory.csv, theory.md and pictures into `config.out`; returns what theory.json holds.
+
+    Raises:
+      SetupError: a directory that cannot be written; no stationary policy was found.
+    """
+    out = Path(config.out)
+    with setup_errors():
+        check_out(str(out / "theory.json"))
+        out.mkdir(parents=True, exist_ok=True)
+    with solvable(), jax.enable_x64(True), progress_bar() as bar:
+        todo = cases(config)
+        work = bar.add_task("theory", total=len(todo) + 2 * config.points + len(config.sizes) + config.problems)
+        result: dict[str, Any] = {"settings": asdict(config) | {"out": None}}
+        result |= trainings(config, todo, lambda: bar.advance(work))
+        result["curves"] = curves(config, result["rows"], lambda: bar.advance(work))
+        result["gradients"] = gradients(config, lambda: bar.advance(work))
+        bar.update(work, completed=bar.tasks[0].total)
+    write_json(str(out / "theory.json"), result)
+    write_whole(out / "theory.csv", table(result["rows"], whole=True).csv())
+    sheet = table(result["rows"])
+    drawn = (f"![{p.title}]({p.name}.png)\n\n{p.title}. {p.caption}\n" for p in pictures(out, result))
+    write_whole(out / "theory.md", "\n".join([f"# {sheet.title}\n", sheet.markdown(), *drawn]))
+    console.print(sheet.rich(), sheet.note, str(out), sep="\n")
+    return result
+
+
+@contextmanager
+def solvable() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if "no stationary policy found" not in str(error):
+            raise
+        raise SetupError(str(error)) from error
+
+
+def cases(config: TheoryConfig) -> list[Case]:
+    """Each once: all advantages, G and betas; noise; what RLHF asks for; the estimators of the penalty."""
+    found: list[Case] = []
+    both: tuple[Name, Name] = ("gopo", "grpo")
+    for advantage in both:
+        sizes = [*config.group_sizes, config.at_group_size]
+        found += [Case(advantage, G, beta) for G in config.group_sizes for beta in config.beta]
+        found += [Case(advantage, config.at_group_size, beta) for beta in config.beta]
+        found += [Case(advantage, G, config.at_beta) for G in sizes]
+        found += [Case(advantage, config.at_group_size, config.at_beta, noise=noise) for noise in config.noise]
+    found += [Case("rloo", config.at_group_size, beta, "k2") for beta in [*config.beta, config.at_beta]]
+    found += [Case("rloo", config.at_group_size, config.at_beta, "k2", noise) for noise in config.noise]
+    found += [Case("gopo", config.at_group_size, config.penalty_beta, kl) for kl in ("k3", "k2", "k1", "none")]
+    found += [Case("grpo", config.at_group_size, config.penalty_beta, kl) for kl in ("k3", "k2")]
+    return list(dict.fromkeys(found))
+
+
+def trainings(config: TheoryConfig, todo: Sequence[Case], done: Callable[[], None]) -> dict[str, Any]:
+    """A row for each case, and GOPO's trainings with every estimator of the penalty."""
+    best = int(np.argmax(config.rewards))
+    rows, paths = [], {}
+    shown = np.unique(np.geomspace(1, config.steps, STEPS_SHOWN).astype(int)) - 1
+    for i, case in enumerate(todo):
+        key = jax.random.fold_in(jax.random.key(config.seed), i)
+        policies_NO = np.asarray(sampled(config, case, key))
+        ends = {"predicted": predicted(config, case), "exact": exact(config, case)}
+        ends["sampled"] = policies_NO[config.steps // 2 :].mean(0)
+        rows.append(row(case, ends, best))
+        if case == penalty_case(config, case.kl):
+            paths[case.kl] = policies_NO[shown, best].tolist()
+        done()
+    penalties = {"beta": config.penalty_beta, "steps": (shown + 1).tolist(), "paths": paths}
+    penalties["fixed"] = {kl: predicted(config, penalty_case(config, kl))[best].item() for kl in ("k3", "k2")}
+    return {"rows": rows, "best": best, "penalties": penalties}
+
+
+def penalty_case(config: TheoryConfig, kl: str) -> Case:
+    return Case("gopo", config.at_group_size, config.penalty_beta, kl)
+
+
+def row(case: Case, ends: dict[str, np.ndarray], best: int) -> dict[str, Any]:
+    """One line of the CSV and more: the best answer's probability, the whole policies, the largest differences."""
+
+    def apart(name: str) -> float | None:
+        return float(np.abs(ends[name] - ends["predicted"]).max()) if ends["predicted"].size else None
+
+    probabilities = {name: float(end[best]) if end.size else None for name, end in ends.items()}
+    whole = {f"{name}_policy": end.tolist() or None for name, end in ends.items()}
+    return case._asdict() | probabilities | {"difference": apart("sampled"), "difference_exact": apart("exact")} | whole
+
+
+def predicted(config: TheoryConfig, case: Case) -> np.ndarray:
+    """[O], the stationary policy; empty for k1 and no penalty, with which there is none but the answers alone."""
+    if case.kl not in ("k2", "k3"):
+        return np.zeros(0)
+    if case.advantage == "rloo":  # with k2, in closed form
+        return np.asarray(rlhf_policy(jnp.array(config.reference), jnp.array(config.rewards), case.beta))
+    return np.asarray(stationary(config, case.advantage, case.group_size, case.beta, case.noise, case.kl))
+
+
+def stationary(
+    config: TheoryConfig, advantage: Name, group_size: float, beta: float, noise: float = 0.0, kl: str = "k3"
+) -> jax.Array:
+    """With the advantages that train: GRPO's standard deviation has ddof 1 and, without noise, an epsilon."""
+    return stationary_policy(
+        jnp.array(config.reference),
+        jnp.array(config.rewards),
+        beta=beta,
+        advantage=advantage,
+        group_size=group_size,
+        kl="direct" if kl == "k2" else "k3",
+        ddof=1,
+        epsilon=0.0 if noise else EPSILON,
+        noise=noise,
+    )
+
+
+def problem(config: TheoryConfig, case: Case) -> Problem:
+    return Problem(jnp.array(config.reference), jnp.array(config.rewards), case.beta, case.noise)
+
+
+def exact(config: TheoryConfig, case: Case) -> np.ndarray:
+    return np.asarray(trained_exactly(problem(config, case), **options(case), steps=config.exact_steps))
+
+
+def sampled(config: TheoryConfig, case: Case, key: jax.Array) -> jax.Array:
+    return training(problem(config, case), key, **options(case), groups=config.groups, steps=config.steps)
+
+
+def options(case: Case) -> dict[str, Any]:
+    kl = None if case.kl == "none" else case.kl
+    rate = min(1.0, 2 / case.beta)  # a heavy penalty pulls too far at 1
+    return {"advantage": case.advantage, "group_size": case.group_size, "kl": kl, "learning_rate": rate}
+
+
+def curves(config: TheoryConfig, rows: Sequence[dict[str, Any]], done: Callable[[], None]) -> dict[str, Any]:
+    """For each picture its x, the best answer's predicted probability of each method there, and the sampled dots."""
+    best, G, beta = int(np.argmax(config.rewards)), config.at_group_size, config.at_beta
+    most_noise = max(config.noise) or 1.0
+    axes: dict[str, list[float]] = {
+        "beta": np.geomspace(min(config.beta) / 2, max(config.beta) * 2, config.points).tolist(),
+        "group_size": [float(size) for size in sorted({*config.sizes, *config.group_sizes, G})],
+        "noise": np.linspace(0, most_noise, config.points).tolist(),
+    }
+    found: dict[str, Any] = {}
+    for axis, points in axes.items():
+        lines: dict[str, list[float]] = {}
+        for x in points:
+            now: dict[str, Any] = {"beta": beta, "noise": 0.0, "group_size": G} | {axis: x}
+            settings: Any = {"beta": now["beta"], "noise": now["noise"]}
+            policies = {"GOPO": stationary(config, "gopo", G, **settings)}
+            for size in dict.fromkeys([now["group_size"], *config.group_sizes[:1], math.inf]):
+                if axis == "group_size" and size not in (x, math.inf):
+                    continue
+                name = "GRPO" if axis == "group_size" and size == x else f"GRPO, G = {size_text(size)}"
+                policies[name] = stationary(config, "grpo", size, **settings)
+            reference_O, rewards_O = jnp.array(config.reference), jnp.array(config.rewards)
+            policies[RLHF] = rlhf_policy(reference_O, rewards_O, settings["beta"])
+            for name, policy_O in policies.items():
+                lines.setdefault(name, []).append(float(policy_O[best]))
+            done()
+        found[axis] = {"x": points, "lines": lines, "dots": dots(config, rows, axis, list(lines))}
+    return found
+
+
+def dots(
+    config: TheoryConfig, rows: Sequence[dict[str, Any]], axis: str, names: Sequence[str]
+) -> dict[str, list[list[float]]]:
+    """The sampled ends that belong into a picture: [x, probability] by the name of their line."""
+    fixed = {"beta": config.at_beta, "noise": 0.0}
+    kinds = {"gopo": ("k3", "GOPO"), "rloo": ("k2", RLHF), "grpo": ("k3", "GRPO")}
+    found: dict[str, list[list[float]]] = {}
+    for end in rows:
+        kl, name = kinds[end["advantage"]]
+        if axis != "group_size" and name == "GRPO":
+            name = f"GRPO, G = {size_text(end['group_size'])}"
+        elif axis != "group_size" and end["group_size"] != config.at_group_size:
+            continue
+        here = all(end[key] == value for key, value in fixed.items() if key != axis)
+        if here and end["kl"] == kl and name in names:
+            found.setdefault(name, []).append([end[axis], end["sampled"]])
+    return found
+
+
+def gradients(config: TheoryConfig, done: Callable[[], None]) -> dict[str, Any]:
+    """GOPO's expected gradient's norm over GRPO's (ddof 1), by G: here, and over random problems the range.
+
+    Beside them two limits: of a better answer that is rare, 2 sqrt(G) / (G - 1), which is above 1 for
+    G < 3 + 2 sqrt(2), and the root mean square of one completion's advantages where no rewards are equal,
+    sqrt(4 (G + 1) / (3 (G - 1)) / ((G - 1) / G)), which is above 1 for every G.
+    """
+    count = len(config.rewards)
+    sizes = sorted(set(config.sizes))
+    here = ratios(jnp.array(config.reference), jnp.array(config.rewards), sizes)
+    rng = np.random.default_rng(config.seed)
+    others = []
+    for _ in range(config.problems):
+        others.append(ratios(jnp.array(rng.dirichlet(np.ones(count))), jnp.array(rng.normal(size=count)), sizes))
+        done()
+    return {
+        "group_sizes": sizes,
+        "here": here,
+        "lowest": np.min(others, 0).tolist(),
+        "highest": np.max(others, 0).tolist(),
+        "rare": [2 * math.sqrt(G) / (G - 1) for G in sizes],
+        "samples": [math.sqrt(4 * (G + 1) / (3 * (G - 1)) / ((G - 1) / G)) for G in sizes],
+        "rare_above_1_up_to": 3 + 2 * math.sqrt(2),
+    }
+
+
+def ratios(policy_O: jax.Array, rewards_O: jax.Array, sizes: Sequence[int]) -> list[float]:
+    def norm(advantage: Name, size: int) -> float:
+        advantage_O = expected_advantage(policy_O, rewards_O, advantage=advantage, group_size=size, ddof=1)
+        return float(jnp.linalg.norm(expected_gradient(policy_O, advantage_O)))
+
+    gopo = norm("gopo", 2)  # at every G
+    return [gopo / norm("grpo", size) for size in sizes]
+
+
+def groups_of(count: int, size: int) -> int:
+    return count * math.comb(count + size - 2, size - 1)
+
+
+def size_text(size: float) -> str:
+    return "∞" if math.isinf(size) else f"{size:g}"
+
+
+def table(rows: Sequence[dict[str, Any]], whole: bool = False) -> Sheet:
+    """The rows to read, or with every digit."""
+
+    def text(value: Any, digits: int) -> str:
+        if value is None:
+            return "" if whole else NONE
+        return str(value) if whole or not isinstance(value, float) else f"{value:.{digits}f}"
+
+    names = ("predicted", "exact", "sampled", "difference")
+    cells = [
+        (case["advantage"], str(case["group_size"]))
+        + (f"{case['beta']:g}", case["kl"], f"{case['noise']:g}")
+        + tuple(text(case[name], 4) for name in names)
+        for case in rows
+    ]
+    return Sheet("The best answer's probability in the end", COLUMNS if whole else SHOWN, cells, summary(rows))
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> str:
+    known = [case for case in rows if case["difference"] is not None]
+    worst = max(known, key=lambda case: case["difference"])
+    steered = max(case["difference_exact"] for case in known)
+    return (
+        f"apart: the largest difference of any answer between sampled and predicted. Largest of {len(known)} cases: "
+        f"{worst['difference']:.4f} ({worst['advantage']}, G {worst['group_size']}, beta {worst['beta']:g}, "
+        f"{worst['kl']}, noise {worst['noise']:g}); by exact expectation {steered:.1e}. k1 in the loss has no expected "
+        f"gradient, so it and no penalty (none) have no fixed point but one answer alone."
+    )
