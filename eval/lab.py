@@ -8,9 +8,9 @@
 Every cell (`eval.lab_cells.Cell`) is one method in one situation, `seeds` runs side by side in one compiled program
 (`eval.lab_program`), in a world made for it (`eval.lab_world`). A method's learning rate is tuned first, with the same
 budget for each method: all of `learning_rates`, `tuning_seeds` seeds each that are used for nothing else, at G = 8 and
-no noise; by the final *proxy* reward, for the gold reward is kept from training. Of rates that are no worse than the
-best by more than a standard error, the smallest is taken (`smallest_of_the_best`). The other regimes use one rate for
-all methods, GRPO's.
+no noise; by the *proxy* reward in the last quarter of the run, for the gold reward is kept from training. Of rates that
+are no worse than the best by more than a standard error, the smallest is taken (`smallest_of_the_best`). The other
+regimes use one rate for all methods, GRPO's.
 
 A cell that has ended is not run again: a lab that was killed goes on, losing the cell it was in. The parts add up in
 one directory, and the table and the pictures are of everything that is there (`eval.lab_results`).
@@ -150,12 +150,13 @@ class Laboratory:
         for method in (name for name in METHODS if name in methods - found.keys()):
             seeds = tuple(range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + tries))
             outcome = self.outcome(Cell(method), seeds * len(rates_R), np.repeat(rates_R, tries), bar)
-            final_RN, gold_RN, kl_RN = (
-                array_NEPG[:, -1].mean((1, 2)).reshape(-1, tries)
+            late = outcome.steps_E > 0.75 * config.steps
+            proxy_RN, gold_RN, kl_RN = (
+                array_NEPG[:, late].mean((1, 2, 3)).reshape(-1, tries)
                 for array_NEPG in (outcome.proxy_NEPG, outcome.gold_NEPG, outcome.kl_NEPG)
             )
-            best = float(rates_R[smallest_of_the_best(final_RN)])
-            columns = (rates_R, final_RN, gold_RN.mean(1), kl_RN.mean(1))
+            best = float(rates_R[smallest_of_the_best(proxy_RN)])
+            columns = (rates_R, proxy_RN, gold_RN.mean(1), kl_RN.mean(1))
             tried = [
                 dict(zip(TRIED, (np.asarray(value).tolist() for value in row), strict=True))
                 for row in zip(*columns, strict=True)
@@ -217,16 +218,16 @@ class Laboratory:
         return jax.tree.map(lambda array_N: array_N[rows], self._proxies[once, noise])
 
 
-def smallest_of_the_best(final_RN: np.ndarray) -> int:
+def smallest_of_the_best(value_RN: np.ndarray) -> int:
     """The first of R settings whose mean over N seeds is within one standard error of the best's.
 
     The error is that of the seeds' differences to the best one (Breiman et al., Classification and Regression Trees,
     1984, section 3.4.3, has the rule); of a single seed there is none, and the best is taken.
     """
-    best = int(np.nanargmax(final_RN.mean(1)))
-    behind_RN = final_RN[best] - final_RN
-    N = final_RN.shape[1]
-    error_R = behind_RN.std(1, ddof=1) / np.sqrt(N) if N > 1 else np.zeros(len(final_RN))
+    best = int(np.nanargmax(value_RN.mean(1)))
+    behind_RN = value_RN[best] - value_RN
+    N = value_RN.shape[1]
+    error_R = behind_RN.std(1, ddof=1) / np.sqrt(N) if N > 1 else np.zeros(len(value_RN))
     return int((behind_RN.mean(1) <= error_R).argmax())
 
 
