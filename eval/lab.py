@@ -7,16 +7,16 @@
 
 Every cell (`eval.lab_cells.Cell`) is one method in one situation, `seeds` runs side by side in one compiled program
 (`eval.lab_program`), in a world made for it (`eval.lab_world`). A method's learning rate is tuned first, with the same
-budget for each method: all of `learning_rates`, `tuning_seeds` seeds each that are used for nothing else, at G = 8 and
-no noise; by the *proxy* reward in the last quarter of the run, for the gold reward is kept from training. Of rates that
-are no worse than the best by more than a standard error, the smallest is taken (`smallest_of_the_best`). The other
-regimes use one rate for all methods, GRPO's.
+budget for each method: all of `learning_rates`, `tuning_seeds` seeds each that are used for nothing else, at G = 8, no
+noise and no distortion; the one with the highest mean *proxy* reward in the last quarter of the run is taken, for the
+gold reward is kept from training. The other regimes use one rate for all methods, GRPO's.
 
 A cell that has ended is not run again: a lab that was killed goes on, losing the cell it was in. The parts add up in
 one directory, and the table and the pictures are of everything that is there (`eval.lab_results`).
 """
 
 import json
+import math
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -37,7 +37,7 @@ from train.metrics import console, setup_errors, write_whole
 from train.parse import parse
 
 FIRST_TUNING_SEED = 1000
-TRIED = ("learning_rate", "proxy", "gold", "kl")  # of tuning.json: proxy per seed, the others' means
+FORMAT = 1  # of what a cell computes: raise it when that changes, and cells of another are refused
 PACE = 45.0  # seconds a cell takes on two cores, for who has run none yet
 Part = Literal["default", "methods", "regimes", "distortions", "group_size", "noise", "factors", "full", "plan"]
 
@@ -53,18 +53,18 @@ class LabConfig:
     evaluate_every: int = 2
     beta: float = 0.1  # of the k3 penalty in the loss
     learning_rates: list[float] = field(default_factory=lambda: [1e-3, 3e-3, 1e-2, 3e-2])
-    tuning_seeds: int = 4
+    tuning_seeds: int = 8
     world: WorldConfig = field(default_factory=WorldConfig)
 
     def __post_init__(self) -> None:
         for name in ("seeds", "steps", "evaluate_every", "tuning_seeds"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+            if not 1 <= getattr(self, name) <= FIRST_TUNING_SEED:
+                raise ValueError(f"{name}: expected from 1 to {FIRST_TUNING_SEED}, got {getattr(self, name)}")
         if self.steps % self.evaluate_every:
             raise ValueError(f"steps: expected a multiple of evaluate_every, {self.evaluate_every}, got {self.steps}")
-        if not self.learning_rates or min(self.learning_rates) <= 0:
+        if not self.learning_rates or not all(0 < rate < math.inf for rate in self.learning_rates):
             raise ValueError(f"learning_rates: expected positive numbers, got {self.learning_rates}")
-        if not self.beta > 0:
+        if not 0 < self.beta < math.inf:
             raise ValueError(
                 f"beta: expected a number above 0, got {self.beta}; the KL penalty is part of what is studied"
             )
@@ -75,7 +75,12 @@ class LabConfig:
 
     @property
     def command(self) -> str:
-        return f"python -m eval lab --out {self.out} --part {self.part}"
+        """What makes the same cells."""
+        usual, other = LabConfig(out=self.out), []
+        for name, value in asdict(self).items():
+            given = [(f"{name}.{k}", v, getattr(usual.world, k)) for k, v in value.items()] if name == "world" else []
+            other += [f" --{key} {v}" for key, v, was in given or [(name, value, getattr(usual, name))] if v != was]
+        return f"python -m eval lab --out {self.out}" + "".join(other)
 
 
 def parse_lab(arguments: list[str]) -> LabConfig:
@@ -96,20 +101,20 @@ def lab(config: LabConfig) -> None:
         return
     with setup_errors():
         keep_settings(folder, config)
-        world = build(folder, config.world)
+    world = build(folder, config.world)
     Laboratory(folder, config, world).run()
     write(summarize(list(outcomes(folder / "cells")), config.command), folder)
 
 
 def keep_settings(folder: Path, config: LabConfig) -> None:
     """Refuse to add cells to those of other settings."""
-    plain = {name: value for name, value in asdict(config).items() if name not in ("out", "part")}
+    plain = {"format": FORMAT} | {name: v for name, v in asdict(config).items() if name not in ("out", "part")}
     file, mine = folder / "lab.json", json.dumps(plain, indent=1)
-    if file.is_file() and json.loads(file.read_text()) != plain:
-        before = json.loads(file.read_text())
-        name = next(name for name in plain if plain[name] != before.get(name))
+    before = json.loads(file.read_text()) if file.is_file() else plain
+    if differing := [name for name in plain | before if plain.get(name) != before.get(name)]:
+        name = differing[0]
         raise ValueError(
-            f"{folder}: holds cells with other settings ({name}: {before.get(name)}, now {plain[name]}); "
+            f"{folder}: holds cells with other settings ({name}: {before.get(name)}, now {plain.get(name)}); "
             f"choose another --out, or delete that directory"
         )
     folder.mkdir(parents=True, exist_ok=True)
@@ -151,16 +156,13 @@ class Laboratory:
             seeds = tuple(range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + tries))
             outcome = self.outcome(Cell(method), seeds * len(rates_R), np.repeat(rates_R, tries), bar)
             late = outcome.steps_E > 0.75 * config.steps
-            proxy_RN, gold_RN, kl_RN = (
+            proxy_RN, kl_RN = (
                 array_NEPG[:, late].mean((1, 2, 3)).reshape(-1, tries)
-                for array_NEPG in (outcome.proxy_NEPG, outcome.gold_NEPG, outcome.kl_NEPG)
+                for array_NEPG in (outcome.proxy_NEPG, outcome.kl_NEPG)
             )
-            best = float(rates_R[smallest_of_the_best(proxy_RN)])
-            columns = (rates_R, proxy_RN, gold_RN.mean(1), kl_RN.mean(1))
-            tried = [
-                dict(zip(TRIED, (np.asarray(value).tolist() for value in row), strict=True))
-                for row in zip(*columns, strict=True)
-            ]
+            best = float(rates_R[highest(proxy_RN.mean(1), method)])
+            rows = zip(rates_R.tolist(), proxy_RN.tolist(), kl_RN.mean(1).tolist(), strict=True)
+            tried = [{"learning_rate": rate, "proxy": proxy_N, "kl": kl} for rate, proxy_N, kl in rows]
             found[method] = {"learning_rate": best, "tried": tried}
             write_whole(file, json.dumps(found, indent=1))
             console.print(f"tuned {method}: learning rate {best:g}", highlight=False)
@@ -218,17 +220,11 @@ class Laboratory:
         return jax.tree.map(lambda array_N: array_N[rows], self._proxies[once, noise])
 
 
-def smallest_of_the_best(value_RN: np.ndarray) -> int:
-    """The first of R settings whose mean over N seeds is within one standard error of the best's.
-
-    The error is that of the seeds' differences to the best one (Breiman et al., Classification and Regression Trees,
-    1984, section 3.4.3, has the rule); of a single seed there is none, and the best is taken.
-    """
-    best = int(np.nanargmax(value_RN.mean(1)))
-    behind_RN = value_RN[best] - value_RN
-    N = value_RN.shape[1]
-    error_R = behind_RN.std(1, ddof=1) / np.sqrt(N) if N > 1 else np.zeros(len(value_RN))
-    return int((behind_RN.mean(1) <= error_R).argmax())
+def highest(value_R: np.ndarray, method: str) -> int:
+    """Raises: FloatingPointError: none is a number."""
+    if np.isnan(value_R).all():
+        raise FloatingPointError(f"tuning {method}: diverged at every learning rate; expected smaller learning_rates")
+    return int(np.nanargmax(value_R))
 
 
 def plan(folder: Path) -> Sheet:

@@ -1,6 +1,7 @@
 """The lab's cells: one method in one situation, several seeds side by side. Their names, the grid, their files."""
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -51,19 +52,21 @@ def cells(
     return [Cell(method, *rest) for rest in situations for method in methods]
 
 
+PAIR, PLAIN = ("gopo", "grpo"), METHODS[:3]  # RLOO's advantage is Dr. GRPO's times G / (G - 1), equal where scaled
 PARTS: dict[str, list[Cell]] = {
-    "default": cells(methods=("gopo", "grpo")),
+    "default": cells(PAIR),
     "methods": cells(),
-    "regimes": cells(regimes=REGIMES[1:]),
-    "distortions": cells(distortions=DISTORTIONS[1:], noises=(0.0,)),
-    "group_size": cells(group_sizes=GROUP_SIZES),
-    "noise": cells(noises=NOISES),
+    "regimes": cells(PLAIN, regimes=REGIMES[1:]),
+    "distortions": cells(PLAIN, distortions=DISTORTIONS[1:], noises=(0.0,)),
+    "group_size": cells(PAIR, GROUP_SIZES, (0.0,)) + cells(PAIR, GROUP_SIZES, regimes=("equal_rms",)),
+    "noise": cells(PAIR, noises=NOISES),
 }
 PARTS["factors"] = list(dict.fromkeys(cell for part in PARTS.values() for cell in part))  # one factor at a time
 _CROSSED = (
     cells(group_sizes=GROUP_SIZES, noises=NOISES)
-    + cells(regimes=REGIMES[1:], noises=NOISES)
+    + cells(PLAIN, GROUP_SIZES, NOISES, regimes=REGIMES[1:])
     + cells(distortions=DISTORTIONS[1:], noises=NOISES)
+    + cells(PLAIN, distortions=DISTORTIONS[1:], noises=NOISES, regimes=("equal_rms",))
 )
 PARTS["full"] = list(dict.fromkeys(PARTS["factors"] + _CROSSED))
 
@@ -92,7 +95,7 @@ class Outcome(NamedTuple):
         arrays |= {f"training/{name}": value for name, value in self.training.items()}
         about = json.dumps({"cell": asdict(self.cell), "about": self.about})
         folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f"{self.cell.name}.partial.npz"
+        partial = folder / f"{self.cell.name}.{os.getpid()}.partial.npz"
         np.savez_compressed(partial, about=np.array(about), **arrays)
         partial.replace(place(folder, self.cell))
 

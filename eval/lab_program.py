@@ -1,7 +1,8 @@
 """The lab's training: several runs side by side, in one compiled program.
 
 What one run does is what train/loop.py does: prompts, rollouts, rewards, `ADVANTAGES[method]`, the trainer's own
-`policy_objective`, Adam behind a clip of the gradient's norm. Everything that a cell may vary but G is traced, so one
+`policy_objective`, Adam behind a clip of the gradient's norm. Methods differ in the advantage alone: all have the same
+loss, a mean over the batch's tokens with a k3 penalty. Everything that a cell may vary but G is traced, so one
 program serves all cells of a G. Two runs of the same seed see the same proxy, prompts and random numbers, whatever
 their method. `jax.vmap` puts the runs side by side; what one does, the others do not change.
 """
@@ -76,7 +77,7 @@ def distorted(rewards_PG: jax.Array, distortion: jax.Array, key: jax.Array) -> j
     uniform_P1 = jax.random.uniform(key, (*rewards_PG.shape[:-1], 1))
 
     def outliers(share: float) -> jax.Array:
-        best_PG = jnp.arange(G) == rewards_PG.argmax(-1, keepdims=True)
+        best_PG = rewards_PG == rewards_PG.max(-1, keepdims=True)  # equals stay equal
         return rewards_PG + OUTLIER * (best_PG & (uniform_P1 < share * G))
 
     scales = {
@@ -95,12 +96,15 @@ def advantages_of(rewards_PG: jax.Array, method: jax.Array) -> jax.Array:
 
 
 def rank_length_correlation(rewards_PG: jax.Array, lengths_PG: jax.Array) -> jax.Array:
-    """Spearman's correlation of reward and length within a group, its mean over the groups in which both differ."""
+    """Spearman's correlation of reward and length within a group, its mean over the groups in which both differ.
+
+    NaN where there is no such group.
+    """
     a_PG, b_PG = gopo_advantages(rewards_PG), gopo_advantages(lengths_PG.astype(jnp.float32))  # centred ranks
     scale_P = jnp.sqrt(jnp.square(a_PG).sum(-1) * jnp.square(b_PG).sum(-1))
     found_P = scale_P > 0
     total = jnp.where(found_P, (a_PG * b_PG).sum(-1) / jnp.where(found_P, scale_P, 1), 0).sum()
-    return total / jnp.maximum(found_P.sum(), 1)
+    return total / found_P.sum()
 
 
 class Program:
@@ -147,7 +151,7 @@ class Program:
         prompts = Prompts(world.train.tokens_PS[rows_P], world.train.lengths_P[rows_P])
         rollout = self._rollout(state.params, prompts, draw, G)
         mask_PGT = jnp.arange(self.T) < rollout.lengths_PG[..., None]
-        rewards_PG = score(world.proxy_graph, member.proxy, prompts, rollout.tokens_PGT, rollout.lengths_PG)
+        rewards_PG = score(world.proxy_graph, member.proxy, prompts, *text_of(rollout))
         given_PG = distorted(rewards_PG, member.distortion, shake)
         advantages_PG = state.advantage_scale * advantages_of(given_PG, member.method)
         batch = self._batch(prompts, rollout) | {"advantages_PG": advantages_PG, "mask_PGT": mask_PGT}
@@ -164,6 +168,7 @@ class Program:
             "reward": rewards_PG.mean(),
             "kl": metrics["kl"][0] / metrics["kl"][1],
             "grad_norm": norm,
+            "step_norm": optax.tree.norm(gradient),  # of the gradient that Adam gets
             "update_norm": optax.tree.norm(updates),
             "advantage_rms": jnp.sqrt(jnp.square(advantages_PG).mean()),
             "length": rollout.lengths_PG.mean(),
@@ -180,10 +185,9 @@ class Program:
         batch = self._batch(prompts, rollout)
         ref_PGT = logprobs_of(world.policy, self.config, world.start, batch)
         mask_PGT = jnp.arange(self.T) < rollout.lengths_PG[..., None]
-        given = (prompts, rollout.tokens_PGT, rollout.lengths_PG)
         return {
-            "proxy": score(world.proxy_graph, member.proxy, *given),
-            "gold": score(world.gold_graph, world.gold, *given),
+            "proxy": score(world.proxy_graph, member.proxy, prompts, *text_of(rollout)),
+            "gold": score(world.gold_graph, world.gold, prompts, *text_of(rollout)),
             "length": rollout.lengths_PG,
             "kl": jnp.where(mask_PGT, rollout.logprobs_PGT - ref_PGT, 0).sum(-1),
         }
@@ -211,6 +215,11 @@ class Program:
             "slot_PGT": jnp.broadcast_to(jnp.arange(G * T).reshape(G, T), (P, G, T)),
             "sampled_PGT": rollout.logprobs_PGT,
         }
+
+
+def text_of(rollout: Rollout) -> tuple[jax.Array, jax.Array]:
+    """Tokens and lengths without the end-of-text token, as `score` takes them."""
+    return rollout.tokens_PGT, rollout.lengths_PG - rollout.finished_PG
 
 
 def _tied(rewards_PG: jax.Array) -> jax.Array:

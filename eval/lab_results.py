@@ -54,7 +54,7 @@ class SeedRow(NamedTuple):
     peak_step: int
     over_optimisation: float  # gold_peak - gold
     rank_length: float  # correlation, mean over the steps of training
-    common_kl: float  # the smallest final kl of the situation's methods
+    common_kl: float  # the smaller final kl of the two that are compared
     gold_at_kl: float  # where the policy first has that kl
     compared_at: int  # the last step that the baseline evaluated too; 0: no comparison, and NaN from here on
     proxy_difference: float
@@ -226,10 +226,10 @@ def curve(outcome: Outcome) -> list[CurvePoint]:
 
 def rows_of(methods: Mapping[str, Outcome]) -> list[SeedRow]:
     """The rows of the methods of one situation."""
-    common_kl = smallest_final_kl(methods.values())
     baseline = methods.get(BASELINE)
     rows = []
     for outcome in methods.values():
+        common_kl = smallest_final_kl([outcome, *([baseline] if baseline else [])])
         numbers = alone(outcome) | at_kl(outcome, common_kl)
         numbers |= against(outcome, baseline, common_kl)
         for n, seed in enumerate(outcome.about["seeds"]):

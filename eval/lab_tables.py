@@ -92,7 +92,7 @@ def sheet(tables: Tables) -> Sheet:
     names = (
         "situation", "method", "learning rate", "proxy reward", "gold reward", f"gold − {BASELINE}", "win rate",
         f"steps to {BASELINE}'s gold", f"steps to {BASELINE}'s proxy", "over-optimisation", "KL", "length",
-        "gold at equal KL", "rank/length",
+        f"gold − {BASELINE} at equal KL", "rank/length",
     )  # fmt: skip
     cells = by_cell(tables.rows)
     counts = {len(rows) for rows in cells.values()}
@@ -103,7 +103,7 @@ def sheet(tables: Tables) -> Sheet:
         f"completion. Differences to {BASELINE} and win rates (by the gold reward, all pairs of a prompt's "
         "completions, ties one half) are paired by seed. Steps: the median over seeds, and how many of them get there. "
         "Over-optimisation: the best gold reward of an evaluation minus the last one; a maximum of noisy numbers, it "
-        "is positive even without any. Equal KL: the smallest final KL of the situation's methods, for each seed. "
+        "is positive even without any. Equal KL: the smaller final KL of the two, for each seed. "
         "Rank/length: the correlation over the steps of training."
     )
     if min(counts) == 1:
@@ -127,7 +127,7 @@ def line(cell: Cell, rows: Sequence[SeedRow]) -> tuple[str, ...]:
         plus_minus(estimate(rows, "over_optimisation")),
         plus_minus(estimate(rows, "kl"), ".2f"),
         plus_minus(estimate(rows, "length"), ".1f"),
-        plus_minus(estimate(rows, "gold_at_kl")),
+        between(estimate(rows, "gold_at_kl_difference"), "+.3f") if compared else "baseline",
         plus_minus(estimate(rows, "rank_length"), "+.3f"),
     )
 

@@ -11,7 +11,9 @@ Rewards are shifted and scaled to mean 0 and standard deviation 1 over the pool,
 All of it is kept in the lab's directory and read from there the next time.
 """
 
+import os
 import runpy
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +28,7 @@ from gopo_jax import preference_loss
 from models.checkpoint import find, is_run, load_model
 from models.config import REWARD_MODEL, Qwen3Config
 from models.hf_weights import flatten, nest, split
+from models.qwen3 import last_state
 from models.reward_model import Qwen3RewardModel
 from models.sampler import SamplingParams, sample
 from models.tokenizer import Tokenizer
@@ -38,13 +41,14 @@ from train.config import (
     RewardModelConfig,
     SftConfig,
 )
-from train.metrics import write_jsonl
+from train.metrics import SetupError, write_jsonl
 from train.prompts import load_rows
 from train.reward_model import train_reward_model
 from train.sft import train_sft
 
 PREPARE = Path(__file__).parent.parent / "data" / "reviews" / "prepare.py"
 POOL_COMPLETIONS = 16  # of each training prompt
+POOL = ("tokens_PGT", "lengths_PG", "raw_PG")
 WIDTH = {"vocab_size": 2048, "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
 START = Qwen3Config(hidden_size=96, intermediate_size=288, num_hidden_layers=2, head_dim=24, **WIDTH)  # type: ignore[arg-type]
 GOLD = Qwen3Config(hidden_size=128, intermediate_size=384, num_hidden_layers=2, head_dim=32, **WIDTH)  # type: ignore[arg-type]
@@ -98,7 +102,7 @@ class World(NamedTuple):
     train: Prompts
     validation: Prompts
     pool_PGT: jax.Array
-    pool_lengths_PG: jax.Array
+    pool_lengths_PG: jax.Array  # without end-of-text tokens, as `raw_rewards` takes them
     pool_gold_PG: jax.Array
 
     @property
@@ -106,10 +110,22 @@ class World(NamedTuple):
         return SamplingParams(1.0, 0, 1.0, 0, np.array(self.tokenizer.eos_ids, np.int32))
 
 
+def raw_rewards(model: Qwen3RewardModel, prompts: Prompts, tokens_PGT: jax.Array, lengths_PG: jax.Array) -> jax.Array:
+    """float32 [P, G], read as train/rewards.py reads texts: the end-of-text token is no part of them.
+
+    Args:
+      lengths_PG: of the completions without that token; of an empty one the prompt's last token is read.
+    """
+    hidden_PSD, hidden_PGTD = model.both(prompts.tokens_PS, prompts.lengths_P, tokens_PGT)
+    last = jnp.maximum(lengths_PG - 1, 0)[..., None, None]
+    own_PGD = jnp.take_along_axis(hidden_PGTD, last, axis=2)[:, :, 0]
+    asked_PD = last_state(hidden_PSD, prompts.lengths_P)
+    return model.read(jnp.where(lengths_PG[..., None] > 0, own_PGD, asked_PD[:, None]))
+
+
 def score(graph: Any, scorer: Scorer, prompts: Prompts, tokens_PGT: jax.Array, lengths_PG: jax.Array) -> jax.Array:
-    """float32 [P, G], standard on the pool."""
-    model = nnx.merge(graph, scorer.params)
-    raw_PG = model.score_group(prompts.tokens_PS, prompts.lengths_P, tokens_PGT, lengths_PG)
+    """`raw_rewards`, standard on the pool."""
+    raw_PG = raw_rewards(nnx.merge(graph, scorer.params), prompts, tokens_PGT, lengths_PG)
     return (raw_PG - scorer.mean) / scorer.scale
 
 
@@ -121,18 +137,16 @@ def build(folder: Path, config: WorldConfig) -> World:
     """The world in a directory: what is missing is made.
 
     Raises:
-      ValueError: the repository's data is not there.
+      SetupError: the repository's data is not there, or has fewer prompts; before anything is trained.
     """
     if not PREPARE.is_file():
-        raise ValueError(f"{PREPARE}: not there; the lab needs the repository's data/, run it in a checkout")
+        raise SetupError(f"{PREPARE}: not there; the lab needs the repository's data/, run it in a checkout")
     runpy.run_path(str(PREPARE))["main"](folder)
-    _train_start_and_gold(folder, config)
     tokenizer = Tokenizer(folder / "tokenizer")
+    train, validation = _prompts(folder, tokenizer, config)
+    _train_start_and_gold(folder, config)
     policy, start = split(load_model(folder / "start"))
     gold_graph, gold_params = split(load_model(folder / "gold"))
-    train = _prompts(folder, "train", tokenizer, config)
-    validation = _prompts(folder, "validation", tokenizer, config)
-    validation = Prompts(*(array[: config.validation_prompts] for array in validation))
 
     @jax.jit
     def pool(key: jax.Array) -> tuple[jax.Array, ...]:
@@ -146,10 +160,12 @@ def build(folder: Path, config: WorldConfig) -> World:
             max_completion_length=config.max_completion_length,
             pad_id=tokenizer.pad_id,
         )
-        model = nnx.merge(gold_graph, gold_params)
-        return rollout.tokens_PGT, rollout.lengths_PG, model.score_group(*train, rollout.tokens_PGT, rollout.lengths_PG)
+        lengths_PG = rollout.lengths_PG - rollout.finished_PG
+        raw_PG = raw_rewards(nnx.merge(gold_graph, gold_params), train, rollout.tokens_PGT, lengths_PG)
+        return rollout.tokens_PGT, lengths_PG, raw_PG
 
-    tokens_PGT, lengths_PG, raw_PG = pool(jax.random.key(0))
+    drawn = kept_in(folder / "pool.npz", lambda: dict(zip(POOL, pool(jax.random.key(0)), strict=True)))
+    tokens_PGT, lengths_PG, raw_PG = (drawn[name] for name in POOL)
     gold = standard(gold_params, raw_PG, raw_PG)
     proxy_graph, _ = split(nnx.eval_shape(lambda: _new_proxy(jax.random.key(0), tokenizer)))
     pool_gold_PG = (raw_PG - gold.mean) / gold.scale
@@ -161,19 +177,26 @@ def build(folder: Path, config: WorldConfig) -> World:
 def proxies(world: World, folder: Path, config: WorldConfig, seeds: tuple[int, ...], noise: float) -> Scorer:
     """One proxy for each seed, stacked; read from the directory where they have been trained before."""
     named = f"noise{round(100 * noise)}_seeds{seeds[0]}-{seeds[-1]}"
-    file = folder / "proxies" / f"{named}.npz"
-    if not file.is_file():
+
+    def train() -> dict[str, jax.Array]:
         found = jax.jit(jax.vmap(lambda seed: _train_proxy(world, config, seed, noise)))(jnp.array(seeds))
+        return flatten(found.params) | {name: getattr(found, name) for name in ("mean", "scale", "accuracy")}
+
+    kept = kept_in(folder / "proxies" / f"{named}.npz", train)
+    about = {name: kept.pop(name) for name in ("mean", "scale", "accuracy")}
+    return Scorer(nest(kept), **about)
+
+
+def kept_in(file: Path, make: Callable[[], Mapping[str, jax.Array]]) -> dict[str, jax.Array]:
+    """The arrays of a file; made and written, whole or not at all, where it is not there."""
+    if not file.is_file():
+        arrays: dict[str, Any] = {name: np.asarray(array) for name, array in make().items()}
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(".partial.npz")
-        flat = flatten(found.params) | found._replace(params=None)._asdict()
-        arrays: dict[str, Any] = {name: np.asarray(array) for name, array in flat.items() if name != "params"}
+        partial = file.with_suffix(f".{os.getpid()}.partial.npz")
         np.savez(partial, **arrays)
         partial.replace(file)
     with np.load(file) as stored:
-        kept = {name: jnp.asarray(stored[name]) for name in stored.files}
-    about = {name: kept.pop(name) for name in ("mean", "scale", "accuracy")}
-    return Scorer(nest(kept), **about)
+        return {name: jnp.asarray(stored[name]) for name in stored.files}
 
 
 def _train_proxy(world: World, config: WorldConfig, seed: jax.Array, noise: float) -> Scorer:
@@ -189,7 +212,7 @@ def _train_proxy(world: World, config: WorldConfig, seed: jax.Array, noise: floa
         asked = Prompts(world.train.tokens_PS[prompts], world.train.lengths_P[prompts])
         tokens_B2T = world.pool_PGT[prompts[:, None], these_B2]
         lengths_B2 = world.pool_lengths_PG[prompts[:, None], these_B2]
-        rewards_B2 = nnx.merge(world.proxy_graph, params).score_group(*asked, tokens_B2T, lengths_B2)
+        rewards_B2 = raw_rewards(nnx.merge(world.proxy_graph, params), asked, tokens_B2T, lengths_B2)
         chosen_B = chosen_M[rows][:, None]
         chosen, rejected = (jnp.take_along_axis(rewards_B2, at, 1)[:, 0] for at in (chosen_B, 1 - chosen_B))
         return preference_loss(chosen, rejected)[0]
@@ -201,7 +224,8 @@ def _train_proxy(world: World, config: WorldConfig, seed: jax.Array, noise: floa
         return (optax.apply_updates(params, updates), opt_state), None
 
     (params, _), _ = jax.lax.scan(step, (params, optimizer.init(params)), jnp.arange(steps))
-    raw_PG = nnx.merge(world.proxy_graph, params).score_group(*world.train, world.pool_PGT, world.pool_lengths_PG)
+    model = nnx.merge(world.proxy_graph, params)
+    raw_PG = raw_rewards(model, world.train, world.pool_PGT, world.pool_lengths_PG)
     return standard(params, raw_PG, world.pool_gold_PG)
 
 
@@ -267,12 +291,23 @@ def _has_ended(config: SftConfig | RewardModelConfig) -> bool:
     return is_run(config.output_dir) and find(config.output_dir)[1] == config.max_steps
 
 
-def _prompts(folder: Path, part: str, tokenizer: Tokenizer, config: WorldConfig) -> Prompts:
-    texts = [row["prompt"] for row in load_rows(str(folder / "data" / f"prompts_{part}.jsonl"))]
-    texts = [
-        text
-        for text, ids in zip(texts, tokenizer.prompt_ids(texts), strict=True)
-        if len(ids) <= config.max_prompt_length
-    ]
-    tokens_PS, lengths_P = tokenizer.encode_prompts(texts, config.max_prompt_length)
-    return Prompts(jnp.asarray(tokens_PS), jnp.asarray(lengths_P))
+def _prompts(folder: Path, tokenizer: Tokenizer, config: WorldConfig) -> tuple[Prompts, Prompts]:
+    """Training and validation prompts, short enough, none of them twice."""
+
+    def read(part: str) -> list[str]:
+        texts = [row["prompt"] for row in load_rows(str(folder / "data" / f"prompts_{part}.jsonl"))]
+        lengths = map(len, tokenizer.prompt_ids(texts))
+        short = [text for text, n in zip(texts, lengths, strict=True) if n <= config.max_prompt_length]
+        return list(dict.fromkeys(short))
+
+    def encode(texts: list[str]) -> Prompts:
+        return Prompts(*map(jnp.asarray, tokenizer.encode_prompts(texts, config.max_prompt_length)))
+
+    validation = read("validation")
+    if config.validation_prompts > len(validation):
+        raise SetupError(
+            f"world.validation_prompts: expected at most {len(validation)}, the prompts of up to "
+            f"{config.max_prompt_length} tokens that there are, got {config.validation_prompts}"
+        )
+    train = [text for text in read("train") if text not in set(validation)]
+    return encode(train), encode(validation[: config.validation_prompts])

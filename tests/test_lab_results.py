@@ -140,13 +140,17 @@ def test_peak_and_over_optimisation() -> None:
     assert [(row.gold_gain, row.proxy_gain, row.gain_gap) for row in rows] == [(2, 4, 2), (4, 8, 4), (-1, -2, -1)]
 
 
-def test_gold_at_the_smallest_final_kl_of_the_situation() -> None:
+def test_gold_at_the_smaller_final_kl_of_the_two() -> None:
     curve_NE, ones_N1 = np.array([[0, 10, 12.0]]) * np.ones((N, 1)), np.ones((N, 1))
     far, near = make("gopo", curve_NE, kl_NE=ones_N1 * [0, 4, 8]), make("grpo", curve_NE, kl_NE=ones_N1 * [0, 1, 2])
     elsewhere = make("rloo", curve_NE, kl_NE=ones_N1 * [0, 0.5, 1], noise=0.3)
     found = by_cell(summarize([far, near, elsewhere], "test").rows)
     assert [(row.common_kl, row.gold_at_kl) for row in found[Cell("gopo")]] == [(2, 5)] * N  # half the way to 10
     assert [(row.gold_at_kl, row.gold_at_kl_difference) for row in found[Cell("grpo")]] == [(12, 0)] * N
+    assert [row.gold_at_kl_difference for row in found[Cell("gopo")]] == [5 - 12] * N
+    third = make("rloo", curve_NE, kl_NE=ones_N1 * [0, 0.5, 1])
+    more = by_cell(summarize([far, near, third], "test").rows)
+    assert more[Cell("gopo")] == found[Cell("gopo")], "whatever other methods are there"
 
 
 def test_steps_without_a_correlation_are_left_out_of_its_mean() -> None:
