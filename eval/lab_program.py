@@ -130,8 +130,7 @@ class Program:
     def _start(self, member: Member) -> State:
         """The start policy, and what the member's advantages are multiplied by: 1, or 1 / their RMS on the pool."""
         world = self.world
-        proxy_PG = score(world.proxy_graph, member.proxy, world.train, world.pool_PGT, world.pool_lengths_PG)
-        groups_PG = proxy_PG.reshape(-1, POOL_COMPLETIONS // self.G, self.G).reshape(-1, self.G)
+        groups_PG = member.proxy.pool_PG.reshape(-1, POOL_COMPLETIONS // self.G, self.G).reshape(-1, self.G)
         key = jax.random.fold_in(jax.random.key(2), member.seed)
         advantages_PG = advantages_of(distorted(groups_PG, member.distortion, key), member.method)
         rms = jnp.sqrt(jnp.square(advantages_PG).mean())

@@ -47,7 +47,7 @@ from train.reward_model import train_reward_model
 from train.sft import train_sft
 
 PREPARE = Path(__file__).parent.parent / "data" / "reviews" / "prepare.py"
-POOL_COMPLETIONS = 16  # of each training prompt
+POOL_COMPLETIONS, POOL_PROMPTS = 16, 32  # of each training prompt; scored at a time
 POOL = ("tokens_PGT", "lengths_PG", "raw_PG")
 WIDTH = {"vocab_size": 2048, "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
 START = Qwen3Config(hidden_size=96, intermediate_size=288, num_hidden_layers=2, head_dim=24, **WIDTH)  # type: ignore[arg-type]
@@ -89,7 +89,11 @@ class Scorer(NamedTuple):
     params: Any
     mean: jax.Array
     scale: jax.Array
+    pool_PG: jax.Array  # its rewards of the pool, standard
     accuracy: jax.Array  # how often it orders two completions of the pool as gold does
+
+
+ABOUT = Scorer._fields[1:]
 
 
 class World(NamedTuple):
@@ -103,7 +107,6 @@ class World(NamedTuple):
     validation: Prompts
     pool_PGT: jax.Array
     pool_lengths_PG: jax.Array  # without end-of-text tokens, as `raw_rewards` takes them
-    pool_gold_PG: jax.Array
 
     @property
     def sampling(self) -> SamplingParams:
@@ -130,7 +133,18 @@ def score(graph: Any, scorer: Scorer, prompts: Prompts, tokens_PGT: jax.Array, l
 
 
 def standard(params: Any, raw_PG: jax.Array, gold_PG: jax.Array) -> Scorer:
-    return Scorer(params, raw_PG.mean(), raw_PG.std(), agreement(raw_PG, gold_PG))
+    mean, scale = raw_PG.mean(), raw_PG.std()
+    return Scorer(params, mean, scale, (raw_PG - mean) / scale, agreement(raw_PG, gold_PG))
+
+
+def pool_rewards(model: Qwen3RewardModel, train: Prompts, tokens_PGT: jax.Array, lengths_PG: jax.Array) -> jax.Array:
+    """`raw_rewards` of the pool, some prompts at a time: it has thousands of completions."""
+
+    def one(of_prompt: tuple[jax.Array, ...]) -> jax.Array:
+        tokens_S, length, tokens_GT, lengths_G = (array[None] for array in of_prompt)
+        return raw_rewards(model, Prompts(tokens_S, length), tokens_GT, lengths_G)[0]
+
+    return jax.lax.map(one, (*train, tokens_PGT, lengths_PG), batch_size=POOL_PROMPTS)
 
 
 def build(folder: Path, config: WorldConfig) -> World:
@@ -161,17 +175,14 @@ def build(folder: Path, config: WorldConfig) -> World:
             pad_id=tokenizer.pad_id,
         )
         lengths_PG = rollout.lengths_PG - rollout.finished_PG
-        raw_PG = raw_rewards(nnx.merge(gold_graph, gold_params), train, rollout.tokens_PGT, lengths_PG)
+        raw_PG = pool_rewards(nnx.merge(gold_graph, gold_params), train, rollout.tokens_PGT, lengths_PG)
         return rollout.tokens_PGT, lengths_PG, raw_PG
 
     drawn = kept_in(folder / "pool.npz", lambda: dict(zip(POOL, pool(jax.random.key(0)), strict=True)))
     tokens_PGT, lengths_PG, raw_PG = (drawn[name] for name in POOL)
     gold = standard(gold_params, raw_PG, raw_PG)
     proxy_graph, _ = split(nnx.eval_shape(lambda: _new_proxy(jax.random.key(0), tokenizer)))
-    pool_gold_PG = (raw_PG - gold.mean) / gold.scale
-    return World(
-        tokenizer, policy, start, gold_graph, gold, proxy_graph, train, validation, tokens_PGT, lengths_PG, pool_gold_PG
-    )
+    return World(tokenizer, policy, start, gold_graph, gold, proxy_graph, train, validation, tokens_PGT, lengths_PG)
 
 
 def proxies(world: World, folder: Path, config: WorldConfig, seeds: tuple[int, ...], noise: float) -> Scorer:
@@ -180,10 +191,10 @@ def proxies(world: World, folder: Path, config: WorldConfig, seeds: tuple[int, .
 
     def train() -> dict[str, jax.Array]:
         found = jax.jit(jax.vmap(lambda seed: _train_proxy(world, config, seed, noise)))(jnp.array(seeds))
-        return flatten(found.params) | {name: getattr(found, name) for name in ("mean", "scale", "accuracy")}
+        return flatten(found.params) | {name: getattr(found, name) for name in ABOUT}
 
     kept = kept_in(folder / "proxies" / f"{named}.npz", train)
-    about = {name: kept.pop(name) for name in ("mean", "scale", "accuracy")}
+    about = {name: kept.pop(name) for name in ABOUT}
     return Scorer(nest(kept), **about)
 
 
@@ -225,19 +236,19 @@ def _train_proxy(world: World, config: WorldConfig, seed: jax.Array, noise: floa
 
     (params, _), _ = jax.lax.scan(step, (params, optimizer.init(params)), jnp.arange(steps))
     model = nnx.merge(world.proxy_graph, params)
-    raw_PG = raw_rewards(model, world.train, world.pool_PGT, world.pool_lengths_PG)
-    return standard(params, raw_PG, world.pool_gold_PG)
+    raw_PG = pool_rewards(model, world.train, world.pool_PGT, world.pool_lengths_PG)
+    return standard(params, raw_PG, world.gold.pool_PG)
 
 
 def comparisons(world: World, config: WorldConfig, key: jax.Array, noise: float) -> tuple[jax.Array, ...]:
     """Two completions of each of M prompts, and which is said to be the better one, 0 or 1: gold's word, or turned."""
     which, first, second, turned = jax.random.split(key, 4)
-    M, (P, G) = config.comparisons, world.pool_gold_PG.shape
+    M, (P, G) = config.comparisons, world.gold.pool_PG.shape
     prompt_M = jax.random.randint(which, (M,), 0, P)
     first_M = jax.random.randint(first, (M,), 0, G)
     second_M = (first_M + jax.random.randint(second, (M,), 1, G)) % G
     pairs_M2 = jnp.stack([first_M, second_M], 1)
-    gold_M2 = world.pool_gold_PG[prompt_M[:, None], pairs_M2]
+    gold_M2 = world.gold.pool_PG[prompt_M[:, None], pairs_M2]
     wrong_M = jax.random.uniform(turned, (M,)) < noise
     chosen_M = (gold_M2[:, 1] > gold_M2[:, 0]) ^ wrong_M
     return pairs_M2, prompt_M, chosen_M.astype(jnp.int32)

@@ -125,7 +125,7 @@ def test_rank_length_correlation_is_spearman_s_within_groups() -> None:
 
 def test_comparisons_are_gold_s_word_turned_as_often_as_asked_and_nested() -> None:
     gold_PG = jax.random.normal(jax.random.key(0), (50, 16))
-    config, world = replace(TINY, comparisons=8000), SimpleNamespace(pool_gold_PG=gold_PG)
+    config, world = replace(TINY, comparisons=8000), SimpleNamespace(gold=SimpleNamespace(pool_PG=gold_PG))
     turned: dict[float, np.ndarray] = {}
     for noise in (0.0, 0.1, 0.3):
         pairs_M2, prompt_M, chosen_M = comparisons(world, config, jax.random.key(1), noise)  # type: ignore[arg-type]
@@ -208,7 +208,7 @@ def test_equal_rms_and_equal_norm_do_what_they_say(world: World, folder: Path) -
     for method in METHODS:
         _, tuned, _ = run(world, folder, Cell(method), (0, 1), steps=1)
         _, rms, _ = run(world, folder, Cell(method, regime="equal_rms"), (0, 1), steps=1)
-        np.testing.assert_allclose(rms["advantage_rms"], 1, atol=0.25)  # 64 completions; the pool has thousands
+        np.testing.assert_allclose(rms["advantage_rms"], 1, atol=0.5)  # 64 completions; the pool has thousands
         scales[method] = float((rms["advantage_rms"] / tuned["advantage_rms"]).mean())
     np.testing.assert_allclose(scales["gopo"], (12 / 7) ** -0.5, rtol=1e-2)  # 4 (G + 1) / (3 (G - 1)) at G = 8
     np.testing.assert_allclose(scales["grpo"], (7 / 8) ** -0.5, rtol=1e-2)  # (G - 1) / G
