@@ -86,8 +86,8 @@ def multisets(count: int, group_size: int, dtype: jax.typing.DTypeLike) -> tuple
     """Every multiset of G - 1 answers: how often each is in it, log of its orders, and which they are [W, G - 1]."""
     if not enumerable(count, group_size):
         raise ValueError(
-            f"group_size {group_size} with {count} answers: more than {MOST_NUMBERS} numbers in all groups to enumerate; "
-            f"take a smaller group or fewer answers"
+            f"group_size {group_size} with {count} answers: more than {MOST_NUMBERS} rewards in all "
+            f"groups to enumerate; take a smaller group or fewer answers"
         )
     others_WK = jnp.array(list(combinations_with_replacement(range(count), group_size - 1)), int)
     counts_WO = (others_WK[:, :, None] == jnp.arange(count)).sum(1).astype(dtype)

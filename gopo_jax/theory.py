@@ -221,7 +221,7 @@ def stationary_policies(
 
 
 def _found(problem: solver.Problem, beta: float, kl: str, several: bool) -> tuple[list[jax.Array], float]:
-    """The different policies that were found, and the smallest residual of the starts that training was followed from."""
+    """The different policies that were found, and the smallest residual where training was followed."""
     reference_O = problem.reference_O
     found: list[jax.Array] = []
     starts, errors = [], [math.inf]
