@@ -45,58 +45,50 @@ def _residual(point: jax.Array, problem: Problem, kl: str) -> jax.Array:
 
 
 @jax.jit(static_argnames="kl")
-def _newton(start: jax.Array, normal: jax.Array, problem: Problem, kl: str) -> tuple[jax.Array, jax.Array]:
+def _newton(start: jax.Array, normal: jax.Array, problem: Problem, kl: str) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Newton's iterations with halved steps in the plane through `start`, to where no step gets nearer.
 
-    Returns the point, and the largest entry of its residual.
+    Returns the point, the largest entry of its residual, and the path's direction there on the side of `normal`.
     """
 
-    def residual(point: jax.Array) -> jax.Array:
+    def residual(point: jax.Array) -> tuple[jax.Array, jax.Array]:
         off_plane = normal @ (point - start) / (1 + jnp.abs(start).max())
-        return jnp.append(_residual(point, problem, kl), off_plane)
+        now = jnp.append(_residual(point, problem, kl), off_plane)
+        return now, now
 
-    def iterate(state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        point, now, left = state
-        step = jnp.linalg.lstsq(_keep_sum(jax.jacfwd(residual)(point)), -jnp.append(now, 0))[0]
-        tried_C = point + 0.5 ** jnp.arange(12.0)[:, None] * step
-        there_C = jax.vmap(residual)(tried_C)
+    def iterate(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        point, _, _, left = state
+        slope, now = jax.jacfwd(residual, has_aux=True)(point)
+        # Logits are known up to a constant, and the residuals' slopes are dependent, with weights above 0: the sum of
+        # the logits, which is to stay, goes to each row.
+        slope = slope.at[:-1, :-1].add(1)
+        tried_C = point + 0.5 ** jnp.arange(12.0)[:, None] * jnp.linalg.solve(slope, -now)
+        there_C = jax.vmap(residual)(tried_C)[0]
         norms_C = jnp.where(jnp.isfinite(there_C).all(-1), jnp.square(there_C).sum(-1), jnp.inf)
         best = norms_C.argmin()
         better = norms_C[best] < jnp.square(now).sum()
-        return jnp.where(better, tried_C[best], point), jnp.where(better, there_C[best], now), (left - 1) * better
+        return jnp.where(better, tried_C[best], point), jnp.abs(now).max(), slope, (left - 1) * better
 
-    state = (start, residual(start), jnp.asarray(50))
-    point, last, _ = jax.lax.while_loop(lambda state: state[2] > 0, iterate, state)
-    return point, jnp.abs(last).max()
-
-
-def _keep_sum(slope: jax.Array) -> jax.Array:
-    """With a row for the sum of the logits: they are known up to a constant."""
-    return jnp.concatenate([slope, jnp.ones_like(slope[:1]).at[0, -1].set(0)])
-
-
-@jax.jit(static_argnames="kl")
-def _tangent(point: jax.Array, before: jax.Array, problem: Problem, kl: str) -> jax.Array:
-    """The path's direction of length 1, on the side of the direction before."""
-    slope = _keep_sum(jnp.append(jax.jacfwd(_residual)(point, problem, kl), before[None], axis=0))
-    direction = jnp.linalg.lstsq(slope, jnp.zeros(len(slope)).at[-2].set(1))[0]
-    return direction / jnp.linalg.norm(direction)
+    state = (start, jnp.asarray(jnp.inf), jnp.zeros((start.size, start.size)), jnp.asarray(50))
+    point, error, slope, _ = jax.lax.while_loop(lambda state: state[3] > 0, iterate, state)
+    direction = jnp.linalg.solve(slope, jnp.zeros_like(start).at[-1].set(1))
+    return point, error, direction / jnp.linalg.norm(direction)
 
 
 def continued(problem: Problem, beta: float, kl: str) -> jax.Array | None:
     """The logits at the first place with this beta on the path from the reference; None if it was not reached."""
     end, point = problem.end(beta), jnp.append(jnp.log(problem.reference_O), 0.0)
     last_axis = jnp.zeros_like(point).at[-1].set(1)
-    tangent, stride = _tangent(point, last_axis, problem, kl=kl), 1.0
+    tangent, stride = _newton(point, last_axis, problem, kl=kl)[2], 1.0
     for _ in range(MOST_STEPS):
         aim = point + stride * tangent
-        there, error = _newton(aim, tangent, problem, kl=kl)
+        there, error, direction = _newton(aim, tangent, problem, kl=kl)
         if error < TOLERANCE and jnp.linalg.norm(there - aim) < stride / 2:  # not thrown onto another branch
             if there[-1] < end:
-                point, tangent, stride = there, _tangent(there, tangent, problem, kl=kl), 2 * stride
+                point, tangent, stride = there, direction, 2 * stride
                 continue
             aim = (point + (end - point[-1]) / (there[-1] - point[-1]) * (there - point)).at[-1].set(end)
-            there, error = _newton(aim, last_axis, problem, kl=kl)
+            there, error, _ = _newton(aim, last_axis, problem, kl=kl)
             if error < TOLERANCE and jnp.linalg.norm(there - aim) < stride:
                 return there[:-1]
         stride /= 4
@@ -126,5 +118,5 @@ def followed(problem: Problem, start_O: jax.Array, beta: float, kl: str) -> tupl
     """The logits where training from a start leads, made exact by Newton, and the largest entry of their residual."""
     logits_O = _flow(jnp.log(start_O), problem, jnp.asarray(beta, float), kl=kl)
     point = jnp.append(logits_O, problem.end(beta))
-    point, error = _newton(point, jnp.zeros_like(point).at[-1].set(1), problem, kl=kl)
+    point, error, _ = _newton(point, jnp.zeros_like(point).at[-1].set(1), problem, kl=kl)
     return point[:-1], float(error)
