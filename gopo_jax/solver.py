@@ -16,6 +16,9 @@ TOLERANCE = 1e-12  # of the residual, which is relative to the size of what is s
 MOST_STEPS = 400  # along the path
 
 
+State = tuple[jax.Array, jax.Array, jax.Array, jax.Array]  # of Newton: point, error, slope, iterations left
+
+
 class Problem(NamedTuple):
     """What is solved. A point of the path is [O + 1]: the logits, and 1/beta in units of the advantage's size."""
 
@@ -56,7 +59,7 @@ def _newton(start: jax.Array, normal: jax.Array, problem: Problem, kl: str) -> t
         now = jnp.append(_residual(point, problem, kl), off_plane)
         return now, now
 
-    def iterate(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def iterate(state: State) -> State:
         point, _, _, left = state
         slope, now = jax.jacfwd(residual, has_aux=True)(point)
         # Logits are known up to a constant, and the residuals' slopes are dependent, with weights above 0: the sum of
