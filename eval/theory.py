@@ -11,7 +11,7 @@ Everything is float64 and starts from the reference; the same settings write the
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,7 +26,7 @@ from eval.tables import NONE, Sheet
 from eval.tabular import Problem, trained_exactly, training
 from eval.texts import check_out, write_json
 from eval.theory_plots import pictures
-from gopo_jax.games import MOST_GROUPS, Name
+from gopo_jax.games import Name, enumerable
 from gopo_jax.theory import expected_advantage, expected_gradient, rlhf_policy, stationary_policy
 from train.metrics import SetupError, console, setup_errors, write_whole
 from train.parse import parse, take
@@ -69,20 +69,30 @@ class TheoryConfig:
             raise ValueError(f"reference: expected positive probabilities that add up to 1, got {self.reference}")
         if not all(map(math.isfinite, self.rewards)) or self.rewards.count(max(self.rewards)) != 1:
             raise ValueError(f"rewards: expected finite numbers with one highest, got {self.rewards}")
-        for name, values in (("beta", [*self.beta, self.at_beta, self.penalty_beta]), ("noise", self.noise)):
-            if not getattr(self, name) or not all(0 <= v < math.inf and (v or name == "noise") for v in values):
+        for name in ("beta", "noise", "group_sizes", "sizes"):
+            if not getattr(self, name):
+                raise ValueError(f"{name}: expected at least one number, got []")
+        for name, values in (("beta", self.beta), ("at_beta", [self.at_beta]), ("penalty_beta", [self.penalty_beta])):
+            if not all(0 < value < math.inf for value in values):
+                raise ValueError(f"{name}: expected numbers above 0, got {listed(values)}")
+        if not all(0 <= value < math.inf for value in self.noise):
+            raise ValueError(f"noise: expected numbers of at least 0, got {listed(self.noise)}")
+        sizes = {"group_sizes": self.group_sizes, "sizes": self.sizes, "at_group_size": [self.at_group_size]}
+        for name, size in ((name, size) for name, given in sizes.items() for size in given):
+            if size < 2 or not enumerable(count, size):
                 raise ValueError(
-                    f"{name}: expected numbers {'of at least' if name == 'noise' else 'above'} 0, got {values}"
+                    f"{name}: expected whole numbers from 2 for which {count} answers have few enough groups to "
+                    f"enumerate, got {size}"
                 )
-        for size in (*self.group_sizes, *self.sizes, self.at_group_size) if self.group_sizes and self.sizes else (0,):
-            if size < 2 or groups_of(count, size) > MOST_GROUPS:
-                raise ValueError(
-                    f"group_sizes, sizes, at_group_size: expected whole numbers from 2 for which {count} answers make "
-                    f"at most {MOST_GROUPS} groups to enumerate, got {size}"
-                )
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed: expected a number from 0 to below 2**63, got {self.seed}")
         for name, least in (("groups", 1), ("steps", 2), ("exact_steps", 1), ("points", 2), ("problems", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+
+
+def listed(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:g}" for value in values)
 
 
 class Case(NamedTuple):
@@ -117,9 +127,13 @@ def theory(config: TheoryConfig) -> dict[str, Any]:
         todo = cases(config)
         work = bar.add_task("theory", total=len(todo) + 2 * config.points + len(config.sizes) + config.problems)
         result: dict[str, Any] = {"settings": asdict(config) | {"out": None}}
-        result |= trainings(config, todo, lambda: bar.advance(work))
-        result["curves"] = curves(config, result["rows"], lambda: bar.advance(work))
-        result["gradients"] = gradients(config, lambda: bar.advance(work))
+        known = {case: predicted(config, case) for case in todo}  # first: where there is none, nothing is trained
+        lines = curves(config, lambda: bar.advance(work))
+        slopes = gradients(config, lambda: bar.advance(work))
+        result |= trainings(config, known, lambda: bar.advance(work))
+        for axis, curve in lines.items():
+            curve["dots"] = dots(config, result["rows"], axis, list(curve["lines"]))
+        result |= {"curves": lines, "gradients": slopes}
         bar.update(work, completed=bar.tasks[0].total)
     write_json(str(out / "theory.json"), result)
     write_whole(out / "theory.csv", table(result["rows"], whole=True).csv())
@@ -157,22 +171,23 @@ def cases(config: TheoryConfig) -> list[Case]:
     return list(dict.fromkeys(found))
 
 
-def trainings(config: TheoryConfig, todo: Sequence[Case], done: Callable[[], None]) -> dict[str, Any]:
-    """A row for each case, and GOPO's trainings with every estimator of the penalty."""
+def trainings(config: TheoryConfig, known: Mapping[Case, np.ndarray], done: Callable[[], None]) -> dict[str, Any]:
+    """A row for each case, of which the prediction is known, and GOPO's trainings with every estimator."""
     best = int(np.argmax(config.rewards))
     rows, paths = [], {}
     shown = np.unique(np.geomspace(1, config.steps, STEPS_SHOWN).astype(int)) - 1
-    for i, case in enumerate(todo):
+    for i, case in enumerate(known):
         key = jax.random.fold_in(jax.random.key(config.seed), i)
         policies_NO = np.asarray(sampled(config, case, key))
-        ends = {"predicted": predicted(config, case), "exact": exact(config, case)}
+        ends = {"predicted": known[case], "exact": exact(config, case)}
         ends["sampled"] = policies_NO[config.steps // 2 :].mean(0)
         rows.append(row(case, ends, best))
         if case == penalty_case(config, case.kl):
             paths[case.kl] = policies_NO[shown, best].tolist()
         done()
     penalties = {"beta": config.penalty_beta, "steps": (shown + 1).tolist(), "paths": paths}
-    penalties["fixed"] = {kl: predicted(config, penalty_case(config, kl))[best].item() for kl in ("k3", "k2")}
+    fixed = {kl: known.get(penalty_case(config, kl)) for kl in ("k3", "k2")}
+    penalties["fixed"] = {kl: policy_O[best].item() for kl, policy_O in fixed.items() if policy_O is not None}
     return {"rows": rows, "best": best, "penalties": penalties}
 
 
@@ -235,8 +250,8 @@ def options(case: Case) -> dict[str, Any]:
     return {"advantage": case.advantage, "group_size": case.group_size, "kl": kl, "learning_rate": rate}
 
 
-def curves(config: TheoryConfig, rows: Sequence[dict[str, Any]], done: Callable[[], None]) -> dict[str, Any]:
-    """For each picture its x, the best answer's predicted probability of each method there, and the sampled dots."""
+def curves(config: TheoryConfig, done: Callable[[], None]) -> dict[str, Any]:
+    """For each picture its x, and the best answer's predicted probability of each method there."""
     best, G, beta = int(np.argmax(config.rewards)), config.at_group_size, config.at_beta
     most_noise = max(config.noise) or 1.0
     axes: dict[str, list[float]] = {
@@ -261,7 +276,7 @@ def curves(config: TheoryConfig, rows: Sequence[dict[str, Any]], done: Callable[
             for name, policy_O in policies.items():
                 lines.setdefault(name, []).append(float(policy_O[best]))
             done()
-        found[axis] = {"x": points, "lines": lines, "dots": dots(config, rows, axis, list(lines))}
+        found[axis] = {"x": points, "lines": lines}
     return found
 
 
@@ -317,10 +332,6 @@ def ratios(policy_O: jax.Array, rewards_O: jax.Array, sizes: Sequence[int]) -> l
 
     gopo = norm("gopo", 2)  # at every G
     return [gopo / norm("grpo", size) for size in sizes]
-
-
-def groups_of(count: int, size: int) -> int:
-    return count * math.comb(count + size - 2, size - 1)
 
 
 def size_text(size: float) -> str:

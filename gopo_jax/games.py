@@ -2,7 +2,7 @@
 
 import math
 from itertools import combinations_with_replacement
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, SupportsFloat
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from gopo_jax import checks
 from gopo_jax.advantages import ADVANTAGES
 
 NAMES = ("gopo", "grpo", "dr_grpo", "rloo")
-MOST_GROUPS = 2_000_000  # answers times multisets that are enumerated
+MOST_NUMBERS = 20_000_000  # in an array of all groups that are enumerated
 Name = Literal["gopo", "grpo", "dr_grpo", "rloo"]
 
 
@@ -30,13 +30,12 @@ class Game(NamedTuple):
     epsilon: float
     noise: float = 0.0
 
-    def expected(self, policy_O: jax.Array) -> jax.Array:
+    def expected(self, policy_O: jax.Array, logs_O: jax.Array | None = None) -> jax.Array:
+        """P [O]; with the policy's logarithms given too it has a derivative in them where probabilities underflow."""
         if self.table_OW is None:
             return standardized(self.rewards_O, policy_O, self.epsilon, self.noise)
-        return self.table_OW @ self.chances(policy_O)
-
-    def chances(self, policy_O: jax.Array) -> jax.Array:
-        return jnp.exp(self.log_ways_W + xlogy(self.counts_WO, policy_O).sum(-1))
+        logs_W = xlogy(self.counts_WO, policy_O).sum(-1) if logs_O is None else (self.counts_WO * logs_O).sum(-1)
+        return self.table_OW @ jnp.exp(self.log_ways_W + logs_W)
 
 
 def make_game(
@@ -50,11 +49,10 @@ def make_game(
     dtype: jax.typing.DTypeLike,
     noise: float = 0.0,
 ) -> Game:
-    check_size(advantage, group_size)
+    group_size = check_size(advantage, group_size)
     checks.one_of("ddof", ddof, (0, 1))
-    if not epsilon >= 0:
-        raise ValueError(f"epsilon: expected at least 0, got {epsilon}")
-    check_noise(noise, epsilon, advantage, preference_OO is not None)
+    epsilon = check_epsilon(epsilon)
+    noise = check_noise(noise, epsilon, advantage, preference_OO is not None)
     if (rewards_O is None) == (preference_OO is None):
         raise ValueError(
             "expected one of rewards_O and preference_OO, got " + ("none" if rewards_O is None else "both")
@@ -86,15 +84,19 @@ def make_game(
 
 def multisets(count: int, group_size: int, dtype: jax.typing.DTypeLike) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Every multiset of G - 1 answers: how often each is in it, log of its orders, and which they are [W, G - 1]."""
-    ways = math.comb(count + group_size - 2, group_size - 1)
-    if ways * count > MOST_GROUPS:
+    if not enumerable(count, group_size):
         raise ValueError(
-            f"group_size {group_size} with {count} answers: {ways * count} groups to enumerate, expected at most "
-            f"{MOST_GROUPS}; take a smaller group or fewer answers"
+            f"group_size {group_size} with {count} answers: more than {MOST_NUMBERS} rewards in all "
+            f"groups to enumerate; take a smaller group or fewer answers"
         )
     others_WK = jnp.array(list(combinations_with_replacement(range(count), group_size - 1)), int)
     counts_WO = (others_WK[:, :, None] == jnp.arange(count)).sum(1).astype(dtype)
     return counts_WO, gammaln(jnp.asarray(group_size, dtype)) - gammaln(counts_WO + 1).sum(-1), others_WK
+
+
+def enumerable(count: int, group_size: int) -> bool:
+    """Whether an array [O, W, G] of all groups is small enough."""
+    return count * group_size * math.comb(count + group_size - 2, group_size - 1) <= MOST_NUMBERS
 
 
 @jax.jit(static_argnames=("advantage", "ddof"))
@@ -103,9 +105,9 @@ def advantages(rewards_O: jax.Array, others_WK: jax.Array, advantage: str, ddof:
     groups_OWG = grouped(rewards_O, others_WK)
     if advantage != "grpo":
         return ADVANTAGES[advantage](groups_OWG)[..., 0]
-    size, apart_OWG = groups_OWG.shape[-1], from_mean(groups_OWG)
-    spread_OW = jnp.sqrt(jnp.square(apart_OWG).sum(-1) / (size - ddof)) + epsilon
-    return jnp.where(spread_OW > 0, apart_OWG[..., 0] / jnp.where(spread_OW > 0, spread_OW, 1), 0)
+    unit_OWG, largest_OW = scaled(from_mean(groups_OWG))
+    spread_OW = jnp.sqrt(jnp.square(unit_OWG).sum(-1) / (groups_OWG.shape[-1] - ddof)) + epsilon / largest_OW
+    return jnp.where(spread_OW > 0, unit_OWG[..., 0] / jnp.where(spread_OW > 0, spread_OW, 1), 0)
 
 
 def grouped(rewards_O: jax.Array, others_WK: jax.Array) -> jax.Array:
@@ -121,10 +123,18 @@ def from_mean(groups_OWG: jax.Array) -> jax.Array:
     return shifted_OWG - shifted_OWG.mean(-1, keepdims=True)
 
 
+def scaled(apart_OWG: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Over the largest distance of the group, and that (1 if it is 0): squares of what is left have no overflow."""
+    largest_OW = jnp.abs(apart_OWG).max(-1)
+    largest_OW = jnp.where(largest_OW > 0, largest_OW, 1)
+    return apart_OWG / largest_OW[..., None], largest_OW
+
+
 @jax.jit
 def lengths(rewards_O: jax.Array, others_WK: jax.Array) -> jax.Array:
     """[O, W] the length of a group's rewards as a vector from their mean."""
-    return jnp.sqrt(jnp.square(from_mean(grouped(rewards_O, others_WK))).sum(-1))
+    unit_OWG, largest_OW = scaled(from_mean(grouped(rewards_O, others_WK)))
+    return largest_OW * jnp.sqrt(jnp.square(unit_OWG).sum(-1))
 
 
 @jax.jit(static_argnames="dimensions")
@@ -154,10 +164,13 @@ def aligned(length: jax.Array, dimensions: int) -> jax.Array:
 
 
 def standardized(rewards_O: jax.Array, policy_O: jax.Array, epsilon: float, noise: float) -> jax.Array:
-    apart_O = rewards_O - policy_O @ rewards_O
-    variance = policy_O @ jnp.square(apart_O) + noise**2
-    spread = jnp.sqrt(jnp.where(variance > 0, variance, 1))
-    return jnp.where(variance > 0, apart_O / (spread + epsilon), 0)
+    shifted_O = rewards_O - rewards_O.max()  # so that equal rewards differ from their mean by 0
+    apart_O = shifted_O - policy_O @ shifted_O
+    largest = jax.lax.stop_gradient(jnp.where(policy_O > 0, jnp.abs(apart_O), 0).max())  # the result is free of it
+    largest = jnp.where(largest > 0, largest, 1)
+    variance = policy_O @ jnp.square(apart_O / largest)
+    spread = jnp.hypot(jnp.sqrt(jnp.where(variance > 0, variance, 1)), noise / largest)
+    return jnp.where(variance > 0, apart_O / largest / (spread + epsilon / largest), 0)
 
 
 def distribution(name: str, value: jax.typing.ArrayLike) -> jax.Array:
@@ -167,11 +180,11 @@ def distribution(name: str, value: jax.typing.ArrayLike) -> jax.Array:
         raise ValueError(f"{name}: expected [O] probabilities, got shape {array.shape}")
     if not (bool((array >= 0).all()) and abs(float(array.sum()) - 1) < tolerance):
         raise ValueError(f"{name}: expected probabilities that add up to 1, got {array}, whose sum is {array.sum()}")
-    return array
+    return array / array.sum()
 
 
 def finite_rewards(rewards_O: jax.typing.ArrayLike | None, like_O: jax.Array) -> jax.Array:
-    array = jnp.asarray(rewards_O, like_O.dtype)
+    array = array_of("rewards_O", rewards_O, like_O.dtype)
     checks.same_shape("rewards_O", array, "policy_O", like_O)
     if not bool(jnp.isfinite(array).all()):
         raise ValueError(f"rewards_O: expected finite numbers, got {array}")
@@ -179,7 +192,7 @@ def finite_rewards(rewards_O: jax.typing.ArrayLike | None, like_O: jax.Array) ->
 
 
 def preference(preference_OO: jax.typing.ArrayLike, count: int, dtype: jax.typing.DTypeLike) -> jax.Array:
-    array = jnp.asarray(preference_OO, dtype)
+    array = array_of("preference_OO", preference_OO, dtype)
     if array.shape != (count, count):
         raise ValueError(f"preference_OO: expected shape {(count, count)}, got {array.shape}")
     pairs = ~jnp.eye(count, dtype=bool)
@@ -188,18 +201,42 @@ def preference(preference_OO: jax.typing.ArrayLike, count: int, dtype: jax.typin
     return jnp.where(pairs, array, 0)
 
 
-def check_size(advantage: str, group_size: float, finite: bool = False) -> None:
+def array_of(name: str, value: jax.typing.ArrayLike | None, dtype: jax.typing.DTypeLike) -> jax.Array:
+    try:
+        return jnp.asarray(value, dtype)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: expected an array of numbers, got {value!r}") from error
+
+
+def number(name: str, value: object) -> float:
+    if isinstance(value, SupportsFloat) and getattr(value, "shape", ()) == ():
+        return float(value)
+    raise ValueError(f"{name}: expected a number, got {value!r}")
+
+
+def check_size(advantage: str, group_size: float, finite: bool = False) -> float:
     checks.one_of("advantage", advantage, NAMES)
+    group_size = number("group_size", group_size)
     if not group_size >= 2 or (math.isfinite(group_size) and group_size != int(group_size)):
         raise ValueError(f"group_size: expected a whole number of at least 2, or infinity, got {group_size}")
     if finite and math.isinf(group_size):
         raise ValueError("group_size: expected a finite group here")
+    return group_size
 
 
-def check_noise(noise: float, epsilon: float, advantage: str, preferred: bool) -> None:
+def check_epsilon(epsilon: float) -> float:
+    epsilon = number("epsilon", epsilon)
+    if not epsilon >= 0:
+        raise ValueError(f"epsilon: expected at least 0, got {epsilon}")
+    return epsilon
+
+
+def check_noise(noise: float, epsilon: float, advantage: str, preferred: bool) -> float:
+    noise = number("noise", noise)
     if not 0 <= noise < math.inf:
         raise ValueError(f"noise: expected a standard deviation of at least 0, got {noise}")
     if noise and preferred:
         raise ValueError("noise: expected rewards_O with it; a preference_OO has its own ties and upsets")
     if noise and epsilon and advantage == "grpo":
         raise ValueError(f"epsilon: expected 0 with noise, of which the expectation is known, got {epsilon}")
+    return noise

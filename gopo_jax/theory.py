@@ -22,8 +22,19 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from gopo_jax import checks
-from gopo_jax.games import Game, Name, advantages, check_size, distribution, finite_rewards, make_game, multisets
+from gopo_jax import checks, solver
+from gopo_jax.games import (
+    Game,
+    Name,
+    advantages,
+    check_epsilon,
+    check_size,
+    distribution,
+    finite_rewards,
+    make_game,
+    multisets,
+    number,
+)
 
 
 def expected_advantage(
@@ -86,9 +97,11 @@ def second_moment(
     Args, Raises: as `expected_advantage`.
     """
     policy_O = distribution("policy_O", policy_O)
-    check_size(advantage, group_size, finite=True)
+    group_size = int(check_size(advantage, group_size, finite=True))
+    checks.one_of("ddof", ddof, (0, 1))
+    epsilon = check_epsilon(epsilon)
     rewards_O = finite_rewards(rewards_O, policy_O)
-    counts_WO, log_ways_W, others_WK = multisets(policy_O.size, int(group_size), policy_O.dtype)
+    counts_WO, log_ways_W, others_WK = multisets(policy_O.size, group_size, policy_O.dtype)
     table_OW = advantages(rewards_O, others_WK, advantage, ddof, epsilon)
     game = Game(jnp.square(table_OW), counts_WO, log_ways_W, rewards_O, epsilon)
     return policy_O @ game.expected(policy_O)
@@ -128,7 +141,7 @@ def stationary_policy(
     with P the expected advantage under pi itself. One exists for every beta > 0 where P is continuous (Brouwer), which
     leaves out grpo with an infinite group: with direct KL its P grows without bound as one answer takes over, and for
     small beta nothing holds the policy back. It is unique for gopo, whose P is that of a skew-symmetric game and whose
-    penalty is strictly concave, and for dr_grpo and rloo, whose P is the gradient of a linear function; for grpo
+    penalty is strictly convex, and for dr_grpo and rloo, whose P is the gradient of a linear function; for grpo
     several starts are tried, and a warning says so if they end in more than one.
 
     Args:
@@ -137,11 +150,12 @@ def stationary_policy(
       rewards_O, advantage, group_size, ddof, epsilon, preference_OO, noise: as `expected_advantage`.
 
     Returns:
-      [O] probabilities; of several found, the one that is reached from the reference.
+      [O] probabilities in the reference's dtype, solved in float64 whatever that is; of several found, the one that
+      is reached from the reference as beta falls from infinity.
 
     Raises:
       ValueError: as `expected_advantage`; beta <= 0; a reference with zeros.
-      RuntimeError: no start converged; never a policy that is not stationary.
+      RuntimeError: none was found, with the smallest residual; never a policy that is not stationary.
     """
     found = stationary_policies(
         reference_O,
@@ -188,31 +202,43 @@ def stationary_policies(
             "reference_O: expected positive probabilities; leave out answers that the reference never gives"
         )
     checks.one_of("kl", kl, ("k3", "direct"))
-    if not beta > 0:
-        raise ValueError(
-            f"beta: expected a positive number, got {beta}; without a penalty every policy that gives one answer alone "
-            f"is stationary, and there is nothing to choose between them"
-        )
-    count = reference_O.size
-    options = (advantage, group_size, ddof, epsilon, reference_O.dtype, noise)
-    game = make_game(count, rewards_O, preference_OO, *options)
-    starts = [reference_O]
-    if advantage == "grpo" and count > 1:
-        near = 0.9 * jnp.eye(count, dtype=reference_O.dtype) + 0.1 / count
-        starts += [jnp.full_like(reference_O, 1 / count), *near]
-    found: list[jax.Array] = []
-    for i, start in enumerate(starts):
-        solution = _continued(game, reference_O, beta, kl) if i == 0 else None
-        if solution is None:
-            solution = _followed(game, start, reference_O, beta, kl)
-        if solution is not None and not any(float(jnp.abs(solution - other).max()) < 1e-6 for other in found):
-            found.append(solution)
+    beta = positive_beta(beta)
+    dtype = reference_O.dtype
+    with jax.enable_x64(True):
+        options = (advantage, group_size, ddof, epsilon, jnp.float64, noise)
+        game = make_game(reference_O.size, rewards_O, preference_OO, *options)
+        exact_O = reference_O.astype(jnp.float64)
+        problem = solver.problem_of(game, exact_O / exact_O.sum())
+        found, best = _found(problem, beta, kl, several=advantage == "grpo")
     if not found:
         raise RuntimeError(
-            f"no stationary policy found for beta {beta}, advantage {advantage}, group_size {group_size}: none of "
-            f"{len(starts)} starts converged; is float64 on (jax_enable_x64)? Is beta very small?"
+            f"no stationary policy found for beta {beta}, advantage {advantage}, group_size {group_size}, kl {kl}: the "
+            f"best start left a residual of {best:.1e}, expected below {solver.TOLERANCE}, in float64 (reference_O: "
+            f"{dtype}, smallest entry {float(reference_O.min()):.1e}). Grpo with an infinite group and direct KL has "
+            f"none at a small beta; elsewhere take a larger beta or leave out the rarest answers"
         )
-    return found
+    return [policy_O.astype(dtype) for policy_O in found]
+
+
+def _found(problem: solver.Problem, beta: float, kl: str, several: bool) -> tuple[list[jax.Array], float]:
+    """The different policies that were found, and the smallest residual where training was followed."""
+    reference_O = problem.reference_O
+    found: list[jax.Array] = []
+    starts, errors = [], [math.inf]
+    logits_O = solver.continued(problem, beta, kl)
+    if logits_O is None:
+        starts.append(reference_O)
+    else:
+        found.append(jax.nn.softmax(logits_O))
+    if several and (count := reference_O.size) > 1:
+        starts += [jnp.full_like(reference_O, 1 / count), *(0.9 * jnp.eye(count) + 0.1 / count)]
+    for start_O in starts:
+        logits_O, error = solver.followed(problem, start_O, beta, kl)
+        policy_O = jax.nn.softmax(logits_O)
+        if error < solver.TOLERANCE and all(float(jnp.abs(policy_O - other_O).max()) >= 1e-6 for other_O in found):
+            found.append(policy_O)
+        errors.append(error)
+    return found, min(errors)
 
 
 def binary_gopo_policy(reference: float, margin: float, beta: float) -> float:
@@ -221,8 +247,14 @@ def binary_gopo_policy(reference: float, margin: float, beta: float) -> float:
         (2 gamma / beta) x^2 + (1 - 2 gamma / beta) x - p = 0,   gamma = Pr[a beats b] - Pr[b beats a]
 
     Args:
-      reference: p, the reference's probability of a.  margin: gamma, in [-1, 1].
+      reference: p, the reference's probability of a, in (0, 1).  margin: gamma, in [-1, 1].  beta: above 0.
+
+    Raises:
+      ValueError: outside of these.
     """
+    reference, beta, margin = probability(reference), positive_beta(beta), number("margin", margin)
+    if not -1 <= margin <= 1:
+        raise ValueError(f"margin: expected a number from -1 to 1, got {margin}")
     a, c = 2 * margin / beta, -reference
     b = 1 - a
     if a == 0:
@@ -236,8 +268,12 @@ def binary_grpo_policy(reference: float, beta: float) -> float:
         x = (1 + 2 beta^2 p + sqrt(1 + 4 beta^2 p (1 - p))) / (2 (1 + beta^2))
 
     The rewards are one number for each answer; by how much they differ does not matter.
+
+    Raises:
+      ValueError: a reference outside (0, 1), beta <= 0.
     """
-    square, p = beta * beta, reference
+    p, beta = probability(reference), positive_beta(beta)
+    square = beta * beta
     return (1 + 2 * square * p + math.sqrt(1 + 4 * square * p * (1 - p))) / (2 * (1 + square))
 
 
@@ -246,84 +282,27 @@ def rlhf_policy(reference_O: jax.typing.ArrayLike, rewards_O: jax.typing.ArrayLi
 
     Without scaling and with direct KL it is also stationary: for rloo with this beta, for dr_grpo with
     beta (1 - 1/G) in its place.
+
+    Raises:
+      ValueError: not a distribution, rewards of another shape, beta <= 0.
     """
     reference_O = distribution("reference_O", reference_O)
+    beta = positive_beta(beta)
     return jax.nn.softmax(jnp.log(reference_O) + finite_rewards(rewards_O, reference_O) / beta)
 
 
-def _residual(
-    logits_O: jax.Array, game: Game, reference_O: jax.Array, beta: jax.Array, strength: jax.Array, kl: str
-) -> jax.Array:
-    """What is zero at a stationary policy, relative to the reference; `strength` multiplies the advantage."""
-    policy_O = jax.nn.softmax(logits_O)
-    advantage_O = strength * game.expected(policy_O)
-    advantage_O -= policy_O @ advantage_O
-    if kl == "k3":
-        return (policy_O * (1 - advantage_O / beta)) / reference_O - 1
-    target_O = jax.nn.log_softmax(jnp.log(reference_O) + advantage_O / beta)
-    return jax.nn.log_softmax(logits_O) - target_O
+def positive_beta(beta: float) -> float:
+    beta = number("beta", beta)
+    if not 0 < beta < math.inf:
+        raise ValueError(
+            f"beta: expected a positive number, got {beta}; without a penalty every policy that gives one answer alone "
+            f"is stationary, and there is nothing to choose between them"
+        )
+    return beta
 
 
-@jax.jit(static_argnames="kl")
-def _newton(
-    logits_O: jax.Array, game: Game, reference_O: jax.Array, beta: jax.Array, strength: jax.Array, kl: str
-) -> tuple[jax.Array, jax.Array]:
-    """Newton's iterations with halved steps; the logits, and the largest entry of the residual."""
-
-    def residual(logits_O: jax.Array) -> jax.Array:
-        return _residual(logits_O, game, reference_O, beta, strength, kl)
-
-    def iterate(_: int, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        logits_O, now_O = state
-        slope_OO = jax.jacfwd(residual)(logits_O)
-        # Logits are known up to a constant, and k3's residuals weighted by the reference add up to 0: least squares.
-        step_O = jnp.linalg.lstsq(slope_OO, -now_O)[0]
-        sizes_C = 0.5 ** jnp.arange(12.0, dtype=logits_O.dtype)
-        tried_CO = logits_O + sizes_C[:, None] * step_O
-        there_CO = jax.vmap(residual)(tried_CO)
-        norms_C = jnp.where(jnp.isfinite(there_CO).all(-1), jnp.square(there_CO).sum(-1), jnp.inf)
-        best = norms_C.argmin()
-        better = norms_C[best] < jnp.square(now_O).sum()
-        return jnp.where(better, tried_CO[best], logits_O), jnp.where(better, there_CO[best], now_O)
-
-    logits_O, last_O = jax.lax.fori_loop(0, 30, iterate, (logits_O, residual(logits_O)))
-    return logits_O - jax.nn.logsumexp(logits_O), jnp.abs(last_O).max()
-
-
-def _continued(game: Game, reference_O: jax.Array, beta: float, kl: str) -> jax.Array | None:
-    """From the reference, which is stationary without an advantage, along growing strengths of the advantage to 1."""
-    logits_O, reached, stride = jnp.log(reference_O), 0.0, 1.0
-    tolerance = 1e-12 if reference_O.dtype == jnp.float64 else 1e-5
-    while reached < 1:
-        strength = min(1.0, reached + stride)
-        given = (game, reference_O, jnp.asarray(beta, reference_O.dtype), jnp.asarray(strength, reference_O.dtype))
-        tried_O, error = _newton(logits_O, *given, kl=kl)
-        if error < tolerance and bool(jnp.abs(tried_O - logits_O).max() < 3):  # 3: not thrown onto another branch
-            logits_O, reached, stride = tried_O, strength, 2 * stride
-        elif (stride := stride / 4) < 1e-5:
-            return None
-    return jnp.exp(logits_O)
-
-
-@jax.jit(static_argnames="kl")
-def _flow(logits_O: jax.Array, game: Game, reference_O: jax.Array, beta: jax.Array, kl: str) -> jax.Array:
-    """The logits after a long gradient flow of training itself, in small Euler steps."""
-
-    def step(_: int, logits_O: jax.Array) -> jax.Array:
-        policy_O = jax.nn.softmax(logits_O)
-        force_O = policy_O * game.expected(policy_O)
-        if kl == "k3":
-            force_O += beta * (reference_O - policy_O)
-        else:
-            force_O -= beta * policy_O * (jnp.log(policy_O) - jnp.log(reference_O))
-        return logits_O + (force_O - policy_O * force_O.sum()) / (1 + beta)
-
-    return jax.lax.fori_loop(0, 20_000, step, logits_O)
-
-
-def _followed(game: Game, start_O: jax.Array, reference_O: jax.Array, beta: float, kl: str) -> jax.Array | None:
-    """Where training from a start leads, made exact by Newton."""
-    size = jnp.asarray(beta, reference_O.dtype)
-    logits_O = _flow(jnp.log(start_O), game, reference_O, size, kl=kl)
-    logits_O, error = _newton(logits_O, game, reference_O, size, jnp.ones_like(size), kl=kl)
-    return jnp.exp(logits_O) if error < (1e-12 if reference_O.dtype == jnp.float64 else 1e-5) else None
+def probability(reference: float) -> float:
+    reference = number("reference", reference)
+    if not 0 < reference < 1:
+        raise ValueError(f"reference: expected a probability between 0 and 1, got {reference}")
+    return reference

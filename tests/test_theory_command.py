@@ -17,6 +17,7 @@ from eval.theory import Case, cases, parse_theory, theory
 from gopo_jax import games
 from gopo_jax.advantages import gopo_advantages, grpo_advantages
 from gopo_jax.theory import expected_advantage, rlhf_policy, stationary_policy
+from train.metrics import SetupError
 
 REFERENCE_O, REWARDS_O = (0.5, 0.3, 0.15, 0.05), (0.0, 1.0, 0.2, 3.0)
 TINY = (
@@ -42,7 +43,12 @@ def files(folder: Path) -> dict[str, bytes]:
         ("--beta", "expected a value behind it"),
         ("--beta 0.1,0", "above 0"),
         ("--beta 0.1,x", "beta"),
-        ("--at_beta 0", "above 0"),
+        ("--at_beta 0", "at_beta: expected numbers above 0, got 0"),
+        ("--beta []", "beta: expected at least one number"),
+        ("--sizes []", "sizes: expected at least one number"),
+        ("--at_group_size 1", "at_group_size: expected"),
+        ("--seed -1", "seed: expected"),
+        ("--seed 9223372036854775808", "seed: expected"),
         ("--noise -1", "at least 0"),
         ("--group_sizes 2,1", "from 2"),
         ("--sizes 3,100000", "groups to enumerate"),
@@ -66,6 +72,19 @@ def test_a_file_where_the_directory_should_be_is_refused(tmp_path: Path, capsys:
     (tmp_path / "out").write_text("")
     assert main(["theory", "--out", str(tmp_path / "out")]) == 2
     assert "is a file; expected a directory" in capsys.readouterr().err
+
+
+def test_without_a_prediction_nothing_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*given: Any) -> Any:
+        raise AssertionError("trained")
+
+    def unsolved(*given: Any, **more: Any) -> Any:
+        raise RuntimeError("no stationary policy found")
+
+    monkeypatch.setattr(command, "trainings", never)
+    monkeypatch.setattr(command, "stationary_policy", unsolved)
+    with pytest.raises(SetupError, match="no stationary policy"):
+        theory(parse_theory(["--out", str(tmp_path), *TINY.split()]))
 
 
 def test_every_case_is_trained_once_and_each_picture_has_its_dots() -> None:
