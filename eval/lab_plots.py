@@ -2,6 +2,7 @@
 over seeds. Whatever part of the grid is missing is left out, and what is left out is said."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -9,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
-from eval.lab_cells import DISTORTIONS, METHODS, NOISES, REGIMES, Cell
+from eval.lab_cells import DISTORTIONS, METHODS, NOISES, PARTS, REGIMES, Cell
 from eval.lab_results import BASELINE, CurvePoint, Estimate, SeedRow, Tables, by_cell, estimate, place_of, situation
 from eval.lab_tables import situation_text
 from eval.plots import DASHES, MARKERS, MUTED, SERIES, Picture, Studio, over_steps
@@ -18,6 +19,7 @@ SHOWN_NOISES = (NOISES[0], NOISES[-1])
 USUAL = Cell("")
 PANEL = (4.4, 2.9)  # inches
 BANDS, BARS = "Bands: 95 % intervals over seeds", "Bars: 95 % intervals over seeds"
+ENDS = "Bars at the ends: 95 % intervals over seeds"
 Cells = Mapping[Cell, Sequence[SeedRow]]
 
 
@@ -69,8 +71,14 @@ def legend(of: Axes, panels_RC: np.ndarray) -> None:
 
 
 def curves(studio: Studio, points: Sequence[CurvePoint], against: Literal["steps", "kl"]) -> Picture | str:
-    """Proxy and gold reward of the methods, a column for each noise."""
+    """Proxy and gold reward of the methods, a column for each noise.
+
+    Against KL at one learning rate for all, where there are such cells: a larger one alone has more KL.
+    """
     usual = [point for point in points if situation(point.cell) == usual_with(point.noise)]
+    at_one_rate = [p for p in points if situation(p.cell) == replace(usual_with(p.noise), regime="equal_rms")]
+    if against == "kl" and at_one_rate:
+        usual = at_one_rate
     noises = [noise for noise in SHOWN_NOISES if any(point.noise == noise for point in usual)]
     what = "against steps" if against == "steps" else "against KL"
     if not noises:
@@ -96,11 +104,14 @@ def curves(studio: Studio, points: Sequence[CurvePoint], against: Literal["steps
 
     caption = (
         "Above the reward that is trained on, below the gold reward that is kept from training, in standard deviations "
-        f"of the start. {interval_text(BANDS, usual)}"
+        f"of the start. {interval_text(BANDS if against == 'steps' else ENDS, usual)}"
     )
+    if against == "kl" and at_one_rate:
+        caption += " Regime equal_rms: one learning rate, one size of advantages."
     if against == "kl":
         caption += " Where gold falls while proxy rises, the proxy is over-optimised (after Gao et al.)."
-    caption += missing_text(noise=(SHOWN_NOISES, noises), methods=(METHODS, methods_of(usual)))
+    wanted = [cell.method for cell in PARTS["full"] if situation(cell) == situation(usual[0].cell)]
+    caption += missing_text(noise=(SHOWN_NOISES, noises), methods=(wanted, methods_of(usual)))
     title = "Proxy and gold reward " + what
     return studio.draw(f"reward_{against}", title, caption, paint)
 
@@ -110,7 +121,10 @@ def one_curve(axes: Axes, studio: Studio, found: Sequence[CurvePoint], reward: s
     mean = np.array([getattr(p, reward) for p in found])
     half = np.array([getattr(p, f"{reward}_half") for p in found])
     look = studio.look(found[0].method)
-    axes.fill_between(x, mean - half, mean + half, color=look["color"], alpha=0.15, linewidth=0)
+    if against == "steps":
+        axes.fill_between(x, mean - half, mean + half, color=look["color"], alpha=0.15, linewidth=0)
+    else:  # a policy may go back and forth in KL, where bands would lie in tatters
+        axes.errorbar(x[-1:], mean[-1:], half[-1:], color=look["color"], capsize=3, linewidth=1.2)
     axes.plot(x, mean, marker=studio.marker(found[0].method), markersize=4, markevery=[-1], **look)
 
 
