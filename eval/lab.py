@@ -44,7 +44,7 @@ Part = Literal["default", "methods", "regimes", "distortions", "group_size", "no
 
 @dataclass(frozen=True, kw_only=True)
 class LabConfig:
-    """`python -m eval lab`. A directory keeps one setting of all but part and seconds."""
+    """`python -m eval lab`. A directory keeps one setting of everything but `part`."""
 
     out: str
     part: Part = "default"
