@@ -85,7 +85,7 @@ class Outcome(NamedTuple):
     gold_NEPG: np.ndarray
     length_NEPG: np.ndarray
     kl_NEPG: np.ndarray  # sum over a completion's tokens of log policy - log reference, in nats
-    training: dict[str, np.ndarray]  # [N, M]: reward, kl, grad_norm, update_norm, advantage_rms, length, rank_length
+    training: dict[str, np.ndarray]  # [N, M] each, by name: what `eval.lab_program` measures at every step
 
     def save(self, folder: Path) -> None:
         """FOLDER/NAME.npz, whole or not at all."""
@@ -94,10 +94,15 @@ class Outcome(NamedTuple):
         }
         arrays |= {f"training/{name}": value for name, value in self.training.items()}
         about = json.dumps({"cell": asdict(self.cell), "about": self.about})
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f"{self.cell.name}.{os.getpid()}.partial.npz"
-        np.savez_compressed(partial, about=np.array(about), **arrays)
-        partial.replace(place(folder, self.cell))
+        write_arrays(place(folder, self.cell), {"about": np.array(about), **arrays})
+
+
+def write_arrays(file: Path, arrays: Mapping[str, Any]) -> None:
+    """A .npz file, whole or not at all; two processes do not write into one another's."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(f".{os.getpid()}.partial.npz")
+    np.savez_compressed(partial, **arrays)
+    partial.replace(file)
 
 
 def place(folder: Path, cell: Cell) -> Path:

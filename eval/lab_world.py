@@ -11,7 +11,6 @@ Rewards are shifted and scaled to mean 0 and standard deviation 1 over the pool,
 All of it is kept in the lab's directory and read from there the next time.
 """
 
-import os
 import runpy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -24,6 +23,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from eval.lab_cells import write_arrays
 from gopo_jax import preference_loss
 from models.checkpoint import find, is_run, load_model
 from models.config import REWARD_MODEL, Qwen3Config
@@ -110,7 +110,12 @@ class World(NamedTuple):
 
     @property
     def sampling(self) -> SamplingParams:
-        return SamplingParams(1.0, 0, 1.0, 0, np.array(self.tokenizer.eos_ids, np.int32))
+        return sampling(self.tokenizer)
+
+
+def sampling(tokenizer: Tokenizer) -> SamplingParams:
+    """The policy's own distribution, nothing cut off."""
+    return SamplingParams(1.0, 0, 1.0, 0, np.array(tokenizer.eos_ids, np.int32))
 
 
 def raw_rewards(model: Qwen3RewardModel, prompts: Prompts, tokens_PGT: jax.Array, lengths_PG: jax.Array) -> jax.Array:
@@ -169,7 +174,7 @@ def build(folder: Path, config: WorldConfig) -> World:
             *train,
             jnp.arange(len(train.lengths_P)),
             key,
-            SamplingParams(1.0, 0, 1.0, 0, np.array(tokenizer.eos_ids, np.int32)),
+            sampling(tokenizer),
             num_generations=POOL_COMPLETIONS,
             max_completion_length=config.max_completion_length,
             pad_id=tokenizer.pad_id,
@@ -201,11 +206,7 @@ def proxies(world: World, folder: Path, config: WorldConfig, seeds: tuple[int, .
 def kept_in(file: Path, make: Callable[[], Mapping[str, jax.Array]]) -> dict[str, jax.Array]:
     """The arrays of a file; made and written, whole or not at all, where it is not there."""
     if not file.is_file():
-        arrays: dict[str, Any] = {name: np.asarray(array) for name, array in make().items()}
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(f".{os.getpid()}.partial.npz")
-        np.savez(partial, **arrays)
-        partial.replace(file)
+        write_arrays(file, {name: np.asarray(array) for name, array in make().items()})
     with np.load(file) as stored:
         return {name: jnp.asarray(stored[name]) for name in stored.files}
 
