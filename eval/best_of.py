@@ -18,7 +18,7 @@ import numpy as np
 from eval.stats import mean_and_error
 from eval.tables import Sheet, count, number, plus_minus
 from eval.texts import groups_of, temperature_of
-from train.prompts import Row
+from train.data.rows import Row
 
 
 def expected_best(rewards: Sequence[float], k: int) -> float:

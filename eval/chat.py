@@ -17,10 +17,12 @@ from eval.generate import load_policy, trained_chat
 from models.checkpoint import check, exact_name
 from models.generate import Generator
 from models.tokenizer import Prompt, Tokenizer, tokenizer_path
-from train import state as training
+from train.build import make_layout_for
 from train.config import ChatConfig, MeshConfig
-from train.metrics import console, setup_errors
+from train.console import console
 from train.parse import parse
+from train.running import setup_errors
+from train.state import EVALUATION, stream_key
 
 HELP = """/reset            forget what was said
 /system TEXT      a system prompt for a new conversation; without TEXT none
@@ -60,7 +62,7 @@ def chat(config: TalkConfig) -> None:
     """Read lines and answer them until there are no more."""
     with setup_errors():
         check(config.checkpoint)
-        layout = training.make_layout_for(config.mesh)
+        layout = make_layout_for(config.mesh)
         settings = config.chat or trained_chat(config.checkpoint)
         tokenizer = Tokenizer(tokenizer_path(config.checkpoint), settings.enable_thinking)
         generator, params = load_policy(config, tokenizer, layout)
@@ -118,7 +120,7 @@ class Talk:
             return (
                 f"error: {length} tokens with this line, more than max_prompt_length = {longest}; /reset forgets them"
             )
-        key: jax.Array = training.stream_key(self.seed, training.EVALUATION, self.turn)
+        key: jax.Array = stream_key(self.seed, EVALUATION, self.turn)
         drawn = self.generator.complete(self.params, [prompt], key, 1, 1)
         text, self.turn = drawn.texts_PG[0][0], self.turn + 1
         self.said += [user, {"role": "assistant", "content": text}]

@@ -32,11 +32,13 @@ from eval.stats import (
 )
 from eval.steps import both_ways
 from models.checkpoint import find, folder_of, is_run
-from train import state as training
+from train.build import make_layout_for
 from train.config import MeshConfig
-from train.metrics import console, setup_errors, write_jsonl, write_whole
-from train.prompts import Row, load_rows
-from train.rewards import RewardModelScorer
+from train.console import console
+from train.data.rows import Row, load_rows
+from train.rewards.model import RewardModelScorer
+from train.run.files import write_jsonl, write_whole
+from train.running import setup_errors
 
 RESULT, SCORES, JUDGE_SCORE = "compare.json", "scores", "judge_score"
 
@@ -183,7 +185,7 @@ class Judge:
         self.config, self.folder = config, Path(config.out) / SCORES
         if config.batch_prompts < 1 or config.max_length < 1:
             raise ValueError("batch_prompts, max_length: expected at least 1")
-        self.layout = training.make_layout_for(MeshConfig(), config.batch_prompts)
+        self.layout = make_layout_for(MeshConfig(), config.batch_prompts)
         self.changed = last_change(config.judge)
         self.scorer: RewardModelScorer | None = None
         self._forget_others(runs)

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from eval.growing import GrowingFile, as_line
 from eval.texts import check_out
@@ -34,11 +33,15 @@ from models.hf_weights import split
 from models.qwen3 import Qwen3
 from models.sharding import Layout
 from models.tokenizer import Tokenizer, tokenizer_path
-from train import state as training
+from train.build import make_layout_for
 from train.config import ChatConfig, MeshConfig
-from train.metrics import console, setup_errors
+from train.console import console, progress_bar
+from train.data.chats import conversations
+from train.data.prompts import fitting
+from train.data.rows import Row, load_rows
 from train.parse import parse, spread_mesh, take
-from train.prompts import Row, conversations, fitting, load_rows
+from train.running import setup_errors
+from train.state import EVALUATION, stream_key
 
 MOST = 1024  # completions of a prompt at a temperature: row * MOST + sample is the number of a random stream
 STREAMS = 2**32
@@ -113,7 +116,7 @@ def generate(config: GenerateConfig) -> list[Row]:
     with setup_errors():
         check_out(config.out, config.data, several=True)
         check(config.checkpoint)  # first: of a wrong name, that there is no tokenizer is half the story
-        layout = training.make_layout_for(config.mesh, config.batch_prompts)
+        layout = make_layout_for(config.mesh, config.batch_prompts)
         chat = config.chat or trained_chat(config.checkpoint)
         tokenizer = Tokenizer(tokenizer_path(config.checkpoint), chat.enable_thinking)
         rows = load_prompts(config, tokenizer, chat)
@@ -170,7 +173,7 @@ def draw_all(
     config: GenerateConfig, file: GrowingFile, generator: Generator, params: Any, rows: Sequence[tuple[int, Row]]
 ) -> None:
     """Draw what is not in the file yet, batch by batch."""
-    key = training.stream_key(config.seed, training.EVALUATION, 0)
+    key = stream_key(config.seed, EVALUATION, 0)
     origin = {"seed": config.seed, "checkpoint": exact_name(config.checkpoint)}
     total = len(rows) * len(config.temperatures) * config.n
     done = skipped(config, file.rows, len(rows))
@@ -298,9 +301,3 @@ def _both_ends(file: Path, size: int = 1 << 16) -> Iterator[bytes]:
         yield f"{file.name} {length}".encode() + opened.read(size)
         opened.seek(max(0, length - size))
         yield opened.read(size)
-
-
-def progress_bar() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn())
-    times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-    return Progress(*columns, *times, console=console, disable=console.quiet or not console.is_terminal)

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from train import processes
-from train.metrics import write_whole
-from train.prompts import Row, load_rows
+from train.data.rows import Row, load_rows
+from train.run.files import write_whole
 
 _HASHED = {"data": "other data (or another --limit)", "weights": "other weights"}  # settings that are hashes
 

@@ -27,7 +27,9 @@ from eval.judges.task import Task, load_task
 from eval.runs import Arguments
 from eval.stats import without_nan
 from train.config import MeshConfig
-from train.metrics import console, setup_errors, write_jsonl, write_whole
+from train.console import console
+from train.run.files import write_jsonl, write_whole
+from train.running import setup_errors
 
 RESULT = "judge.json"
 
@@ -187,7 +189,7 @@ def ask(config: JudgeConfig, task: Task, pairs: Sequence[Pair]) -> tuple[list[Ju
 def local_judge(config: JudgeConfig, task: Task) -> Any:
     from eval.judges.likelihood import Likelihood
     from eval.judges.reward_model import RewardModel
-    from train.state import make_layout_for
+    from train.build import make_layout_for
 
     options: dict[str, Any] = {
         "layout": make_layout_for(config.mesh, config.batch_prompts),

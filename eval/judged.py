@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.runs import PolicyRun
-from train.prompts import load_rows
+from train.data.rows import load_rows
 
 JUDGE_RESULT = "judge.json"
 SIDES = ("a", "b")

@@ -26,15 +26,16 @@ import jax
 import numpy as np
 from rich.progress import Progress
 
-from eval.generate import progress_bar
 from eval.lab_cells import METHODS, PARTS, Cell, Outcome, outcomes, place
 from eval.lab_program import Program, members
 from eval.lab_results import summarize, versions
 from eval.lab_tables import write
 from eval.lab_world import Scorer, World, WorldConfig, build, proxies
 from eval.tables import Sheet
-from train.metrics import console, setup_errors, write_whole
+from train.console import console, progress_bar
 from train.parse import parse
+from train.run.files import write_whole
+from train.running import setup_errors
 
 FIRST_TUNING_SEED = 1000
 FORMAT = 1  # of what a cell computes: raise it when that changes, and cells of another are refused

@@ -21,7 +21,7 @@ from eval.lab_world import POOL_COMPLETIONS, Prompts, Scorer, World, score
 from gopo_jax import ADVANTAGES, gopo_advantages, loss_count
 from models.sampler import Rollout, sample
 from train.config import DataConfig, LossConfig, ModelConfig, PolicyConfig, RewardSpec
-from train.loop import logprobs_of, policy_objective
+from train.objective import logprobs_of, policy_objective
 
 COMPLETIONS = 64  # per step, prompts x G, in every cell
 VALIDATION_COMPLETIONS = 2  # of each validation prompt

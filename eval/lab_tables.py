@@ -16,7 +16,7 @@ from eval.lab_cells import Cell
 from eval.lab_results import BASELINE, CurvePoint, Estimate, SeedRow, Tables, by_cell, estimate, reached
 from eval.tables import NONE, Sheet
 from train.console import console
-from train.metrics import write_whole
+from train.run.files import write_whole
 
 RESULTS, CURVES, TABLE, PICTURES = "results.csv", "curves.csv", "table.md", "pictures"
 UNITS = "rewards in standard deviations of the start, kl in nats per completion; nan = no value, inf = not reached"

@@ -41,10 +41,11 @@ from train.config import (
     RewardModelConfig,
     SftConfig,
 )
-from train.metrics import SetupError, write_jsonl
-from train.prompts import load_rows
-from train.reward_model import train_reward_model
-from train.sft import train_sft
+from train.data.rows import load_rows
+from train.run.files import write_jsonl
+from train.running import SetupError
+from train.supervised.reward_model import train_reward_model
+from train.supervised.sft import train_sft
 
 PREPARE = Path(__file__).parent.parent / "data" / "reviews" / "prepare.py"
 POOL_COMPLETIONS, POOL_PROMPTS = 16, 32  # of each training prompt; scored at a time
@@ -119,7 +120,7 @@ def sampling(tokenizer: Tokenizer) -> SamplingParams:
 
 
 def raw_rewards(model: Qwen3RewardModel, prompts: Prompts, tokens_PGT: jax.Array, lengths_PG: jax.Array) -> jax.Array:
-    """float32 [P, G], read as train/rewards.py reads texts: the end-of-text token is no part of them.
+    """float32 [P, G], read as train/rewards/__init__.py reads texts: the end-of-text token is no part of them.
 
     Args:
       lengths_PG: of the completions without that token; of an empty one the prompt's last token is read.

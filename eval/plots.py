@@ -190,7 +190,8 @@ def validation_curve(
 
 
 def reliability(folder: Path, bins: Mapping[str, Sequence[Mapping[str, Any]]]) -> Picture:
-    """How often each of some reward models is right, against how sure it is; `bins` as `train.calibration` makes them.
+    """How often each of some reward models is right, against how sure it is; `bins` as
+    `train.supervised.calibration` makes them.
 
     The area of a point is its share of the comparisons.
     """

@@ -7,7 +7,9 @@ from pathlib import Path
 
 from eval import plots
 from eval.runs import Arguments
-from train.metrics import CALIBRATION, console, setup_errors
+from train.console import console
+from train.run.directory import CALIBRATION
+from train.running import setup_errors
 
 
 @dataclass(frozen=True, kw_only=True)

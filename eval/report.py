@@ -34,8 +34,11 @@ from eval.reliability import reliability_pictures
 from eval.runs import Arguments, Completions, PolicyRun, differences, same_model
 from eval.stats import without_nan
 from models.checkpoint import is_run
-from train.metrics import METRICS, console, read_metrics, setup_errors, write_whole
-from train.stopping import best_step
+from train.console import console
+from train.run.directory import METRICS, read_metrics
+from train.run.files import write_whole
+from train.running import setup_errors
+from train.supervised.stopping import best_step
 
 SAMPLES = 6
 

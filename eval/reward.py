@@ -15,13 +15,15 @@ import numpy as np
 from eval.best_of import best_rows, by_temperature, sheet
 from eval.stats import mean_and_error, prompt_means
 from eval.texts import check_out
-from train import state as training
+from train.build import make_layout_for
 from train.config import MeshConfig
-from train.metrics import console, setup_errors, write_jsonl
+from train.console import console
+from train.data.rows import Row, load_rows
 from train.parse import parse
 from train.processes import is_first, share
-from train.prompts import Row, load_rows
-from train.rewards import RewardModelScorer
+from train.rewards.model import RewardModelScorer
+from train.run.files import write_jsonl
+from train.running import setup_errors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +59,7 @@ def reward(config: RewardConfig) -> list[Row]:
             check_out(config.best_of, config.responses, config.out, several=True)
         rows = load_rows(config.responses)
         groups = by_prompt(rows, config.responses)
-        layout = training.make_layout_for(config.mesh, config.batch_prompts)
+        layout = make_layout_for(config.mesh, config.batch_prompts)
         scorer = RewardModelScorer(
             config.reward_model,
             layout=layout,

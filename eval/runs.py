@@ -13,8 +13,8 @@ import yaml
 
 from eval.reward import by_prompt
 from eval.stats import prompt_means
-from train.metrics import COMPLETIONS, CONFIG, read_metrics
-from train.prompts import Row, load_rows
+from train.data.rows import Row, load_rows
+from train.run.directory import COMPLETIONS, CONFIG, read_metrics
 
 
 class Arguments(argparse.ArgumentParser):

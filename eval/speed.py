@@ -24,9 +24,11 @@ from eval.workloads import END_SHARE, WORKLOADS, Workload, prepare
 from models.config import REWARD_MODEL
 from models.flops import decode_bytes, forward_flops, step_flops
 from models.tokenizer import Tokenizer
-from train.metrics import console, read_metrics, setup_errors
+from train.console import console
+from train.data.rows import load_rows
 from train.parse import parse
-from train.prompts import load_rows
+from train.run.directory import read_metrics
+from train.running import setup_errors
 
 WARMUP = 2  # steps left out of every median
 
@@ -310,7 +312,7 @@ def score_seconds(workload: Workload, work: Path, prompts: list[list[int]], leng
 
     from models.hf_weights import save_pretrained
     from models.reward_model import Qwen3RewardModel
-    from train.rewards import RewardModelScorer
+    from train.rewards.model import RewardModelScorer
 
     tokenizer, P, G = Tokenizer(work / "tokenizer"), workload.prompts_per_step, workload.num_generations
     network = replace(workload.network, architecture=REWARD_MODEL)

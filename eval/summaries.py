@@ -28,9 +28,10 @@ import numpy as np
 from eval.stats import mean_and_error, prompt_means
 from eval.tables import Sheet, missing, number
 from eval.texts import answered, asked, by_temperature, check_out, groups_of, prompt_of, read, write_json
-from train.metrics import console, setup_errors
+from train.console import console
+from train.data.rows import Row, load_rows
 from train.parse import parse
-from train.prompts import Row, load_rows
+from train.running import setup_errors
 
 REFERENCE = "reference"  # the column's usual name, which need not be there
 ROUGES, NOVELTY = ("rouge1", "rouge2", "rougeL"), (1, 2, 3)

@@ -10,9 +10,9 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from train.metrics import write_whole
+from train.data.rows import Row
 from train.processes import first_says
-from train.prompts import Row
+from train.run.files import write_whole
 
 
 def check_out(out: str, *others: str, several: bool = False) -> None:

@@ -21,15 +21,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eval.generate import progress_bar
 from eval.tables import NONE, Sheet
 from eval.tabular import Problem, trained_exactly, training
 from eval.texts import check_out, write_json
 from eval.theory_plots import pictures
 from gopo_jax.games import Name, enumerable
 from gopo_jax.theory import expected_advantage, expected_gradient, rlhf_policy, stationary_policy
-from train.metrics import SetupError, console, setup_errors, write_whole
+from train.console import console, progress_bar
 from train.parse import parse, take
+from train.run.files import write_whole
+from train.running import SetupError, setup_errors
 
 LISTS = ("beta", "group_sizes", "noise", "reference", "rewards", "sizes")  # 0.1,0.5,2 on the command line
 EPSILON = 1e-4  # of `grpo_advantages`, whose standard deviation has ddof 1

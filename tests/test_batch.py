@@ -9,7 +9,7 @@ import pytest
 from gopo_jax import gopo_advantages
 from models.sampler import Rollout
 from train.batch import Groups, choose, completion_table, is_enough, make_batch, minibatches, teaches
-from train.prompts import shuffled
+from train.data.rows import shuffled
 
 G, T, R = 3, 4, 2
 

@@ -25,7 +25,7 @@ from eval.stats import position_bias, summary
 from eval.steps import first_crossing, steps_to_reach
 from eval.story import sooner, winner
 from eval.tables import Sheet, tex
-from train.metrics import write_jsonl
+from train.run.files import write_jsonl
 
 P, STEPS = 40, (0, 5, 10)
 

@@ -15,20 +15,15 @@ import yaml
 from scipy.stats import spearmanr
 
 from models.tokenizer import Tokenizer
-from train import reward_model, sft
 from train.config import ChatConfig, DataConfig, PolicyConfig, RewardSpec, SupervisedConfig, resolved
-from train.metrics import divide, read_metrics, rollout_metrics, write_jsonl
+from train.data.chats import as_chat, conversations, prompt_and_answer
+from train.data.prompts import Prompts, load_prompts
+from train.data.rows import load_rows, require_columns, shuffled
 from train.parse import parse
-from train.prompts import (
-    Prompts,
-    as_chat,
-    conversations,
-    load_prompts,
-    load_rows,
-    prompt_and_answer,
-    require_columns,
-    shuffled,
-)
+from train.run.directory import read_metrics
+from train.run.files import write_jsonl
+from train.run.metrics import divide, rollout_metrics
+from train.supervised import reward_model, sft
 
 # Order
 

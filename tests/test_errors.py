@@ -21,7 +21,8 @@ from models.tokenizer import Tokenizer
 from train.__main__ import main
 from train.config import PolicyConfig, resolved
 from train.loop import train_policy
-from train.metrics import SetupError, read_metrics
+from train.run.directory import read_metrics
+from train.running import SetupError
 
 
 class Computing(AssertionError):
@@ -34,7 +35,7 @@ def no_compute(monkeypatch: pytest.MonkeyPatch) -> None:
         raise Computing
 
     monkeypatch.setattr("train.loop.Generator", refuse)
-    monkeypatch.setattr("train.supervised.make_update", refuse)
+    monkeypatch.setattr("train.supervised.program.make_update", refuse)
 
 
 @pytest.fixture(autouse=True)
@@ -259,7 +260,7 @@ def test_rows_that_the_mesh_does_not_divide(
     door: Door, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     two = Layout(AbstractMesh((2, 1, 1), MESH_AXES), tuple(RULES.items()))  # type: ignore[arg-type]
-    monkeypatch.setattr("train.state.make_layout", lambda **_: two)
+    monkeypatch.setattr("train.build.make_layout", lambda **_: two)
     door.set(changes)
     error = door.run()
     assert "rows" in error and "cannot be split over 2 devices" in error

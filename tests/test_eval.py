@@ -20,8 +20,8 @@ from models.hf_weights import save_pretrained
 from models.qwen3 import Qwen3
 from models.reward_model import Qwen3RewardModel
 from models.tokenizer import train_bpe
-from train.metrics import write_jsonl
-from train.rewards import RewardModelScorer
+from train.rewards.model import RewardModelScorer
+from train.run.files import write_jsonl
 
 WORDS = ["the", "food", "was", "good", "bad", "service", "slow", "nice", "place", "very", "never", "phone", "works"]
 PROMPTS = [f"{a} {b}" for a in WORDS[:3] for b in WORDS[3:7]]

@@ -19,8 +19,8 @@ from eval.runs import PolicyRun
 from eval.stats import mean_and_error, paired_gain
 from eval.story import direction, headline, hints, what_happened
 from eval.tables import Sheet
-from train.calibration import reliability
-from train.metrics import write_jsonl
+from train.run.files import write_jsonl
+from train.supervised.calibration import reliability
 
 STEPS, P = (0, 5, 10), 40
 PROMPTS = [f"prompt <{i}> & co" for i in range(P)]

@@ -119,7 +119,7 @@ def without_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("weights were read")
 
-    for name in ("models.checkpoint.load_pretrained", "train.rewards.load_model", "train.state.load_model"):
+    for name in ("models.checkpoint.load_pretrained", "train.rewards.model.load_model", "train.build.load_model"):
         monkeypatch.setattr(name, refuse)
 
 

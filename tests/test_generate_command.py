@@ -20,10 +20,11 @@ from eval.growing import GrowingFile
 from eval.texts import check_out
 from models.lora import Lora
 from train.config import PolicyConfig
+from train.data.rows import load_rows
 from train.loop import train_policy
-from train.metrics import SetupError, setup_errors, write_jsonl
 from train.processes import VARIABLES
-from train.prompts import load_rows
+from train.run.files import write_jsonl
+from train.running import SetupError, setup_errors
 
 ROOT = Path(__file__).parent.parent
 SIZES: dict[str, Any] = {"max_prompt_length": 8, "max_completion_length": 8, "batch_prompts": 4, "limit": 10}

@@ -10,7 +10,7 @@ from typing import Any
 import nltk
 import pytest
 
-from eval import ifeval
+from train.rewards import ifeval
 
 ROOT = Path(__file__).parent.parent
 SAMPLE = ROOT / "tests" / "data" / "ifeval_sample.jsonl.gz"

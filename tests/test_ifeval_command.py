@@ -13,8 +13,8 @@ import pytest
 
 from eval.__main__ import main
 from eval.ifeval_command import ACCURACIES, PROMPTS, ratio_error
-from train.metrics import write_jsonl
-from train.prompts import load_rows
+from train.data.rows import load_rows
+from train.run.files import write_jsonl
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"

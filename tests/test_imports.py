@@ -63,7 +63,7 @@ def test_imports_follow_the_arrows(path: str) -> None:
         ("models/x.py", "import os, eval.report"),
         ("models/x.py", "if True:\n    from transformers import AutoTokenizer"),
         ("models/sub/tokenizer.py", "import transformers"),
-        ("train/x.py", "from eval.ifeval import verify"),
+        ("train/x.py", "from train.rewards.ifeval import verify"),
         ("train/x.py", "from ..models import qwen3"),
         ("train/x.py", "import tests.helpers"),
         ("eval/x.py", "import eval"),

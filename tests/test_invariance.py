@@ -25,8 +25,8 @@ import yaml
 
 from train.config import CheckpointConfig, LogConfig, PolicyConfig, RewardSpec
 from train.loop import train_policy
-from train.metrics import read_metrics
 from train.parse import parse
+from train.run.directory import read_metrics
 
 ROOT = Path(__file__).parent.parent
 VALUES, PLACES = 2**16, 8  # PLACES: the largest group of these runs

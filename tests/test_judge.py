@@ -21,7 +21,7 @@ from eval.stats import cohen_kappa
 from models.checkpoint import load_model
 from models.sharding import make_layout
 from models.tokenizer import Tokenizer
-from train.rewards import RewardModelScorer
+from train.rewards.model import RewardModelScorer
 
 Row = dict[str, Any]
 SHORT = {

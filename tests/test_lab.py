@@ -18,7 +18,7 @@ from eval.lab_program import OUTLIER, Program, advantages_of, distorted, members
 from eval.lab_world import World, WorldConfig, agreement, build, comparisons, proxies, raw_rewards
 from gopo_jax import ADVANTAGES
 from models.checkpoint import load_model
-from train.rewards import RewardModelScorer
+from train.rewards.model import RewardModelScorer
 
 TINY = WorldConfig(
     sft_steps=2, gold_steps=2, validation_prompts=4, max_completion_length=6, comparisons=8, proxy_batch=4

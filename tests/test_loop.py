@@ -42,9 +42,11 @@ from train.config import (
     RewardSpec,
     ValidationConfig,
 )
-from train.loop import logprobs_of, make_advantages, make_update, policy_objective, train_policy
-from train.metrics import read_metrics, require_finite, throughput
+from train.loop import make_update, train_policy
+from train.objective import logprobs_of, make_advantages, policy_objective
 from train.packing import cut
+from train.run.directory import read_metrics
+from train.run.metrics import require_finite, throughput
 from train.state import copy, make_state
 
 ROOT = Path(__file__).parent.parent

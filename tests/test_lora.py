@@ -23,8 +23,8 @@ from models.tokenizer import Tokenizer
 from train.__main__ import main
 from train.config import CheckpointConfig, DataConfig, ModelConfig, PolicyConfig, RewardModelConfig
 from train.loop import train_policy
-from train.metrics import read_metrics
-from train.reward_model import train_reward_model
+from train.run.directory import read_metrics
+from train.supervised.reward_model import train_reward_model
 
 MakeConfig = Callable[..., PolicyConfig]
 numbers = partial(read_metrics, clock=False)

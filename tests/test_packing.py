@@ -13,9 +13,9 @@ from gopo_jax import token_logprobs
 from models.config import Qwen3Config
 from models.hf_weights import split
 from models.qwen3 import Qwen3
+from train.build import make_layout_for
 from train.config import MeshConfig
 from train.packing import Batch, cut, round_up, unpack
-from train.state import make_layout_for
 
 P, G, S, T, V = 8, 6, 5, 16, 61
 

@@ -21,9 +21,9 @@ from models.published import PUBLISHED
 from train import processes
 from train.__main__ import main
 from train.config import PlanConfig
-from train.hlo import work
 from train.parse import parse, spread_mesh
-from train.plan import parameter_count
+from train.plan.hlo import work
+from train.plan.programs import parameter_count
 
 ROOT = Path(__file__).parent.parent
 

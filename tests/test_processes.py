@@ -19,7 +19,7 @@ import yaml
 
 from train import processes
 from train.config import CheckpointConfig, PolicyConfig, RewardSpec, ValidationConfig
-from train.metrics import read_metrics
+from train.run.directory import read_metrics
 
 ROOT = Path(__file__).parent.parent
 MakeConfig = Callable[..., PolicyConfig]

@@ -12,7 +12,6 @@ import pytest
 import yaml
 
 from models.tokenizer import Tokenizer
-from train import sft, token_cache
 from train.__main__ import main
 from train.config import (
     ChatConfig,
@@ -24,19 +23,14 @@ from train.config import (
     ValidationConfig,
     resolved,
 )
-from train.dry_run import SCHEMAS, from_card, look_up
-from train.metrics import write_jsonl
-from train.prompts import (
-    conversations,
-    hold_out,
-    in_common,
-    load_prompts,
-    load_rows,
-    load_splits,
-    prompt_and_answer,
-    sampled,
-)
-from train.supervised import Task, load_examples
+from train.data import token_cache
+from train.data.chats import conversations, prompt_and_answer
+from train.data.prompts import in_common, load_prompts, load_splits
+from train.data.rows import hold_out, load_rows, sampled
+from train.plan.dry_run import SCHEMAS, from_card, look_up
+from train.run.files import write_jsonl
+from train.supervised import sft
+from train.supervised.program import Task, load_examples
 
 USER, ANSWER = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -322,7 +316,7 @@ def run(
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    for name in ("models.checkpoint.load_pretrained", "train.rewards.load_model", "train.state.load_model"):
+    for name in ("models.checkpoint.load_pretrained", "train.rewards.model.load_model", "train.build.load_model"):
         monkeypatch.setattr(name, lambda *_, **__: pytest.fail("weights were read"))
 
     def program(config: Any, *arguments: str, command: tuple[str, ...] = ("policy",)) -> tuple[int, str, str]:
@@ -432,7 +426,7 @@ def test_a_dry_run_needs_no_key_and_knows_packed_rows(
     packed = SftConfig(output_dir="x", model=config.model, data=data, max_steps=3, batch_size=2, packing=True)
     _, out, _ = run(packed, "--dry_run", command=("sft",))
     assert "3 steps of 2 rows; 6.00 epochs of 1 rows" in out
-    monkeypatch.setattr("train.dry_run.MANY", 11)
+    monkeypatch.setattr("train.plan.dry_run.MANY", 11)
     _, out, _ = run(packed, "--dry_run", command=("sft",))
     assert "tokens: not counted" in out and "epochs" not in out
 
@@ -490,7 +484,7 @@ def test_the_hub_is_asked_first(monkeypatch: pytest.MonkeyPatch) -> None:
     assert look_up("google/IFEval") == ({"splits": {"b": 3}, "columns": {"a": "string"}}, "from the Hub")
     for given, origin in ((None, "not on its card"), (OSError(), "the Hub was not reached")):
         answer(given)
-        assert look_up("google/IFEval") == (kept, f"{origin}: as train/schemas.yaml had it")
+        assert look_up("google/IFEval") == (kept, f"{origin}: as train/plan/schemas.yaml had it")
     assert look_up("some/thing")[0] is None
     answer(Gone())
     with pytest.raises(FileNotFoundError, match="some/thing: neither a .jsonl or .parquet file nor a data set"):

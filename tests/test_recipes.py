@@ -12,9 +12,10 @@ import yaml
 
 from models.tokenizer import Tokenizer
 from train.config import PolicyConfig, RewardModelConfig
-from train.metrics import read_metrics
+from train.data.prompts import load_splits
+from train.data.rows import load_rows
 from train.parse import parse
-from train.prompts import load_rows, load_splits
+from train.run.directory import read_metrics
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"
@@ -139,7 +140,7 @@ def test_every_shipped_config_passes_a_dry_run_without_the_network() -> None:
     results = [line.split() for line in done.stdout.splitlines() if line.startswith("##")]
     assert [(file, code) for _, file, code in results] == [(file, "0") for _, file in runs], done.stderr
     assert "trl-lib/tldr, train: 116,722 rows, columns prompt (string)" in done.stdout
-    assert "the Hub was not reached: as train/schemas.yaml had it" in done.stdout
+    assert "the Hub was not reached: as train/plan/schemas.yaml had it" in done.stdout
     assert done.stdout.count("mesh data 1 x fsdp 8 x tensor 1") == len([f for f in files if "tiny" not in f.name])
     assert "does NOT fit" not in done.stdout
 
@@ -172,7 +173,7 @@ def test_shipped_rows_are_in_one_place_alone_and_have_the_columns_of_the_hub(
     monkeypatch.chdir(ROOT)
     splits = load_splits(parse(PolicyConfig, ["--config", f"configs/{task}/tiny_gopo.yaml"]))
     assert splits.train and splits.validation and splits.test and splits.duplicates == 0
-    schemas = yaml.safe_load((ROOT / "train" / "schemas.yaml").read_text())
+    schemas = yaml.safe_load((ROOT / "train" / "plan" / "schemas.yaml").read_text())
     small, real = (written(CONFIGS / task / name)["data.train"] for name in ("tiny_gopo.yaml", "qwen3_8b_gopo.yaml"))
     assert set(load_rows(small)[0]) == set(schemas[real]["columns"])
     pairs, real = (
@@ -194,7 +195,7 @@ def test_the_shipped_tokenizer_writes_chatml() -> None:
 @pytest.mark.parametrize(("task", "kind"), [*[(task, "gopo") for task in TASKS], ("ultrachat", "reward")])
 def test_the_small_recipes_train(task: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from train.loop import train_policy
-    from train.reward_model import train_reward_model
+    from train.supervised.reward_model import train_reward_model
 
     monkeypatch.chdir(ROOT)
     more = ["--output_dir", str(tmp_path), "--log", '{"tensorboard": false, "progress": false}']

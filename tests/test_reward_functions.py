@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from train.judge_reward import judge, parse_score
-from train.reward_functions import format_match, length, repetition_penalty, rouge, soft_overlong_punishment
+from train.rewards.builtin import format_match, length, repetition_penalty, rouge, soft_overlong_punishment
+from train.rewards.judge import judge, parse_score
 
 
 @pytest.mark.parametrize(("unit", "letters"), [("words", "a "), ("characters", "a")])
@@ -197,10 +197,10 @@ def test_scores_come_in_the_completions_order_and_what_is_unclear_is_none(
 ) -> None:
     server.answers = {"a": '{"score": 3}', "b": "Seven.", "c": '{"score": 10}', "d": 422}
     prompts: list[Any] = ["p", [{"role": "user", "content": "q"}], "r", "s"]
-    with caplog.at_level(logging.WARNING, "train.judge_reward"):
+    with caplog.at_level(logging.WARNING, "train.rewards.judge"):
         scores = judge(prompts, list("abcd"), model="m", base_url=server.url, source=["x"] * 4)
     assert scores == [3, None, 10, None]
-    (message,) = [record.getMessage() for record in caplog.records if record.name == "train.judge_reward"]
+    (message,) = [record.getMessage() for record in caplog.records if record.name == "train.rewards.judge"]
     assert message == "judge: no score for 2 of 4 completions; the first: not a score: 'Seven.'"
     assert all((body["model"], body["temperature"]) == ("m", 0) for body in server.requests)
     asked = [json.loads(body["messages"][-1]["content"]) for body in server.requests]

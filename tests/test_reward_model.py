@@ -15,11 +15,11 @@ from models.config import REWARD_MODEL, Qwen3Config
 from models.hf_weights import split
 from models.qwen3 import Backbone
 from models.tokenizer import Tokenizer
-from train import reward_model
-from train.calibration import expected_calibration_error, reliability
 from train.config import ChatConfig, DataConfig, EarlyStoppingConfig, ModelConfig, RewardModelConfig
-from train.reward_model import Comparison, collate, comparison_loss, encode, length_baseline, objective
-from train.supervised import fill
+from train.supervised import reward_model
+from train.supervised.calibration import expected_calibration_error, reliability
+from train.supervised.program import fill
+from train.supervised.reward_model import Comparison, collate, comparison_loss, encode, length_baseline, objective
 
 
 def config(**settings: Any) -> RewardModelConfig:

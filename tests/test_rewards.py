@@ -19,15 +19,9 @@ from models.sharding import make_layout
 from models.tokenizer import Tokenizer
 from train.config import PolicyConfig, RewardSpec
 from train.loop import train_policy
-from train.rewards import (
-    BUILT_IN,
-    RewardModelScorer,
-    Rewards,
-    common_prefix,
-    completion_ids,
-    function_scorer,
-    load_function,
-)
+from train.rewards import Rewards
+from train.rewards.functions import BUILT_IN, completion_ids, function_scorer, load_function
+from train.rewards.model import RewardModelScorer, common_prefix
 
 G, LONGEST = 3, 8  # every text has at most as many tokens, one bucket: one compilation for each number of prompts
 GROUPS: dict[str, tuple[str, Sequence[str]]] = {

@@ -12,8 +12,8 @@ from models.hf_weights import split
 from models.qwen3 import Backbone
 from models.tokenizer import Tokenizer
 from train.config import ChatConfig, DataConfig, EarlyStoppingConfig, ModelConfig, SftConfig
-from train.sft import Example, collate, collate_packed, encode, objective, pack, padding
-from train.supervised import fill
+from train.supervised.program import fill
+from train.supervised.sft import Example, collate, collate_packed, encode, objective, pack, padding
 
 
 def config(**settings: Any) -> SftConfig:

@@ -14,15 +14,17 @@ import optax
 import pytest
 import yaml
 
-import train.metrics
+import train.run.directory
 from eval.compare import last_change
 from models.checkpoint import Checkpoints, find, folder_of, load_model
 from models.hf_weights import split
 from models.sharding import make_layout, to_device, to_host
+from train.build import make_optimizer
 from train.config import CheckpointConfig, LossConfig, MeshConfig, OptimizerConfig, PolicyConfig
 from train.loop import train_policy
-from train.metrics import Run, SetupError, read_metrics
-from train.state import apply, make_optimizer, make_state
+from train.run.directory import Run, read_metrics
+from train.running import SetupError
+from train.state import apply, make_state
 
 MakeConfig = Callable[..., PolicyConfig]
 numbers = partial(read_metrics, clock=False)
@@ -124,13 +126,13 @@ def test_a_bucket_is_a_place_for_checkpoints(tmp_path: Path) -> None:
 def test_processes_that_do_not_share_a_directory_are_told(
     policy_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train.metrics, "are_several", lambda: True)
-    monkeypatch.setattr(train.metrics, "gather", lambda mine: mine)
+    monkeypatch.setattr(train.run.directory, "are_several", lambda: True)
+    monkeypatch.setattr(train.run.directory, "gather", lambda mine: mine)
     config = policy_config(tmp_path)
     tokenizer = train.state.make_tokenizer(config.model, config.chat)
     Run(config, {}, tokenizer).close()  # the first process sees what it writes
     assert not list((tmp_path / "run" / "checkpoints").glob("shared*"))
-    monkeypatch.setattr(train.metrics, "is_first", lambda: False)
+    monkeypatch.setattr(train.run.directory, "is_first", lambda: False)
     with pytest.raises(ValueError, match="process 0 does not see what process 0 writes there; expected one directory"):
         Run(config, {}, tokenizer)
 

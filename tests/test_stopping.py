@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from models.checkpoint import Checkpoints, find
-from train import metrics, stopping
 from train.config import (
     CheckpointConfig,
     DataConfig,
@@ -22,9 +21,12 @@ from train.config import (
     OptimizerConfig,
     RewardModelConfig,
 )
-from train.metrics import read_metrics, write_jsonl
-from train.reward_model import train_reward_model
-from train.stopping import STOPPED, EarlyStopping
+from train.run.directory import Run, read_metrics
+from train.run.files import write_jsonl
+from train.running import SetupError
+from train.supervised import stopping
+from train.supervised.reward_model import train_reward_model
+from train.supervised.stopping import STOPPED, EarlyStopping
 
 Dies = Callable[[type[BaseException]], Any]
 
@@ -168,11 +170,11 @@ def test_a_run_that_is_killed_anywhere_ends_in_the_same_state(
         train_reward_model(config)
         return what_is_there(run)
 
-    assert killed_in(metrics.Run, "save", 1, False) == expected  # of step 2, the best
-    assert killed_in(metrics.Run, "save", 3, False) == expected  # of step 6, at which it stops
-    assert killed_in(metrics.Run, "wait", 1, True) == expected  # all is saved, nothing said
+    assert killed_in(Run, "save", 1, False) == expected  # of step 2, the best
+    assert killed_in(Run, "save", 3, False) == expected  # of step 6, at which it stops
+    assert killed_in(Run, "wait", 1, True) == expected  # all is saved, nothing said
     assert killed_in(stopping, "write_whole", 1, True) == expected  # said, nothing removed
-    assert killed_in(metrics.Run, "drop_after", 1, True) == expected
+    assert killed_in(Run, "drop_after", 1, True) == expected
 
     (run / STOPPED).unlink()
     train_reward_model(replace(config, early_stopping=EarlyStoppingConfig(patience=3)))
@@ -193,9 +195,9 @@ def test_without_its_rows_it_does_not_guess(
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(metrics.Run, "wait", kill)
+        patch.setattr(Run, "wait", kill)
         with dies(Killed):
             train_reward_model(config)
     (Path(config.output_dir) / "metrics.jsonl").unlink()
-    with pytest.raises(metrics.SetupError, match="expected rows up to step 6"):
+    with pytest.raises(SetupError, match="expected rows up to step 6"):
         train_reward_model(config)

@@ -17,7 +17,7 @@ from eval.theory import Case, cases, parse_theory, theory
 from gopo_jax import games
 from gopo_jax.advantages import gopo_advantages, grpo_advantages
 from gopo_jax.theory import expected_advantage, rlhf_policy, stationary_policy
-from train.metrics import SetupError
+from train.running import SetupError
 
 REFERENCE_O, REWARDS_O = (0.5, 0.3, 0.15, 0.05), (0.0, 1.0, 0.2, 3.0)
 TINY = (

@@ -15,9 +15,10 @@ import yaml
 
 from gopo_jax import ADVANTAGES, SURROGATES
 from train.config import LossConfig, PolicyConfig, RewardSpec
-from train.loop import make_advantages, train_policy
-from train.metrics import read_metrics
+from train.loop import train_policy
+from train.objective import make_advantages
 from train.parse import parse
+from train.run.directory import read_metrics
 
 ROOT = Path(__file__).parent.parent
 VARIANTS = sorted(file.stem for file in (ROOT / "configs" / "variants").glob("*.yaml"))

@@ -81,27 +81,27 @@ def number(name: str, value: str | None) -> int | None:
 def program(task: str) -> Callable[..., None]:
     """The function behind it, imported when it is needed."""
     if task == "show":
-        from train.show import show
+        from train.plan.show import show
 
         return show
     if task == "dry_run":
-        from train.dry_run import dry_run
+        from train.plan.dry_run import dry_run
 
         return dry_run
     if task == "inspect":
-        from train.inspect_data import inspect
+        from train.plan.inspect import inspect
 
         return inspect
     if task == "sft":
-        from train.sft import train_sft
+        from train.supervised.sft import train_sft
 
         return train_sft
     if task == "reward":
-        from train.reward_model import train_reward_model
+        from train.supervised.reward_model import train_reward_model
 
         return train_reward_model
     if task == "plan":
-        from train.plan import plan
+        from train.plan.command import plan
 
         return plan
     if task == "export":

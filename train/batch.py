@@ -7,8 +7,8 @@ import jax
 import numpy as np
 
 from train.config import PolicyConfig
+from train.data.rows import Row
 from train.packing import Batch
-from train.prompts import Row
 
 
 class Groups(NamedTuple):
@@ -21,7 +21,7 @@ class Groups(NamedTuple):
     rewards_PGR: np.ndarray  # every reward apart; NaN = unscorable
 
 
-Advantages = Callable[..., np.ndarray]  # rewards_PGR -> advantages_PG, see `train.loop.make_advantages`
+Advantages = Callable[..., np.ndarray]  # rewards_PGR -> advantages_PG, see `train.objective.make_advantages`
 
 
 def counting(groups: Groups, config: PolicyConfig) -> np.ndarray:

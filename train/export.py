@@ -15,7 +15,8 @@ from models.hf_weights import save_pretrained
 from models.peft import save_adapters
 from models.tokenizer import Tokenizer, tokenizer_path
 from train.config import ExportConfig
-from train.metrics import console, setup_errors
+from train.console import console
+from train.running import setup_errors
 
 
 def export(config: ExportConfig) -> None:

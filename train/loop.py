@@ -18,39 +18,27 @@ Left out on purpose: rollouts on other machines.
 
 import math
 import time
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from flax import nnx
 
-from gopo_jax import kl_penalty, policy_loss, sampler_correction, token_broadcast
-from gopo_jax.losses import Metrics
 from models.generate import Generator
 from models.hf_weights import split
-from models.lora import join
 from models.sharding import Layout, fetch, to_host
-from train import state as training
 from train.batch import Groups, choose, completion_table, is_enough, make_batch
+from train.build import make_model, make_optimizer, make_tokenizer, policy_layout
 from train.config import PolicyConfig
-from train.metrics import (
-    Run,
-    Timer,
-    console,
-    require_finite,
-    rollout_metrics,
-    sampling_metrics,
-    setup_errors,
-    throughput,
-)
-from train.packing import unpack
+from train.console import console
+from train.data.prompts import Prompts, load_prompts
+from train.objective import logprobs_of, make_advantages, policy_objective
 from train.processes import share
-from train.prompts import Prompts, load_prompts
-from train.rewards import Rewards, combine, completion_ids
-from train.state import TrainState
+from train.rewards import Rewards
+from train.rewards.functions import completion_ids
+from train.run.directory import Run
+from train.run.metrics import Timer, require_finite, rollout_metrics, throughput
+from train.running import setup_errors
+from train.state import TRAIN, VALIDATION, TrainState, copy, make_state, stream_key
 from train.update import Update
 
 
@@ -61,8 +49,8 @@ def train_policy(config: PolicyConfig) -> None:
       SetupError: a mistake in the config or the data, before anything is computed.
     """
     with setup_errors():
-        layout = training.policy_layout(config)
-        tokenizer = training.make_tokenizer(config.model, config.chat)
+        layout = policy_layout(config)
+        tokenizer = make_tokenizer(config.model, config.chat)
         prompts, validation = load_prompts(config, tokenizer)
         for count in filter(None, (config.prompts_per_step, len(validation.rows[: config.validation.prompts]))):
             share(count)  # fewer prompts than processes are refused here
@@ -70,12 +58,12 @@ def train_policy(config: PolicyConfig) -> None:
         columns = [name for name in prompts.other_columns if not len(validation) or name in validation.other_columns]
         rewards = Rewards(config.rewards, layout, config.model.dtype, config.reward_combination, columns)
         rewards.check(prompts.prompts(prompts.rows[:1])[0])
-        model = training.make_model(config.model, config.lora, layout, config.seed, tokenizer)
+        model = make_model(config.model, config.lora, layout, config.seed, tokenizer)
         graphdef, params, network = *split(model), model.config
         run = Run(config, model.config.to_hf(), tokenizer)
-        optimizer, schedule = training.make_optimizer(config.optimizer, config.max_steps * config.updates_per_step)
-        first = training.make_state(params, optimizer, layout)
-        ref_params = training.copy(first.params) if config.loss.beta else None  # adapters: fresh ones change nothing
+        optimizer, schedule = make_optimizer(config.optimizer, config.max_steps * config.updates_per_step)
+        first = make_state(params, optimizer, layout)
+        ref_params = copy(first.params) if config.loss.beta else None  # adapters: fresh ones change nothing
         ref_params = to_host(ref_params) if config.loss.offload_reference else ref_params
         state = run.resume(first)
         del model, params, first  # a resumed run has others
@@ -108,7 +96,7 @@ def train_policy(config: PolicyConfig) -> None:
             prompt_PS, lengths_P = prompts.encode(rows)
             # 3 rollouts
             with timer("generate"):
-                key = training.stream_key(config.seed, training.TRAIN, step, attempt)
+                key = stream_key(config.seed, TRAIN, step, attempt)
                 sampled = generator.rollout(state.all_params, prompt_PS, lengths_P, key, config.num_generations)
                 rollout = jax.tree.map(fetch, sampled)
             # 4 rewards
@@ -152,84 +140,6 @@ def train_policy(config: PolicyConfig) -> None:
     run.close()
 
 
-def make_advantages(config: PolicyConfig) -> Callable[..., np.ndarray]:
-    """(rewards_PGR, penalty_PG) -> advantages_PG, jitted; a penalty is taken off the combined reward."""
-    weights_R = np.array([spec.weight for spec in config.rewards], np.float32)
-    apart = config.takes_every_reward
-    options = config.advantage_options | ({"weights_R": weights_R} if apart else {})
-    function = jax.jit(partial(config.advantage_function, **options))
-
-    def advantages(rewards_PGR: np.ndarray, penalty_PG: Any = 0.0) -> np.ndarray:
-        if apart:
-            return np.asarray(function(rewards_PGR))
-        return np.asarray(function(combine(rewards_PGR, weights_R, config.reward_combination) - penalty_PG))
-
-    shape = (config.prompts_per_step, config.num_generations)
-    found = advantages(np.zeros((*shape, len(weights_R)), np.float32))
-    if found.shape != shape:
-        raise ValueError(f"advantage: {config.advantage}: expected advantages of shape {shape}, got {found.shape}")
-    return advantages
-
-
-def logprobs_of(graphdef: Any, config: PolicyConfig, params: Any, batch: dict[str, jax.Array], **options: Any) -> Any:
-    """Tempered log-probabilities of the sampled tokens, [P, G, T]; with_entropy: entropies too."""
-    model, tokens_PBT = nnx.merge(graphdef, params), batch["tokens_PBT"]
-    hidden_PBTD = model.predict(batch["prompt_PS"], batch["lengths_P"], tokens_PBT, batch["offset_PBT"])
-    options |= {"chunk_tokens": config.loss.logprob_chunk, "temperature": config.temperature}
-    found_PBT = model.logprobs(hidden_PBTD, tokens_PBT, **options)
-    return jax.tree.map(lambda array_PBT: unpack(array_PBT, batch["slot_PGT"]), found_PBT)
-
-
-def policy_objective(
-    params: Any,
-    ref_params: Any,
-    frozen: Any,
-    batch: dict[str, jax.Array],
-    denominator: jax.Array,
-    *,
-    graphdef: Any,
-    config: PolicyConfig,
-) -> tuple[jax.Array, Metrics]:
-    """The loss of some whole groups, divided by the count of the whole batch, and its metrics."""
-    settings, mask_PGT, sampled_PGT = config.loss, batch["mask_PGT"], batch["sampled_PGT"]
-    logprobs_PGT, entropy_PGT = logprobs_of(graphdef, config, join(params, frozen), batch, with_entropy=True)
-    now_PGT = jax.lax.stop_gradient(logprobs_PGT)
-    old_PGT, ref_PGT = batch.get("old_PGT", now_PGT), batch.get("ref_PGT")
-    if settings.beta and ref_PGT is None:
-        ref_PGT = jax.lax.stop_gradient(logprobs_of(graphdef, config, join(ref_params, frozen), batch))
-    penalized = settings.beta > 0 and settings.kl_in == "loss"
-    weights_PGT = None
-    if settings.importance_sampling_mode is not None:
-        bounds = {"clip_max": settings.importance_sampling_clip_max, "clip_min": settings.importance_sampling_clip_min}
-        mode = settings.importance_sampling_mode
-        weights_PGT = sampler_correction(old_PGT, sampled_PGT, mask_PGT, mode=mode, **bounds)
-    loss, metrics = policy_loss(
-        logprobs_PGT,
-        old_PGT,
-        token_broadcast(batch["advantages_PG"], mask_PGT.shape[-1], settings.token_broadcast),
-        mask_PGT,
-        clip_low=settings.clip_low,
-        clip_high=settings.clip_high,
-        ratio=settings.ratio,
-        surrogate=settings.surrogate,
-        surrogate_options=settings.surrogate_options,
-        weights=weights_PGT,
-        aggregate=settings.aggregate,
-        denominator=denominator,
-        max_length=config.max_completion_length,
-        kl=settings.kl if penalized else None,
-        ref_logprobs=ref_PGT if penalized else None,
-        beta=settings.beta if penalized else 0.0,
-    )
-    count = mask_PGT.sum(dtype=jnp.float32)
-    metrics["entropy"] = (jnp.where(mask_PGT, entropy_PGT, 0).sum(), count)
-    if ref_PGT is not None and not penalized:  # it is in the reward, and worth seeing
-        kl_PGT = kl_penalty(jnp.where(mask_PGT, now_PGT, 0), jnp.where(mask_PGT, ref_PGT, 0), settings.kl)
-        metrics["kl"] = (kl_PGT.sum(), count)
-    metrics |= sampling_metrics(old_PGT, sampled_PGT, mask_PGT, weights_PGT)
-    return loss, jax.lax.stop_gradient(metrics)
-
-
 def make_update(graphdef: Any, optimizer: Any, config: PolicyConfig, layout: Layout, state: TrainState) -> Update:
     objective = partial(policy_objective, graphdef=graphdef, config=config)
     return Update(objective, partial(logprobs_of, graphdef, config), optimizer, config, layout, state)
@@ -248,7 +158,7 @@ def validate(
     settings = config.validation
     rows = validation.rows[: settings.prompts]
     prompts, G = validation.prompts(rows), settings.num_generations
-    key = training.stream_key(config.seed, training.VALIDATION, step)
+    key = stream_key(config.seed, VALIDATION, step)
     drawn = generator.complete(state.all_params, prompts, key, G, settings.batch_prompts)
     texts_PG, lengths_PG, finished_PG, tokens_PGT = drawn
     mine = share(len(rows))

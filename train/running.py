@@ -1,8 +1,26 @@
 """A program of the command line, from its start to its exit code."""
 
+import contextlib
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+
+from train.console import console
+
+
+class SetupError(ValueError):
+    """A user's mistake, found before anything is computed. The message is the whole story."""
+
+
+@contextlib.contextmanager
+def setup_errors() -> Iterator[None]:
+    """Turn what the checks of a run's set-up raise into one clear error; the operating system's with its file."""
+    try:
+        yield
+    except OSError as error:
+        raise SetupError(str(error) if error.filename is None else f"{error.filename}: {error.strerror}") from error
+    except (ValueError, TypeError, ImportError) as error:
+        raise SetupError(str(error)) from error
 
 
 def exit_code(program: Callable[[], object], *, own_devices: bool = False, several: bool = True) -> int:
@@ -17,7 +35,6 @@ def exit_code(program: Callable[[], object], *, own_devices: bool = False, sever
     """
     from models.compile_cache import enable_compile_cache
     from train import processes
-    from train.metrics import SetupError, console
 
     try:
         if not own_devices:

@@ -13,12 +13,11 @@ from gopo_jax import add_metrics, kl_penalty, loss_count
 from gopo_jax.losses import Metrics
 from models.lora import join
 from models.sharding import Layout, fetch, to_device
-from train import state as training
 from train.batch import minibatches
 from train.config import PolicyConfig
-from train.metrics import divide
 from train.packing import Batch, cut
-from train.state import TrainState
+from train.run.metrics import divide
+from train.state import TrainState, shardings
 
 Objective = Callable[..., tuple[jax.Array, Metrics]]
 
@@ -42,7 +41,7 @@ def make_programs(
     """Those of an `Update`; `state` says where everything lies."""
     microbatches = config.update_prompts // config.microbatch_prompts
     loss_and_gradient = jax.value_and_grad(objective, has_aux=True)
-    where = training.shardings(state)
+    where = shardings(state)
 
     @partial(jax.jit, out_shardings=where.params)
     def nothing(params: Any) -> Any:
@@ -57,7 +56,7 @@ def make_programs(
 
     @partial(jax.jit, donate_argnums=0, out_shardings=(where, None))
     def apply(state: TrainState, gradient: Any) -> tuple[TrainState, Metrics]:
-        return training.apply(optimizer, state, gradient), {"grad_norm": (optax.tree.norm(gradient), jnp.ones(()))}
+        return apply(optimizer, state, gradient), {"grad_norm": (optax.tree.norm(gradient), jnp.ones(()))}
 
     return Programs(nothing, add, apply, jax.jit(logprobs))
 

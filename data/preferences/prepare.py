@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from models.tokenizer import train_bpe
-from train.metrics import write_jsonl
-from train.prompts import load_rows
+from train.data.rows import load_rows
+from train.run.files import write_jsonl
 
 HERE = Path(__file__).parent
 SPLITS = {"train": "train", "val": "validation", "test": "test"}  # in the files -> of the run

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from models.tokenizer import train_bpe
-from train.metrics import write_jsonl
+from train.run.files import write_jsonl
 
 SOURCE = Path(__file__).with_name("sentiment_labelled_sentences.jsonl.gz")
 HELD_OUT, VALIDATION_PROMPTS, PROMPT_WORDS, VOCABULARY = 700, 200, 3, 2048

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from eval.judges.task import readable
 from models.tokenizer import check_text
-from train.metrics import console
-from train.prompts import Row, load_rows
+from train.console import console
+from train.data.rows import Row, load_rows
 
 KEPT = 20_000  # characters of a reply in judgements.jsonl; longer ones are cut there
 

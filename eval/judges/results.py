@@ -13,7 +13,7 @@ import numpy as np
 from eval.judges.cache import is_cut_off
 from eval.judges.pairs import Judged, Pair, is_number
 from eval.stats import cohen_kappa, length_controlled, position_bias, prompt_means, summary
-from train.prompts import Row, load_rows
+from train.data.rows import Row, load_rows
 
 JUDGEMENTS = "judgements.jsonl"
 WITHOUT = ("unparsable", "failed", "too_long")  # why a pair has no outcome

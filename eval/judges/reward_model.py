@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from eval.judges.pairs import Judged, Pair
 from eval.reward import score_rows
 from models.sharding import Layout
-from train.rewards import RewardModelScorer
+from train.rewards.model import RewardModelScorer
 
 
 class RewardModel:

@@ -23,24 +23,19 @@ from models.hf_weights import abstract_model, abstract_params
 from models.lora import separate
 from models.sharding import Layout
 from models.tokenizer import Tokenizer
-from train import plan, reward_model, sft
-from train import state as training
+from train.build import make_layout_for, make_optimizer, policy_layout
 from train.config import DataConfig, PlanConfig, PolicyConfig, RewardModelConfig, SftConfig
-from train.metrics import console, setup_errors
-from train.plan import FULL, GIB, HBM
-from train.prompts import (
-    Prompts,
-    Row,
-    Splits,
-    as_chat,
-    asked_and_answered,
-    is_file_name,
-    load_rows,
-    load_splits,
-    require_columns,
-)
-from train.rewards import function_scorer
-from train.supervised import load_examples
+from train.console import console
+from train.data.chats import as_chat, asked_and_answered
+from train.data.prompts import Prompts, Splits, load_splits
+from train.data.rows import Row, is_file_name, load_rows, require_columns
+from train.plan.devices import FULL, GIB, HBM, simulated
+from train.plan.programs import describe, held, network_config, on_device, parameter_count
+from train.rewards.functions import function_scorer
+from train.running import setup_errors
+from train.state import abstract_opt_state
+from train.supervised import reward_model, sft
+from train.supervised.program import load_examples
 
 SCHEMAS = Path(__file__).with_name("schemas.yaml")
 HUB_SECONDS = 5
@@ -218,17 +213,17 @@ def look_up(name: str) -> tuple[dict[str, Any] | None, str]:
     from huggingface_hub.errors import RepositoryNotFoundError
 
     kept = yaml.safe_load(SCHEMAS.read_text(encoding="utf-8")).get(name)
-    origin = "the Hub was not reached: as train/schemas.yaml had it"
+    origin = "the Hub was not reached: as train/plan/schemas.yaml had it"
     try:
         card = HfApi().dataset_info(name, timeout=HUB_SECONDS).card_data
         if (found := from_card(card.to_dict() if card else {})) is not None:
             return found, "from the Hub"
-        origin = "not on its card: as train/schemas.yaml had it"
+        origin = "not on its card: as train/plan/schemas.yaml had it"
     except RepositoryNotFoundError as error:
         raise FileNotFoundError(f"{name}: neither a .jsonl or .parquet file nor a data set on the Hub") from error
     except Exception as error:  # whatever a network does: there is the kept one
         if kept is None:
-            return None, f"the Hub was not reached ({type(error).__name__}) and train/schemas.yaml does not have it"
+            return None, f"the Hub was not reached ({type(error).__name__}) and train/plan/schemas.yaml does not have it"
     return kept, origin if kept else "not described on its card"
 
 
@@ -255,7 +250,7 @@ def type_of(feature: Mapping[str, Any]) -> str:
 
 def describe_networks(config: Config, columns: Collection[str] | None) -> tuple[Qwen3Config, Tokenizer | None]:
     """Print the shapes of the networks; the one that is trained, and its tokenizer if that is here."""
-    network = plan.network_config(config.model.path) if config.model.path else config.model.architecture
+    network = network_config(config.model.path) if config.model.path else config.model.architecture
     assert network is not None  # ModelConfig has checked it
     if isinstance(config, RewardModelConfig):
         network = dataclasses.replace(network, architecture=REWARD_MODEL)
@@ -274,7 +269,7 @@ def describe_networks(config: Config, columns: Collection[str] | None) -> tuple[
             function_scorer(spec.function, spec.options, columns, runs_here=False)
             line(f"reward {spec.label}: {spec.function}, weight {spec.weight:g}")
             continue
-        judge = plan.network_config(str(spec.model))
+        judge = network_config(str(spec.model))
         if not judge.is_reward_model:
             raise ValueError(f"rewards: {spec.model} is a policy; expected a reward model")
         say_network(f"reward {spec.label}, weight {spec.weight:g}", str(spec.model), judge)
@@ -283,7 +278,7 @@ def describe_networks(config: Config, columns: Collection[str] | None) -> tuple[
 
 def say_network(name: str, path: str, network: Qwen3Config) -> None:
     line(
-        f"{name}: {path}: {plan.parameter_count(network) / 1e6:,.2f} M parameters, {network.num_hidden_layers} layers "
+        f"{name}: {path}: {parameter_count(network) / 1e6:,.2f} M parameters, {network.num_hidden_layers} layers "
         f"of width {network.hidden_size}, {network.num_attention_heads} query and {network.num_key_value_heads} "
         f"key/value heads, vocabulary {network.vocab_size:,}"
     )
@@ -299,16 +294,16 @@ def memory(
     if isinstance(config, PolicyConfig):
         fields = {item.name: getattr(config, item.name) for item in dataclasses.fields(PolicyConfig)}
         planned = PlanConfig(**fields)
-        layout = training.policy_layout(planned, devices_for(config, devices))
-        rewards = [plan.network_config(spec.model) for spec in config.rewards if spec.model]
-        arrays, _ = plan.describe(planned, layout, network, rewards)
+        layout = policy_layout(planned, devices_for(config, devices))
+        rewards = [network_config(spec.model) for spec in config.rewards if spec.model]
+        arrays, _ = describe(planned, layout, network, rewards)
     else:
-        layout = training.make_layout_for(config.mesh, config.batch_size, devices=devices_for(config, devices))
+        layout = make_layout_for(config.mesh, config.batch_size, devices=devices_for(config, devices))
         arrays = {}
     trained, frozen, opt_state = state_shapes(config, layout, network)
     if not arrays:
         arrays = {"parameters": trained, "base of adapters": frozen, "optimizer": opt_state, "gradient": trained}
-        arrays = {name: plan.on_device(tree) for name, tree in arrays.items()}
+        arrays = {name: on_device(tree) for name, tree in arrays.items()}
     return layout, arrays, (whole(trained) + whole(opt_state), whole(frozen))
 
 
@@ -316,7 +311,7 @@ def devices_for(config: Config, count: int | None) -> Sequence[jax.Device] | Non
     """CPU devices to stand for so many, or for as many as the mesh's sizes say; None: take those that are here."""
     sizes = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     count = count or (math.prod(sizes) if min(sizes) > 0 else None)
-    return plan.simulated(count) if count else None
+    return simulated(count) if count else None
 
 
 def state_shapes(config: Config, layout: Layout, network: Qwen3Config) -> tuple[Any, Any, Any]:
@@ -324,8 +319,8 @@ def state_shapes(config: Config, layout: Layout, network: Qwen3Config) -> tuple[
     dtypes = {"dtype": config.model.dtype, "param_dtype": config.model.param_dtype}
     model = abstract_model(network, lora=config.lora, remat=config.model.remat, layout=layout, **dtypes)
     trained, frozen = separate(abstract_params(model, layout))
-    optimizer, _ = training.make_optimizer(config.optimizer, config.max_steps)
-    return trained, frozen, training.abstract_opt_state(trained, optimizer, layout)
+    optimizer, _ = make_optimizer(config.optimizer, config.max_steps)
+    return trained, frozen, abstract_opt_state(trained, optimizer, layout)
 
 
 def whole(tree: Any) -> float:
@@ -340,8 +335,8 @@ def describe_memory(layout: Layout, arrays: Mapping[str, float], chip: str | Non
         if count:
             table.add_row(name, f"{count / 2**20:,.1f}")
     console.print(table)
-    update = plan.held(arrays, ("gradient", "offloaded reference"))
-    peak = max(update, plan.held(arrays, ("sampling copy", "cache of keys and values")))
+    update = held(arrays, ("gradient", "offloaded reference"))
+    peak = max(update, held(arrays, ("sampling copy", "cache of keys and values")))
     line(f"together at most {size(peak)}; activations and logits come on top: `train plan` compiles them")
     if chip is not None:
         verdict = "fits" if peak <= FULL * HBM[chip] else "does NOT fit"

@@ -14,8 +14,10 @@ import numpy as np
 
 from models.checkpoint import folder_of
 from train.config import EarlyStoppingConfig
-from train.metrics import METRICS, Run, console, read_metrics, write_whole
+from train.console import console
 from train.processes import gather, is_first
+from train.run.directory import METRICS, Run, read_metrics
+from train.run.files import write_whole
 
 STOPPED = "stopped.json"
 

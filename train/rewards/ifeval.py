@@ -1,7 +1,8 @@
 """IFEval: whether a completion follows instructions that a program can check, by lm-eval's own verifiers.
 
-As a reward: `function: ifeval` (or eval.ifeval.loose), for data with google/IFEval's columns instruction_id_list and
-kwargs. NLTK's sentence splitter is looked for, and downloaded if it is missing, before the first completion.
+As a reward: `function: ifeval` (or train.rewards.ifeval.loose), for data with google/IFEval's columns
+instruction_id_list and kwargs. NLTK's sentence splitter is looked for, and downloaded if it is missing, before the
+first completion.
 
 References:
   Zhou et al., Instruction-Following Evaluation for Large Language Models, https://arxiv.org/abs/2311.07911.

@@ -6,11 +6,13 @@ from typing import Any
 from rich.text import Text
 
 from models.tokenizer import Tokenizer, tokenizer_path
-from train import reward_model, sft
-from train import state as training
+from train.build import make_tokenizer
 from train.config import PolicyConfig, RewardModelConfig, SupervisedConfig
-from train.metrics import console, setup_errors
-from train.prompts import load_prompts, load_rows
+from train.console import console
+from train.data.prompts import load_prompts
+from train.data.rows import load_rows
+from train.running import setup_errors
+from train.supervised import reward_model, sft
 
 STAND_IN = "(the completion)"
 
@@ -22,7 +24,7 @@ def show(config: SupervisedConfig | RewardModelConfig | PolicyConfig, count: int
       SetupError: a mistake in the config or the data.
     """
     with setup_errors():
-        tokenizer = training.make_tokenizer(config.model, config.chat)
+        tokenizer = make_tokenizer(config.model, config.chat)
         ends = ", ".join(f"{i} {tokenizer.piece(i)}" for i in tokenizer.eos_ids)
         line(f"tokenizer {tokenizer.path}: a sequence ends with {ends}; padding {tokenizer.pad_id}")
         if isinstance(config, PolicyConfig):

@@ -21,9 +21,10 @@ from models.config import REWARD_MODEL
 from models.reward_model import Qwen3RewardModel
 from models.tokenizer import Prompt, Tokenizer, bucket, pad
 from train.config import ChatConfig, RewardModelConfig
-from train.prompts import Row, asked_and_answered, require_columns
-from train.rewards import common_prefix
-from train.supervised import Batch, Outcome, Task, train_supervised
+from train.data.chats import asked_and_answered
+from train.data.rows import Row, require_columns
+from train.rewards.model import common_prefix
+from train.supervised.program import Batch, Outcome, Task, train_supervised
 
 WORTHWHILE = 0.75  # of the slots of whole rows: with more, what is shared is computed for each answer
 

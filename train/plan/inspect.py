@@ -7,19 +7,14 @@ import numpy as np
 from rich.table import Table
 
 from models.tokenizer import Tokenizer
-from train import reward_model, sft
-from train import state as training
+from train.build import make_tokenizer
 from train.config import PolicyConfig, RewardModelConfig, SupervisedConfig
-from train.metrics import console, setup_errors
-from train.prompts import (
-    Prompts,
-    Row,
-    hold_out,
-    load_rows,
-    load_splits,
-    prompt_key,
-)
-from train.show import line, show
+from train.console import console
+from train.data.prompts import Prompts, load_splits, prompt_key
+from train.data.rows import Row, hold_out, load_rows
+from train.plan.show import line, show
+from train.running import setup_errors
+from train.supervised import reward_model, sft
 
 Lengths = Mapping[str, Sequence[int]]  # by what is measured, in tokens
 
@@ -31,7 +26,7 @@ def inspect(config: SupervisedConfig | RewardModelConfig | PolicyConfig, count: 
       SetupError: a mistake in the config or the data.
     """
     with setup_errors():
-        tokenizer = training.make_tokenizer(config.model, config.chat)
+        tokenizer = make_tokenizer(config.model, config.chat)
         if isinstance(config, PolicyConfig):
             inspect_policy(config, tokenizer)
         else:

@@ -22,9 +22,10 @@ from flax import nnx
 from gopo_jax.losses import Metrics
 from models.tokenizer import Tokenizer, bucket, pad
 from train.config import ChatConfig, SftConfig
-from train.metrics import console
-from train.prompts import Row, asked_and_answered, require_columns, shuffled
-from train.supervised import Batch, Outcome, Task, train_supervised
+from train.console import console
+from train.data.chats import asked_and_answered
+from train.data.rows import Row, require_columns, shuffled
+from train.supervised.program import Batch, Outcome, Task, train_supervised
 
 LOGPROB_CHUNK = 4096  # tokens whose logits exist at a time on each device
 Example = tuple[list[int], int]  # token ids, how many of them are prompt

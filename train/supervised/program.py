@@ -18,14 +18,18 @@ from models.hf_weights import split
 from models.lora import join
 from models.sharding import Layout, fetch
 from models.tokenizer import Tokenizer
-from train import state as training
-from train.calibration import expected_calibration_error, reliability
+from train.build import make_layout_for, make_model, make_optimizer, make_tokenizer
 from train.config import ChatConfig, SupervisedConfig
-from train.metrics import CALIBRATION, Run, Timer, console, divide, setup_errors, write_whole
+from train.console import console
+from train.data.rows import Row, hold_out, load_rows, shuffled
 from train.processes import is_first
-from train.prompts import Row, hold_out, load_rows, shuffled
-from train.state import TrainState
-from train.stopping import EarlyStopping, is_over
+from train.run.directory import CALIBRATION, Run
+from train.run.files import write_whole
+from train.run.metrics import Timer, divide
+from train.running import setup_errors
+from train.state import TrainState, apply, make_state, shardings
+from train.supervised.calibration import expected_calibration_error, reliability
+from train.supervised.stopping import EarlyStopping, is_over
 
 Batch = dict[str, np.ndarray]
 
@@ -58,16 +62,16 @@ def train_supervised(config: SupervisedConfig, task: Task) -> None:
       SetupError: a mistake in the config or the data, before anything is computed.
     """
     with setup_errors():
-        layout = training.make_layout_for(config.mesh, config.batch_size)
-        tokenizer = training.make_tokenizer(config.model, config.chat)
+        layout = make_layout_for(config.mesh, config.batch_size)
+        tokenizer = make_tokenizer(config.model, config.chat)
         examples, held_out = load_examples(config, task, tokenizer)
-        model = training.make_model(config.model, config.lora, layout, config.seed, tokenizer, task.architecture)
+        model = make_model(config.model, config.lora, layout, config.seed, tokenizer, task.architecture)
         graphdef, params = split(model)
         run, stopping = Run(config, model.config.to_hf(), tokenizer), EarlyStopping(config.early_stopping)
         if is_over(run):
             return
-        optimizer, schedule = training.make_optimizer(config.optimizer, config.max_steps)
-        state = run.resume(training.make_state(params, optimizer, layout))
+        optimizer, schedule = make_optimizer(config.optimizer, config.max_steps)
+        state = run.resume(make_state(params, optimizer, layout))
         stopping.recall(run)
         del model, params  # a resumed run has others
 
@@ -119,7 +123,7 @@ class Judged(NamedTuple):
     """What is measured on held-out data."""
 
     metrics: dict[str, float]
-    bins: dict[str, list[dict[str, Any]]]  # of each set of comparisons, see `train.calibration.reliability`
+    bins: dict[str, list[dict[str, Any]]]  # of each set of comparisons, see `train.supervised.calibration.reliability`
 
 
 def write_calibration(run: Run, step: int, judged: Judged) -> None:
@@ -183,12 +187,12 @@ def make_update(
 ) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
     """One optimizer step on a batch, jitted; the state's buffers are reused, its shardings kept."""
 
-    @partial(jax.jit, donate_argnums=0, out_shardings=(training.shardings(state), None))
+    @partial(jax.jit, donate_argnums=0, out_shardings=(shardings(state), None))
     def update(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         of_trained = lambda params: objective(join(params, state.frozen), batch)  # noqa: E731
         (_, found), gradient = jax.value_and_grad(of_trained, has_aux=True)(state.params)
         metrics = found.metrics | {"grad_norm": (optax.tree.norm(gradient), jnp.ones(()))}
-        return training.apply(optimizer, state, gradient), metrics
+        return apply(optimizer, state, gradient), metrics
 
     return update
 

@@ -1,0 +1,1 @@
+"""Data in: rows, conversations, prompts and their token ids."""

@@ -1,0 +1,144 @@
+"""Rows of data: read from a file or the Hub, and chosen as a pure function of a seed."""
+
+import gzip
+import json
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from models.tokenizer import check_messages, check_text
+
+Row = dict[str, Any]
+
+
+def is_file_name(source: str) -> bool:
+    """Whether a source of rows is a file; else it is a name on the Hub."""
+    return source.removesuffix(".gz").endswith((".jsonl", ".json", ".parquet"))
+
+
+def load_rows(
+    source: str, split: str = "train", columns: Mapping[str, str] | None = None, setting: str = "data.columns"
+) -> list[Row]:
+    """The rows of a JSONL file (.gz too), a parquet file, or a data set on the Hub; `columns` renames: ours -> theirs.
+
+    Args:
+      setting: what the user knows `columns` by, for an error.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: a line that is not a JSON object, no rows at all, or a row without a column that is to be renamed.
+    """
+    path = Path(source)
+    if is_file_name(source) and not path.is_file():
+        raise FileNotFoundError(f"{source}: no such file; expected JSONL (.gz too) or parquet")
+    jsonl = is_file_name(source) and not source.endswith(".parquet")
+    try:
+        rows = _read_jsonl(path) if jsonl else _read_datasets(source, split)
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        raise ValueError(f"{source}: cannot be read ({error}); was it downloaded whole?") from error
+    if not rows:
+        raise ValueError(f"{source}: expected at least one row, got an empty data set")
+    return renamed(rows, source, columns, setting) if columns else rows
+
+
+def renamed(rows: Sequence[Row], source: str, columns: Mapping[str, str], setting: str) -> list[Row]:
+    """The rows with their columns under our names; a column that had the name already gives way."""
+    for number, row in enumerate(rows, 1):
+        for ours, theirs in columns.items():
+            if theirs not in row:
+                raise ValueError(
+                    f"{source}: row {number} has no {theirs!r}, which {setting} takes as {ours!r}; its columns are "
+                    f"{', '.join(row) or '(none)'}"
+                )
+    taken = set(columns.values())
+    return [
+        {name: value for name, value in row.items() if name not in taken}
+        | {ours: row[theirs] for ours, theirs in columns.items()}
+        for row in rows
+    ]
+
+
+def require_columns(rows: Sequence[Row], source: str, *columns: str, setting: str = "the config") -> None:
+    """Refuse data in which a row lacks a column, or has neither text nor chat messages in it.
+
+    Args:
+      setting: where the user names the columns, for an error.
+    """
+    for number, row in enumerate(rows, 1):
+        for column in columns:
+            if row.get(column) in (None, "", []):
+                raise ValueError(
+                    f"{source}: row {number} has no {column!r}; its columns are {', '.join(row) or '(none)'}; "
+                    f"name the right one in {setting} or mend the row"
+                )
+            try:
+                check_text(row[column]) if isinstance(row[column], str) else check_messages(row[column])
+            except ValueError as error:
+                raise ValueError(f"{source}: row {number}: {column!r}: {error}") from error
+
+
+def shuffled(size: int, count: int, seed: int, step: int, attempt: int = 0) -> list[int]:
+    """The indices of batch number `step` of `count`: epochs of one permutation each, a new one every epoch.
+
+    Each attempt has an order of its own.
+    """
+    positions = range(step * count, (step + 1) * count)
+    keys = {epoch: [seed, epoch, attempt] if attempt else [seed, epoch] for epoch in {i // size for i in positions}}
+    epochs = {epoch: np.random.default_rng(key).permutation(size) for epoch, key in keys.items()}
+    return [int(epochs[i // size][i % size]) for i in positions]
+
+
+def hold_out(count: int, rows: int, seed: int) -> tuple[list[int], list[int]]:
+    """Which of `count` rows are kept and which `rows` are held out, both in order: a pure function of the arguments.
+
+    Raises:
+      ValueError: nothing would be kept.
+    """
+    if rows >= count:
+        raise ValueError(f"data.validation_rows: expected fewer than the {count} rows that there are, got {rows}")
+    out = np.random.default_rng(seed).choice(count, rows, replace=False)
+    return np.setdiff1d(np.arange(count), out).tolist(), np.sort(out).tolist()
+
+
+def sampled(count: int, wanted: int, seed: int) -> list[int]:
+    """Which `wanted` of `count` rows are taken, in order; all of them if there are no more."""
+    return hold_out(count, wanted, seed)[1] if wanted < count else list(range(count))
+
+
+def _read_jsonl(path: Path) -> list[Row]:
+    rows = []
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8-sig") as lines:  # Windows' programs begin a file with a mark
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}: line {number} is not JSON ({error})") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}: line {number}: expected a JSON object, got {type(row).__name__}")
+            rows.append(row)
+    return rows
+
+
+def _read_datasets(source: str, split: str) -> list[Row]:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+
+    try:
+        if source.endswith(".parquet"):
+            return load_dataset("parquet", data_files=source, split="train").to_list()
+        return load_dataset(source, split=split).to_list()
+    except (DatasetNotFoundError, ConnectionError, FileNotFoundError) as error:
+        raise FileNotFoundError(
+            f"{source}: neither a .jsonl or .parquet file nor a data set that the Hub could give "
+            f"({type(error).__name__}); check the spelling or the network"
+        ) from error
+    except (ValueError, DatasetGenerationError) as error:
+        raise ValueError(f"{source}: cannot be read: {error}") from error

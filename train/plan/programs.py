@@ -1,0 +1,199 @@
+"""The arrays and the programs of a policy's step, as shapes, and what the compiler says of them."""
+
+import functools
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from models import checkpoint
+from models.attention import CHUNK
+from models.config import Qwen3Config, read_config
+from models.generate import SamplingCopy, sampling_program
+from models.hf_weights import abstract_model, abstract_params, split
+from models.lora import separate
+from models.published import PUBLISHED
+from models.sampler import SamplingParams
+from models.sharding import Layout, placed
+from models.weight_files import find_directory
+from train.build import make_optimizer
+from train.config import PlanConfig
+from train.loop import make_update
+from train.packing import abstract_microbatch
+from train.plan.hlo import Trips, work
+from train.rewards.model import SCORED_AXES, scoring_program
+from train.state import TrainState, abstract_opt_state
+
+ALWAYS = ("parameters", "base of adapters", "reference", "optimizer", "reward models")
+
+
+class Program(NamedTuple):
+    """One compiled part of a step."""
+
+    name: str
+    calls: int  # in a step
+    jitted: Any
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+    beside: tuple[str, ...] = ()  # which arrays that are not always there are, while it runs
+    trips: Trips = lambda depth, index: math.nan
+
+
+class Cost(NamedTuple):
+    """Of one call, on each device."""
+
+    temporaries: float  # bytes, with those outputs that do not take an input's place
+    estimate: float  # the same by the compiler for CPUs
+    flops: float
+    sent: dict[tuple[str, str], float]  # bytes by kind and mesh axes
+    seconds: float  # that compiling took
+
+
+def held(arrays: Mapping[str, float], beside: Sequence[str]) -> float:
+    """Bytes of what is always there, and of what stands beside it."""
+    return sum(arrays.get(name, 0.0) for name in {*ALWAYS, *beside})
+
+
+def network_config(path: str) -> Qwen3Config:
+    """The shape of a model: of a run, of a directory, of a published name, or of what the Hub has."""
+    if checkpoint.is_run(path):
+        return Qwen3Config.from_hf(checkpoint.about(path)["model"], source=path)
+    return PUBLISHED[path] if path in PUBLISHED and not Path(path).is_dir() else read_config(find_directory(path))
+
+
+Parts = tuple[dict[str, float], list[Program]]  # arrays, as bytes on each device, and programs
+
+
+def describe(config: PlanConfig, layout: Layout, network: Qwen3Config, rewards: Sequence[Qwen3Config]) -> Parts:
+    """The arrays of a run and its programs; all of them shapes alone."""
+    dtypes = {"dtype": config.model.dtype, "param_dtype": config.model.param_dtype}
+    model = abstract_model(network, lora=config.lora, remat=config.model.remat, layout=layout, **dtypes)
+    (graphdef, _), params = split(model), abstract_params(model, layout)
+    arrays, programs = updating(config, layout, graphdef, params)
+    for more_arrays, more_programs in (scoring(config, layout, rewards), sampling(config, layout, graphdef, params)):
+        arrays, programs = more_arrays | arrays, more_programs + programs
+    P, G, S, T = sizes(config)
+    size = jnp.dtype(config.model.dtype).itemsize
+    return arrays | {"cache of keys and values": cache_bytes(network, P, G, S, T, layout, size)}, programs
+
+
+def sizes(config: PlanConfig) -> tuple[int, int, int, int]:
+    """P, G, S, T."""
+    lengths = (config.max_prompt_length, config.max_completion_length)
+    return config.prompts_per_step, config.num_generations, *lengths
+
+
+def sampling(config: PlanConfig, layout: Layout, graphdef: Any, params: Any) -> Parts:
+    P, G, S, T = sizes(config)
+    programs: list[Program] = []
+    arrays: dict[str, float] = {}
+    during: tuple[str, ...] = ()
+    copy = SamplingCopy(graphdef, params, layout) if config.mesh.sampling_copy else None
+    if copy is not None and any(copy.copied):
+        programs.append(Program("copy", 1, copy.program, (copy.part(params),), {}))
+        arrays, during = {"sampling copy": on_device(copy.part(copy.wanted))}, ("sampling copy",)
+        params = copy.wanted
+    prompts = [shape(layout, (P, S), jnp.int32, ("prompt", None)), *[shape(layout, (P,), jnp.int32, ("prompt",))] * 2]
+    settings = SamplingParams(config.temperature, config.top_k, config.top_p, config.min_tokens, np.zeros(2, np.int32))
+    arguments = (params, *prompts, jax.eval_shape(lambda: jax.random.key(0)), settings)
+    jitted = sampling_program(graphdef, T, 0)
+    programs.append(Program("sample", 1, jitted, arguments, {"num_generations": G}, during, sampling_trips(T)))
+    return arrays, programs
+
+
+def scoring(config: PlanConfig, layout: Layout, rewards: Sequence[Qwen3Config]) -> Parts:
+    P, G, S, T = sizes(config)
+    arrays: dict[str, float] = {"reward models": 0.0}
+    programs = []
+    for spec, network in zip((spec for spec in config.rewards if spec.model), rewards, strict=True):
+        scorer = abstract_model(network, dtype=config.model.dtype, param_dtype=config.model.dtype, layout=layout)
+        params, n = abstract_params(scorer, layout), spec.batch_prompts
+        shapes = ((n, S), (n,), (n, G, T), (n, G))
+        texts = [shape(layout, dims, jnp.int32, axes) for dims, axes in zip(shapes, SCORED_AXES, strict=True)]
+        place = f"offloaded {spec.label}" if spec.offload else "reward models"
+        arrays[place] = arrays.get(place, 0.0) + on_device(params)
+        jitted, during = scoring_program(split(scorer)[0]), (place,) if spec.offload else ()
+        programs.append(Program(f"score {spec.label}", -(-P // n), jitted, (params, *texts), {}, during))
+    return arrays, programs
+
+
+def updating(config: PlanConfig, layout: Layout, graphdef: Any, params: Any) -> Parts:
+    P, G, S, T = sizes(config)
+    optimizer, _ = make_optimizer(config.optimizer, config.max_steps * config.updates_per_step)
+    trained, frozen = separate(params)
+    opt_state = abstract_opt_state(trained, optimizer, layout)
+    scalar: Any = shape(layout, (), jnp.int32, ())
+    state = TrainState(trained, frozen, opt_state, scalar)
+    reference = trained if config.loss.beta else None
+    update = make_update(graphdef, optimizer, config, layout, state).programs
+    gradient = jax.tree.map(
+        lambda leaf, like: placed(leaf, like.sharding), jax.eval_shape(update.nothing, trained), trained
+    )
+    micro = abstract_microbatch(config.microbatch_prompts, S, G, T, layout)
+    denominator = shape(layout, (), jnp.float32, ())
+    parts = P // config.microbatch_prompts
+    place = "offloaded reference" if config.loss.offload_reference else "reference"
+    arrays = {
+        "parameters": on_device(trained),
+        "base of adapters": on_device(frozen),
+        "optimizer": on_device(opt_state),
+        "gradient": on_device(gradient),
+        place: on_device(reference),
+    }
+    programs = [Program("optimizer", config.updates_per_step, update.apply, (state, gradient), {}, ("gradient",))]
+    beside: tuple[str, ...] = ("gradient", place)
+    if config.logprobs_before_update:  # then the update reads them, and no reference policy
+        policies = 2 if reference else 1
+        programs.append(Program("logprobs", policies * parts, update.logprobs, (params, micro), {}, (place,)))
+        known = ("old_PGT", "ref_PGT")[:policies]
+        micro, reference, beside = micro | dict.fromkeys(known, micro["sampled_PGT"]), None, ("gradient",)
+    arguments = (gradient, state, reference, micro, denominator)
+    programs.append(Program("gradient", config.num_iterations * parts, update.add, arguments, {}, beside))
+    return arrays, programs
+
+
+def shape(layout: Layout, dims: tuple[int, ...], dtype: Any, axes: Sequence[str | None]) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(dims, dtype, sharding=layout.sharding(axes))
+
+
+def on_device(tree: Any) -> float:
+    """Bytes of a tree of sharded arrays on each device."""
+    return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)))
+
+
+def cache_bytes(network: Qwen3Config, P: int, G: int, S: int, T: int, layout: Layout, size: int) -> float:
+    """Keys and values of prompts and completions on each device; part of what is temporary while sampling."""
+    prompts, heads = P / layout.ways("prompt"), network.num_key_value_heads / layout.ways("kv_heads")
+    positions = prompts * (S + G / layout.ways("group") * T)
+    return 2 * positions * network.num_hidden_layers * heads * network.head_dim * size
+
+
+def sampling_trips(T: int) -> Trips:
+    """T tokens, all with every completion going on; each reads the chunks of its cache that are filled by then."""
+    return lambda depth, index: (T if index == 0 else 0) if depth == 0 else (T / min(CHUNK, T) + 1) / 2
+
+
+def measure(program: Program, layout: Layout, size: float) -> Cost:
+    """Compiled for CPUs, quickly rather than well; bytes are counted `size` times."""
+    began = time.perf_counter()
+    lowered = program.jitted.lower(*program.arguments, **program.options)
+    compiled = lowered.compile(compiler_options={"xla_backend_optimization_level": 0})
+    done = work(compiled.as_text(), program.trips)
+    sent = {key: size * count for key, count in done.by_axis(dict(layout.mesh.shape)).items()}
+    needed = size * temporaries(compiled)
+    return Cost(needed, needed, done.flops, sent, time.perf_counter() - began)
+
+
+def temporaries(compiled: Any) -> float:
+    analysis = compiled.memory_analysis()
+    return float(analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes)
+
+
+@functools.cache
+def parameter_count(network: Qwen3Config) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(split(abstract_model(network))[1]))

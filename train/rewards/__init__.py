@@ -1,0 +1,110 @@
+"""Rewards: a reward model or a Python function scores completions; several are weighed and combined.
+
+NaN means unscorable. With one reward such a completion leaves the ranks and the loss; with several, a missing one
+leaves only its own part, and a completion that misses all is NaN.
+"""
+
+import math
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import numpy as np
+
+from models.sharding import Layout
+from models.tokenizer import Prompt
+from train.config import RewardSpec
+from train.rewards.functions import Scorer, TokenIds, completion_ids, function_scorer
+from train.rewards.model import RewardModelScorer
+
+__all__ = ["RewardModelScorer", "Rewards", "combine", "completion_ids", "function_scorer"]
+
+COMBINATIONS: dict[str, Callable[..., np.ndarray]] = {"sum": np.nansum, "mean": np.nanmean, "minimum": np.nanmin}
+
+
+class Rewards:
+    """The rewards of a run, by name."""
+
+    def __init__(
+        self,
+        specs: Sequence[RewardSpec],
+        layout: Layout | None,
+        dtype: str,
+        combination: str = "sum",
+        columns: Collection[str] | None = None,
+    ) -> None:
+        """`columns`: those of the data, which functions may ask for; None: not known yet, and not checked."""
+        self.weights_R = np.array([spec.weight for spec in specs], np.float32)
+        self.combination = combination
+        functions = {  # first: what is wrong with one is said before any weight is read
+            spec.label: function_scorer(spec.function, spec.options, columns)
+            for spec in specs
+            if spec.function is not None
+        }
+        self.scorers: dict[str, Scorer] = {
+            spec.label: functions[spec.label]
+            if spec.label in functions
+            else RewardModelScorer(
+                str(spec.model),
+                layout=layout,
+                dtype=dtype,
+                max_length=spec.max_length,
+                batch_prompts=spec.batch_prompts,
+                offload=spec.offload,
+            )
+            for spec in specs
+        }
+
+    def check(self, prompt: Prompt) -> None:
+        """Refuse, before anything is drawn, reward models that cannot read such a prompt.
+
+        Raises:
+          ValueError: no chat template for chat messages, or no room for a single token of a completion.
+        """
+        for name, scorer in self.scorers.items():
+            if isinstance(scorer, RewardModelScorer):
+                length = len(scorer.tokenizer.conversation_ids([prompt], ["."])[0])
+                if length > scorer.max_length:
+                    raise ValueError(
+                        f"rewards: {name}: a prompt and the completion '.' are {length} tokens of its tokenizer, more "
+                        f"than its max_length = {scorer.max_length}, so nothing could be scored; raise it"
+                    )
+
+    def score(
+        self,
+        prompts: Sequence[Prompt],
+        completions_PG: Sequence[Sequence[str]],
+        columns: dict[str, list[Any]],
+        completion_ids_PG: TokenIds | None = None,
+    ) -> np.ndarray:
+        """float32 `rewards_PGR`, every reward apart; NaN = unscorable.
+
+        Where there are several processes each gives its share of the prompts, and all get the rewards of the whole.
+        """
+        given = (prompts, completions_PG, columns, completion_ids_PG)
+        return np.stack([score(*given) for score in self.scorers.values()], -1)
+
+    def combine(self, rewards_PGR: np.ndarray) -> np.ndarray:
+        """float32 `rewards_PG`: the weighted rewards that are there, combined; NaN where none is."""
+        return combine(rewards_PGR, self.weights_R, self.combination)
+
+    def metrics(self, rewards_PGR: np.ndarray) -> dict[str, float]:
+        """rewards/NAME/mean, rewards/NAME/std and rewards/NAME/unscorable, a count; rm/truncated_frac, the share of
+        completions, over all reward models, that were longer than a model's max_length: unscorable, not cut."""
+        metrics = {}
+        is_model_R = [isinstance(scorer, RewardModelScorer) for scorer in self.scorers.values()]
+        if any(is_model_R):
+            metrics["rm/truncated_frac"] = float(np.isnan(rewards_PGR[..., is_model_R]).mean())
+        for r, name in enumerate(self.scorers):
+            scored = rewards_PGR[..., r][~np.isnan(rewards_PGR[..., r])]
+            metrics[f"rewards/{name}/mean"] = float(scored.mean()) if scored.size else math.nan
+            metrics[f"rewards/{name}/std"] = float(scored.std(ddof=1)) if scored.size > 1 else math.nan
+            metrics[f"rewards/{name}/unscorable"] = float(rewards_PGR[..., r].size - scored.size)
+        return metrics
+
+
+def combine(rewards_PGR: np.ndarray, weights_R: np.ndarray, combination: str) -> np.ndarray:
+    """float32 `rewards_PG`: the weighted rewards that are there, combined; NaN where none is."""
+    weighted_PGR = rewards_PGR * weights_R
+    missing_PG = np.all(np.isnan(weighted_PGR), axis=-1)
+    combined_PG = COMBINATIONS[combination](np.where(np.expand_dims(missing_PG, -1), 0, weighted_PGR), axis=-1)
+    return np.where(missing_PG, np.nan, combined_PG).astype(np.float32)

@@ -1,0 +1,127 @@
+"""The numbers of a step: what rollouts, sampler and clock say, by TRL's names."""
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gopo_jax.losses import Metrics
+from models.config import Qwen3Config
+from models.flops import forward_flops, peak_flops, step_flops
+from train.batch import Groups
+from train.config import PolicyConfig
+
+
+class Timer:
+    """Seconds spent in named parts of a step, as metrics "timing_s/NAME"."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        spent = self.seconds.get(f"timing_s/{name}", 0.0)
+        self.seconds[f"timing_s/{name}"] = spent + time.perf_counter() - began
+
+
+def divide(metrics: Mapping[str, tuple[jax.Array, jax.Array]]) -> dict[str, float]:
+    """(sum, count) pairs as means; NaN where nothing was counted."""
+    pairs = {name: (float(total), float(count)) for name, (total, count) in jax.device_get(dict(metrics)).items()}
+    return {name: total / count if count else math.nan for name, (total, count) in pairs.items()}
+
+
+def require_finite(step: int, metrics: Mapping[str, float]) -> None:
+    """Stop a run that has diverged: nothing it would write from here on means anything.
+
+    Raises:
+      FloatingPointError: the loss or the gradient's norm is not a number.
+    """
+    for name in ("loss", "grad_norm"):
+        if not math.isfinite(metrics[name]):
+            raise FloatingPointError(
+                f"step {step}: {name} is {metrics[name]}: the run has diverged; the checkpoints are as they were; go "
+                f"on from an earlier one with a lower optimizer.learning_rate, or look at the rewards of this step"
+            )
+
+
+def sampling_metrics(
+    old_PGT: jax.Array, sampled_PGT: jax.Array, mask_PGT: jax.Array, weights_PGT: jax.Array | None
+) -> Metrics:
+    """How far sampler and trainer are apart, TRL's sampling/*: |difference of log-probabilities|, and its weights."""
+    count, found = mask_PGT.sum(dtype=jnp.float32), mask_PGT.any().astype(jnp.float32)
+    drift_PGT = jnp.where(mask_PGT, jnp.abs(old_PGT - sampled_PGT), 0)
+    metrics: Metrics = {
+        "sampling/sampling_logp_difference/mean": (drift_PGT.sum(), count),
+        "sampling/sampling_logp_difference/max": (drift_PGT.max(), found),
+    }
+    if weights_PGT is not None:
+        name = "sampling/importance_sampling_ratio"
+        metrics[f"{name}/mean"] = (weights_PGT.sum(), count)  # 0 where nothing counts
+        metrics[f"{name}/min"] = (jnp.where(mask_PGT, weights_PGT, jnp.inf).min(), found)
+        metrics[f"{name}/max"] = (weights_PGT.max(), found)
+    return metrics
+
+
+def throughput(config: PolicyConfig, network: Qwen3Config, drawn: Sequence[Groups], seconds: float) -> dict[str, float]:
+    """perf/tokens_per_s, completion tokens; perf/mfu, on devices whose peak is known (`models.flops.PEAK_FLOPS`).
+
+    MFU: the least arithmetic that sampling, the passes over the batch and a reference policy need, every prompt once
+    per group and remat not counted, over what the devices could have done in the whole step (reward models, validation
+    and waiting take time and add nothing).
+    """
+    tokens = sum(int(groups.rollout.lengths_PG.sum()) for groups in drawn)
+    found = {"perf/tokens_per_s": tokens / seconds}
+    peak = peak_flops(jax.devices()[0].device_kind)
+    if peak is not None:
+        forward = [forward_flops(network, g.lengths_P.tolist(), g.rollout.lengths_PG.tolist()) for g in drawn]
+        one = sum(forward) / len(forward)  # as many prompts are learned from as one attempt has
+        flops = step_flops(one, reference=config.loss.beta > 0, iterations=config.num_iterations)
+        found["perf/mfu"] = (sum(forward) + flops["update"]) / (seconds * peak * jax.device_count())
+    return found
+
+
+def rollout_metrics(rewards_PG: np.ndarray, lengths_PG: np.ndarray, finished_PG: np.ndarray) -> dict[str, float]:
+    """TRL's reward/* and completions/* names, and rank/*: how much order the rewards have.
+
+    rank/tie_frac is the share of pairs within a group with equal rewards, rank/all_tied_frac the share of groups
+    without any order, rank/length_corr the mean rank correlation of reward and length within a group.
+    """
+    valid_PG = ~np.isnan(rewards_PG)
+    usable = [(r[v], n[v]) for r, n, v in zip(rewards_PG, lengths_PG, valid_PG, strict=True) if v.sum() >= 2]
+    ties = [(_pairs_equal(r) / (len(r) * (len(r) - 1) / 2)) for r, _ in usable]
+    flat = [float(np.ptp(r) == 0) for r, _ in usable]
+    correlations = [c for r, n in usable if not math.isnan(c := _spearman(r, n))]
+    mean = lambda values: float(np.mean(values)) if len(values) else math.nan  # noqa: E731
+    return {
+        "reward": mean(rewards_PG[valid_PG]),
+        "reward_std": mean([np.std(r, ddof=1) for r, _ in usable]),
+        "frac_reward_zero_std": mean(flat),
+        "frac_reward_unscorable": 1 - mean(valid_PG),
+        "rank/tie_frac": mean(ties),
+        "rank/all_tied_frac": mean(flat),
+        "rank/length_corr": mean(correlations),
+        "completions/mean_length": mean(lengths_PG),
+        "completions/min_length": float(lengths_PG.min()),
+        "completions/max_length": float(lengths_PG.max()),
+        "completions/mean_terminated_length": mean(lengths_PG[finished_PG]),
+        "completions/clipped_ratio": 1 - mean(finished_PG),
+    }
+
+
+def _pairs_equal(values: np.ndarray) -> float:
+    counts = np.unique(values, return_counts=True)[1]
+    return float((counts * (counts - 1) / 2).sum())
+
+
+def _spearman(a: np.ndarray, b: np.ndarray) -> float:
+    if np.ptp(a) == 0 or np.ptp(b) == 0:
+        return math.nan
+    ranks = [np.unique(x, return_inverse=True, return_counts=True) for x in (a, b)]
+    middles = [(np.cumsum(counts) - (counts - 1) / 2)[inverse] for _, inverse, counts in ranks]
+    return float(np.corrcoef(middles[0], middles[1])[0, 1])
