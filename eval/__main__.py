@@ -21,18 +21,18 @@ USAGE = """usage: python -m eval COMMAND ...
   --help after a command explains its settings."""
 
 COMMANDS = {  # the module, imported when it is needed, with its parser of the command line and its program
-    "generate": ("eval.generate", "parse_generate", "generate"),
-    "reward": ("eval.reward", "parse_reward", "reward"),
-    "judge": ("eval.judge", "parse_judge", "judge"),
-    "ifeval": ("eval.ifeval_command", "parse_ifeval", "ifeval"),
-    "summaries": ("eval.summaries", "parse_summaries", "summaries"),
-    "chat": ("eval.chat", "parse_chat", "chat"),
-    "compare": ("eval.compare", "parse_compare", "compare"),
-    "report": ("eval.report", "parse_report", "report"),
-    "reliability": ("eval.reliability", "parse_reliability", "draw_reliability"),
-    "theory": ("eval.theory", "parse_theory", "theory"),
-    "lab": ("eval.lab", "parse_lab", "lab"),
-    "speed": ("eval.speed", "parse_speed", "speed"),
+    "generate": ("eval.texts.generate", "parse_generate", "generate"),
+    "reward": ("eval.texts.score", "parse_reward", "reward"),
+    "judge": ("eval.judges.command", "parse_judge", "judge"),
+    "ifeval": ("eval.texts.ifeval", "parse_ifeval", "ifeval"),
+    "summaries": ("eval.texts.summaries", "parse_summaries", "summaries"),
+    "chat": ("eval.texts.chat", "parse_chat", "chat"),
+    "compare": ("eval.report.compare", "parse_compare", "compare"),
+    "report": ("eval.report.report", "parse_report", "report"),
+    "reliability": ("eval.report.reliability", "parse_reliability", "draw_reliability"),
+    "theory": ("eval.theory.command", "parse_theory", "theory"),
+    "lab": ("eval.lab.command", "parse_lab", "lab"),
+    "speed": ("eval.speed.speed", "parse_speed", "speed"),
 }
 SEVERAL = ("generate", "reward")  # those that may be one of several processes
 

@@ -11,7 +11,6 @@ from typing import Any, NoReturn
 import numpy as np
 import yaml
 
-from eval.reward import by_prompt
 from eval.stats import prompt_means
 from train.data.rows import Row, load_rows
 from train.run.directory import COMPLETIONS, CONFIG, read_metrics
@@ -116,6 +115,24 @@ class Completions:
     def distinct(self) -> float:
         """The share of different texts among all completions."""
         return len({row["completion"] for row in self.rows}) / len(self.rows)
+
+
+def by_prompt(rows: Sequence[Row], source: str) -> list[list[int]]:
+    """The numbers of the rows of each prompt.
+
+    Raises:
+      ValueError: a row without one of the columns, or two prompts under one prompt_id.
+    """
+    groups: dict[int, list[int]] = {}
+    for i, row in enumerate(rows):
+        for column in ("prompt_id", "prompt", "completion"):
+            if row.get(column) is None:
+                raise ValueError(f"{source}: row {i + 1} has no {column!r}; its columns are {', '.join(row)}")
+        group = groups.setdefault(row["prompt_id"], [])
+        if group and rows[group[0]]["prompt"] != row["prompt"]:
+            raise ValueError(f"{source}: row {i + 1}: prompt_id {row['prompt_id']} stands for two prompts")
+        group.append(i)
+    return list(groups.values())
 
 
 def same_model(one: str, other: str) -> bool:

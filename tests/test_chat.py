@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from eval.__main__ import main
-from eval.best_of import best_rows, by_temperature, expected_best, kl_bound, sheet
+from eval.texts.best_of import best_rows, by_temperature, expected_best, kl_bound, sheet
 
 
 @pytest.fixture(scope="module")

@@ -18,13 +18,13 @@ import pytest
 import yaml
 
 from eval.__main__ import main
-from eval.judged import mirrored, owner, read_judged
-from eval.judged_tables import labels
+from eval.report.judged import mirrored, owner, read_judged
+from eval.report.judged_tables import labels
+from eval.report.steps import first_crossing, steps_to_reach
+from eval.report.story import sooner, winner
 from eval.runs import PolicyRun
+from eval.sheets import Sheet, tex
 from eval.stats import position_bias, summary
-from eval.steps import first_crossing, steps_to_reach
-from eval.story import sooner, winner
-from eval.tables import Sheet, tex
 from train.run.files import write_jsonl
 
 P, STEPS = 40, (0, 5, 10)
@@ -83,7 +83,7 @@ def judge_result(folder: Path, a: str, b: str, mean: float = 0.6, **more: Any) -
 def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "unused")
-    monkeypatch.setattr("eval.compare.RewardModelScorer", Lookup)
+    monkeypatch.setattr("eval.report.compare.RewardModelScorer", Lookup)
     make_run(Path("runs/gopo"), 2.0, 1)
     make_run(Path("runs/grpo"), 1.0, 2)
     return tmp_path

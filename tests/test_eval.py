@@ -13,7 +13,7 @@ import yaml
 from flax import nnx
 
 from eval.__main__ import main
-from eval.compare import JUDGE_SCORE, read_scores
+from eval.report.compare import JUDGE_SCORE, read_scores
 from eval.stats import mean_and_error, paired_gain, prompt_means, same_text_same_score, win_rate_interval, win_rates
 from models.config import POLICY, REWARD_MODEL, Qwen3Config
 from models.hf_weights import save_pretrained
@@ -34,9 +34,11 @@ loaded_once = functools.cache(RewardModelScorer)
 def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Programs started here must not change this process's settings, nor compile the same network again."""
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", os.environ.get("JAX_COMPILATION_CACHE_DIR", "unused"))
-    monkeypatch.setattr("eval.compare.RewardModelScorer", loaded_once)
-    monkeypatch.setattr("eval.reward.RewardModelScorer", loaded_once)
-    monkeypatch.setattr("eval.compare_plots.comparison_pictures", lambda *_: [])  # test_compare_figures.py has them
+    monkeypatch.setattr("eval.report.compare.RewardModelScorer", loaded_once)
+    monkeypatch.setattr("eval.texts.score.RewardModelScorer", loaded_once)
+    monkeypatch.setattr(
+        "eval.report.compare_plots.comparison_pictures", lambda *_: []
+    )  # test_compare_figures.py has them
 
 
 def make_model(directory: Path, architecture: str, seed: int = 0) -> Path:
@@ -316,7 +318,7 @@ def test_compare_again_computes_what_is_missing_or_old(
         raise AssertionError("the judge was loaded though nothing was missing")
 
     with monkeypatch.context() as patch:
-        patch.setattr("eval.compare.RewardModelScorer", no_model)
+        patch.setattr("eval.report.compare.RewardModelScorer", no_model)
         assert compared(runs, judge, out) == first
     policy_given = ["compare", *map(str, runs), "--judge", str(runs[0]), "--out", str(out)]
     assert main(policy_given) == 2  # a mistake throws no score away

@@ -12,13 +12,13 @@ import pytest
 import yaml
 
 from eval.__main__ import main
-from eval.plots import pick_groups, skewness, smoothed
-from eval.reliability import reliability_pictures
-from eval.report import reward_model
+from eval.report.plots import pick_groups, skewness, smoothed
+from eval.report.reliability import reliability_pictures
+from eval.report.report import reward_model
+from eval.report.story import direction, headline, hints, what_happened
 from eval.runs import PolicyRun
+from eval.sheets import Sheet
 from eval.stats import mean_and_error, paired_gain
-from eval.story import direction, headline, hints, what_happened
-from eval.tables import Sheet
 from train.run.files import write_jsonl
 from train.supervised.calibration import reliability
 
@@ -69,7 +69,7 @@ def made(made_once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     shutil.copytree(made_once, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "unused")
-    monkeypatch.setattr("eval.compare.RewardModelScorer", Lookup)
+    monkeypatch.setattr("eval.report.compare.RewardModelScorer", Lookup)
     return tmp_path
 
 
@@ -79,7 +79,7 @@ def made_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(directory)
         patch.setenv("JAX_COMPILATION_CACHE_DIR", "unused")
-        patch.setattr("eval.compare.RewardModelScorer", Lookup)
+        patch.setattr("eval.report.compare.RewardModelScorer", Lookup)
         make_all()
     return directory
 

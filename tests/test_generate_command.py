@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from eval import generate as module
-from eval.generate import MOST, GenerateConfig, generate, parse_generate
-from eval.growing import GrowingFile
-from eval.texts import check_out
+from eval.texts import generate as module
+from eval.texts.generate import MOST, GenerateConfig, generate, parse_generate
+from eval.texts.resumable import GrowingFile
+from eval.texts.rows import check_out
 from models.lora import Lora
 from train.config import PolicyConfig
 from train.data.rows import load_rows

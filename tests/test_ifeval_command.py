@@ -12,7 +12,7 @@ import nltk
 import pytest
 
 from eval.__main__ import main
-from eval.ifeval_command import ACCURACIES, PROMPTS, ratio_error
+from eval.texts.ifeval import ACCURACIES, PROMPTS, ratio_error
 from train.data.rows import load_rows
 from train.run.files import write_jsonl
 

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from eval.__main__ import main
-from eval.judge import JudgeConfig, parse_judge
+from eval.judges.command import JudgeConfig, parse_judge
 from eval.judges.likelihood import INSTRUCTION, Likelihood
 from eval.judges.pairs import KEPT, Judged, Pair, Where, read_pairs
 from eval.judges.results import accuracy, outcome_of, read_judgements, results, row_of

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from eval.lab import LabConfig, highest, keep_settings, lab, parse_lab, plan
-from eval.lab_cells import DISTORTIONS, METHODS, PARTS, Cell, load, outcomes, place
-from eval.lab_program import OUTLIER, Program, advantages_of, distorted, members, rank_length_correlation
-from eval.lab_world import World, WorldConfig, agreement, build, comparisons, proxies, raw_rewards
+from eval.lab.cells import DISTORTIONS, METHODS, PARTS, Cell, load, outcomes, place
+from eval.lab.command import LabConfig, highest, keep_settings, lab, parse_lab, plan
+from eval.lab.program import OUTLIER, Program, advantages_of, distorted, members, rank_length_correlation
+from eval.lab.world import World, WorldConfig, agreement, build, comparisons, proxies, raw_rewards
 from gopo_jax import ADVANTAGES
 from models.checkpoint import load_model
 from train.rewards.model import RewardModelScorer
@@ -214,7 +214,7 @@ def test_equal_rms_and_equal_norm_do_what_they_say(world: World, folder: Path, m
     np.testing.assert_allclose(scales["grpo"], (7 / 8) ** -0.5, rtol=1e-2)  # (G - 1) / G
     np.testing.assert_allclose(scales["dr_grpo"], scales["rloo"] * 8 / 7, rtol=1e-5)
     for regime, most in (("equal_rms", 0.01), ("equal_rms", 100.0), ("equal_norm", 100.0)):
-        monkeypatch.setattr("eval.lab_program.MAX_GRAD_NORM", most)
+        monkeypatch.setattr("eval.lab.program.MAX_GRAD_NORM", most)
         _, found, _ = run(world, folder, Cell("grpo", regime=regime), (0, 1), steps=1)
         assert (np.asarray(found["grad_norm"]) > 0.01).all() and (np.asarray(found["grad_norm"]) < 100).all()
         clipped = np.minimum(found["grad_norm"], most) if regime == "equal_rms" else np.full((2, 1), most)
@@ -228,7 +228,7 @@ def test_the_command_goes_on_where_it_was_killed(
     small = {"steps": 2, "evaluate_every": 1, "seeds": 2, "tuning_seeds": 1, "learning_rates": [1e-3, 3e-3]}
     config = LabConfig(out=str(folder), world=TINY, **small)  # type: ignore[arg-type]
     calls: list[str] = []
-    save = vars(__import__("eval.lab_cells", fromlist=["Outcome"]).Outcome)["save"]
+    save = vars(__import__("eval.lab.cells", fromlist=["Outcome"]).Outcome)["save"]
 
     def dies(self: Any, there: Path) -> None:
         if len(calls) == 2:
@@ -236,13 +236,13 @@ def test_the_command_goes_on_where_it_was_killed(
         calls.append(self.cell.name)
         save(self, there)
 
-    monkeypatch.setattr("eval.lab_cells.Outcome.save", dies)
+    monkeypatch.setattr("eval.lab.cells.Outcome.save", dies)
     with pytest.raises(KeyboardInterrupt):
         lab(config)
     there = folder / "cells"
     first = {cell.name: place(there, cell).read_bytes() for cell in PARTS["default"] if place(there, cell).is_file()}
     assert list(first) == calls and len(calls) == 2
-    monkeypatch.setattr("eval.lab_cells.Outcome.save", save)
+    monkeypatch.setattr("eval.lab.cells.Outcome.save", save)
     lab(config)
     assert "4 cells in part default, 2 to run" in capsys.readouterr().out
     assert {cell.name: place(there, cell).read_bytes() for cell in PARTS["default"][:2]} == first

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from eval.lab_cells import METHODS, PARTS, Cell, Outcome
-from eval.lab_plots import differences, lab_pictures
-from eval.lab_results import SeedRow, Tables, by_cell, estimate, over_seeds, reached, summarize, win_rate
-from eval.lab_tables import CURVES, RESULTS, TABLE, read, sheet, write
-from eval.plots import Picture, Studio
+from eval.lab.cells import METHODS, PARTS, Cell, Outcome
+from eval.lab.plots import differences, lab_pictures
+from eval.lab.results import SeedRow, Tables, by_cell, estimate, over_seeds, reached, summarize, win_rate
+from eval.lab.tables import CURVES, RESULTS, TABLE, read, sheet, write
+from eval.pictures import Picture, Studio
 
 N, P, G = 3, 4, 5
 STEPS = np.array([0, 10, 20])
@@ -211,7 +211,7 @@ def test_what_cannot_be_summarized_is_refused() -> None:
 
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("eval.lab_plots.lab_pictures", lambda *_: ([], []))
+    monkeypatch.setattr("eval.lab.plots.lab_pictures", lambda *_: ([], []))
 
 
 def test_the_files_hold_all_that_table_and_pictures_are_made_of(tmp_path: Path) -> None:

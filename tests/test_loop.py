@@ -306,7 +306,7 @@ def test_nothing_compiles_but_for_shapes_that_are_new(
     config = policy_config(
         tmp_path,
         model=ModelConfig(path=str(policy), remat="none"),
-        rewards=[RewardSpec(function="eval.workloads.even_share")],
+        rewards=[RewardSpec(function="eval.speed.workloads.even_share")],
         max_steps=20,
         max_completion_length=24,
         validation=ValidationConfig(prompts=0),

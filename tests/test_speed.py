@@ -10,9 +10,9 @@ import pytest
 import eval.speed as measuring
 import eval.workloads as workloads
 from eval.__main__ import main
-from eval.peers import run_peer
-from eval.speed import Measured, parse_speed
-from eval.workloads import WORKLOADS, Workload, even_share
+from eval.speed.peers import run_peer
+from eval.speed.speed import Measured, parse_speed
+from eval.speed.workloads import WORKLOADS, Workload, even_share
 from models.config import REWARD_MODEL, Qwen3Config
 from models.flops import decode_bytes, forward_flops, step_flops
 

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 import train.run.directory
-from eval.compare import last_change
+from eval.report.compare import last_change
 from models.checkpoint import Checkpoints, find, folder_of, load_model
 from models.hf_weights import split
 from models.sharding import make_layout, to_device, to_host

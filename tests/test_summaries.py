@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from eval.__main__ import main
-from eval.summaries import estimate, fragments, lead, measures, novelty, post_of, rouge_scorer, words
+from eval.texts.summaries import estimate, fragments, lead, measures, novelty, post_of, rouge_scorer, words
 from train.run.files import write_jsonl
 
 POST = "The cat sat on the mat. It was happy! Then the dog came\nand barked."

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eval.tabular import Problem, trained, trained_exactly
+from eval.theory.tabular import Problem, trained, trained_exactly
 from gopo_jax.theory import stationary_policy
 
 REFERENCE_O, REWARDS_O = (0.5, 0.3, 0.15, 0.05), (0.0, 1.0, 0.2, 3.0)

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eval import theory as command
 from eval.__main__ import main
-from eval.theory import Case, cases, parse_theory, theory
+from eval.theory import command
+from eval.theory.command import Case, cases, parse_theory, theory
 from gopo_jax import games
 from gopo_jax.advantages import gopo_advantages, grpo_advantages
 from gopo_jax.theory import expected_advantage, rlhf_policy, stationary_policy

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from eval.judges.pairs import Judged, Pair
-from eval.reward import score_rows
+from eval.texts.score import score_rows
 from models.sharding import Layout
 from train.rewards.model import RewardModelScorer
 

@@ -223,7 +223,10 @@ def look_up(name: str) -> tuple[dict[str, Any] | None, str]:
         raise FileNotFoundError(f"{name}: neither a .jsonl or .parquet file nor a data set on the Hub") from error
     except Exception as error:  # whatever a network does: there is the kept one
         if kept is None:
-            return None, f"the Hub was not reached ({type(error).__name__}) and train/plan/schemas.yaml does not have it"
+            return (
+                None,
+                f"the Hub was not reached ({type(error).__name__}) and train/plan/schemas.yaml does not have it",
+            )
     return kept, origin if kept else "not described on its card"
 
 

@@ -5,14 +5,14 @@
     python -m eval lab --out runs/lab --part full       the factors crossed
     python -m eval lab --out runs/lab --part plan       these and other parts: cells, how many ended, minutes left
 
-Every cell (`eval.lab_cells.Cell`) is one method in one situation, `seeds` runs side by side in one compiled program
-(`eval.lab_program`), in a world made for it (`eval.lab_world`). A method's learning rate is tuned first, with the same
+Every cell (`eval.lab.cells.Cell`) is one method in one situation, `seeds` runs side by side in one compiled program
+(`eval.lab.program`), in a world made for it (`eval.lab.world`). A method's learning rate is tuned first, with the same
 budget for each method: all of `learning_rates`, `tuning_seeds` seeds each that are used for nothing else, at G = 8, no
 noise and no distortion; the one with the highest mean *proxy* reward in the last quarter of the run is taken, for the
 gold reward is kept from training. The other regimes use one rate for all methods, GRPO's.
 
 A cell that has ended is not run again: a lab that was killed goes on, losing the cell it was in. The parts add up in
-one directory, and the table and the pictures are of everything that is there (`eval.lab_results`).
+one directory, and the table and the pictures are of everything that is there (`eval.lab.results`).
 """
 
 import json
@@ -26,12 +26,12 @@ import jax
 import numpy as np
 from rich.progress import Progress
 
-from eval.lab_cells import METHODS, PARTS, Cell, Outcome, outcomes, place
-from eval.lab_program import Program, members
-from eval.lab_results import summarize, versions
-from eval.lab_tables import write
-from eval.lab_world import Scorer, World, WorldConfig, build, proxies
-from eval.tables import Sheet
+from eval.lab.cells import METHODS, PARTS, Cell, Outcome, outcomes, place
+from eval.lab.program import Program, members
+from eval.lab.results import summarize, versions
+from eval.lab.tables import write
+from eval.lab.world import Scorer, World, WorldConfig, build, proxies
+from eval.sheets import Sheet
 from train.console import console, progress_bar
 from train.parse import parse
 from train.run.files import write_whole

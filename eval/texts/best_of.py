@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from eval.sheets import Sheet, count, number, plus_minus
 from eval.stats import mean_and_error
-from eval.tables import Sheet, count, number, plus_minus
-from eval.texts import groups_of, temperature_of
+from eval.texts.rows import groups_of, temperature_of
 from train.data.rows import Row
 
 

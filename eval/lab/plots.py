@@ -10,10 +10,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
-from eval.lab_cells import DISTORTIONS, METHODS, NOISES, PARTS, REGIMES, Cell
-from eval.lab_results import BASELINE, CurvePoint, Estimate, SeedRow, Tables, by_cell, estimate, place_of, situation
-from eval.lab_tables import situation_text
-from eval.plots import DASHES, MARKERS, MUTED, SERIES, Picture, Studio, over_steps
+from eval.lab.cells import DISTORTIONS, METHODS, NOISES, PARTS, REGIMES, Cell
+from eval.lab.results import BASELINE, CurvePoint, Estimate, SeedRow, Tables, by_cell, estimate, place_of, situation
+from eval.lab.tables import situation_text
+from eval.pictures import DASHES, MARKERS, MUTED, SERIES, Picture, Studio, over_steps
 
 SHOWN_NOISES = (NOISES[0], NOISES[-1])
 USUAL = Cell("")

@@ -23,7 +23,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from eval.lab_cells import write_arrays
+from eval.lab.cells import write_arrays
 from gopo_jax import preference_loss
 from models.checkpoint import find, is_run, load_model
 from models.config import REWARD_MODEL, Qwen3Config
@@ -47,7 +47,7 @@ from train.running import SetupError
 from train.supervised.reward_model import train_reward_model
 from train.supervised.sft import train_sft
 
-PREPARE = Path(__file__).parent.parent / "data" / "reviews" / "prepare.py"
+PREPARE = Path(__file__).parents[2] / "data" / "reviews" / "prepare.py"
 POOL_COMPLETIONS, POOL_PROMPTS = 16, 32  # of each training prompt; scored at a time
 POOL = ("tokens_PGT", "lengths_PG", "raw_PG")
 WIDTH = {"vocab_size": 2048, "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}

@@ -1,6 +1,6 @@
 """A reward model's scores of completions, from JSONL to JSONL; and of each prompt's completions the best.
 
-Rows of one prompt_id are one group; groups need not be of one size. Best of n: see `eval.best_of`.
+Rows of one prompt_id are one group; groups need not be of one size. Best of n: see `eval.texts.best_of`.
 """
 
 import math
@@ -12,9 +12,10 @@ from typing import Literal
 import jax
 import numpy as np
 
-from eval.best_of import best_rows, by_temperature, sheet
+from eval.runs import by_prompt
 from eval.stats import mean_and_error, prompt_means
-from eval.texts import check_out
+from eval.texts.best_of import best_rows, by_temperature, sheet
+from eval.texts.rows import check_out
 from train.build import make_layout_for
 from train.config import MeshConfig
 from train.console import console
@@ -93,24 +94,6 @@ def keep_best(scored: Sequence[Row], file: str) -> None:
         f"out",
         markup=False,
     )
-
-
-def by_prompt(rows: Sequence[Row], source: str) -> list[list[int]]:
-    """The numbers of the rows of each prompt.
-
-    Raises:
-      ValueError: a row without one of the columns, or two prompts under one prompt_id.
-    """
-    groups: dict[int, list[int]] = {}
-    for i, row in enumerate(rows):
-        for column in ("prompt_id", "prompt", "completion"):
-            if row.get(column) is None:
-                raise ValueError(f"{source}: row {i + 1} has no {column!r}; its columns are {', '.join(row)}")
-        group = groups.setdefault(row["prompt_id"], [])
-        if group and rows[group[0]]["prompt"] != row["prompt"]:
-            raise ValueError(f"{source}: row {i + 1}: prompt_id {row['prompt_id']} stands for two prompts")
-        group.append(i)
-    return list(groups.values())
 
 
 def score_rows(scorer: RewardModelScorer, rows: Sequence[Row], groups: Sequence[Sequence[int]]) -> list[float | None]:

@@ -21,10 +21,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eval.tables import NONE, Sheet
-from eval.tabular import Problem, trained_exactly, training
-from eval.texts import check_out, write_json
-from eval.theory_plots import pictures
+from eval.sheets import NONE, Sheet
+from eval.texts.rows import check_out, write_json
+from eval.theory.plots import pictures
+from eval.theory.tabular import Problem, trained_exactly, training
 from gopo_jax.games import Name, enumerable
 from gopo_jax.theory import expected_advantage, expected_gradient, rlhf_policy, stationary_policy
 from train.console import console, progress_bar

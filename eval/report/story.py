@@ -4,9 +4,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from eval.judged import name_of
+from eval.report.judged import name_of
 from eval.runs import PolicyRun
-from eval.tables import interval, missing, number, percent, signed, step_text
+from eval.sheets import interval, missing, number, percent, signed, step_text
 
 ENOUGH = 3.0  # paired standard errors that a gain must exceed to be called one
 LONGER, SHORTER, REPEATING = 1.25, 0.8, 0.8  # changes of length and of distinct completions worth a warning

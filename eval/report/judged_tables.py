@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from eval.judged import name_of, texts_of
-from eval.tables import NONE, Sheet, count, estimate, estimate_error, number, percent, percent_error
+from eval.report.judged import name_of, texts_of
+from eval.sheets import NONE, Sheet, count, estimate, estimate_error, number, percent, percent_error
 
 IFEVAL = ("prompt_strict", "prompt_loose", "instruction_strict", "instruction_loose")
 MEASURES: dict[str, tuple[str, ...]] = {

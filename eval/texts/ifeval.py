@@ -20,15 +20,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from eval.tables import Sheet, number
-from eval.texts import answered, by_temperature, check_out, prompt_of, read, squeezed, write_json
+from eval.sheets import Sheet, number
+from eval.texts.rows import answered, by_temperature, check_out, prompt_of, read, squeezed, write_json
 from train.console import console
 from train.data.rows import Row, load_rows
 from train.parse import parse
 from train.rewards.ifeval import Arguments, check_instructions, load_verifiers, outcomes
 from train.running import setup_errors
 
-PROMPTS = Path(__file__).parent.parent / "data" / "ifeval" / "input_data.jsonl.gz"
+PROMPTS = Path(__file__).parents[2] / "data" / "ifeval" / "input_data.jsonl.gz"
 ACCURACIES = ("prompt_strict", "prompt_loose", "instruction_strict", "instruction_loose")
 
 

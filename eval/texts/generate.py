@@ -9,8 +9,8 @@ What is drawn depends on the policy, the sampling settings, the seed and (prompt
 `n`, `batch_prompts`, `limit` or the devices, but for rounding. The same seed gives every checkpoint and every
 temperature the same random numbers, so that what differs between them is theirs.
 
-Killed and started again, it goes on where it was (see `eval.growing`). On several processes each draws its share on
-its devices, and the first one writes.
+Killed and started again, it goes on where it was (see `eval.texts.resumable`). On several processes each draws its
+share on its devices, and the first one writes.
 """
 
 import hashlib
@@ -25,8 +25,8 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from eval.growing import GrowingFile, as_line
-from eval.texts import check_out
+from eval.texts.resumable import GrowingFile, as_line
+from eval.texts.rows import check_out
 from models.checkpoint import about, check, exact_name, find, folder_of, is_run, load_model
 from models.generate import Completions, Generator
 from models.hf_weights import split
@@ -130,7 +130,7 @@ def generate(config: GenerateConfig) -> list[Row]:
 
 
 class PolicySettings(Protocol):
-    """What `load_policy` has to know: GenerateConfig and eval.chat's TalkConfig say it."""
+    """What `load_policy` has to know: GenerateConfig and eval.texts.chat's TalkConfig say it."""
 
     @property
     def checkpoint(self) -> str: ...

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from eval import judged_tables
-from eval import tables as tables_of
-from eval.judged import read_judged
-from eval.reward import score_rows
+from eval.report import judged_tables
+from eval.report.judged import read_judged
+from eval.report.steps import both_ways
+from eval.report.tables import by_step, policies, rewards_by_step, steps_to_reach
 from eval.runs import Arguments, Completions, PolicyRun, same_model
+from eval.sheets import Sheet
 from eval.stats import (
     CONFIDENCE,
     ENOUGH,
@@ -30,7 +31,7 @@ from eval.stats import (
     win_rates,
     without_nan,
 )
-from eval.steps import both_ways
+from eval.texts.score import score_rows
 from models.checkpoint import find, folder_of, is_run
 from train.build import make_layout_for
 from train.config import MeshConfig
@@ -111,12 +112,12 @@ def compare(config: CompareConfig) -> dict[str, Any]:
 
 def write(result: dict[str, Any], out: Path) -> None:
     """compare.json, compare.md, tables/ and figures/; the main tables to the terminal."""
-    from eval.compare_plots import comparison_pictures, judged_pictures  # matplotlib: after what may be refused
+    from eval.report.compare_plots import comparison_pictures, judged_pictures  # matplotlib: after what may be refused
 
     write_whole(out / RESULT, json.dumps(result, indent=2, allow_nan=False) + "\n")
-    main = [tables_of.policies(result["runs"]), tables_of.by_step(result), tables_of.steps_to_reach(result)]
+    main = [policies(result["runs"]), by_step(result), steps_to_reach(result)]
     judged = judged_tables.all_of(result)
-    sheets = [*main, tables_of.rewards_by_step(result["runs"]), *judged]
+    sheets = [*main, rewards_by_step(result["runs"]), *judged]
     pictures = comparison_pictures(out / "figures", result, result["runs"])
     pictures += judged_pictures(out / "figures", result, result["judged"])
     write_tables(out / "tables", sheets)
@@ -128,7 +129,7 @@ def write(result: dict[str, Any], out: Path) -> None:
     console.print(*(sheet.rich() for sheet in shown), f"{out / RESULT}", sep="\n")
 
 
-def write_tables(folder: Path, sheets: Sequence[tables_of.Sheet]) -> None:
+def write_tables(folder: Path, sheets: Sequence[Sheet]) -> None:
     """FOLDER/NAME.tex of each table."""
     folder.mkdir(parents=True, exist_ok=True)
     for sheet in sheets:

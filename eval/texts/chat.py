@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import jax
 
-from eval.generate import load_policy, trained_chat
+from eval.texts.generate import load_policy, trained_chat
 from models.checkpoint import check, exact_name
 from models.generate import Generator
 from models.tokenizer import Prompt, Tokenizer, tokenizer_path

@@ -25,9 +25,9 @@ from typing import Any
 
 import numpy as np
 
+from eval.sheets import Sheet, missing, number
 from eval.stats import mean_and_error, prompt_means
-from eval.tables import Sheet, missing, number
-from eval.texts import answered, asked, by_temperature, check_out, groups_of, prompt_of, read, write_json
+from eval.texts.rows import answered, asked, by_temperature, check_out, groups_of, prompt_of, read, write_json
 from train.console import console
 from train.data.rows import Row, load_rows
 from train.parse import parse

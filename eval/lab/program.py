@@ -16,8 +16,8 @@ import numpy as np
 import optax
 from flax import nnx
 
-from eval.lab_cells import DISTORTIONS, METHODS, Cell
-from eval.lab_world import POOL_COMPLETIONS, Prompts, Scorer, World, score
+from eval.lab.cells import DISTORTIONS, METHODS, Cell
+from eval.lab.world import POOL_COMPLETIONS, Prompts, Scorer, World, score
 from gopo_jax import ADVANTAGES, gopo_advantages, loss_count
 from models.sampler import Rollout, sample
 from train.config import DataConfig, LossConfig, ModelConfig, PolicyConfig, RewardSpec

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from eval.plots import INK, MARKERS, MUTED, SERIES, Picture, Studio
+from eval.pictures import INK, MARKERS, MUTED, SERIES, Picture, Studio
 
 DOTS = "Lines: predicted; dots: trained on sampled groups, RLHF's with RLOO and k2."
 

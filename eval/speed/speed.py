@@ -19,8 +19,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from eval.peers import SCRIPTS, Timings, ratio_table, run_peer
-from eval.workloads import END_SHARE, WORKLOADS, Workload, prepare
+from eval.speed.peers import SCRIPTS, Timings, ratio_table, run_peer
+from eval.speed.workloads import END_SHARE, WORKLOADS, Workload, prepare
 from models.config import REWARD_MODEL
 from models.flops import decode_bytes, forward_flops, step_flops
 from models.tokenizer import Tokenizer
@@ -35,10 +35,10 @@ WARMUP = 2  # steps left out of every median
 
 @dataclass(frozen=True, kw_only=True)
 class SpeedConfig:
-    workload: str = "w1"  # one of eval.workloads.WORKLOADS
+    workload: str = "w1"  # one of eval.speed.workloads.WORKLOADS
     steps: int = 7  # timed ones, after two that are not
     json: str | None = None  # write the figures here too
-    against: str | None = None  # a folder with scripts of peers (see eval.peers), run in turn with ours
+    against: str | None = None  # a folder with scripts of peers (see eval.speed.peers), run in turn with ours
     trl: str | None = None  # a Python that has TRL; none = left out
     tunix: str | None = None  # a Python that has Tunix; none = left out
     tuned: bool = False  # TRL once more, with an allocator that keeps what is freed

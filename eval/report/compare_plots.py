@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from eval.judged import name_of
-from eval.judged_tables import IFEVAL, labels
-from eval.plots import DASHES, INK, MARKERS, MUTED, SERIES, Picture, Studio, over_steps, validation_curve
-from eval.tables import missing, step_text
+from eval.pictures import DASHES, INK, MARKERS, MUTED, SERIES, Picture, Studio, over_steps
+from eval.report.judged import name_of
+from eval.report.judged_tables import IFEVAL, labels
+from eval.report.plots import validation_curve
+from eval.sheets import missing, step_text
 
 OVER_PROMPTS = "Band: ± one standard error over prompts."
 

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from eval import plots
+from eval.pictures import Picture
+from eval.report.plots import reliability
 from eval.runs import Arguments
 from train.console import console
 from train.run.directory import CALIBRATION
@@ -38,7 +39,7 @@ def draw_reliability(config: ReliabilityConfig) -> None:
         console.print(str(Path(run) / "reliability.png"))
 
 
-def reliability_pictures(folder: Path, models: Sequence[str]) -> list[plots.Picture]:
+def reliability_pictures(folder: Path, models: Sequence[str]) -> list[Picture]:
     """One picture of all the models, and of all their held-out sets, that have been validated."""
     bins = {}
     paths = list(dict.fromkeys(model.partition("@")[0] for model in models))
@@ -50,4 +51,4 @@ def reliability_pictures(folder: Path, models: Sequence[str]) -> list[plots.Pict
         for name, rows in sets.items():
             short = name.removeprefix("validation/")
             bins[short if len(models) == 1 else f"{title}, {short}"] = rows
-    return [plots.reliability(folder, bins)] if bins else []
+    return [reliability(folder, bins)] if bins else []

@@ -3,7 +3,7 @@
 The seed is the unit: everything is a mean over validation prompts and completions first, one number for each seed, and
 intervals are over seeds alone. A seed gives every method of a situation the same start, proxy and prompts; therefore
 methods are compared seed by seed. Every number is rounded to 5 digits here, so that tables and pictures are the same
-whether they are drawn from cells or from the CSV files of `eval.lab_tables`.
+whether they are drawn from cells or from the CSV files of `eval.lab.tables`.
 """
 
 import math
@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import gopo_jax
-from eval.lab_cells import DISTORTIONS, METHODS, REGIMES, Cell, Outcome
+from eval.lab.cells import DISTORTIONS, METHODS, REGIMES, Cell, Outcome
+from eval.report.steps import first_crossing
 from eval.stats import CONFIDENCE
-from eval.steps import first_crossing
 
 BASELINE, DIGITS = "grpo", 5
 LIBRARIES = ("jax", "flax", "optax", "numpy")

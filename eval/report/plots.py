@@ -1,113 +1,16 @@
-"""The pictures of a report. Each is one small set of axes, written as PNG and SVG, and as SVG for the page.
+"""The pictures of a report: training and validation curves, advantages, reliability."""
 
-A run keeps its colour and its line style in every picture. The colours are Okabe and Ito's (safe for colour-blind
-eyes); in the page's SVG they are CSS variables, so that they follow light and dark.
-"""
-
-import html
-import io
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
+from eval.pictures import MUTED, SERIES, Picture, Studio, over_steps, text_of
 from eval.runs import PolicyRun
 from gopo_jax import gopo_advantages, grpo_advantages
-
-# what is drawn in -> the page's CSS variable
-INK, MUTED, GRID = "#1b1b1f", "#5c5c67", "#dedee4"
-SERIES = ("#0072b2", "#d55e00", "#009e73", "#a8457f", "#6b5bc2", "#8a6d00")
-VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid"} | {hex: f"--s{i}" for i, hex in enumerate(SERIES)}
-MARKERS, DASHES = ("o", "s", "^", "D", "v", "P"), ("-", (0, (5, 2)), (0, (1, 1.2)), "-.", (0, (7, 2, 1, 2, 1, 2)), "--")
-SIZE = (5.2, 3.4)  # inches: at a phone's width the text is still legible
-LETTERS = 57  # that have room beside each other in a legend, of which a line takes 8
-SETTINGS: Any = {
-    "font.size": 11,
-    "axes.edgecolor": MUTED,
-    "axes.labelcolor": INK,
-    "axes.grid": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "grid.color": GRID,
-    "text.color": INK,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "lines.linewidth": 1.8,
-    "legend.frameon": False,
-    "svg.hashsalt": "report",  # the same picture is the same file
-}
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A picture that has been written, and what the page needs of it."""
-
-    name: str  # of its files, without suffix
-    title: str
-    caption: str
-    svg: str  # to stand in a page
-
-
-class Studio:
-    """Draws the pictures of some runs into a folder."""
-
-    def __init__(self, folder: Path, names: Sequence[str]) -> None:
-        self.folder = folder
-        self.style = {name: i % len(SERIES) for i, name in enumerate(names)}
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def look(self, name: str) -> dict[str, Any]:
-        i = self.style[name]
-        return {"color": SERIES[i], "linestyle": DASHES[i], "label": name}
-
-    def marker(self, name: str) -> str:
-        return MARKERS[self.style[name]]
-
-    def draw(self, name: str, title: str, caption: str, paint: Callable[[Axes], None]) -> Picture:
-        """Paint on empty axes, write FOLDER/NAME.png and .svg."""
-        with drawing() as figure:
-            axes = figure.subplots()
-            axes.set_axisbelow(True)
-            paint(axes)
-            if labels := axes.get_legend_handles_labels()[1]:
-                columns = max(1, min(3, LETTERS // (8 + max(map(len, labels)))))
-                axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0.2, handlelength=2.6)
-            figure.draw_without_rendering()
-            figure.set_layout_engine("none")  # laid out once, not for each file
-            figure.savefig(self.folder / f"{name}.png", dpi=150)
-            buffer = io.StringIO()
-            figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-        svg = buffer.getvalue()
-        on_paper = re.sub(r"(<svg[^>]*>)", r'\1<rect width="100%" height="100%" fill="#ffffff"/>', svg, count=1)
-        (self.folder / f"{name}.svg").write_text(on_paper, encoding="utf-8")
-        return Picture(name, title, caption, inline(svg, name, title, caption))
-
-
-@contextmanager
-def drawing() -> Iterator[Figure]:
-    with matplotlib.rc_context(SETTINGS):
-        yield Figure(figsize=SIZE, layout="constrained")  # no pyplot: no window, no global state
-
-
-def inline(svg: str, name: str, title: str, caption: str) -> str:
-    """An SVG file as part of an HTML page: ids of its own, the page's colours, nothing that points elsewhere."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'\s(?:xmlns(?::\w+)?|width|height|version)="[^"]*"', "", svg, count=5)
-    label = html.escape(f"{title}. {caption}")
-    svg = svg.replace("xlink:href", "href").replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
-    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
-    for colour, variable in VARIABLES.items():
-        svg = svg.replace(colour, f"var({variable})")
-    return svg.strip()
 
 
 def training_pictures(folder: Path, runs: Sequence[PolicyRun]) -> list[Picture]:
@@ -137,11 +40,6 @@ def smoothed(values: np.ndarray, width: int) -> np.ndarray:
     kernel = np.ones(min(width, 2 * len(values) - 1))
     full = np.convolve(values, kernel) / np.convolve(np.ones(len(values)), kernel)
     return full[len(kernel) // 2 :][: len(values)]
-
-
-def over_steps(axes: Axes, label: str) -> None:
-    axes.set(xlabel="step", ylabel=label)
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
 
 
 def training_curve(
@@ -296,10 +194,3 @@ def pick_groups(runs: Sequence[PolicyRun], size: int = 8) -> list[Group]:
 def skewness(values: np.ndarray) -> float:
     centred = values - values.mean()
     return float((centred**3).mean() / (centred**2).mean() ** 1.5)
-
-
-def text_of(prompt: Any) -> str:
-    """A prompt to read: text as it is, chat messages one under the other."""
-    if isinstance(prompt, str):
-        return prompt
-    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from eval import compare_plots, judged_tables, plots, story, tables
-from eval.compare import JUDGE_SCORE, RESULT, SCORES, describe, read_scores
-from eval.judged import JUDGE_RESULT, read_ifeval, read_json, read_judged, read_summaries
-from eval.page import (
+from eval.report import compare_plots, judged_tables, story
+from eval.report.compare import JUDGE_SCORE, RESULT, SCORES, describe, read_scores
+from eval.report.judged import JUDGE_RESULT, read_ifeval, read_json, read_judged, read_summaries
+from eval.report.page import (
     Answer,
     Block,
     Commands,
@@ -30,8 +30,11 @@ from eval.page import (
     markdown,
     page,
 )
-from eval.reliability import reliability_pictures
+from eval.report.plots import advantage_pictures, pick_groups, training_pictures
+from eval.report.reliability import reliability_pictures
+from eval.report.tables import by_step, final_win_rate, policies, reward_models, rewards_by_step, steps_to_reach
 from eval.runs import Arguments, Completions, PolicyRun, differences, same_model
+from eval.sheets import Sheet
 from eval.stats import without_nan
 from models.checkpoint import is_run
 from train.console import console
@@ -89,13 +92,13 @@ def report(config: ReportConfig) -> Content:
     warn_if_old(config, runs, result)
     out = Path(config.out)
     drawn = out / "figures"
-    curves = compare_plots.comparison_pictures(drawn, result, described) + plots.training_pictures(drawn, runs)
-    results = [tables.reward_models(models), tables.policies(described), tables.final_win_rate(result)]
-    results += [tables.steps_to_reach(result)]
+    curves = compare_plots.comparison_pictures(drawn, result, described) + training_pictures(drawn, runs)
+    results = [reward_models(models), policies(described), final_win_rate(result)]
+    results += [steps_to_reach(result)]
     sections = [
         Section("The result", [*results, Gallery(reliability_pictures(drawn, config.reward_models))]),
         Section("What happened", story.what_happened(result, described, runs)),
-        Section("Over the training", [Gallery(curves), tables.by_step(result), tables.rewards_by_step(described)]),
+        Section("Over the training", [Gallery(curves), by_step(result), rewards_by_step(described)]),
         Section("By other judges", other_judges(drawn, result)),
         Section("Instructions followed", instructions(drawn, followed, runs)),
         Section("Summaries", [judged_tables.summaries(summarized)] if summarized else []),
@@ -202,7 +205,7 @@ def instructions(folder: Path, followed: Sequence[dict[str, Any]], runs: Sequenc
 
 
 def ranks_and_scores(folder: Path, runs: Sequence[PolicyRun]) -> list[Block]:
-    pictures = plots.advantage_pictures(folder, runs, plots.pick_groups(runs))
+    pictures = advantage_pictures(folder, runs, pick_groups(runs))
     return [ABOUT_ADVANTAGES, Gallery(pictures, narrow=True)] if pictures else []
 
 
@@ -238,11 +241,11 @@ def answer(label: str, table: Completions, prompt_id: int) -> Answer:
     return Answer(label, row["completion"], row.get("reward"), row.get(JUDGE_SCORE))
 
 
-def difference_sheet(runs: Sequence[PolicyRun]) -> tables.Sheet:
+def difference_sheet(runs: Sequence[PolicyRun]) -> Sheet:
     rows = [(key, *map(str, values)) for key, values in differences(runs).items()]
     note = "" if rows else "Every setting but the directory is the same."
     columns = ("setting", *(run.name for run in runs))
-    return tables.Sheet("Settings in which the runs differ", columns, rows, note, "differences")
+    return Sheet("Settings in which the runs differ", columns, rows, note, "differences")
 
 
 def raw(config: ReportConfig, runs: Sequence[PolicyRun], result: dict[str, Any]) -> list[Block]:

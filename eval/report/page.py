@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from eval.plots import Picture, text_of
-from eval.tables import Sheet, download, number
+from eval.pictures import Picture, text_of
+from eval.sheets import Sheet, download, number
 
 escape = html.escape
 

@@ -87,7 +87,7 @@ def prepare(workload: Workload, work: Path, steps: int) -> None:
             "dtype": workload.dtype,
             "param_dtype": workload.dtype,
         },
-        "rewards": [{"function": "eval.workloads.even_share"}],
+        "rewards": [{"function": "eval.speed.workloads.even_share"}],
         "max_steps": steps,
         "prompts_per_step": workload.prompts_per_step,
         "num_generations": workload.num_generations,

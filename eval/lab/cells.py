@@ -85,7 +85,7 @@ class Outcome(NamedTuple):
     gold_NEPG: np.ndarray
     length_NEPG: np.ndarray
     kl_NEPG: np.ndarray  # sum over a completion's tokens of log policy - log reference, in nats
-    training: dict[str, np.ndarray]  # [N, M] each, by name: what `eval.lab_program` measures at every step
+    training: dict[str, np.ndarray]  # [N, M] each, by name: what `eval.lab.program` measures at every step
 
     def save(self, folder: Path) -> None:
         """FOLDER/NAME.npz, whole or not at all."""

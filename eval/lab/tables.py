@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from eval.lab_cells import Cell
-from eval.lab_results import BASELINE, CurvePoint, Estimate, SeedRow, Tables, by_cell, estimate, reached
-from eval.tables import NONE, Sheet
+from eval.lab.cells import Cell
+from eval.lab.results import BASELINE, CurvePoint, Estimate, SeedRow, Tables, by_cell, estimate, reached
+from eval.sheets import NONE, Sheet
 from train.console import console
 from train.run.files import write_whole
 
@@ -27,7 +27,7 @@ Line = TypeVar("Line", SeedRow, CurvePoint)
 
 def write(tables: Tables, folder: Path) -> None:
     """FOLDER/results.csv, curves.csv, table.md and pictures/*.png, *.svg; the table to the terminal."""
-    from eval.lab_plots import lab_pictures  # matplotlib: when it is needed
+    from eval.lab.plots import lab_pictures  # matplotlib: when it is needed
 
     folder.mkdir(parents=True, exist_ok=True)
     about = {

@@ -1,0 +1,1 @@
+"""A controlled study of ranked rewards; nothing imports it."""

@@ -1,0 +1,1 @@
+"""Completions of a policy: drawn, scored and measured, from JSONL to JSONL."""

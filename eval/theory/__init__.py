@@ -1,0 +1,1 @@
+"""Tabular policies beside their predicted fixed points; nothing imports it."""
