@@ -1,4 +1,4 @@
-"""The pictures of a report. Each is one small set of axes, written as PNG and SVG, and as SVG for the page.
+"""Pictures, in one style: each is one small set of axes, written as PNG and SVG, and as SVG for a page.
 
 A run keeps its colour and its line style in every picture. The colours are Okabe and Ito's (safe for colour-blind
 eyes); in the page's SVG they are CSS variables, so that they follow light and dark.

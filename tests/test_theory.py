@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gopo_jax import games, gopo_advantages, grpo_advantages, theory
+from gopo_jax import gopo_advantages, grpo_advantages, theory
+from gopo_jax.theory import games
 
 INFINITE = float("inf")
 

@@ -14,9 +14,8 @@ import pytest
 from eval.__main__ import main
 from eval.theory import command
 from eval.theory.command import Case, cases, parse_theory, theory
-from gopo_jax import games
 from gopo_jax.advantages import gopo_advantages, grpo_advantages
-from gopo_jax.theory import expected_advantage, rlhf_policy, stationary_policy
+from gopo_jax.theory import expected_advantage, games, rlhf_policy, stationary_policy
 from train.running import SetupError
 
 REFERENCE_O, REWARDS_O = (0.5, 0.3, 0.15, 0.05), (0.0, 1.0, 0.2, 3.0)

@@ -25,8 +25,8 @@ from eval.sheets import NONE, Sheet
 from eval.texts.rows import check_out, write_json
 from eval.theory.plots import pictures
 from eval.theory.tabular import Problem, trained_exactly, training
-from gopo_jax.games import Name, enumerable
 from gopo_jax.theory import expected_advantage, expected_gradient, rlhf_policy, stationary_policy
+from gopo_jax.theory.games import Name, enumerable
 from train.console import console, progress_bar
 from train.parse import parse, take
 from train.run.files import write_whole

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from gopo_jax import ADVANTAGES, policy_loss
-from gopo_jax.games import Game, make_game
+from gopo_jax.theory.games import Game, make_game
 
 
 class Problem(NamedTuple):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gopo_jax.games import Game
+from gopo_jax.theory.games import Game
 
 TOLERANCE = 1e-12  # of the residual, which is relative to the size of what is subtracted in it
 MOST_STEPS = 400  # along the path

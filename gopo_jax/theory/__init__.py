@@ -22,8 +22,9 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from gopo_jax import checks, solver
-from gopo_jax.games import (
+from gopo_jax import checks
+from gopo_jax.theory import solver
+from gopo_jax.theory.games import (
     Game,
     Name,
     advantages,
