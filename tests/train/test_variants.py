@@ -20,7 +20,7 @@ from train.objective import make_advantages
 from train.parse import parse
 from train.run.directory import read_metrics
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 VARIANTS = sorted(file.stem for file in (ROOT / "configs" / "variants").glob("*.yaml"))
 RECIPE = str(ROOT / "configs" / "tldr" / "qwen3_8b_gopo.yaml")
 MakeConfig = Callable[..., PolicyConfig]

@@ -16,7 +16,7 @@ from models.hf_weights import abstract_model, abstract_params, split
 from models.lora import Lora
 from models.sharding import RULES, constrain, make_layout, parameter_axes, parameter_shardings
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CONFIG = Qwen3Config(64, 32, 64, 2, 4, 2, 16)
 
 MESHES = {

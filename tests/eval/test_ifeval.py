@@ -16,7 +16,7 @@ from eval.texts.ifeval import ACCURACIES, PROMPTS, ratio_error
 from train.data.rows import load_rows
 from train.run.files import write_jsonl
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared" / "data"
 LABELS, RECORDED = SHARED / "ifeval" / "official_labels_4models.jsonl.gz", "official_labels_summary.json"
 SAMPLE = ROOT / "tests" / "data" / "ifeval_sample.jsonl.gz"

@@ -2,7 +2,7 @@
 
 TRL's own `GRPOTrainer._compute_loss` runs on log-probabilities that are handed to it. Where torch and TRL are there
 (`make parity`) it is called; elsewhere its numbers are read from tests/data/trl_losses.npz, which
-`python tests/test_trl.py` wrote with TRL 1.16.0 and torch 2.13.0.
+`python tests/gopo_jax/test_trl.py` wrote with TRL 1.16.0 and torch 2.13.0.
 """
 
 from collections import defaultdict
@@ -16,7 +16,7 @@ import pytest
 
 from gopo_jax import policy_loss
 
-GOLDENS = Path(__file__).parent / "data" / "trl_losses.npz"
+GOLDENS = Path(__file__).parents[1] / "data" / "trl_losses.npz"
 P, G, T, LONGEST = 3, 4, 6, 9
 GRPO = {"aggregate": "sequence"}
 # name: what TRL is told, what policy_loss is told

@@ -26,7 +26,7 @@ from train.processes import VARIABLES
 from train.run.files import write_jsonl
 from train.running import SetupError, setup_errors
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SIZES: dict[str, Any] = {"max_prompt_length": 8, "max_completion_length": 8, "batch_prompts": 4, "limit": 10}
 
 

@@ -21,7 +21,7 @@ from train import processes
 from train.config import CheckpointConfig, PolicyConfig, RewardSpec, ValidationConfig
 from train.run.directory import read_metrics
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 MakeConfig = Callable[..., PolicyConfig]
 
 

@@ -162,7 +162,7 @@ def run(world: World, folder: Path, cell: Cell, seeds: tuple[int, ...], steps: i
 
 @pytest.mark.slow
 def test_ranks_do_not_see_the_scale_of_the_reward_and_z_scores_do(world: World, folder: Path) -> None:
-    """The lab's own form of the invariance that tests/test_invariance.py shows of the trainer."""
+    """The lab's own form of the invariance that tests/train/test_invariance.py shows of the trainer."""
 
     def train(method: str, distortion: str) -> tuple[Any, Any]:
         params, measured, _ = run(world, folder, Cell(method, distortion=distortion), (0, 1))

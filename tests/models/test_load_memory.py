@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from models.config import Qwen3Config
 from models.hf_weights import INDEX_FILE, _hf_names, _hf_shape, abstract_model, flatten, split
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CONFIG = Qwen3Config(32_000, 2048, 8192, 14, 16, 16, 128, tie_word_embeddings=True)
 SHARD_BYTES = 400 * 10**6
 

@@ -12,7 +12,7 @@ import pytest
 
 from train.rewards import ifeval
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SAMPLE = ROOT / "tests" / "data" / "ifeval_sample.jsonl.gz"
 SHARED = ROOT.parent / "shared" / "data"
 LABELS, CASES = "official_labels_4models.jsonl.gz", "verifier_regression_stratified.jsonl.gz"

@@ -28,7 +28,7 @@ from train.loop import train_policy
 from train.parse import parse
 from train.run.directory import read_metrics
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 VALUES, PLACES = 2**16, 8  # PLACES: the largest group of these runs
 ALL_REWARDS = 2 * np.arange(VALUES) / VALUES - 1
 DISTORTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {

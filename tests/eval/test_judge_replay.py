@@ -24,7 +24,7 @@ from eval.judges.task import TASKS, Task, load_task, read_task
 from eval.judges.verdict import FIRST, SECOND, verdict
 from eval.stats import cohen_kappa
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 FOLDER = Path(os.environ.get("JUDGE_RECORDS") or ROOT.parent / "shared" / "data" / "judge")
 FILES = sorted(FOLDER.glob("*.result.json.gz"))
 NONE_THERE = "no recorded judgements: they are not shipped; JUDGE_RECORDS names their folder"

@@ -20,7 +20,7 @@ from eval.__main__ import main
 from eval.judges.cache import Cache, Reply
 from eval.judges.server import Failure, Request, Server
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 ASPECTS = ("helpfulness", "correctness", "coherence", "complexity", "verbosity", "overall")
 PROMPTS = 8
 Answer = Callable[[dict[str, Any]], Any]

@@ -25,7 +25,7 @@ from train.parse import parse, spread_mesh
 from train.plan.hlo import work
 from train.plan.programs import parameter_count
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def compiled(function: Any, *shapes: tuple[int, ...]) -> str:

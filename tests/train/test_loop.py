@@ -49,7 +49,7 @@ from train.run.directory import read_metrics
 from train.run.metrics import require_finite, throughput
 from train.state import copy, make_state
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 MakeConfig = Callable[..., PolicyConfig]
 numbers = partial(read_metrics, clock=False)
 

@@ -17,7 +17,7 @@ from train.data.rows import load_rows
 from train.parse import parse
 from train.run.directory import read_metrics
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
 TASKS = ("tldr", "ultrachat", "ifeval")
 # demo, preferences: need data that is made, see the slow test; launch: shell and Kubernetes; variants: parts of configs

@@ -10,7 +10,7 @@ from models.checkpoint import check
 from models.tokenizer import Tokenizer, bucket, pad, train_bpe
 from models.weight_files import could_be_on_hub
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 QWEN3 = ROOT.parent / "shared" / "data" / "tokenizer_qwen3"
 needs_qwen3 = pytest.mark.skipif(not QWEN3.is_dir(), reason="the Qwen3 vocabulary (4 MB) is not shipped")
 

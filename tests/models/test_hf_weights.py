@@ -19,7 +19,7 @@ from models.checkpoint import Checkpoints, load_model
 from models.config import Qwen3Config, RopeScaling, read_config, stored_dtype
 from models.hf_weights import INDEX_FILE, SINGLE_FILE, flatten, load_pretrained, save_pretrained, split
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 MODELS = ROOT / "tests" / "data" / "models"
 GOLDEN = "golden_hf_transformers_fp32.npz"
 

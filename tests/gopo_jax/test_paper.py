@@ -16,7 +16,7 @@ from gopo_jax import policy_loss
 from train.config import PolicyConfig
 from train.parse import parse
 
-RECIPE = Path(__file__).parent.parent / "configs" / "tldr" / "qwen3_8b_gopo.yaml"
+RECIPE = Path(__file__).parents[2] / "configs" / "tldr" / "qwen3_8b_gopo.yaml"
 CONFIG = parse(PolicyConfig, ["--config", str(RECIPE), "--variant", "gopo_paper"])
 ARGUMENTS = ("clip_low", "clip_high", "ratio", "surrogate", "surrogate_options", "aggregate", "kl", "beta")
 P, G, T, MICROBATCHES = 6, 8, 5, 3
