@@ -1,4 +1,4 @@
-"""What a step has drawn, and the arrays that the update reads: no model, no devices."""
+"""From what a step has drawn to the arrays that its update reads: no model, no devices."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -8,86 +8,106 @@ import numpy as np
 
 from train.config import PolicyConfig
 from train.data.rows import Row
-from train.packing import Batch
 
 
 class Groups(NamedTuple):
-    """Some prompts with their completions and rewards."""
+    """Prompts with their completions and rewards, as one attempt of a step draws them."""
 
-    rows: list[Row]
-    prompt_PS: np.ndarray
-    lengths_P: np.ndarray
-    rollout: Any  # a Rollout of NumPy arrays
-    rewards_PGR: np.ndarray  # every reward apart; NaN = unscorable
+    rows: list[Row]  # of the data, P of them
+    prompt_PS: np.ndarray  # int32 tokens, right-padded
+    lengths_P: np.ndarray  # int32, tokens of each prompt
+    rollout: Any  # a models.sampler.Rollout of NumPy arrays
+    rewards_PGR: np.ndarray  # float32, every reward by itself; NaN = unscorable
+
+
+class Batch(NamedTuple):
+    """The arrays of an update, on the host. Every field begins with the axis of prompts."""
+
+    prompt_PS: np.ndarray  # int32 tokens, right-padded
+    lengths_P: np.ndarray  # int32, tokens of each prompt
+    tokens_PGT: np.ndarray  # int32 tokens of the completions, right-padded
+    sampled_PGT: np.ndarray  # float32, the sampler's tempered log-probabilities of tokens_PGT
+    mask_PGT: np.ndarray  # bool, True for the tokens that the loss counts
+    advantages_PG: np.ndarray | None = None  # float32; None until the rewards are turned into advantages
+    old_PGT: np.ndarray | None = None  # float32 log-probabilities before the first update; None: those of the gradient
+    ref_PGT: np.ndarray | None = None  # float32 log-probabilities of the reference; None: the objective computes them
+
+    def take(self, prompts: np.ndarray) -> "Batch":
+        """The batch of the prompts with these indices, in this order."""
+        return jax.tree.map(lambda array: array[prompts], self)
 
 
 Advantages = Callable[..., np.ndarray]  # rewards_PGR -> advantages_PG, see `train.objective.make_advantages`
 
 
-def counting(groups: Groups, config: PolicyConfig) -> np.ndarray:
-    """Which completions are learned from, [P, G]: those with a reward, and not those cut at T if these are masked."""
+def learned_mask(groups: Groups, config: PolicyConfig) -> np.ndarray:
+    """[P, G] True for the completions that are learned from.
+
+    A completion without any reward is not, nor one that was cut at T if `loss.mask_truncated_completions` says so.
+    """
     scored_PG = ~np.all(np.isnan(groups.rewards_PGR), axis=-1)
     return scored_PG & groups.rollout.finished_PG if config.loss.mask_truncated_completions else scored_PG
 
 
-def teaches(groups: Groups, advantages: Advantages, config: PolicyConfig) -> np.ndarray:
-    """Of each group, whether an advantage of it is not zero; those normalised over a batch are so up to rounding."""
+def has_signal(groups: Groups, advantages: Advantages, config: PolicyConfig) -> np.ndarray:
+    """[P] True where some advantage is non-zero (abs > 1e-6: a batch's normalisation leaves rounding noise)."""
     advantages_PG = advantages(groups.rewards_PGR)
-    return ((np.abs(advantages_PG) > 1e-6) & counting(groups, config)).any(-1)
+    return ((np.abs(advantages_PG) > 1e-6) & learned_mask(groups, config)).any(-1)
 
 
-def is_enough(drawn: Sequence[Groups], advantages: Advantages, config: PolicyConfig) -> bool:
-    """Whether a step's groups, all of which teach, can be chosen from what was drawn; or no more may be drawn."""
-    if len(drawn) == config.dynamic_sampling_attempts:
+def is_enough(attempts: Sequence[Groups], advantages: Advantages, config: PolicyConfig) -> bool:
+    """True if the attempts hold a whole step of groups with a signal, or no further attempt is allowed."""
+    if len(attempts) == config.dynamic_sampling_attempts:
         return True
-    return sum(int(teaches(groups, advantages, config).sum()) for groups in drawn) >= config.prompts_per_step
+    return sum(int(has_signal(groups, advantages, config).sum()) for groups in attempts) >= config.prompts_per_step
 
 
-def choose(drawn: Sequence[Groups], advantages: Advantages, config: PolicyConfig) -> Groups:
-    """A step's groups from several attempts, those that teach first, in the order they came.
+def choose(attempts: Sequence[Groups], advantages: Advantages, config: PolicyConfig) -> Groups:
+    """Selects a step's groups from several attempts: those with a signal first, in the order they were drawn.
 
-    Dynamic sampling, DAPO, https://arxiv.org/abs/2503.14476, section 3.2; where too few teach, others fill up. Attempts
-    are drawn apart, so a prompt may be there twice.
+    Dynamic sampling, DAPO, https://arxiv.org/abs/2503.14476, section 3.2; where too few groups have a signal, others
+    fill up. Attempts are drawn independently, so a prompt may be selected twice.
     """
-    if len(drawn) == 1:
-        return drawn[0]
-    S = max(groups.prompt_PS.shape[1] for groups in drawn)
-    teaches_P = np.concatenate([teaches(groups, advantages, config) for groups in drawn])
-    these = np.argsort(~teaches_P, kind="stable")[: config.prompts_per_step]
-    rows = [row for groups in drawn for row in groups.rows]
-    prompts_PS = [np.pad(groups.prompt_PS, ((0, 0), (0, S - groups.prompt_PS.shape[1]))) for groups in drawn]
+    if len(attempts) == 1:
+        return attempts[0]
+    S = max(groups.prompt_PS.shape[1] for groups in attempts)
+    signal_P = np.concatenate([has_signal(groups, advantages, config) for groups in attempts])
+    selected = np.argsort(~signal_P, kind="stable")[: config.prompts_per_step]
+    rows = [row for groups in attempts for row in groups.rows]
+    prompts_PS = [np.pad(groups.prompt_PS, ((0, 0), (0, S - groups.prompt_PS.shape[1]))) for groups in attempts]
     return Groups(
-        [rows[i] for i in these],
-        np.concatenate(prompts_PS)[these],
-        np.concatenate([groups.lengths_P for groups in drawn])[these],
-        jax.tree.map(lambda *parts: np.concatenate(parts)[these], *(groups.rollout for groups in drawn)),
-        np.concatenate([groups.rewards_PGR for groups in drawn])[these],
+        [rows[i] for i in selected],
+        np.concatenate(prompts_PS)[selected],
+        np.concatenate([groups.lengths_P for groups in attempts])[selected],
+        jax.tree.map(lambda *parts: np.concatenate(parts)[selected], *(groups.rollout for groups in attempts)),
+        np.concatenate([groups.rewards_PGR for groups in attempts])[selected],
     )
 
 
 def make_batch(groups: Groups, config: PolicyConfig) -> Batch:
-    """What the loss needs, [P, ...], but for the advantages.
+    """Builds the batch of a step, without advantages.
 
-    Tokens behind the end are masked out, and unscorable completions; those that were cut at T if that is wanted.
+    The mask leaves out tokens behind a completion's end, and completions that are not learned from (`learned_mask`).
     """
     tokens_PGT, sampled_PGT, lengths_PG, _ = map(np.asarray, groups.rollout)
-    return {
-        "prompt_PS": groups.prompt_PS,
-        "lengths_P": groups.lengths_P,
-        "tokens_PGT": tokens_PGT,
-        "sampled_PGT": sampled_PGT,
-        "mask_PGT": (np.arange(tokens_PGT.shape[-1]) < lengths_PG[..., None]) & counting(groups, config)[..., None],
-    }
+    real_PGT = np.arange(tokens_PGT.shape[-1]) < lengths_PG[..., None]
+    mask_PGT = real_PGT & learned_mask(groups, config)[..., None]
+    return Batch(groups.prompt_PS, groups.lengths_P, tokens_PGT, sampled_PGT, mask_PGT)
 
 
 def minibatches(batch: Batch, prompts: int, iterations: int, seed: int, step: int) -> Iterator[Batch]:
-    """The batch of each update: in every iteration all prompts once, in an order of its own if it is cut."""
-    P = len(batch["lengths_P"])
+    """Yields the batch of every update: each iteration goes over all prompts once, shuffled if it is several updates.
+
+    Args:
+      prompts: prompts per update.
+      iterations: passes over the batch.
+      seed, step: fix the order of the prompts in every iteration.
+    """
+    P = len(batch.lengths_P)
     for iteration in range(iterations):
         order = np.random.default_rng([seed, step, iteration]).permutation(P) if prompts < P else np.arange(P)
         for start in range(0, P, prompts):
-            these = order[start : start + prompts]
-            yield {name: array[these] for name, array in batch.items()}
+            yield batch.take(order[start : start + prompts])
 
 
 def completion_table(

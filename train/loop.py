@@ -5,21 +5,20 @@ Every step of `train_policy`:
     1  prompts      P prompts, a pure function of (seed, step); with dynamic sampling more, until all groups differ
     2  tokens       prompt_PS, right-padded, with lengths
     3  rollouts     G completions each: tokens_PGT, their log-probabilities and lengths; the prompt computed once
-    4  rewards      rewards_PGR, every reward apart, and their weighted sum rewards_PG; NaN = unscorable
+    4  rewards      rewards_PGR, every reward by itself, and their weighted sum rewards_PG; NaN = unscorable
     5  advantages   ADVANTAGES[name](rewards_PG): the one line in which GOPO and GRPO differ
     6  loss         clipped policy loss and KL penalty on the log-probabilities of the same tokens
     7  update       micro-batches of whole groups, their completions packed into rows; one optimizer step, or several
     8  log, validate, checkpoint
 
-With one update per batch the policy that is trained is the one that sampled, so the old log-probabilities are the
-new ones without their gradient and cost no forward pass of their own.
-Left out on purpose: rollouts on other machines.
+With one update per batch the policy that is trained is the policy that sampled, so the old log-probabilities are the
+new ones without their gradient and need no forward pass. Steps 5 and 6 are in `train.objective`, step 7 in
+`train.update`. Left out on purpose: rollouts on other machines.
 """
 
 import math
 import time
 from functools import partial
-from typing import Any
 
 import jax
 
@@ -31,7 +30,7 @@ from train.build import make_model, make_optimizer, make_tokenizer, policy_layou
 from train.config import PolicyConfig
 from train.console import console
 from train.data.prompts import Prompts, load_prompts
-from train.objective import logprobs_of, make_advantages, policy_objective
+from train.objective import make_advantages
 from train.processes import share
 from train.rewards import Rewards
 from train.rewards.functions import completion_ids
@@ -43,7 +42,7 @@ from train.update import Update
 
 
 def train_policy(config: PolicyConfig) -> None:
-    """Run, or go on with, the run in `config.output_dir`.
+    """Trains a policy; continues the run in `config.output_dir` if there is one.
 
     Raises:
       SetupError: a mistake in the config or the data, before anything is computed.
@@ -62,11 +61,11 @@ def train_policy(config: PolicyConfig) -> None:
         graphdef, params, network = *split(model), model.config
         run = Run(config, model.config.to_hf(), tokenizer)
         optimizer, schedule = make_optimizer(config.optimizer, config.max_steps * config.updates_per_step)
-        first = make_state(params, optimizer, layout)
-        ref_params = copy(first.params) if config.loss.beta else None  # adapters: fresh ones change nothing
+        initial = make_state(params, optimizer, layout)
+        ref_params = copy(initial.params) if config.loss.beta else None  # adapters: fresh ones change nothing
         ref_params = to_host(ref_params) if config.loss.offload_reference else ref_params
-        state = run.resume(first)
-        del model, params, first  # a resumed run has others
+        state = run.resume(initial)
+        del model, params, initial  # a resumed run has other arrays: free these
 
     generator = Generator(
         graphdef,
@@ -80,17 +79,17 @@ def train_policy(config: PolicyConfig) -> None:
         min_tokens=config.min_tokens,
         sampling_copy=config.mesh.sampling_copy,
     )
-    update = make_update(graphdef, optimizer, config, layout, state)
+    update = Update(graphdef, optimizer, config, layout, state)
     evaluate = partial(validate, run, config, validation, rewards, generator)
     describe(run, config, prompts, validation, layout)
     if run.start == 0 and config.validation.due(0, config.max_steps):
         run.write(0, evaluate(state, 0))
 
     for step in run.steps():
-        began, timer, drawn = time.perf_counter(), Timer(), list[Groups]()
-        while not drawn or not is_enough(drawn, advantages, config):
+        began, timer, attempts = time.perf_counter(), Timer(), list[Groups]()
+        while not attempts or not is_enough(attempts, advantages, config):
             # 1 prompts
-            attempt = len(drawn)
+            attempt = len(attempts)
             rows = prompts.batch(config.seed, step, config.prompts_per_step, attempt)
             # 2 tokens
             prompt_PS, lengths_P = prompts.encode(rows)
@@ -101,48 +100,43 @@ def train_policy(config: PolicyConfig) -> None:
                 rollout = jax.tree.map(fetch, sampled)
             # 4 rewards
             with timer("reward"):
-                mine = share(len(rows))  # each process scores its part, and all get the whole
-                texts_PG = tokenizer.decode(rollout.tokens_PGT[mine], rollout.lengths_PG[mine])
-                ids_PG = completion_ids(rollout.tokens_PGT[mine], rollout.lengths_PG[mine])
-                columns_P = prompts.columns(rows, mine)
-                rewards_PGR = rewards.score(prompts.prompts(rows[mine]), texts_PG, columns_P, ids_PG)
-            drawn.append(Groups(rows, prompt_PS, lengths_P, rollout, rewards_PGR))
-        groups = choose(drawn, advantages, config)
+                own = share(len(rows))  # each process scores its slice of the prompts, and all get every reward
+                texts_PG = tokenizer.decode(rollout.tokens_PGT[own], rollout.lengths_PG[own])
+                ids_PG = completion_ids(rollout.tokens_PGT[own], rollout.lengths_PG[own])
+                rewards_PGR = rewards.score(prompts.prompts(rows[own]), texts_PG, prompts.columns(rows, own), ids_PG)
+            attempts.append(Groups(rows, prompt_PS, lengths_P, rollout, rewards_PGR))
+        groups = choose(attempts, advantages, config)
         rewards_PG, rollout = rewards.combine(groups.rewards_PGR), groups.rollout
-        batch = make_batch(groups, config)
         with timer("update"):
-            before, penalty_PG = update.before(state, ref_params, batch)
+            batch, penalty_PG = update.old_and_ref_logprobs(state, ref_params, make_batch(groups, config))
             # 5 advantages
             advantages_PG = advantages(groups.rewards_PGR, penalty_PG)
             # 6 loss, 7 update
-            state, metrics = update(state, ref_params, batch | before | {"advantages_PG": advantages_PG}, step)
+            state, metrics = update(state, ref_params, batch._replace(advantages_PG=advantages_PG), step)
         # 8 log, validate, checkpoint
         done = step + 1
         require_finite(done, metrics)
         metrics |= rewards.metrics(groups.rewards_PGR)
         metrics |= rollout_metrics(rewards_PG, rollout.lengths_PG, rollout.finished_PG)
-        metrics |= {"sampling/attempts": len(drawn), "epoch": done * config.prompts_per_step / len(prompts)}
+        metrics |= {"sampling/attempts": len(attempts), "epoch": done * config.prompts_per_step / len(prompts)}
         metrics |= {"learning_rate": schedule(done * config.updates_per_step - 1)}
         if run.completions_due(done):
             texts_PG = tokenizer.decode(rollout.tokens_PGT, rollout.lengths_PG)
-            asked = prompts.prompts(groups.rows)
-            run.write_table(done, completion_table(asked, texts_PG, groups, list(rewards.scorers), advantages_PG))
+            step_prompts = prompts.prompts(groups.rows)
+            run.write_table(
+                done, completion_table(step_prompts, texts_PG, groups, list(rewards.scorers), advantages_PG)
+            )
         if config.validation.due(done, config.max_steps):
             with timer("validation"):
                 metrics |= evaluate(state, done)
         seconds = time.perf_counter() - began
         metrics |= {**timer.seconds, "timing_s/step": seconds}
-        metrics |= throughput(config, network, drawn, seconds)
+        metrics |= throughput(config, network, attempts, seconds)
         run.write(done, metrics)
         run.show(done, {name: metrics.get(name, math.nan) for name in ("reward", "kl", "perf/tokens_per_s")})
         if run.checkpoint_due(done):
             run.save(done, state)
     run.close()
-
-
-def make_update(graphdef: Any, optimizer: Any, config: PolicyConfig, layout: Layout, state: TrainState) -> Update:
-    objective = partial(policy_objective, graphdef=graphdef, config=config)
-    return Update(objective, partial(logprobs_of, graphdef, config), optimizer, config, layout, state)
 
 
 def validate(
@@ -154,16 +148,16 @@ def validate(
     state: TrainState,
     step: int,
 ) -> dict[str, float]:
-    """Sample the first validation prompts, score them, keep the texts; metrics under validation/."""
+    """Samples the first validation prompts, scores and writes the completions; returns metrics under validation/."""
     settings = config.validation
     rows = validation.rows[: settings.prompts]
     prompts, G = validation.prompts(rows), settings.num_generations
     key = stream_key(config.seed, VALIDATION, step)
-    drawn = generator.complete(state.all_params, prompts, key, G, settings.batch_prompts)
-    texts_PG, lengths_PG, finished_PG, tokens_PGT = drawn
-    mine = share(len(rows))
-    ids_PG = completion_ids(tokens_PGT[mine], lengths_PG[mine])
-    rewards_PGR = rewards.score(prompts[mine], texts_PG[mine], validation.columns(rows, mine), ids_PG)
+    completions = generator.complete(state.all_params, prompts, key, G, settings.batch_prompts)
+    texts_PG, lengths_PG, finished_PG, tokens_PGT = completions
+    own = share(len(rows))
+    ids_PG = completion_ids(tokens_PGT[own], lengths_PG[own])
+    rewards_PGR = rewards.score(prompts[own], texts_PG[own], validation.columns(rows, own), ids_PG)
     rewards_PG, metrics = rewards.combine(rewards_PGR), rewards.metrics(rewards_PGR)
     table = [
         {
@@ -183,7 +177,7 @@ def validate(
 
 
 def describe(run: Run, config: PolicyConfig, prompts: Prompts, validation: Prompts, layout: Layout) -> None:
-    """What is about to happen, in three lines."""
+    """Prints the run's data, batch sizes and mesh in three lines."""
     completions = config.prompts_per_step * config.num_generations
     mesh = " x ".join(f"{name} {size}" for name, size in layout.mesh.shape.items())
     console.print(

@@ -1,4 +1,7 @@
-"""The objective of a batch: advantages from rewards, log-probabilities of the sampled tokens, the policy's loss."""
+"""What a step optimizes: advantages from rewards, log-probabilities of the sampled tokens, the policy's loss.
+
+`train.update` differentiates `policy_objective`; `train.loop` calls the function that `make_advantages` returns.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -12,67 +15,79 @@ from flax import nnx
 from gopo_jax import kl_penalty, policy_loss, sampler_correction, token_broadcast
 from gopo_jax.losses import Metrics
 from models.lora import join
-from train.config import PolicyConfig
-from train.packing import unpack
+from train.config import LossConfig, PolicyConfig
+from train.packing import MicroBatch, unpack
 from train.rewards import combine
 from train.run.metrics import sampling_metrics
 
 
 def make_advantages(config: PolicyConfig) -> Callable[..., np.ndarray]:
-    """(rewards_PGR, penalty_PG) -> advantages_PG, jitted; a penalty is taken off the combined reward."""
+    """Returns the jitted function (rewards_PGR, penalty_PG) -> advantages_PG that `config.advantage` names.
+
+    A penalty is taken off the combined reward; advantages that rank every reward by itself take none.
+
+    Raises:
+      ValueError: advantages of another shape than [prompts_per_step, num_generations].
+    """
     weights_R = np.array([spec.weight for spec in config.rewards], np.float32)
-    apart = config.takes_every_reward
-    options = config.advantage_options | ({"weights_R": weights_R} if apart else {})
+    takes_every_reward = config.takes_every_reward
+    options = config.advantage_options | ({"weights_R": weights_R} if takes_every_reward else {})
     function = jax.jit(partial(config.advantage_function, **options))
 
     def advantages(rewards_PGR: np.ndarray, penalty_PG: Any = 0.0) -> np.ndarray:
-        if apart:
+        if takes_every_reward:
             return np.asarray(function(rewards_PGR))
         return np.asarray(function(combine(rewards_PGR, weights_R, config.reward_combination) - penalty_PG))
 
     shape = (config.prompts_per_step, config.num_generations)
-    found = advantages(np.zeros((*shape, len(weights_R)), np.float32))
-    if found.shape != shape:
-        raise ValueError(f"advantage: {config.advantage}: expected advantages of shape {shape}, got {found.shape}")
+    trial_PG = advantages(np.zeros((*shape, len(weights_R)), np.float32))
+    if trial_PG.shape != shape:
+        raise ValueError(f"advantage: {config.advantage}: expected advantages of shape {shape}, got {trial_PG.shape}")
     return advantages
 
 
-def logprobs_of(graphdef: Any, config: PolicyConfig, params: Any, batch: dict[str, jax.Array], **options: Any) -> Any:
-    """Tempered log-probabilities of the sampled tokens, [P, G, T]; with_entropy: entropies too."""
-    model, tokens_PBT = nnx.merge(graphdef, params), batch["tokens_PBT"]
-    hidden_PBTD = model.predict(batch["prompt_PS"], batch["lengths_P"], tokens_PBT, batch["offset_PBT"])
-    options |= {"chunk_tokens": config.loss.logprob_chunk, "temperature": config.temperature}
-    found_PBT = model.logprobs(hidden_PBTD, tokens_PBT, **options)
-    return jax.tree.map(lambda array_PBT: unpack(array_PBT, batch["slot_PGT"]), found_PBT)
+def completion_logprobs(
+    graphdef: Any, config: PolicyConfig, params: Any, batch: MicroBatch, *, with_entropy: bool = False
+) -> Any:
+    """Tempered log-probabilities of the sampled tokens, float32 [P, G, T]; `with_entropy`: (those, the entropies)."""
+    model = nnx.merge(graphdef, params)
+    hidden_PBTD = model.predict(batch.prompt_PS, batch.lengths_P, batch.tokens_PBT, batch.offset_PBT)
+    options = {"chunk_tokens": config.loss.logprob_chunk, "temperature": config.temperature}
+    packed = model.logprobs(hidden_PBTD, batch.tokens_PBT, with_entropy=with_entropy, **options)
+    return jax.tree.map(lambda array_PBT: unpack(array_PBT, batch.slot_PGT), packed)
 
 
 def policy_objective(
     params: Any,
     ref_params: Any,
     frozen: Any,
-    batch: dict[str, jax.Array],
+    batch: MicroBatch,
     denominator: jax.Array,
     *,
     graphdef: Any,
     config: PolicyConfig,
 ) -> tuple[jax.Array, Metrics]:
-    """The loss of some whole groups, divided by the count of the whole batch, and its metrics."""
-    settings, mask_PGT, sampled_PGT = config.loss, batch["mask_PGT"], batch["sampled_PGT"]
-    logprobs_PGT, entropy_PGT = logprobs_of(graphdef, config, join(params, frozen), batch, with_entropy=True)
-    now_PGT = jax.lax.stop_gradient(logprobs_PGT)
-    old_PGT, ref_PGT = batch.get("old_PGT", now_PGT), batch.get("ref_PGT")
+    """The loss of a micro-batch and its metrics, as (sum, count) pairs.
+
+    Args:
+      params: what is trained: all parameters, or the adapters.
+      ref_params: the same of the reference policy; not read if `batch` has its log-probabilities, or beta is 0.
+      frozen: the base of adapters, else empty.
+      denominator: the loss count of the whole batch (`gopo_jax.loss_count`), so that micro-batches add up to it.
+    """
+    settings, mask_PGT = config.loss, batch.mask_PGT
+    logprobs_PGT, entropy_PGT = completion_logprobs(graphdef, config, join(params, frozen), batch, with_entropy=True)
+    current_PGT = jax.lax.stop_gradient(logprobs_PGT)
+    old_PGT = current_PGT if batch.old_PGT is None else batch.old_PGT
+    ref_PGT = batch.ref_PGT
     if settings.beta and ref_PGT is None:
-        ref_PGT = jax.lax.stop_gradient(logprobs_of(graphdef, config, join(ref_params, frozen), batch))
+        ref_PGT = jax.lax.stop_gradient(completion_logprobs(graphdef, config, join(ref_params, frozen), batch))
+    weights_PGT = sampler_weights(settings, old_PGT, batch)
     penalized = settings.beta > 0 and settings.kl_in == "loss"
-    weights_PGT = None
-    if settings.importance_sampling_mode is not None:
-        bounds = {"clip_max": settings.importance_sampling_clip_max, "clip_min": settings.importance_sampling_clip_min}
-        mode = settings.importance_sampling_mode
-        weights_PGT = sampler_correction(old_PGT, sampled_PGT, mask_PGT, mode=mode, **bounds)
     loss, metrics = policy_loss(
         logprobs_PGT,
         old_PGT,
-        token_broadcast(batch["advantages_PG"], mask_PGT.shape[-1], settings.token_broadcast),
+        token_broadcast(batch.advantages_PG, mask_PGT.shape[-1], settings.token_broadcast),
         mask_PGT,
         clip_low=settings.clip_low,
         clip_high=settings.clip_high,
@@ -89,8 +104,22 @@ def policy_objective(
     )
     count = mask_PGT.sum(dtype=jnp.float32)
     metrics["entropy"] = (jnp.where(mask_PGT, entropy_PGT, 0).sum(), count)
-    if ref_PGT is not None and not penalized:  # it is in the reward, and worth seeing
-        kl_PGT = kl_penalty(jnp.where(mask_PGT, now_PGT, 0), jnp.where(mask_PGT, ref_PGT, 0), settings.kl)
+    if ref_PGT is not None and not penalized:  # the penalty is in the reward; its size is still worth a curve
+        kl_PGT = kl_penalty(jnp.where(mask_PGT, current_PGT, 0), jnp.where(mask_PGT, ref_PGT, 0), settings.kl)
         metrics["kl"] = (kl_PGT.sum(), count)
-    metrics |= sampling_metrics(old_PGT, sampled_PGT, mask_PGT, weights_PGT)
+    metrics |= sampling_metrics(old_PGT, batch.sampled_PGT, mask_PGT, weights_PGT)
     return loss, jax.lax.stop_gradient(metrics)
+
+
+def sampler_weights(settings: LossConfig, old_PGT: jax.Array, batch: MicroBatch) -> jax.Array | None:
+    """Truncated importance weights of trainer over sampler, [P, G, T]; None unless the config asks for them."""
+    if settings.importance_sampling_mode is None:
+        return None
+    return sampler_correction(
+        old_PGT,
+        batch.sampled_PGT,
+        batch.mask_PGT,
+        mode=settings.importance_sampling_mode,
+        clip_max=settings.importance_sampling_clip_max,
+        clip_min=settings.importance_sampling_clip_min,
+    )

@@ -1,22 +1,22 @@
-"""Micro-batches of whole groups, without the padding: a group's completions lie one behind the other in few rows.
+"""Micro-batches of whole groups without the padding: the completions of a group lie one behind the other in few rows.
 
     tokens_PGT    a group of G completions, each followed by padding up to T
-    tokens_PBT    the same tokens in B <= G rows of T slots; offset_PBT says where in its completion a slot stands
-    slot_PGT      the slot of each token among the B * T of its prompt, to bring log-probabilities back to [P, G, T]
+    tokens_PBT    the same tokens in B <= G rows of T slots; offset_PBT is a slot's position in its completion
+    slot_PGT      the slot of each token among the B * T of its prompt, which brings log-probabilities back to [P, G, T]
 
 A completion never crosses the end of a row, and does not see its neighbours (`models.attention.group_attention`).
-T stays as it is, so that B alone makes shapes: few of them, and so few compilations.
+T stays as it is, so that shapes differ in B alone: few shapes, and so few compilations.
 """
 
 from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from models.sharding import Layout
-
-Batch = dict[str, np.ndarray]
+from train.batch import Batch
 
 AXES = {
     "PS": ("prompt", None),
@@ -27,37 +27,67 @@ AXES = {
 }
 
 
-def cut(batch: Batch, prompts: int, layout: Layout, *, in_order: bool = False) -> Iterator[dict[str, jax.Array]]:
-    """The batch in parts of so many prompts, packed: those whose completions need the most rows together, or in order.
+class MicroBatch(NamedTuple):
+    """Packed groups, as the gradient's program reads them from the devices. Fields as in `Batch` but for three."""
 
-    `mask_PGT` says which tokens count; the others are in no row.
+    prompt_PS: Any
+    lengths_P: Any
+    tokens_PBT: Any  # int32 tokens of the completions, packed into rows
+    offset_PBT: Any  # int32, position of each slot in its completion; None: every row is one completion
+    slot_PGT: Any  # int32, the slot of each token among the B * T of its prompt
+    sampled_PGT: Any
+    mask_PGT: Any
+    advantages_PG: Any = None
+    old_PGT: Any = None
+    ref_PGT: Any = None
+
+
+def microbatches(
+    batch: Batch, prompts: int, layout: Layout, *, in_order: bool = False
+) -> Iterator[tuple[np.ndarray, MicroBatch]]:
+    """Yields the batch in packed parts of `prompts` prompts on the devices, each with its prompts' indices in `batch`.
+
+    Prompts whose completions need the most rows come together, unless the parts are to be `in_order`. Tokens outside
+    `mask_PGT` are in no row.
     """
-    row_PG, start_PG = place(batch["mask_PGT"])
+    row_PG, start_PG = assign_rows(batch.mask_PGT)
     needed_P = row_PG.max(-1) + 1
-    _, G, _ = batch["mask_PGT"].shape
+    _, G, _ = batch.mask_PGT.shape
     order_P = np.arange(len(needed_P)) if in_order else np.argsort(needed_P, kind="stable")
-    for these in order_P.reshape(-1, prompts):
-        part = {name: array[these] for name, array in batch.items()}
-        rows = round_up(int(needed_P[these].max()), G, layout.ways("group"))
-        part = pack(part, row_PG[these], start_PG[these], rows)
-        yield {name: layout.put(array, AXES[name.rpartition("_")[2]]) for name, array in part.items()}
+    for indices in order_P.reshape(-1, prompts):
+        rows = round_up(int(needed_P[indices].max()), G, layout.ways("group"))
+        micro = pack(batch.take(indices), row_PG[indices], start_PG[indices], rows)
+        arrays = zip(micro._fields, micro, strict=True)
+        placed = (None if array is None else layout.put(array, axes_of(name)) for name, array in arrays)
+        yield indices, MicroBatch(*placed)
 
 
-def abstract_microbatch(prompts: int, S: int, G: int, T: int, layout: Layout) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shapes of the largest part that `cut` gives: every completion has T tokens and so a row of its own."""
-    sizes = {"P": prompts, "S": S, "G": G, "T": T, "B": G}
-    names = {"prompt_PS": "int32", "lengths_P": "int32", "sampled_PGT": "float32", "mask_PGT": "bool"}
-    names |= {"advantages_PG": "float32", "tokens_PBT": "int32", "offset_PBT": "int32", "slot_PGT": "int32"}
-    found = {}
-    for name, dtype in names.items():
-        letters = name.rpartition("_")[2]
-        shape, sharding = tuple(sizes[letter] for letter in letters), layout.sharding(AXES[letters])
-        found[name] = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding)
-    return found
+def axes_of(name: str) -> tuple[str | None, ...]:
+    """The logical axes of an array, by the letters behind the last underscore of its name."""
+    return AXES[name.rpartition("_")[2]]
 
 
-def place(mask_PGT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The row of each completion and its first slot there: the longest first, each into the first row with room."""
+def abstract_microbatch(prompts: int, S: int, G: int, T: int, layout: Layout) -> MicroBatch:
+    """The shapes of the largest part of `microbatches`: every completion has T tokens and so a row of its own."""
+
+    def of(dtype: Any, name: str, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=layout.sharding(axes_of(name)))
+
+    P, B = prompts, G
+    return MicroBatch(
+        prompt_PS=of(jnp.int32, "PS", P, S),
+        lengths_P=of(jnp.int32, "P", P),
+        tokens_PBT=of(jnp.int32, "PBT", P, B, T),
+        offset_PBT=of(jnp.int32, "PBT", P, B, T),
+        slot_PGT=of(jnp.int32, "PGT", P, G, T),
+        sampled_PGT=of(jnp.float32, "PGT", P, G, T),
+        mask_PGT=of(jnp.bool_, "PGT", P, G, T),
+        advantages_PG=of(jnp.float32, "PG", P, G),
+    )
+
+
+def assign_rows(mask_PGT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Packs completions first-fit, the longest first; returns the row and the first slot there of each, [P, G]."""
     P, G, T = mask_PGT.shape
     lengths_PG = mask_PGT.sum(-1)
     row_PG, start_PG = np.zeros((P, G), np.int64), np.zeros((P, G), np.int64)
@@ -71,25 +101,35 @@ def place(mask_PGT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def round_up(rows: int, G: int, ways: int) -> int:
-    """Up to a power of two, in units of the devices that share the rows; at most G."""
+    """Rounds a number of rows up to a power of two in units of the devices that share them; at most G."""
     units = -(-rows // ways)
     return min((1 << (units - 1).bit_length()) * ways, G)
 
 
-def pack(batch: Batch, row_PG: np.ndarray, start_PG: np.ndarray, rows: int) -> Batch:
-    """`tokens_PGT` becomes `tokens_PBT` of so many rows, with `offset_PBT` and `slot_PGT`; the rest stays."""
-    mask_PGT = batch["mask_PGT"]
+def pack(batch: Batch, row_PG: np.ndarray, start_PG: np.ndarray, rows: int) -> MicroBatch:
+    """Puts every masked token of `batch` into its slot of `rows` rows, on the host."""
+    mask_PGT = batch.mask_PGT
     P, _, T = mask_PGT.shape
     slot_PGT = np.where(mask_PGT, (row_PG * T + start_PG)[..., None] + np.arange(T), 0).astype(np.int32)
     tokens_PBT, offset_PBT = np.zeros((P, rows * T), np.int32), np.zeros((P, rows * T), np.int32)
     p, g, t = np.nonzero(mask_PGT)
-    tokens_PBT[p, slot_PGT[p, g, t]] = batch["tokens_PGT"][p, g, t]
+    tokens_PBT[p, slot_PGT[p, g, t]] = batch.tokens_PGT[p, g, t]
     offset_PBT[p, slot_PGT[p, g, t]] = t
-    packed = {"tokens_PBT": tokens_PBT.reshape(P, rows, T), "offset_PBT": offset_PBT.reshape(P, rows, T)}
-    return {name: array for name, array in batch.items() if name != "tokens_PGT"} | packed | {"slot_PGT": slot_PGT}
+    return MicroBatch(
+        batch.prompt_PS,
+        batch.lengths_P,
+        tokens_PBT.reshape(P, rows, T),
+        offset_PBT.reshape(P, rows, T),
+        slot_PGT,
+        batch.sampled_PGT,
+        mask_PGT,
+        batch.advantages_PG,
+        batch.old_PGT,
+        batch.ref_PGT,
+    )
 
 
 def unpack(array_PBT: jax.Array, slot_PGT: jax.Array) -> jax.Array:
-    """What was computed for each slot, for each token again, [P, G, T]; anything where there is no token."""
+    """Gathers the values of the slots for each token, [P, G, T]; arbitrary values outside the mask."""
     P, G, T = slot_PGT.shape
     return jnp.take_along_axis(array_PBT.reshape(P, -1), slot_PGT.reshape(P, -1), axis=1).reshape(P, G, T)

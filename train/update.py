@@ -1,6 +1,5 @@
-"""The update: the gradient of a batch from micro-batches of whole groups, and an optimizer step, once or often."""
+"""The update of a step: sums the gradients of micro-batches of whole groups and applies them, once or several times."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,115 +12,116 @@ from gopo_jax import add_metrics, kl_penalty, loss_count
 from gopo_jax.losses import Metrics
 from models.lora import join
 from models.sharding import Layout, fetch, to_device
-from train.batch import minibatches
+from train.batch import Batch, minibatches
 from train.config import PolicyConfig
-from train.packing import Batch, cut
+from train.objective import completion_logprobs, policy_objective
+from train.packing import microbatches
 from train.run.metrics import divide
-from train.state import TrainState, shardings
-
-Objective = Callable[..., tuple[jax.Array, Metrics]]
+from train.state import TrainState, apply, shardings
 
 
 class Programs(NamedTuple):
-    """The jitted parts of an update."""
+    """The jitted programs of an update."""
 
-    nothing: Any  # params -> a gradient of zeros
-    add: Any  # (gradient so far, state, ref_params, micro-batch, denominator) -> gradient, metrics
-    apply: Any  # (state, gradient) -> state, metrics
-    logprobs: Any  # (params, micro-batch) -> logprobs_PGT, where they are needed before the update
+    zero_grads: Any  # params -> a gradient of zeros
+    accumulate: (
+        Any  # (gradient, state, ref_params, micro-batch, denominator) -> gradient plus the micro-batch's, metrics
+    )
+    apply_gradients: Any  # (state, gradient) -> state, metrics
+    logprobs: Any  # (all params, micro-batch) -> logprobs_PGT, for what is needed before the first update
 
 
 def make_programs(
-    objective: Objective,
-    logprobs: Callable[..., jax.Array],
-    optimizer: optax.GradientTransformation,
-    config: PolicyConfig,
-    state: TrainState,
+    graphdef: Any, optimizer: optax.GradientTransformation, config: PolicyConfig, state: TrainState
 ) -> Programs:
-    """Those of an `Update`; `state` says where everything lies."""
-    microbatches = config.update_prompts // config.microbatch_prompts
+    """Jits the programs of an `Update`; `state` fixes where every array lies and may consist of shapes alone."""
+    objective = partial(policy_objective, graphdef=graphdef, config=config)
     loss_and_gradient = jax.value_and_grad(objective, has_aux=True)
-    where = shardings(state)
+    parts = config.update_prompts // config.microbatch_prompts
+    placement = shardings(state)
 
-    @partial(jax.jit, out_shardings=where.params)
-    def nothing(params: Any) -> Any:
-        exact = jnp.float32 if config.optimizer.master_weights else None
-        return jax.tree.map(partial(jnp.zeros_like, dtype=exact), params)
+    @partial(jax.jit, out_shardings=placement.params)
+    def zero_grads(params: Any) -> Any:
+        # with master weights the sum is float32, whatever the parameters are stored in
+        dtype = jnp.float32 if config.optimizer.master_weights else None
+        return jax.tree.map(partial(jnp.zeros_like, dtype=dtype), params)
 
-    @partial(jax.jit, donate_argnums=0, out_shardings=(where.params, None))
-    def add(total: Any, state: TrainState, ref_params: Any, micro: Any, denominator: jax.Array) -> tuple[Any, Metrics]:
+    @partial(jax.jit, donate_argnums=0, out_shardings=(placement.params, None))
+    def accumulate(
+        total: Any, state: TrainState, ref_params: Any, micro: Any, denominator: jax.Array
+    ) -> tuple[Any, Metrics]:
         (loss, metrics), gradient = loss_and_gradient(state.params, ref_params, state.frozen, micro, denominator)
-        metrics["loss"] = (loss, jnp.ones(()) / microbatches)
+        metrics["loss"] = (loss, jnp.ones(()) / parts)
         return jax.tree.map(jnp.add, total, gradient), metrics
 
-    @partial(jax.jit, donate_argnums=0, out_shardings=(where, None))
-    def apply(state: TrainState, gradient: Any) -> tuple[TrainState, Metrics]:
+    @partial(jax.jit, donate_argnums=0, out_shardings=(placement, None))
+    def apply_gradients(state: TrainState, gradient: Any) -> tuple[TrainState, Metrics]:
         return apply(optimizer, state, gradient), {"grad_norm": (optax.tree.norm(gradient), jnp.ones(()))}
 
-    return Programs(nothing, add, apply, jax.jit(logprobs))
+    return Programs(zero_grads, accumulate, apply_gradients, jax.jit(partial(completion_logprobs, graphdef, config)))
 
 
 class Update:
-    """The optimizer steps on a batch: the gradients of micro-batches are added up in place, then applied."""
+    """The optimizer steps on a batch."""
 
     def __init__(
         self,
-        objective: Objective,
-        logprobs: Callable[..., jax.Array],
+        graphdef: Any,
         optimizer: optax.GradientTransformation,
         config: PolicyConfig,
         layout: Layout,
         state: TrainState,
     ) -> None:
-        """
-        Args:
-          objective: (params, ref_params, frozen, micro-batch, denominator) -> loss, metrics.
-          logprobs: (all params, micro-batch) -> logprobs_PGT.
-          state: any state of the run; it says where everything lies, and may be shapes alone.
-        """
+        """`state`: any state of the run; it fixes where every array lies and may consist of shapes alone."""
         self.config, self.layout = config, layout
-        self.programs = make_programs(objective, logprobs, optimizer, config, state)
+        self.programs = make_programs(graphdef, optimizer, config, state)
 
-    def before(self, state: TrainState, ref_params: Any, batch: Batch) -> tuple[Batch, Any]:
-        """What must be known before the policy changes: its log-probabilities and the reference's, if it changes more
-        than once; and the penalty of each completion, if it is taken off the reward."""
-        in_reward = self.config.loss.kl_in == "reward"
+    def old_and_ref_logprobs(self, state: TrainState, ref_params: Any, batch: Batch) -> tuple[Batch, Any]:
+        """Fills in `old_PGT` and `ref_PGT` if the config needs them before the first update.
+
+        Several updates per batch need both: the policy changes under them, and the reference is computed once. A KL
+        penalty in the reward needs them too.
+
+        Returns:
+          The batch, and penalty_PG, the KL to take off every completion's reward; 0 if it is in the loss.
+        """
         if not self.config.logprobs_before_update:
-            return {}, 0.0
-        found = {"old_PGT": self._logprobs(state.all_params, batch)}
+            return batch, 0.0
+        batch = batch._replace(old_PGT=self._logprobs(state.all_params, batch))
         if ref_params is not None:
-            found["ref_PGT"] = self._logprobs(join(to_device(ref_params), state.frozen), batch)
-        if not in_reward:
-            return found, 0.0
-        kl_PGT = kl_penalty(jnp.asarray(found["old_PGT"]), jnp.asarray(found["ref_PGT"]), self.config.loss.kl)
-        return found, self.config.loss.beta * np.where(batch["mask_PGT"], kl_PGT, 0).sum(-1)
+            batch = batch._replace(ref_PGT=self._logprobs(join(to_device(ref_params), state.frozen), batch))
+        settings = self.config.loss
+        if settings.kl_in != "reward":
+            return batch, 0.0
+        kl_PGT = kl_penalty(jnp.asarray(batch.old_PGT), jnp.asarray(batch.ref_PGT), settings.kl)
+        return batch, settings.beta * np.where(batch.mask_PGT, kl_PGT, 0).sum(-1)
 
     def _logprobs(self, params: Any, batch: Batch) -> np.ndarray:
-        found_PGT = np.zeros(batch["mask_PGT"].shape, np.float32)
-        numbered = batch | {"index_P": np.arange(len(found_PGT))}  # parts come in another order
-        for micro in cut(numbered, self.config.microbatch_prompts, self.layout):
-            found_PGT[fetch(micro.pop("index_P"))] = fetch(self.programs.logprobs(params, micro))
-        return found_PGT
+        logprobs_PGT = np.zeros(batch.mask_PGT.shape, np.float32)
+        for indices, micro in microbatches(batch, self.config.microbatch_prompts, self.layout):
+            logprobs_PGT[indices] = fetch(self.programs.logprobs(params, micro))
+        return logprobs_PGT
 
     def __call__(
         self, state: TrainState, ref_params: Any, batch: Batch, step: int
     ) -> tuple[TrainState, dict[str, float]]:
-        config, found = self.config, list[Metrics]()
-        ref_params = None if "ref_PGT" in batch else to_device(ref_params)
+        """Returns the state after all updates on `batch`, and the metrics as means over them."""
+        config, metrics = self.config, list[Metrics]()
+        ref_params = to_device(ref_params) if batch.ref_PGT is None else None
         for part in minibatches(batch, config.update_prompts, config.num_iterations, config.seed, step):
-            state, metrics = self._once(state, ref_params, part)
-            found.append(metrics)
-        return state, divide(add_metrics(*found))
+            state, of_part = self.optimizer_step(state, ref_params, part)
+            metrics.append(of_part)
+        return state, divide(add_metrics(*metrics))
 
-    def _once(self, state: TrainState, ref_params: Any, batch: Batch) -> tuple[TrainState, Metrics]:
-        aggregate = self.config.loss.aggregate
-        count = loss_count(jnp.asarray(batch["mask_PGT"]), aggregate, max_length=self.config.max_completion_length)
-        microbatches = self.config.update_prompts // self.config.microbatch_prompts
+    def optimizer_step(self, state: TrainState, ref_params: Any, batch: Batch) -> tuple[TrainState, Metrics]:
+        """One optimizer step on the gradient of the whole batch, summed over its micro-batches."""
+        aggregate, size = self.config.loss.aggregate, self.config.microbatch_prompts
+        count = loss_count(jnp.asarray(batch.mask_PGT), aggregate, max_length=self.config.max_completion_length)
         by_part = aggregate == "token_per_microbatch"  # then it matters which prompts are together
-        denominator = microbatches * count if by_part else count
-        gradient, parts = self.programs.nothing(state.params), []
-        for micro in cut(batch, self.config.microbatch_prompts, self.layout, in_order=by_part):
-            gradient, metrics = self.programs.add(gradient, state, ref_params, micro, denominator)
-            parts.append(metrics)
-        state, metrics = self.programs.apply(state, gradient)
-        return state, jax.device_get(metrics) | add_metrics(*jax.device_get(parts))
+        denominator = self.config.update_prompts // size * count if by_part else count
+        gradient, metrics = self.programs.zero_grads(state.params), list[Metrics]()
+        for _, micro in microbatches(batch, size, self.layout, in_order=by_part):
+            gradient, of_part = self.programs.accumulate(gradient, state, ref_params, micro, denominator)
+            metrics.append(of_part)
+        state, of_step = self.programs.apply_gradients(state, gradient)
+        return state, jax.device_get(of_step) | add_metrics(*jax.device_get(metrics))

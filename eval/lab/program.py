@@ -21,7 +21,8 @@ from eval.lab.world import POOL_COMPLETIONS, Prompts, Scorer, World, score
 from gopo_jax import ADVANTAGES, gopo_advantages, loss_count
 from models.sampler import Rollout, sample
 from train.config import DataConfig, LossConfig, ModelConfig, PolicyConfig, RewardSpec
-from train.objective import logprobs_of, policy_objective
+from train.objective import completion_logprobs, policy_objective
+from train.packing import MicroBatch
 
 COMPLETIONS = 64  # per step, prompts x G, in every cell
 VALIDATION_COMPLETIONS = 2  # of each validation prompt
@@ -149,13 +150,12 @@ class Program:
         rows_P = jax.random.choice(choose, len(world.train.lengths_P), (COMPLETIONS // G,), replace=False)
         prompts = Prompts(world.train.tokens_PS[rows_P], world.train.lengths_P[rows_P])
         rollout = self._rollout(state.params, prompts, draw, G)
-        mask_PGT = jnp.arange(self.T) < rollout.lengths_PG[..., None]
         rewards_PG = score(world.proxy_graph, member.proxy, prompts, *text_of(rollout))
         given_PG = distorted(rewards_PG, member.distortion, shake)
         advantages_PG = state.advantage_scale * advantages_of(given_PG, member.method)
-        batch = self._batch(prompts, rollout) | {"advantages_PG": advantages_PG, "mask_PGT": mask_PGT}
+        batch = self._batch(prompts, rollout)._replace(advantages_PG=advantages_PG)
         loss = partial(policy_objective, graphdef=world.policy, config=self.config)
-        denominator = loss_count(mask_PGT)
+        denominator = loss_count(batch.mask_PGT)
         gradient, metrics = jax.grad(loss, has_aux=True)(state.params, world.start, {}, batch, denominator)
         norm = optax.tree.norm(gradient)
         largest = jnp.where(member.equal_norm, norm, jnp.maximum(norm, MAX_GRAD_NORM))
@@ -182,13 +182,12 @@ class Program:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(4), member.seed), number)
         rollout = self._rollout(state.params, prompts, key, VALIDATION_COMPLETIONS)
         batch = self._batch(prompts, rollout)
-        ref_PGT = logprobs_of(world.policy, self.config, world.start, batch)
-        mask_PGT = jnp.arange(self.T) < rollout.lengths_PG[..., None]
+        ref_PGT = completion_logprobs(world.policy, self.config, world.start, batch)
         return {
             "proxy": score(world.proxy_graph, member.proxy, prompts, *text_of(rollout)),
             "gold": score(world.gold_graph, world.gold, prompts, *text_of(rollout)),
             "length": rollout.lengths_PG,
-            "kl": jnp.where(mask_PGT, rollout.logprobs_PGT - ref_PGT, 0).sum(-1),
+            "kl": jnp.where(batch.mask_PGT, rollout.logprobs_PGT - ref_PGT, 0).sum(-1),
         }
 
     def _rollout(self, params: Any, prompts: Prompts, key: jax.Array, G: int) -> Rollout:
@@ -203,17 +202,18 @@ class Program:
             pad_id=self.world.tokenizer.pad_id,
         )
 
-    def _batch(self, prompts: Prompts, rollout: Rollout) -> dict[str, Any]:
-        """As train/packing.py's, but that every completion has a row of its own: a program's shapes are fixed."""
+    def _batch(self, prompts: Prompts, rollout: Rollout) -> MicroBatch:
+        """As `train.packing` makes it, but every completion has a row of its own: a program's shapes are fixed."""
         P, G, T = rollout.tokens_PGT.shape
-        return {
-            "prompt_PS": prompts.tokens_PS,
-            "lengths_P": prompts.lengths_P,
-            "tokens_PBT": rollout.tokens_PGT,
-            "offset_PBT": None,
-            "slot_PGT": jnp.broadcast_to(jnp.arange(G * T).reshape(G, T), (P, G, T)),
-            "sampled_PGT": rollout.logprobs_PGT,
-        }
+        return MicroBatch(
+            prompt_PS=prompts.tokens_PS,
+            lengths_P=prompts.lengths_P,
+            tokens_PBT=rollout.tokens_PGT,
+            offset_PBT=None,
+            slot_PGT=jnp.broadcast_to(jnp.arange(G * T).reshape(G, T), (P, G, T)),
+            sampled_PGT=rollout.logprobs_PGT,
+            mask_PGT=jnp.arange(T) < rollout.lengths_PG[..., None],
+        )
 
 
 def text_of(rollout: Rollout) -> tuple[jax.Array, jax.Array]:

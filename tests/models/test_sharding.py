@@ -38,8 +38,8 @@ from models.sharding import make_layout
 from flax import nnx
 from train.config import *
 from train.batch import Groups, make_batch
-from train.loop import make_update
 from train.state import copy, make_state
+from train.update import Update
 
 directory, meshes = sys.argv[1], json.loads(sys.argv[2])
 P, G, S, T, V = 8, 4, 8, 6, 64
@@ -58,10 +58,10 @@ def compute(layout):
     sgd = optax.sgd(1.0)
     state = make_state(copy(params), sgd, layout)
     batch = make_batch(Groups([], prompt_PS, lengths_P, rollout, advantages_PG[..., None]), config)
-    batch |= {"advantages_PG": advantages_PG}
+    batch = batch._replace(advantages_PG=advantages_PG)
     reference = jax.tree.map(lambda p: p * 1.1, params)
     spread = len({s.device for leaf in jax.tree.leaves(params) for s in leaf.addressable_shards})
-    after, metrics = make_update(graphdef, sgd, config, layout, state)(state, reference, batch, 0)
+    after, metrics = Update(graphdef, sgd, config, layout, state)(state, reference, batch, 0)
     rows = np.arange(P, dtype=np.int32)
     placed = layout.put(prompt_PS, ("prompt", None)), layout.put(lengths_P, ("prompt",)), layout.put(rows, ("prompt",))
     copied = SamplingCopy(graphdef, params, layout)(params)

@@ -8,7 +8,7 @@ import pytest
 
 from gopo_jax import gopo_advantages
 from models.sampler import Rollout
-from train.batch import Groups, choose, completion_table, is_enough, make_batch, minibatches, teaches
+from train.batch import Batch, Groups, choose, completion_table, has_signal, is_enough, make_batch, minibatches
 from train.data.rows import shuffled
 
 G, T, R = 3, 4, 2
@@ -44,14 +44,15 @@ def advantages(rewards_PGR: np.ndarray) -> np.ndarray:
 
 
 def test_a_group_teaches_when_an_advantage_is_not_zero() -> None:
-    assert not teaches(groups(FLAT), advantages, settings()).any()
-    assert teaches(groups(SPREAD), advantages, settings()).all()
+    assert not has_signal(groups(FLAT), advantages, settings()).any()
+    assert has_signal(groups(SPREAD), advantages, settings()).all()
     watched = np.stack([[FLAT[0]] * 2, [FLAT[0], SPREAD[0]]], -1)  # a second reward, which the advantage does not see
-    assert not teaches(groups(watched), advantages, settings()).any()
+    assert not has_signal(groups(watched), advantages, settings()).any()
     only_cut = groups([[1.0, 2, 1]])._replace(rewards_PGR=np.array([[[NAN], [2.0], [NAN]]]))
     whole = lambda rewards_PGR: np.ones(rewards_PGR.shape[:2])  # noqa: E731
     assert (
-        teaches(only_cut, whole, settings()).all() and not teaches(only_cut, whole, settings(mask_truncated=True)).any()
+        has_signal(only_cut, whole, settings()).all()
+        and not has_signal(only_cut, whole, settings(mask_truncated=True)).any()
     )
 
 
@@ -73,14 +74,14 @@ def test_groups_that_teach_come_first_and_others_fill_up() -> None:
 @pytest.mark.parametrize("mask_truncated", [False, True])
 def test_the_mask_is_lengths_and_what_is_scored_and_finished(mask_truncated: bool) -> None:
     config = settings(mask_truncated=mask_truncated)
-    mask_PGT = make_batch(groups([[1.0, 2, 3], [NAN, 2, 3]]), config)["mask_PGT"]
+    mask_PGT = make_batch(groups([[1.0, 2, 3], [NAN, 2, 3]]), config).mask_PGT
     lengths = [[1, 0 if mask_truncated else T, 2], [0, 0 if mask_truncated else T, 2]]
     np.testing.assert_array_equal(mask_PGT, np.arange(T) < np.array(lengths)[..., None])
 
 
 def test_a_completion_counts_when_any_of_its_rewards_is_there() -> None:
     rewards = np.array([[[1.0, NAN], [NAN, NAN], [NAN, 2]]])
-    np.testing.assert_array_equal(make_batch(groups(rewards), settings())["mask_PGT"].any(-1), [[True, False, True]])
+    np.testing.assert_array_equal(make_batch(groups(rewards), settings()).mask_PGT.any(-1), [[True, False, True]])
 
 
 @pytest.mark.parametrize("attempt", [0, 1, 2])
@@ -92,18 +93,19 @@ def test_each_attempt_has_an_order_of_its_own_and_always_the_same(attempt: int) 
 
 
 def test_every_prompt_is_in_one_minibatch_of_each_pass() -> None:
-    batch = {"lengths_P": np.arange(8), "tokens_PGT": np.arange(8)[:, None, None] * np.ones((8, G, T))}
+    tokens_PGT = np.arange(8)[:, None, None] * np.ones((8, G, T), int)
+    batch = Batch(np.zeros((8, 1), int), np.arange(8), tokens_PGT, np.zeros((8, G, T)), tokens_PGT > 0)
     parts = list(minibatches(batch, 2, 3, seed=0, step=5))
     assert len(parts) == 12
-    passes = [np.concatenate([part["lengths_P"] for part in parts[i : i + 4]]) for i in (0, 4, 8)]
+    passes = [np.concatenate([part.lengths_P for part in parts[i : i + 4]]) for i in (0, 4, 8)]
     for order in passes:
         np.testing.assert_array_equal(np.sort(order), np.arange(8))
     assert len({tuple(order) for order in passes}) == 3
     again = list(minibatches(batch, 2, 3, seed=0, step=5))
-    assert all((a["lengths_P"] == b["lengths_P"]).all() for a, b in zip(parts, again, strict=True))
-    assert all((part["tokens_PGT"][:, 0, 0] == part["lengths_P"]).all() for part in parts)
+    assert all((a.lengths_P == b.lengths_P).all() for a, b in zip(parts, again, strict=True))
+    assert all((part.tokens_PGT[:, 0, 0] == part.lengths_P).all() for part in parts)
     (whole,) = minibatches(batch, 8, 1, seed=0, step=5)
-    np.testing.assert_array_equal(whole["lengths_P"], np.arange(8))
+    np.testing.assert_array_equal(whole.lengths_P, np.arange(8))
 
 
 def test_the_table_of_completions() -> None:

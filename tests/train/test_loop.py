@@ -32,7 +32,7 @@ from models.flops import PEAK_FLOPS, forward_flops
 from models.hf_weights import split
 from models.sampler import Rollout
 from models.sharding import make_layout
-from train.batch import Groups, make_batch
+from train.batch import Batch, Groups, make_batch
 from train.config import (
     CheckpointConfig,
     LogConfig,
@@ -42,19 +42,20 @@ from train.config import (
     RewardSpec,
     ValidationConfig,
 )
-from train.loop import make_update, train_policy
-from train.objective import logprobs_of, make_advantages, policy_objective
-from train.packing import cut
+from train.loop import train_policy
+from train.objective import completion_logprobs, make_advantages, policy_objective
+from train.packing import MicroBatch, microbatches
 from train.run.directory import read_metrics
 from train.run.metrics import require_finite, throughput
 from train.state import copy, make_state
+from train.update import Update
 
 ROOT = Path(__file__).parents[2]
 MakeConfig = Callable[..., PolicyConfig]
 numbers = partial(read_metrics, clock=False)
 
 
-def some_batch(config: PolicyConfig, vocabulary: int) -> dict[str, jax.Array]:
+def some_batch(config: PolicyConfig, vocabulary: int) -> Batch:
     """A batch with unequal lengths, an unscorable completion and a group of equal rewards."""
     P, G, S, T = config.prompts_per_step, config.num_generations, 6, config.max_completion_length
     rng = np.random.default_rng(0)
@@ -68,7 +69,7 @@ def some_batch(config: PolicyConfig, vocabulary: int) -> dict[str, jax.Array]:
     )
     prompt_PS, lengths_P = rng.integers(0, vocabulary, (P, S)), rng.integers(1, S + 1, P)
     batch = make_batch(Groups([], prompt_PS, lengths_P, rollout, rewards_PG[..., None]), config)
-    return batch | {"advantages_PG": np.asarray(ADVANTAGES["gopo"](rewards_PG))}
+    return batch._replace(advantages_PG=np.asarray(ADVANTAGES["gopo"](rewards_PG)))
 
 
 @pytest.mark.parametrize(
@@ -86,7 +87,7 @@ def test_the_cut_into_micro_batches_changes_nothing(aggregate: Any, policy_confi
     for microbatch_prompts in (4, 1):
         config = replace(base, microbatch_prompts=microbatch_prompts)
         state = make_state(copy(params), sgd, layout)
-        state, metrics = make_update(graphdef, sgd, config, layout, state)(state, ref_params, batch, 0)
+        state, metrics = Update(graphdef, sgd, config, layout, state)(state, ref_params, batch, 0)
         after[microbatch_prompts] = (state.params, metrics)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), after[4][0], after[1][0])
     for name, value in after[4][1].items():
@@ -102,13 +103,13 @@ def test_so_many_tokens_have_logits_at_a_time(tokens: int, policy_config: MakeCo
     layout = make_layout(data=1)
     graphdef, params = split(load_model(str(config.model.path), mesh=layout))
     V = params["embed_VD"].shape[0]
-    (micro,) = cut(some_batch(config, V), config.prompts_per_step, layout)
-    rows = math.prod(micro["tokens_PBT"].shape[:2])
+    ((_, micro),) = microbatches(some_batch(config, V), config.prompts_per_step, layout)
+    rows = math.prod(micro.tokens_PBT.shape[:2])
     gradient = jax.grad(partial(policy_objective, graphdef=graphdef, config=config), has_aux=True)
     program = str(jax.make_jaxpr(gradient)(params, params, {}, micro, jnp.float32(1)))
     shapes = {tuple(map(int, shape.split(","))) for shape in re.findall(rf"f32\[([\d,]+,{V})\]", program)}
     held = max(math.prod(shape[:-1]) for shape in shapes)
-    assert held == max(tokens // rows, 1) * rows < math.prod(micro["tokens_PBT"].shape)
+    assert held == max(tokens // rows, 1) * rows < math.prod(micro.tokens_PBT.shape)
 
 
 def test_interrupted_equals_uninterrupted(
@@ -226,17 +227,16 @@ def test_the_penalty_in_the_reward_and_the_mean_of_micro_batches(policy_config: 
 
     def update(config: PolicyConfig) -> Any:
         state = make_state(copy(params), sgd, layout)
-        return make_update(graphdef, sgd, config, layout, state), state
+        return Update(graphdef, sgd, config, layout, state), state
 
     # the penalty is the sum over the tokens that count of log p - log p_ref, and is taken off the reward
     one, state = update(base)
-    found, penalty_PG = one.before(state, ref_params, batch)
-    (micro,) = cut(batch | {"index_P": np.arange(4)}, 4, layout)
-    these = np.asarray(micro.pop("index_P"))
-    now, ref = (logprobs_of(graphdef, base, p, micro) for p in (params, ref_params))
-    expected = np.where(batch["mask_PGT"][these], now - ref, 0).sum(-1)
-    np.testing.assert_allclose(penalty_PG[these], 0.3 * expected, atol=1e-4)
-    assert np.abs(expected).max() > 0.1 and set(found) == {"old_PGT", "ref_PGT"}
+    filled, penalty_PG = one.old_and_ref_logprobs(state, ref_params, batch)
+    ((indices, micro),) = microbatches(batch, 4, layout)
+    now, ref = (completion_logprobs(graphdef, base, p, micro) for p in (params, ref_params))
+    expected = np.where(batch.mask_PGT[indices], now - ref, 0).sum(-1)
+    np.testing.assert_allclose(penalty_PG[indices], 0.3 * expected, atol=1e-4)
+    assert np.abs(expected).max() > 0.1 and filled.old_PGT is not None and filled.ref_PGT is not None
     rewards_PGR = np.random.default_rng(1).normal(size=(4, 4, 1)).astype(np.float32)
     advantages_PG = make_advantages(base)(rewards_PGR, penalty_PG)
     np.testing.assert_allclose(advantages_PG, ADVANTAGES["rloo"](rewards_PGR[..., 0] - penalty_PG), atol=1e-5)
@@ -244,12 +244,14 @@ def test_the_penalty_in_the_reward_and_the_mean_of_micro_batches(policy_config: 
     # micro-batches keep the order of the prompts, for each counts the same whatever its tokens
     by_part = replace(base, loss=LossConfig(aggregate="token_per_microbatch", logprob_chunk=24), microbatch_prompts=2)
     T = base.max_completion_length
-    batch["advantages_PG"] = np.random.default_rng(2).normal(size=(4, 4)).astype(np.float32)
-    batch["mask_PGT"] = np.broadcast_to(np.arange(T) < np.array([1, T, 1, T])[:, None, None], batch["mask_PGT"].shape)
+    batch = batch._replace(
+        advantages_PG=np.random.default_rng(2).normal(size=(4, 4)).astype(np.float32),
+        mask_PGT=np.broadcast_to(np.arange(T) < np.array([1, T, 1, T])[:, None, None], batch.mask_PGT.shape),
+    )
 
-    def loss_of(config: PolicyConfig, these: list[int]) -> float:
+    def loss_of(config: PolicyConfig, prompts: list[int]) -> float:
         one, state = update(config)
-        return one(state, ref_params, {name: array[these] for name, array in batch.items()}, 0)[1]["loss"]
+        return one(state, ref_params, batch.take(np.array(prompts)), 0)[1]["loss"]
 
     half = replace(by_part, prompts_per_step=2)
     whole = loss_of(by_part, [0, 1, 2, 3])
@@ -318,7 +320,7 @@ def test_nothing_compiles_but_for_shapes_that_are_new(
     )
     seen: dict[str, set[Any]] = {"sample": set(), "update": set()}
     new, counts, lengths = [], [], []
-    rollout, cut = train.loop.Generator.rollout, train.update.cut
+    rollout = train.loop.Generator.rollout
 
     def note(kind: str, shape: Any) -> None:
         new.append(shape not in seen[kind])
@@ -330,10 +332,10 @@ def test_nothing_compiles_but_for_shapes_that_are_new(
         lengths.append(np.asarray(out.lengths_PG).max())
         return out
 
-    def counted_cut(*arguments: Any, **options: Any) -> Iterator[Any]:
-        for micro in cut(*arguments, **options):
-            note("update", (micro["prompt_PS"].shape, micro["tokens_PBT"].shape))
-            yield micro
+    def counted_parts(*arguments: Any, **options: Any) -> Iterator[tuple[np.ndarray, MicroBatch]]:
+        for indices, micro in microbatches(*arguments, **options):
+            note("update", (micro.prompt_PS.shape, micro.tokens_PBT.shape))
+            yield indices, micro
 
     def end_of_step(self: Any, step: int, metrics: Any) -> None:
         counts.append((len(compilations), sum(new)))
@@ -341,7 +343,7 @@ def test_nothing_compiles_but_for_shapes_that_are_new(
         new.clear()
 
     monkeypatch.setattr(train.loop.Generator, "rollout", counted_rollout)
-    monkeypatch.setattr(train.update, "cut", counted_cut)
+    monkeypatch.setattr(train.update, "microbatches", counted_parts)
     monkeypatch.setattr(train.loop.Run, "write", end_of_step)
     try:
         train_policy(config)

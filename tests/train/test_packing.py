@@ -13,9 +13,10 @@ from gopo_jax import token_logprobs
 from models.config import Qwen3Config
 from models.hf_weights import split
 from models.qwen3 import Qwen3
+from train.batch import Batch
 from train.build import make_layout_for
 from train.config import MeshConfig
-from train.packing import Batch, cut, round_up, unpack
+from train.packing import MicroBatch, microbatches, round_up, unpack
 
 P, G, S, T, V = 8, 6, 5, 16, 61
 
@@ -23,18 +24,19 @@ P, G, S, T, V = 8, 6, 5, 16, 61
 def make_batch(lengths_PG: Iterable[Iterable[int]]) -> Batch:
     rng, lengths = np.random.default_rng(0), np.array(lengths_PG)
     tokens_PGT = rng.integers(1, V, (*lengths.shape, T)).astype(np.int32)
-    return {
-        "prompt_PS": rng.integers(1, V, (len(lengths), S)).astype(np.int32),
-        "lengths_P": 1 + np.arange(len(lengths), dtype=np.int32) % S,
-        "row_P": np.arange(len(lengths)),
-        "tokens_PGT": tokens_PGT,
-        "mask_PGT": np.arange(T) < lengths[..., None],
-        "advantages_PG": rng.normal(size=lengths.shape).astype(np.float32),
-    }
+    return Batch(
+        prompt_PS=rng.integers(1, V, (len(lengths), S)).astype(np.int32),
+        lengths_P=1 + np.arange(len(lengths), dtype=np.int32) % S,
+        tokens_PGT=tokens_PGT,
+        sampled_PGT=rng.normal(size=tokens_PGT.shape).astype(np.float32),
+        mask_PGT=np.arange(T) < lengths[..., None],
+        advantages_PG=rng.normal(size=lengths.shape).astype(np.float32),
+    )
 
 
-def parts_of(batch: Batch, prompts: int) -> list[dict[str, Any]]:
-    return [jax.device_get(micro) for micro in cut(batch, prompts, make_layout_for(MeshConfig(), P))]
+def parts_of(batch: Batch, prompts: int) -> list[tuple[np.ndarray, MicroBatch]]:
+    parts = microbatches(batch, prompts, make_layout_for(MeshConfig(), P))
+    return [(indices, jax.device_get(micro)) for indices, micro in parts]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -42,20 +44,19 @@ def test_every_token_that_counts_has_a_slot_of_its_own(seed: int) -> None:
     rng = np.random.default_rng(seed)
     batch = make_batch(rng.integers(0, rng.integers(2, T + 2), (P, G)))
     parts = parts_of(batch, 2)
-    assert sorted(np.concatenate([part["row_P"] for part in parts])) == list(range(P))
-    for part in parts:
-        these = part["row_P"]
-        for name in ("prompt_PS", "lengths_P", "mask_PGT", "advantages_PG"):
-            np.testing.assert_array_equal(part[name], batch[name][these])
-        mask_PGT, slot_PGT = part["mask_PGT"], part["slot_PGT"]
-        B = part["tokens_PBT"].shape[1]
-        assert part["tokens_PBT"].shape == part["offset_PBT"].shape == (2, B, T) and B <= G
+    assert sorted(np.concatenate([indices for indices, _ in parts])) == list(range(P))
+    for indices, part in parts:
+        for name in ("prompt_PS", "lengths_P", "sampled_PGT", "mask_PGT", "advantages_PG"):
+            np.testing.assert_array_equal(getattr(part, name), getattr(batch, name)[indices])
+        mask_PGT, slot_PGT = part.mask_PGT, part.slot_PGT
+        B = part.tokens_PBT.shape[1]
+        assert part.tokens_PBT.shape == part.offset_PBT.shape == (2, B, T) and B <= G
         for p in range(2):
             used = slot_PGT[p][mask_PGT[p]]
             assert len(set(used)) == len(used) and used.max(initial=0) < B * T
-        back = np.asarray(unpack(part["tokens_PBT"], slot_PGT))
-        np.testing.assert_array_equal(back[mask_PGT], batch["tokens_PGT"][these][mask_PGT])
-        offsets = np.asarray(unpack(part["offset_PBT"], slot_PGT))
+        back = np.asarray(unpack(part.tokens_PBT, slot_PGT))
+        np.testing.assert_array_equal(back[mask_PGT], batch.tokens_PGT[indices][mask_PGT])
+        offsets = np.asarray(unpack(part.offset_PBT, slot_PGT))
         np.testing.assert_array_equal(offsets[mask_PGT], np.broadcast_to(np.arange(T), mask_PGT.shape)[mask_PGT])
         for g in np.ndindex(2, G):  # a completion stays in one row
             assert len(set(slot_PGT[g][mask_PGT[g]] // T)) <= 1
@@ -64,8 +65,8 @@ def test_every_token_that_counts_has_a_slot_of_its_own(seed: int) -> None:
 def test_short_completions_share_a_row_and_groups_of_like_size_a_micro_batch() -> None:
     short, long = [2] * G, [T] * G
     parts = parts_of(make_batch([long, short, long, short, short, short, short, short]), 2)
-    assert [part["tokens_PBT"].shape[1] for part in parts] == [1, 1, 1, G]
-    assert set(parts[-1]["row_P"]) == {0, 2}
+    assert [part.tokens_PBT.shape[1] for _, part in parts] == [1, 1, 1, G]
+    assert set(parts[-1][0]) == {0, 2}
 
 
 def test_there_are_few_shapes() -> None:
@@ -82,20 +83,20 @@ def test_packed_equals_padded() -> None:
     config = Qwen3Config(V, 32, 48, 2, 4, 2, 16, initializer_range=0.2, **sliding)
     graphdef, params = split(Qwen3(config, nnx.Rngs(0)))
     batch = make_batch(np.random.default_rng(1).integers(1, 8, (2, G)))
-    (part,) = parts_of(batch, 2)
-    assert part["tokens_PBT"].shape[1] < G
-    order, mask_PGT = part["row_P"], part["mask_PGT"]
+    ((order, part),) = parts_of(batch, 2)
+    assert part.tokens_PBT.shape[1] < G
+    mask_PGT = part.mask_PGT
     weight_PGT = jnp.where(mask_PGT, jax.random.normal(jax.random.key(2), mask_PGT.shape), 0)
 
     def packed(params: Any) -> tuple[jax.Array, jax.Array]:
-        model, tokens = nnx.merge(graphdef, params), part["tokens_PBT"]
-        hidden = model.predict(part["prompt_PS"], part["lengths_P"], tokens, part["offset_PBT"])
-        logprobs = unpack(token_logprobs(hidden, model.head_VD, tokens, chunk=7), part["slot_PGT"])
+        model, tokens = nnx.merge(graphdef, params), part.tokens_PBT
+        hidden = model.predict(part.prompt_PS, part.lengths_P, tokens, part.offset_PBT)
+        logprobs = unpack(token_logprobs(hidden, model.head_VD, tokens, chunk=7), part.slot_PGT)
         return jnp.vdot(logprobs, weight_PGT), jnp.where(mask_PGT, logprobs, 0)
 
     def padded(params: Any) -> tuple[jax.Array, jax.Array]:
-        model, tokens = nnx.merge(graphdef, params), batch["tokens_PGT"][order]
-        hidden = model.predict(part["prompt_PS"], part["lengths_P"], tokens)
+        model, tokens = nnx.merge(graphdef, params), batch.tokens_PGT[order]
+        hidden = model.predict(part.prompt_PS, part.lengths_P, tokens)
         logprobs = token_logprobs(hidden, model.head_VD, tokens, chunk=7)
         return jnp.vdot(logprobs, weight_PGT), jnp.where(mask_PGT, logprobs, 0)
 

@@ -221,7 +221,7 @@ from models.sampler import SamplingParams
 from models.sharding import make_layout, parameter_shardings
 from train.config import PlanConfig
 from train.parse import parse
-from train.loop import make_update
+from train.update import Update
 from train.state import copy, make_optimizer, make_state
 
 config = parse(PlanConfig, sys.argv[1:])
@@ -248,7 +248,7 @@ def step():
     ref = copy(state.params)
     copying = programs.setdefault("copy", SamplingCopy(graphdef, state.params, layout))
     sampler = programs.setdefault("sample", sampling_program(graphdef, T, 0))
-    update = programs.setdefault("update", make_update(graphdef, optimizer, config, layout, state))
+    update = programs.setdefault("update", Update(graphdef, optimizer, config, layout, state))
     prompt_PS, lengths_P, rows_P = np.zeros((P, S), np.int32), np.full(P, S, np.int32), np.arange(P, dtype=np.int32)
     put = layout.put
     placed = put(prompt_PS, ("prompt", None)), put(lengths_P, ("prompt",)), put(rows_P, ("prompt",))

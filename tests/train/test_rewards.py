@@ -340,13 +340,13 @@ def test_training_and_validation_hand_over_the_tokens_of_the_texts(
         return [float(len(ids)) for ids in completion_ids]
 
     class NoUpdate:
-        def before(self, *_: Any) -> tuple[dict[str, Any], float]:
-            return {}, 0.0
+        def old_and_ref_logprobs(self, state: Any, ref_params: Any, batch: Any) -> tuple[Any, float]:
+            return batch, 0.0
 
         def __call__(self, state: Any, *_: Any) -> tuple[Any, dict[str, float]]:
             return state, {"loss": 0.0, "grad_norm": 0.0}
 
-    monkeypatch.setattr("train.loop.make_update", lambda *_: NoUpdate())
+    monkeypatch.setattr("train.loop.Update", lambda *_: NoUpdate())
     train_policy(policy_config(tmp_path, rewards=[RewardSpec(function=f"{define(seen=seen)}.seen")], max_steps=1))
     tokenizer = Tokenizer(tiny_tokenizer_dir)
     assert [len(texts) for texts, _ in calls] == [16, 16, 16], "validation, a step, validation"

@@ -23,11 +23,11 @@ from models.sharding import Layout, placed
 from models.weight_files import find_directory
 from train.build import make_optimizer
 from train.config import PlanConfig
-from train.loop import make_update
 from train.packing import abstract_microbatch
 from train.plan.hlo import Trips, work
 from train.rewards.model import SCORED_AXES, scoring_program
 from train.state import TrainState, abstract_opt_state
+from train.update import Update
 
 ALWAYS = ("parameters", "base of adapters", "reference", "optimizer", "reward models")
 
@@ -130,9 +130,9 @@ def updating(config: PlanConfig, layout: Layout, graphdef: Any, params: Any) -> 
     scalar: Any = shape(layout, (), jnp.int32, ())
     state = TrainState(trained, frozen, opt_state, scalar)
     reference = trained if config.loss.beta else None
-    update = make_update(graphdef, optimizer, config, layout, state).programs
+    update = Update(graphdef, optimizer, config, layout, state).programs
     gradient = jax.tree.map(
-        lambda leaf, like: placed(leaf, like.sharding), jax.eval_shape(update.nothing, trained), trained
+        lambda leaf, like: placed(leaf, like.sharding), jax.eval_shape(update.zero_grads, trained), trained
     )
     micro = abstract_microbatch(config.microbatch_prompts, S, G, T, layout)
     denominator = shape(layout, (), jnp.float32, ())
@@ -145,15 +145,18 @@ def updating(config: PlanConfig, layout: Layout, graphdef: Any, params: Any) -> 
         "gradient": on_device(gradient),
         place: on_device(reference),
     }
-    programs = [Program("optimizer", config.updates_per_step, update.apply, (state, gradient), {}, ("gradient",))]
+    programs = [
+        Program("optimizer", config.updates_per_step, update.apply_gradients, (state, gradient), {}, ("gradient",))
+    ]
     beside: tuple[str, ...] = ("gradient", place)
     if config.logprobs_before_update:  # then the update reads them, and no reference policy
         policies = 2 if reference else 1
         programs.append(Program("logprobs", policies * parts, update.logprobs, (params, micro), {}, (place,)))
-        known = ("old_PGT", "ref_PGT")[:policies]
-        micro, reference, beside = micro | dict.fromkeys(known, micro["sampled_PGT"]), None, ("gradient",)
+        like = micro.sampled_PGT
+        micro = micro._replace(old_PGT=like, ref_PGT=like if reference else None)
+        reference, beside = None, ("gradient",)
     arguments = (gradient, state, reference, micro, denominator)
-    programs.append(Program("gradient", config.num_iterations * parts, update.add, arguments, {}, beside))
+    programs.append(Program("gradient", config.num_iterations * parts, update.accumulate, arguments, {}, beside))
     return arrays, programs
 
 
