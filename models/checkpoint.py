@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 
 from models.config import Qwen3Config, read_config
 from models.hf_weights import abstract_model, abstract_params, as_layout, load_pretrained, split
-from models.lora import Lora, join, merge, separate
+from models.lora import Lora, merge_adapters, merge_trainable, split_trainable
 from models.qwen3 import Backbone
 from models.sharding import Layout
 from models.weight_files import could_be_on_hub
@@ -191,7 +191,7 @@ def load_adapters(checkpoint: str | Path) -> tuple[dict[str, Any], Lora, Qwen3Co
     if "lora" not in said:
         raise ValueError(f"{checkpoint}: has no adapters; expected a run that was trained with lora.rank above 0")
     lora, config = Lora(**said["lora"]), Qwen3Config.from_hf(said["model"], source=str(checkpoint))
-    trained, _ = separate(abstract_params(abstract_model(config, lora=lora), None))
+    trained, _ = split_trainable(abstract_params(abstract_model(config, lora=lora), None))
     run, step = find(checkpoint)
     return _restore(run, step, params=ocp.args.StandardRestore(trained))["params"], lora, config
 
@@ -241,8 +241,8 @@ def load_model(
     config = Qwen3Config.from_hf(said["model"], source=str(path))
     dtype = _stored_dtype(run, step, base=lora is not None) if dtype == "auto" else dtype
     options |= {"dtype": dtype, "param_dtype": param_dtype or dtype, "layout": layout}
-    trained, frozen = separate(abstract_params(abstract_model(config, lora=lora, **options), layout))
+    trained, frozen = split_trainable(abstract_params(abstract_model(config, lora=lora, **options), layout))
     params = _restore(run, step, params=ocp.args.StandardRestore(trained))["params"]
     if lora is not None:
-        params = merge(join(params, _restore_base(folder_of(run), frozen)), lora)
+        params = merge_adapters(merge_trainable(params, _restore_base(folder_of(run), frozen)), lora)
     return nnx.merge(split(abstract_model(config, **options))[0], params)

@@ -24,7 +24,7 @@ from flax import nnx
 from gopo_jax import token_logprobs
 from models.attention import KeyValues, Past, PrefixKeyValues, group_attention
 from models.config import Qwen3Config
-from models.lora import Lora, add_adapters, pairs
+from models.lora import Lora, adapter_names, add_adapters
 from models.sharding import Layout, constrain, ways
 
 # What the backward pass keeps of a layer's forward pass instead of computing it again.
@@ -103,7 +103,7 @@ class Layers(nnx.Module):
 
         def project(x: jax.Array, name: str, inputs: int = 1) -> jax.Array:
             y = linear(x, getattr(self, name)[...].astype(dtype), inputs)
-            if (adapters := pairs(self.lora).get(name)) is None:
+            if (adapters := adapter_names(self.lora).get(name)) is None:
                 return y
             assert self.lora is not None
             a, b = (getattr(self, part)[...].astype(dtype) for part in adapters)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from models.lora import join, separate
+from models.lora import merge_trainable, split_trainable
 from models.sharding import Layout, placed
 
 TRAIN, VALIDATION, EVALUATION, INIT = range(4)  # streams of random numbers
@@ -20,7 +20,7 @@ class TrainState(NamedTuple):
 
     @property
     def all_params(self) -> dict[str, Any]:
-        return join(self.params, self.frozen)
+        return merge_trainable(self.params, self.frozen)
 
 
 def stream_key(seed: int, stream: int, step: int, attempt: int = 0) -> jax.Array:
@@ -33,7 +33,7 @@ def stream_key(seed: int, stream: int, step: int, attempt: int = 0) -> jax.Array
 
 def make_state(params: dict[str, Any], optimizer: optax.GradientTransformation, layout: Layout) -> TrainState:
     """Parameters, those of adapters apart from their base, and a fresh optimizer state of those that are trained."""
-    trained, frozen = separate(params)
+    trained, frozen = split_trainable(params)
     where = shardings(abstract_opt_state(trained, optimizer, layout))
     opt_state = jax.jit(optimizer.init, out_shardings=where)(trained)
     return TrainState(trained, frozen, opt_state, layout.put(jnp.zeros((), jnp.int32), ()))

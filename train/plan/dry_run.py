@@ -20,7 +20,7 @@ from rich.table import Table
 
 from models.config import REWARD_MODEL, Qwen3Config
 from models.hf_weights import abstract_model, abstract_params
-from models.lora import separate
+from models.lora import split_trainable
 from models.sharding import Layout
 from models.tokenizer import Tokenizer
 from train.build import make_layout_for, make_optimizer, policy_layout
@@ -321,7 +321,7 @@ def state_shapes(config: Config, layout: Layout, network: Qwen3Config) -> tuple[
     """What is trained, what is not, and the optimizer's state; all of them shapes alone."""
     dtypes = {"dtype": config.model.dtype, "param_dtype": config.model.param_dtype}
     model = abstract_model(network, lora=config.lora, remat=config.model.remat, layout=layout, **dtypes)
-    trained, frozen = separate(abstract_params(model, layout))
+    trained, frozen = split_trainable(abstract_params(model, layout))
     optimizer, _ = make_optimizer(config.optimizer, config.max_steps)
     return trained, frozen, abstract_opt_state(trained, optimizer, layout)
 

@@ -16,7 +16,7 @@ from models.attention import CHUNK
 from models.config import Qwen3Config, read_config
 from models.generate import SamplingCopy, sampling_program
 from models.hf_weights import abstract_model, abstract_params, split
-from models.lora import separate
+from models.lora import split_trainable
 from models.published import PUBLISHED
 from models.sampler import SamplingParams
 from models.sharding import Layout, placed
@@ -125,7 +125,7 @@ def scoring(config: PlanConfig, layout: Layout, rewards: Sequence[Qwen3Config]) 
 def updating(config: PlanConfig, layout: Layout, graphdef: Any, params: Any) -> Parts:
     P, G, S, T = sizes(config)
     optimizer, _ = make_optimizer(config.optimizer, config.max_steps * config.updates_per_step)
-    trained, frozen = separate(params)
+    trained, frozen = split_trainable(params)
     opt_state = abstract_opt_state(trained, optimizer, layout)
     scalar: Any = shape(layout, (), jnp.int32, ())
     state = TrainState(trained, frozen, opt_state, scalar)
