@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from models.checkpoint import check, load_model
+from models.checkpoint import check_loadable, load_model
 from models.config import POLICY
 from models.hf_weights import abstract_model, flatten, nest, split
 from models.lora import Lora
@@ -55,7 +55,7 @@ def make_tokenizer(model: ModelConfig, chat: ChatConfig) -> Tokenizer:
       FileNotFoundError: no model, or no tokenizer, where the config says.
     """
     if model.path is not None:
-        check(model.path)  # first: of a wrong path, that there is no tokenizer is half the story
+        check_loadable(model.path)  # first: of a wrong path, that there is no tokenizer is half the story
     return Tokenizer(model.tokenizer_path, chat.enable_thinking)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.filesize import decimal
 
-from models.checkpoint import about, check, exact_name, is_run, load_adapters, load_model
+from models.checkpoint import check_loadable, is_run, load_adapters, load_model, read_about, resolve_step
 from models.config import stored_dtype
 from models.hf_weights import save_pretrained
 from models.peft import save_adapters
@@ -29,7 +29,7 @@ def export(config: ExportConfig) -> None:
     with setup_errors():
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ValueError(f"--out {out}: there is something already; expected a new or empty directory")
-        check(config.checkpoint)
+        check_loadable(config.checkpoint)
         tokenizer = Tokenizer(tokenizer_path(config.checkpoint))
         partial = out.with_name(f"{out.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
@@ -41,7 +41,7 @@ def export(config: ExportConfig) -> None:
     partial.rename(out)
     files = [file.stat().st_size for file in out.glob("*.safetensors")]
     console.print(
-        f"{out}: {what} of {exact_name(config.checkpoint)}, {dtype}, "
+        f"{out}: {what} of {resolve_step(config.checkpoint)}, {dtype}, "
         f"{decimal(sum(files))} in {len(files)} {'file' if len(files) == 1 else 'files'}",
         soft_wrap=True,
     )
@@ -61,7 +61,7 @@ def write_adapters(config: ExportConfig, tokenizer: Tokenizer, out: Path) -> tup
     """The adapters; returns what they are, and their dtype."""
     params, lora, network = load_adapters(config.checkpoint)
     tokenizer.check_fits(network.vocab_size, config.checkpoint)
-    base = about(config.checkpoint)["run"]["model"]["path"]
+    base = read_about(config.checkpoint)["run"]["model"]["path"]
     if base is not None and is_run(base):  # which PEFT cannot read
         console.print(f"PEFT must be told where its base is: python -m train export --checkpoint {base} --out BASE")
         base = None

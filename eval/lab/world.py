@@ -25,7 +25,7 @@ from flax import nnx
 
 from eval.lab.cells import write_arrays
 from gopo_jax import preference_loss
-from models.checkpoint import find, is_run, load_model
+from models.checkpoint import find_step, is_run, load_model
 from models.config import REWARD_MODEL, Qwen3Config
 from models.hf_weights import flatten, nest, split
 from models.qwen3 import last_state
@@ -301,7 +301,7 @@ def _train_start_and_gold(folder: Path, config: WorldConfig) -> None:
 
 
 def _has_ended(config: SftConfig | RewardModelConfig) -> bool:
-    return is_run(config.output_dir) and find(config.output_dir)[1] == config.max_steps
+    return is_run(config.output_dir) and find_step(config.output_dir)[1] == config.max_steps
 
 
 def _prompts(folder: Path, tokenizer: Tokenizer, config: WorldConfig) -> tuple[Prompts, Prompts]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from models.checkpoint import check
+from models.checkpoint import check_loadable
 from models.tokenizer import Tokenizer, bucket, pad, train_bpe
 from models.weight_files import could_be_on_hub
 
@@ -110,7 +110,7 @@ def test_what_cannot_be_on_the_hub_is_not_looked_for_there(
     with pytest.raises(FileNotFoundError, match=f"^{name}: no such directory"):
         Tokenizer(name)
     with pytest.raises(FileNotFoundError, match=f"^{name}: no such directory; expected a run directory"):
-        check(name)
+        check_loadable(name)
 
 
 @pytest.mark.parametrize("model", ["tiny_qwen3", "hf_tied_causal", "hf_reward_seqcls"])
