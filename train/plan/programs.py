@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from models import checkpoint
-from models.attention import CHUNK
+from models.attention import CACHE_CHUNK
 from models.config import Qwen3Config, read_config
 from models.generate import SamplingCopy, sampling_program
 from models.hf_weights import abstract_model, abstract_params, split
@@ -178,7 +178,7 @@ def cache_bytes(network: Qwen3Config, P: int, G: int, S: int, T: int, layout: La
 
 def sampling_trips(T: int) -> Trips:
     """T tokens, all with every completion going on; each reads the chunks of its cache that are filled by then."""
-    return lambda depth, index: (T if index == 0 else 0) if depth == 0 else (T / min(CHUNK, T) + 1) / 2
+    return lambda depth, index: (T if index == 0 else 0) if depth == 0 else (T / min(CACHE_CHUNK, T) + 1) / 2
 
 
 def measure(program: Program, layout: Layout, size: float) -> Cost:
