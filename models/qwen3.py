@@ -25,7 +25,7 @@ from gopo_jax import token_logprobs
 from models.attention import KeyValues, Past, PrefixKeyValues, group_attention
 from models.config import Qwen3Config
 from models.lora import Lora, adapter_names, add_adapters
-from models.sharding import Layout, constrain, ways
+from models.sharding import Layout, constrain, total_shards
 
 # What the backward pass keeps of a layer's forward pass instead of computing it again.
 REMAT: dict[str, Callable[..., Any] | None] = {
@@ -310,9 +310,9 @@ class Qwen3(Backbone):
         Logits of at most `chunk_tokens` tokens exist at a time on each device (of one of every row at least). Devices
         with other prompts have a head of their own in it, whose gradients are added up once, not after every chunk.
         """
-        rows = math.prod(tokens.shape[:-1]) // ways(self.layout, "prompt", *["group"] * (tokens.ndim == 3))
+        rows = math.prod(tokens.shape[:-1]) // total_shards(self.layout, "prompt", *["group"] * (tokens.ndim == 3))
         count = partial(token_logprobs, chunk=max(chunk_tokens // rows, 1), **options)
-        devices = ways(self.layout, "prompt")
+        devices = total_shards(self.layout, "prompt")
         if devices == 1:
             return count(hidden, self.head_VD, tokens)
         heads = jnp.broadcast_to(self.head_VD, (devices, *self.head_VD.shape))

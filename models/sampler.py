@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from models.attention import Past
 from models.qwen3 import Prefix, Qwen3
-from models.sharding import Layout, constrain, ways
+from models.sharding import Layout, constrain, total_shards
 
 MIN_ROWS = 8  # completions that are computed at a time, once the others have ended
 MIN_SHRINKING_LENGTH = (
@@ -149,9 +149,9 @@ def shrink_schedule(P: int, G: int, layout: Layout | None) -> list[tuple[int, in
     """
     sizes = [(P, G)]
     while P * G >= 2 * MIN_ROWS:
-        if G % 2 == 0 and (G // 2) % ways(layout, "group") == 0:
+        if G % 2 == 0 and (G // 2) % total_shards(layout, "group") == 0:
             G //= 2
-        elif P % 2 == 0 and ways(layout, "prompt") == 1:
+        elif P % 2 == 0 and total_shards(layout, "prompt") == 1:
             P //= 2
         else:
             break

@@ -26,15 +26,15 @@ def make_layout_for(
     """The mesh of a run; refuses one that does not divide the given numbers of rows and sizes of groups."""
     layout = make_layout(data=mesh.data, fsdp=mesh.fsdp, tensor=mesh.tensor, rules=mesh.rules, devices=devices)
     for rows in batches:
-        if rows % layout.ways("prompt"):
+        if rows % layout.shard_count("prompt"):
             raise ValueError(
                 f"mesh: {rows} rows (of a step, of a micro-batch, or of a batch_prompts) cannot be split over "
-                f"{layout.ways('prompt')} devices; choose sizes that are multiples of it, or another mesh"
+                f"{layout.shard_count('prompt')} devices; choose sizes that are multiples of it, or another mesh"
             )
     for size in groups:
-        if size > 1 and size % layout.ways("group"):
+        if size > 1 and size % layout.shard_count("group"):
             raise ValueError(
-                f"mesh.rules: {size} completions per prompt cannot be split over {layout.ways('group')} devices; "
+                f"mesh.rules: {size} completions per prompt cannot be split over {layout.shard_count('group')} devices; "
                 f"choose num_generations (of the run and of its validation) that are multiples of it"
             )
     return layout
@@ -72,7 +72,7 @@ def make_model(
     options: dict[str, Any] = {"dtype": model.dtype, "param_dtype": model.param_dtype, "remat": model.remat}
     if model.path is not None:
         loaded = load_model(model.path, mesh=layout, **options)
-        tokenizer.check_fits(loaded.config.vocab_size, model.path)
+        tokenizer.check_vocab_size(loaded.config.vocab_size, model.path)
         if loaded.config.architecture == architecture and not lora.rank:
             return loaded
         if loaded.config.is_reward_model and architecture == POLICY:
@@ -84,7 +84,7 @@ def make_model(
         given = flatten(split(loaded)[1])
     else:
         assert model.architecture is not None  # ModelConfig has checked it
-        tokenizer.check_fits(model.architecture.vocab_size, "model.architecture")
+        tokenizer.check_vocab_size(model.architecture.vocab_size, "model.architecture")
         ids: dict[str, Any] = {"pad_token_id": tokenizer.pad_id, "eos_token_id": tokenizer.eos_ids}
         config, given = dataclasses.replace(model.architecture, architecture=architecture, **ids), {}
     options |= {"layout": layout, "lora": lora}

@@ -50,7 +50,7 @@ def export(config: ExportConfig) -> None:
 def write_model(config: ExportConfig, tokenizer: Tokenizer, out: Path) -> tuple[str, str]:
     """The whole network; returns what it is, and its dtype."""
     model = load_model(config.checkpoint, dtype=config.dtype)
-    tokenizer.check_fits(model.config.vocab_size, config.checkpoint)
+    tokenizer.check_vocab_size(model.config.vocab_size, config.checkpoint)
     if model.config.pad_token_id is None:  # transformers would score a reward model's texts one by one only
         model.config = dataclasses.replace(model.config, pad_token_id=tokenizer.pad_id)
     save_pretrained(model, out, max_shard_bytes=config.max_shard_bytes)
@@ -60,7 +60,7 @@ def write_model(config: ExportConfig, tokenizer: Tokenizer, out: Path) -> tuple[
 def write_adapters(config: ExportConfig, tokenizer: Tokenizer, out: Path) -> tuple[str, str]:
     """The adapters; returns what they are, and their dtype."""
     params, lora, network = load_adapters(config.checkpoint)
-    tokenizer.check_fits(network.vocab_size, config.checkpoint)
+    tokenizer.check_vocab_size(network.vocab_size, config.checkpoint)
     base = read_about(config.checkpoint)["run"]["model"]["path"]
     if base is not None and is_run(base):  # which PEFT cannot read
         console.print(f"PEFT must be told where its base is: python -m train export --checkpoint {base} --out BASE")

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from models.lora import merge_trainable, split_trainable
-from models.sharding import Layout, placed
+from models.sharding import Layout, with_sharding
 
 TRAIN, VALIDATION, EVALUATION, INIT = range(4)  # streams of random numbers
 
@@ -43,10 +43,10 @@ def abstract_opt_state(params: Any, optimizer: optax.GradientTransformation, lay
     """The shapes of an optimizer's state and its shardings: those of the parameters (which may be shapes too)."""
     return optax.tree_utils.tree_map_params(
         optimizer,
-        lambda leaf, parameter: placed(leaf, parameter.sharding),
+        lambda leaf, parameter: with_sharding(leaf, parameter.sharding),
         jax.eval_shape(optimizer.init, params),
         params,
-        transform_non_params=lambda leaf: placed(leaf, layout.sharding(())),
+        transform_non_params=lambda leaf: with_sharding(leaf, layout.sharding(())),
     )
 
 

@@ -163,7 +163,7 @@ def load_policy(config: PolicySettings, tokenizer: Tokenizer, layout: Layout) ->
     model = load_model(config.checkpoint, mesh=layout, dtype=config.dtype)
     if not isinstance(model, Qwen3):
         raise ValueError(f"{config.checkpoint}: expected a policy, got a reward model")
-    tokenizer.check_fits(model.config.vocab_size, config.checkpoint)
+    tokenizer.check_vocab_size(model.config.vocab_size, config.checkpoint)
     graphdef, params = split(model)
     generator = Generator(
         graphdef,
@@ -174,7 +174,7 @@ def load_policy(config: PolicySettings, tokenizer: Tokenizer, layout: Layout) ->
         top_k=config.top_k,
         top_p=config.top_p,
     )
-    return generator, generator.prepared(params)
+    return generator, generator.sampling_weights(params)
 
 
 def draw_all(
@@ -188,7 +188,7 @@ def draw_all(
     file.keep(sum(size for _, _, size in islice(batches(config, len(rows)), done)))
     if file.rows:
         console.print(f"{config.out}: goes on behind {file.rows} of {total} completions", markup=False)
-    ways = generator.layout.ways("prompt")
+    ways = generator.layout.shard_count("prompt")
     size = min(config.batch_prompts, -(-len(rows) // ways) * ways)  # no room for prompts that do not exist
     began, tokens, cut, first = time.perf_counter(), 0, 0, file.rows
     with progress_bar() as bar:

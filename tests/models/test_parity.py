@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from models.checkpoint import Checkpoints
-from models.config import ACTIVATIONS, POLICY, REWARD_MODEL, Qwen3Config
+from models.config import ACTIVATION_NAMES, POLICY, REWARD_MODEL, Qwen3Config
 from models.hf_weights import INDEX_FILE, load_pretrained, save_pretrained, split
 from models.lora import Lora, is_adapter, merge_adapters, split_trainable
 from models.peft import save_adapters
@@ -46,7 +46,7 @@ def draw(seed: int) -> dict[str, Any]:
         "tie_word_embeddings": bool(rng.integers(2)),
         "attention_bias": bool(rng.integers(2)),
         "rms_norm_eps": float(rng.choice([1e-6, 1e-5, 1e-2])),
-        "hidden_act": str(rng.choice(["silu", "silu", *ACTIVATIONS])),
+        "hidden_act": str(rng.choice(["silu", "silu", *ACTIVATION_NAMES])),
         "dtype": str(rng.choice(["float32", "bfloat16", "float16"])),
     }
     rope = {"rope_type": str(rng.choice(["default", "linear", "yarn", "yarn"])), "rope_theta": 10_000.0}

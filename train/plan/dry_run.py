@@ -263,7 +263,7 @@ def describe_networks(config: Config, columns: Collection[str] | None) -> tuple[
     tokenizer = None
     if Path(config.model.tokenizer_path).is_dir() or config.model.tokenizer_path.count("/") != 1:
         tokenizer = Tokenizer(config.model.tokenizer_path, config.chat.enable_thinking)
-        tokenizer.check_fits(network.vocab_size, config.model.path or "model.architecture")
+        tokenizer.check_vocab_size(network.vocab_size, config.model.path or "model.architecture")
         line(f"tokenizer {tokenizer.path}: {tokenizer.size:,} ids")
     else:
         line(f"tokenizer {config.model.tokenizer_path}: on the Hub, not read")

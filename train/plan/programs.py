@@ -19,7 +19,7 @@ from models.hf_weights import abstract_model, abstract_params, split
 from models.lora import split_trainable
 from models.published import PUBLISHED
 from models.sampler import SamplingParams
-from models.sharding import Layout, placed
+from models.sharding import Layout, with_sharding
 from models.weight_files import find_directory
 from train.build import make_optimizer
 from train.config import PlanConfig
@@ -94,10 +94,10 @@ def sampling(config: PlanConfig, layout: Layout, graphdef: Any, params: Any) -> 
     arrays: dict[str, float] = {}
     during: tuple[str, ...] = ()
     copy = SamplingCopy(graphdef, params, layout) if config.mesh.sampling_copy else None
-    if copy is not None and any(copy.copied):
-        programs.append(Program("copy", 1, copy.program, (copy.part(params),), {}))
-        arrays, during = {"sampling copy": on_device(copy.part(copy.wanted))}, ("sampling copy",)
-        params = copy.wanted
+    if copy is not None and any(copy.is_copied):
+        programs.append(Program("copy", 1, copy.program, (copy.copied_leaves(params),), {}))
+        arrays, during = {"sampling copy": on_device(copy.copied_leaves(copy.targets))}, ("sampling copy",)
+        params = copy.targets
     prompts = [shape(layout, (P, S), jnp.int32, ("prompt", None)), *[shape(layout, (P,), jnp.int32, ("prompt",))] * 2]
     settings = SamplingParams(config.temperature, config.top_k, config.top_p, config.min_tokens, np.zeros(2, np.int32))
     arguments = (params, *prompts, jax.eval_shape(lambda: jax.random.key(0)), settings)
@@ -132,7 +132,7 @@ def updating(config: PlanConfig, layout: Layout, graphdef: Any, params: Any) -> 
     reference = trained if config.loss.beta else None
     update = Update(graphdef, optimizer, config, layout, state).programs
     gradient = jax.tree.map(
-        lambda leaf, like: placed(leaf, like.sharding), jax.eval_shape(update.zero_grads, trained), trained
+        lambda leaf, like: with_sharding(leaf, like.sharding), jax.eval_shape(update.zero_grads, trained), trained
     )
     micro = abstract_microbatch(config.microbatch_prompts, S, G, T, layout)
     denominator = shape(layout, (), jnp.float32, ())
@@ -171,8 +171,8 @@ def on_device(tree: Any) -> float:
 
 def cache_bytes(network: Qwen3Config, P: int, G: int, S: int, T: int, layout: Layout, size: int) -> float:
     """Keys and values of prompts and completions on each device; part of what is temporary while sampling."""
-    prompts, heads = P / layout.ways("prompt"), network.num_key_value_heads / layout.ways("kv_heads")
-    positions = prompts * (S + G / layout.ways("group") * T)
+    prompts, heads = P / layout.shard_count("prompt"), network.num_key_value_heads / layout.shard_count("kv_heads")
+    positions = prompts * (S + G / layout.shard_count("group") * T)
     return 2 * positions * network.num_hidden_layers * heads * network.head_dim * size
 
 
