@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from gopo_jax import checks
-from gopo_jax.groups import centered, divisor, enough, ranks, standardized, valid_rewards
+from gopo_jax.groups import centered, comparable, divisor, ranks, standardized, valid_rewards
 from gopo_jax.relatives import (
     gdpo_advantages,
     gopo_multi_advantages,
@@ -64,7 +64,7 @@ def gopo_advantages(
     rank_PG = ranks(rewards_PG, valid_PG, ties)
     # 2 - 4 (rank - 1) / (n - 1) over one denominator: compiled divisions may be off by a bit; the middle is exactly 0.
     advantages_PG = 2 * (n_P1 + 1 - 2 * rank_PG) / jnp.maximum(n_P1 - 1, 1)
-    return jnp.where(enough(valid_PG), advantages_PG, 0)
+    return jnp.where(comparable(valid_PG), advantages_PG, 0)
 
 
 def grpo_advantages(
@@ -182,7 +182,7 @@ def reinforce_pp_advantages(
     """
     checks.one_of("baseline", baseline, ("none", "group"))
     rewards_PG, valid_PG = valid_rewards(rewards_PG, mask_PG)
-    valid_PG = enough(valid_PG)
+    valid_PG = comparable(valid_PG)
     return standardized(centered(rewards_PG, valid_PG) if baseline == "group" else rewards_PG, valid_PG, None, epsilon)
 
 

@@ -92,6 +92,6 @@ def divisor(values: jax.Array, valid: jax.Array, axis: int | None, epsilon: floa
     return jnp.where(std + epsilon > 0, std + epsilon, 1)
 
 
-def enough(valid_PG: jax.Array) -> jax.Array:
+def comparable(valid_PG: jax.Array) -> jax.Array:
     """The valid entries of groups that have at least two: the others have nothing to be compared with."""
     return valid_PG & (valid_PG.sum(-1, keepdims=True) >= 2)

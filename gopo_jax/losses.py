@@ -161,7 +161,7 @@ def policy_loss(
     options = dict(surrogate_options or {})
     if surrogate == "clip":
         options |= {"clip_low": clip_low, "clip_high": clip_high}
-    loss_T = -_surrogate(surrogate)(weight_T, logprobs, advantages, **options)
+    loss_T = -_surrogate_function(surrogate)(weight_T, logprobs, advantages, **options)
     if weights is not None:
         checks.same_shape("weights", weights, "logprobs", logprobs)
         loss_T = at_mask(weights) * loss_T
@@ -187,7 +187,7 @@ def policy_loss(
     return loss, jax.lax.stop_gradient(metrics)
 
 
-def _surrogate(name: str | Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+def _surrogate_function(name: str | Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     if callable(name):
         return name
     checks.one_of("surrogate", name, SURROGATES)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from gopo_jax import checks
-from gopo_jax.groups import centered, divisor, enough, ranks, standardized, valid_rewards
+from gopo_jax.groups import centered, comparable, divisor, ranks, standardized, valid_rewards
 
 
 def gopo_multi_advantages(
@@ -44,12 +44,12 @@ def gopo_multi_advantages(
       GOPO, https://arxiv.org/abs/2602.03876, section 3, for one reward; the sum over rewards is this project's.
     """
     checks.one_of("ties", ties, ("average", "ordinal"))
-    rewards_RPG, valid_RPG, weights_R11 = _several(rewards_PGR, mask_PG, weights_R)
+    rewards_RPG, valid_RPG, weights_R11 = _rewards_first(rewards_PGR, mask_PG, weights_R)
     n_RP1 = valid_RPG.sum(-1, keepdims=True)
     advantages_RPG = 2 * (n_RP1 + 1 - 2 * ranks(rewards_RPG, valid_RPG, ties)) / jnp.maximum(n_RP1 - 1, 1)
-    advantages_RPG = jnp.where(enough(valid_RPG), advantages_RPG, 0)
+    advantages_RPG = jnp.where(comparable(valid_RPG), advantages_RPG, 0)
     total_PG = (weights_R11 * advantages_RPG).sum(0) / jnp.maximum(jnp.abs(weights_R11).sum(0), 1e-30)
-    return jnp.where(enough(valid_RPG.any(0)), total_PG, 0)
+    return jnp.where(comparable(valid_RPG.any(0)), total_PG, 0)
 
 
 def gdpo_advantages(
@@ -83,9 +83,9 @@ def gdpo_advantages(
     References:
       Liu et al., GDPO, https://arxiv.org/abs/2601.05242.
     """
-    rewards_RPG, valid_RPG, weights_R11 = _several(rewards_PGR, mask_PG, weights_R)
+    rewards_RPG, valid_RPG, weights_R11 = _rewards_first(rewards_PGR, mask_PG, weights_R)
     normal_RPG = centered(rewards_RPG, valid_RPG) / divisor(rewards_RPG, valid_RPG, -1, epsilon)
-    return standardized((weights_R11 * normal_RPG).sum(0), enough(valid_RPG.any(0)), None, epsilon)
+    return standardized((weights_R11 * normal_RPG).sum(0), comparable(valid_RPG.any(0)), None, epsilon)
 
 
 def soft_gopo_advantages(
@@ -123,7 +123,7 @@ def soft_gopo_advantages(
     difference_PGG = scaled_PG[..., :, None] - scaled_PG[..., None, :]
     won_PGG = jnp.where(valid_PG[..., None, :], jnp.tanh(difference_PGG / (2 * temperature)), 0)
     factor_P1 = (1 + temperature * (n_P1 - 1) / n_P1) * 2 / (n_P1 - 1)
-    return jnp.where(enough(valid_PG), factor_P1 * won_PGG.sum(-1), 0)
+    return jnp.where(comparable(valid_PG), factor_P1 * won_PGG.sum(-1), 0)
 
 
 def krpo_advantages(
@@ -173,7 +173,7 @@ def krpo_advantages(
     start_P = jnp.zeros_like(rewards_PG[..., 0])
     entries_GP = (jnp.moveaxis(rewards_PG, -1, 0), jnp.moveaxis(valid_PG, -1, 0))
     _, advantages_GP = jax.lax.scan(one, (start_P, start_P + 1), entries_GP)
-    return jnp.where(enough(valid_PG), jnp.moveaxis(advantages_GP, 0, -1), 0)
+    return jnp.where(comparable(valid_PG), jnp.moveaxis(advantages_GP, 0, -1), 0)
 
 
 def odrpo_advantages(
@@ -226,10 +226,10 @@ def odrpo_advantages(
     advantages_PLG = centered(jnp.where(valid_PLG, reached_PLG, 0), valid_PLG)
     if scale == "group":
         advantages_PLG = advantages_PLG / divisor(reached_PLG, valid_PLG, -1, epsilon)
-    return jnp.where(enough(valid_PG), (advantages_PLG * counts_PG[..., None]).sum(-2), 0)
+    return jnp.where(comparable(valid_PG), (advantages_PLG * counts_PG[..., None]).sum(-2), 0)
 
 
-def _several(
+def _rewards_first(
     rewards_PGR: jax.typing.ArrayLike,
     mask_PG: jax.typing.ArrayLike | None,
     weights_R: jax.typing.ArrayLike | None,

@@ -25,16 +25,16 @@ import jax.numpy as jnp
 from gopo_jax import checks
 from gopo_jax.theory import solver
 from gopo_jax.theory.games import (
+    AdvantageName,
     Game,
-    Name,
-    advantages,
+    advantage_table,
+    as_number,
+    check_distribution,
     check_epsilon,
-    check_size,
-    distribution,
-    finite_rewards,
+    check_group_size,
+    check_rewards,
     make_game,
     multisets,
-    number,
 )
 
 
@@ -42,7 +42,7 @@ def expected_advantage(
     policy_O: jax.typing.ArrayLike,
     rewards_O: jax.typing.ArrayLike | None = None,
     *,
-    advantage: Name,
+    advantage: AdvantageName,
     group_size: float,
     preference_OO: jax.typing.ArrayLike | None = None,
     ddof: int = 0,
@@ -67,7 +67,7 @@ def expected_advantage(
       epsilon: added to that standard deviation. A group without spread has advantages 0.
       noise: standard deviation of normal noise that every completion's reward gets before it is ranked or standardised,
         also those of equal answers. Pr[o beats o'] is then Phi((r(o) - r(o')) / (noise sqrt 2)); grpo's z-scores shrink
-        by `games.aligned` (exact, at epsilon 0); dr_grpo's and rloo's expectations stay as they are.
+        by `games.expected_cosine` (exact, at epsilon 0); dr_grpo's and rloo's expectations stay as they are.
 
     Returns:
       [O], zero in the mean over the policy.
@@ -75,7 +75,7 @@ def expected_advantage(
     Raises:
       ValueError: not a distribution, not one of rewards and preference, a group too large to enumerate.
     """
-    policy_O = distribution("policy_O", policy_O)
+    policy_O = check_distribution("policy_O", policy_O)
     options = (advantage, group_size, ddof, epsilon, policy_O.dtype, noise)
     game = make_game(policy_O.size, rewards_O, preference_OO, *options)
     return game.expected(policy_O)
@@ -85,7 +85,7 @@ def second_moment(
     policy_O: jax.typing.ArrayLike,
     rewards_O: jax.typing.ArrayLike,
     *,
-    advantage: Name,
+    advantage: AdvantageName,
     group_size: int,
     ddof: int = 0,
     epsilon: float = 0.0,
@@ -97,13 +97,13 @@ def second_moment(
 
     Args, Raises: as `expected_advantage`.
     """
-    policy_O = distribution("policy_O", policy_O)
-    group_size = int(check_size(advantage, group_size, finite=True))
+    policy_O = check_distribution("policy_O", policy_O)
+    group_size = int(check_group_size(advantage, group_size, finite=True))
     checks.one_of("ddof", ddof, (0, 1))
     epsilon = check_epsilon(epsilon)
-    rewards_O = finite_rewards(rewards_O, policy_O)
+    rewards_O = check_rewards(rewards_O, policy_O)
     counts_WO, log_ways_W, others_WK = multisets(policy_O.size, group_size, policy_O.dtype)
-    table_OW = advantages(rewards_O, others_WK, advantage, ddof, epsilon)
+    table_OW = advantage_table(rewards_O, others_WK, advantage, ddof, epsilon)
     game = Game(jnp.square(table_OW), counts_WO, log_ways_W, rewards_O, epsilon)
     return policy_O @ game.expected(policy_O)
 
@@ -115,7 +115,7 @@ def expected_gradient(policy_O: jax.typing.ArrayLike, advantage_O: jax.typing.Ar
 
     Its norm is the exact norm of the expected policy gradient of a tabular policy.
     """
-    policy_O = distribution("policy_O", policy_O)
+    policy_O = check_distribution("policy_O", policy_O)
     advantage_O = jnp.asarray(advantage_O, policy_O.dtype)
     checks.same_shape("advantage_O", advantage_O, "policy_O", policy_O)
     return policy_O * (advantage_O - policy_O @ advantage_O)
@@ -126,7 +126,7 @@ def stationary_policy(
     rewards_O: jax.typing.ArrayLike | None = None,
     *,
     beta: float,
-    advantage: Name,
+    advantage: AdvantageName,
     group_size: float,
     kl: Literal["k3", "direct"] = "k3",
     ddof: int = 0,
@@ -184,7 +184,7 @@ def stationary_policies(
     rewards_O: jax.typing.ArrayLike | None = None,
     *,
     beta: float,
-    advantage: Name,
+    advantage: AdvantageName,
     group_size: float,
     kl: Literal["k3", "direct"] = "k3",
     ddof: int = 0,
@@ -197,20 +197,20 @@ def stationary_policies(
     Starts: the reference, and for grpo, of which uniqueness is not known, also the uniform policy and one near each
     answer.
     """
-    reference_O = distribution("reference_O", reference_O)
+    reference_O = check_distribution("reference_O", reference_O)
     if not bool((reference_O > 0).all()):
         raise ValueError(
             "reference_O: expected positive probabilities; leave out answers that the reference never gives"
         )
     checks.one_of("kl", kl, ("k3", "direct"))
-    beta = positive_beta(beta)
+    beta = check_beta(beta)
     dtype = reference_O.dtype
     with jax.enable_x64(True):
         options = (advantage, group_size, ddof, epsilon, jnp.float64, noise)
         game = make_game(reference_O.size, rewards_O, preference_OO, *options)
         exact_O = reference_O.astype(jnp.float64)
-        problem = solver.problem_of(game, exact_O / exact_O.sum())
-        found, best = _found(problem, beta, kl, several=advantage == "grpo")
+        problem = solver.make_problem(game, exact_O / exact_O.sum())
+        found, best = _find_stationary(problem, beta, kl, several=advantage == "grpo")
     if not found:
         raise RuntimeError(
             f"no stationary policy found for beta {beta}, advantage {advantage}, group_size {group_size}, kl {kl}: the "
@@ -221,12 +221,14 @@ def stationary_policies(
     return [policy_O.astype(dtype) for policy_O in found]
 
 
-def _found(problem: solver.Problem, beta: float, kl: str, several: bool) -> tuple[list[jax.Array], float]:
+def _find_stationary(
+    problem: solver.StationaryProblem, beta: float, kl: str, several: bool
+) -> tuple[list[jax.Array], float]:
     """The different policies that were found, and the smallest residual where training was followed."""
     reference_O = problem.reference_O
     found: list[jax.Array] = []
     starts, errors = [], [math.inf]
-    logits_O = solver.continued(problem, beta, kl)
+    logits_O = solver.continue_from_reference(problem, beta, kl)
     if logits_O is None:
         starts.append(reference_O)
     else:
@@ -234,7 +236,7 @@ def _found(problem: solver.Problem, beta: float, kl: str, several: bool) -> tupl
     if several and (count := reference_O.size) > 1:
         starts += [jnp.full_like(reference_O, 1 / count), *(0.9 * jnp.eye(count) + 0.1 / count)]
     for start_O in starts:
-        logits_O, error = solver.followed(problem, start_O, beta, kl)
+        logits_O, error = solver.follow_to_fixed_point(problem, start_O, beta, kl)
         policy_O = jax.nn.softmax(logits_O)
         if error < solver.TOLERANCE and all(float(jnp.abs(policy_O - other_O).max()) >= 1e-6 for other_O in found):
             found.append(policy_O)
@@ -253,7 +255,7 @@ def binary_gopo_policy(reference: float, margin: float, beta: float) -> float:
     Raises:
       ValueError: outside of these.
     """
-    reference, beta, margin = probability(reference), positive_beta(beta), number("margin", margin)
+    reference, beta, margin = check_probability(reference), check_beta(beta), as_number("margin", margin)
     if not -1 <= margin <= 1:
         raise ValueError(f"margin: expected a number from -1 to 1, got {margin}")
     a, c = 2 * margin / beta, -reference
@@ -273,7 +275,7 @@ def binary_grpo_policy(reference: float, beta: float) -> float:
     Raises:
       ValueError: a reference outside (0, 1), beta <= 0.
     """
-    p, beta = probability(reference), positive_beta(beta)
+    p, beta = check_probability(reference), check_beta(beta)
     square = beta * beta
     return (1 + 2 * square * p + math.sqrt(1 + 4 * square * p * (1 - p))) / (2 * (1 + square))
 
@@ -287,13 +289,13 @@ def rlhf_policy(reference_O: jax.typing.ArrayLike, rewards_O: jax.typing.ArrayLi
     Raises:
       ValueError: not a distribution, rewards of another shape, beta <= 0.
     """
-    reference_O = distribution("reference_O", reference_O)
-    beta = positive_beta(beta)
-    return jax.nn.softmax(jnp.log(reference_O) + finite_rewards(rewards_O, reference_O) / beta)
+    reference_O = check_distribution("reference_O", reference_O)
+    beta = check_beta(beta)
+    return jax.nn.softmax(jnp.log(reference_O) + check_rewards(rewards_O, reference_O) / beta)
 
 
-def positive_beta(beta: float) -> float:
-    beta = number("beta", beta)
+def check_beta(beta: float) -> float:
+    beta = as_number("beta", beta)
     if not 0 < beta < math.inf:
         raise ValueError(
             f"beta: expected a positive number, got {beta}; without a penalty every policy that gives one answer alone "
@@ -302,8 +304,8 @@ def positive_beta(beta: float) -> float:
     return beta
 
 
-def probability(reference: float) -> float:
-    reference = number("reference", reference)
+def check_probability(reference: float) -> float:
+    reference = as_number("reference", reference)
     if not 0 < reference < 1:
         raise ValueError(f"reference: expected a probability between 0 and 1, got {reference}")
     return reference

@@ -11,9 +11,9 @@ from jax.scipy.special import gammaln, xlogy
 from gopo_jax import checks
 from gopo_jax.advantages import ADVANTAGES
 
-NAMES = ("gopo", "grpo", "dr_grpo", "rloo")
-MOST_NUMBERS = 20_000_000  # in an array of all groups that are enumerated
-Name = Literal["gopo", "grpo", "dr_grpo", "rloo"]
+ADVANTAGE_NAMES = ("gopo", "grpo", "dr_grpo", "rloo")
+MAX_ENUMERATED = 20_000_000  # in an array of all groups that are enumerated
+AdvantageName = Literal["gopo", "grpo", "dr_grpo", "rloo"]
 
 
 class Game(NamedTuple):
@@ -33,7 +33,7 @@ class Game(NamedTuple):
     def expected(self, policy_O: jax.Array, logs_O: jax.Array | None = None) -> jax.Array:
         """P [O]; with the policy's logarithms given too it has a derivative in them where probabilities underflow."""
         if self.table_OW is None:
-            return standardized(self.rewards_O, policy_O, self.epsilon, self.noise)
+            return policy_z_scores(self.rewards_O, policy_O, self.epsilon, self.noise)
         logs_W = xlogy(self.counts_WO, policy_O).sum(-1) if logs_O is None else (self.counts_WO * logs_O).sum(-1)
         return self.table_OW @ jnp.exp(self.log_ways_W + logs_W)
 
@@ -49,7 +49,7 @@ def make_game(
     dtype: jax.typing.DTypeLike,
     noise: float = 0.0,
 ) -> Game:
-    group_size = check_size(advantage, group_size)
+    group_size = check_group_size(advantage, group_size)
     checks.one_of("ddof", ddof, (0, 1))
     epsilon = check_epsilon(epsilon)
     noise = check_noise(noise, epsilon, advantage, preference_OO is not None)
@@ -59,13 +59,13 @@ def make_game(
         )
     ones, zeros = jnp.eye(count, dtype=dtype), jnp.zeros(count, dtype)
     if preference_OO is not None:
-        wins_OO = preference(preference_OO, count, dtype)
+        wins_OO = check_preference(preference_OO, count, dtype)
         if advantage != "gopo" and group_size != 2:
             raise ValueError(f"preference_OO: expected group_size 2 for {advantage}, got {group_size}; gopo takes any")
         std = math.sqrt(1 / (4 - 2 * ddof))  # of the rewards 1 and 0
         unit = {"gopo": 2.0, "grpo": 0.5 / (std + epsilon), "dr_grpo": 0.5, "rloo": 1.0}[advantage]
         return Game(unit * (wins_OO - wins_OO.T), ones, zeros, zeros, epsilon)
-    rewards_O = finite_rewards(rewards_O, zeros)
+    rewards_O = check_rewards(rewards_O, zeros)
     difference_OO = rewards_O[:, None] - rewards_O
     if advantage == "gopo":
         sure_OO = jax.lax.erf(difference_OO / (2 * noise)) if noise else jnp.sign(difference_OO)
@@ -76,9 +76,9 @@ def make_game(
     if math.isinf(group_size):
         return Game(None, ones, zeros, rewards_O, epsilon, noise)
     counts_WO, log_ways_W, others_WK = multisets(count, int(group_size), dtype)
-    table_OW = advantages(rewards_O, others_WK, "grpo", ddof, epsilon)
+    table_OW = advantage_table(rewards_O, others_WK, "grpo", ddof, epsilon)
     if noise:
-        table_OW *= aligned(lengths(rewards_O, others_WK) / noise, int(group_size) - 1)
+        table_OW *= expected_cosine(group_norms(rewards_O, others_WK) / noise, int(group_size) - 1)
     return Game(table_OW, counts_WO, log_ways_W, rewards_O, epsilon)
 
 
@@ -86,7 +86,7 @@ def multisets(count: int, group_size: int, dtype: jax.typing.DTypeLike) -> tuple
     """Every multiset of G - 1 answers: how often each is in it, log of its orders, and which they are [W, G - 1]."""
     if not enumerable(count, group_size):
         raise ValueError(
-            f"group_size {group_size} with {count} answers: more than {MOST_NUMBERS} rewards in all "
+            f"group_size {group_size} with {count} answers: more than {MAX_ENUMERATED} rewards in all "
             f"groups to enumerate; take a smaller group or fewer answers"
         )
     others_WK = jnp.array(list(combinations_with_replacement(range(count), group_size - 1)), int)
@@ -96,21 +96,21 @@ def multisets(count: int, group_size: int, dtype: jax.typing.DTypeLike) -> tuple
 
 def enumerable(count: int, group_size: int) -> bool:
     """Whether an array [O, W, G] of all groups is small enough."""
-    return count * group_size * math.comb(count + group_size - 2, group_size - 1) <= MOST_NUMBERS
+    return count * group_size * math.comb(count + group_size - 2, group_size - 1) <= MAX_ENUMERATED
 
 
 @jax.jit(static_argnames=("advantage", "ddof"))
-def advantages(rewards_O: jax.Array, others_WK: jax.Array, advantage: str, ddof: int, epsilon: float) -> jax.Array:
+def advantage_table(rewards_O: jax.Array, others_WK: jax.Array, advantage: str, ddof: int, epsilon: float) -> jax.Array:
     """[O, W] the advantage of answer o in a group with the others w, by the functions that train."""
-    groups_OWG = grouped(rewards_O, others_WK)
+    groups_OWG = group_rewards(rewards_O, others_WK)
     if advantage != "grpo":
         return ADVANTAGES[advantage](groups_OWG)[..., 0]
-    unit_OWG, largest_OW = scaled(from_mean(groups_OWG))
+    unit_OWG, largest_OW = scale_group(deviations(groups_OWG))
     spread_OW = jnp.sqrt(jnp.square(unit_OWG).sum(-1) / (groups_OWG.shape[-1] - ddof)) + epsilon / largest_OW
     return jnp.where(spread_OW > 0, unit_OWG[..., 0] / jnp.where(spread_OW > 0, spread_OW, 1), 0)
 
 
-def grouped(rewards_O: jax.Array, others_WK: jax.Array) -> jax.Array:
+def group_rewards(rewards_O: jax.Array, others_WK: jax.Array) -> jax.Array:
     """[O, W, G] the rewards of answer o and of the others w."""
     others_WK = rewards_O[others_WK]
     shape = (rewards_O.size, *others_WK.shape)
@@ -118,12 +118,12 @@ def grouped(rewards_O: jax.Array, others_WK: jax.Array) -> jax.Array:
     return jnp.concatenate([first_OW1, jnp.broadcast_to(others_WK, shape)], -1)
 
 
-def from_mean(groups_OWG: jax.Array) -> jax.Array:
+def deviations(groups_OWG: jax.Array) -> jax.Array:
     shifted_OWG = groups_OWG - groups_OWG.max(-1, keepdims=True)  # so that equal rewards differ from their mean by 0
     return shifted_OWG - shifted_OWG.mean(-1, keepdims=True)
 
 
-def scaled(apart_OWG: jax.Array) -> tuple[jax.Array, jax.Array]:
+def scale_group(apart_OWG: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Over the largest distance of the group, and that (1 if it is 0): squares of what is left have no overflow."""
     largest_OW = jnp.abs(apart_OWG).max(-1)
     largest_OW = jnp.where(largest_OW > 0, largest_OW, 1)
@@ -131,14 +131,14 @@ def scaled(apart_OWG: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 @jax.jit
-def lengths(rewards_O: jax.Array, others_WK: jax.Array) -> jax.Array:
+def group_norms(rewards_O: jax.Array, others_WK: jax.Array) -> jax.Array:
     """[O, W] the length of a group's rewards as a vector from their mean."""
-    unit_OWG, largest_OW = scaled(from_mean(grouped(rewards_O, others_WK)))
+    unit_OWG, largest_OW = scale_group(deviations(group_rewards(rewards_O, others_WK)))
     return largest_OW * jnp.sqrt(jnp.square(unit_OWG).sum(-1))
 
 
 @jax.jit(static_argnames="dimensions")
-def aligned(length: jax.Array, dimensions: int) -> jax.Array:
+def expected_cosine(length: jax.Array, dimensions: int) -> jax.Array:
     """The expected cosine of the angle between a vector m of this length and m + z, z standard normal.
 
         E[cos] = s sqrt(2 / pi) integral_0^{pi/2} exp(-(s sin phi)^2 / 2) cos(phi)^d dphi,   s = |m|, d dimensions
@@ -163,7 +163,7 @@ def aligned(length: jax.Array, dimensions: int) -> jax.Array:
     return length * math.sqrt(2 / math.pi) * total * end / 2
 
 
-def standardized(rewards_O: jax.Array, policy_O: jax.Array, epsilon: float, noise: float) -> jax.Array:
+def policy_z_scores(rewards_O: jax.Array, policy_O: jax.Array, epsilon: float, noise: float) -> jax.Array:
     shifted_O = rewards_O - rewards_O.max()  # so that equal rewards differ from their mean by 0
     apart_O = shifted_O - policy_O @ shifted_O
     largest = jax.lax.stop_gradient(jnp.where(policy_O > 0, jnp.abs(apart_O), 0).max())  # the result is free of it
@@ -173,7 +173,7 @@ def standardized(rewards_O: jax.Array, policy_O: jax.Array, epsilon: float, nois
     return jnp.where(variance > 0, apart_O / largest / (spread + epsilon / largest), 0)
 
 
-def distribution(name: str, value: jax.typing.ArrayLike) -> jax.Array:
+def check_distribution(name: str, value: jax.typing.ArrayLike) -> jax.Array:
     array = checks.as_float(name, value)
     tolerance = 1e-9 if array.dtype == jnp.float64 else 1e-5
     if array.ndim != 1 or not array.size:
@@ -183,16 +183,16 @@ def distribution(name: str, value: jax.typing.ArrayLike) -> jax.Array:
     return array / array.sum()
 
 
-def finite_rewards(rewards_O: jax.typing.ArrayLike | None, like_O: jax.Array) -> jax.Array:
-    array = array_of("rewards_O", rewards_O, like_O.dtype)
+def check_rewards(rewards_O: jax.typing.ArrayLike | None, like_O: jax.Array) -> jax.Array:
+    array = as_numbers("rewards_O", rewards_O, like_O.dtype)
     checks.same_shape("rewards_O", array, "policy_O", like_O)
     if not bool(jnp.isfinite(array).all()):
         raise ValueError(f"rewards_O: expected finite numbers, got {array}")
     return array
 
 
-def preference(preference_OO: jax.typing.ArrayLike, count: int, dtype: jax.typing.DTypeLike) -> jax.Array:
-    array = array_of("preference_OO", preference_OO, dtype)
+def check_preference(preference_OO: jax.typing.ArrayLike, count: int, dtype: jax.typing.DTypeLike) -> jax.Array:
+    array = as_numbers("preference_OO", preference_OO, dtype)
     if array.shape != (count, count):
         raise ValueError(f"preference_OO: expected shape {(count, count)}, got {array.shape}")
     pairs = ~jnp.eye(count, dtype=bool)
@@ -201,22 +201,22 @@ def preference(preference_OO: jax.typing.ArrayLike, count: int, dtype: jax.typin
     return jnp.where(pairs, array, 0)
 
 
-def array_of(name: str, value: jax.typing.ArrayLike | None, dtype: jax.typing.DTypeLike) -> jax.Array:
+def as_numbers(name: str, value: jax.typing.ArrayLike | None, dtype: jax.typing.DTypeLike) -> jax.Array:
     try:
         return jnp.asarray(value, dtype)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name}: expected an array of numbers, got {value!r}") from error
 
 
-def number(name: str, value: object) -> float:
+def as_number(name: str, value: object) -> float:
     if isinstance(value, SupportsFloat) and getattr(value, "shape", ()) == ():
         return float(value)
     raise ValueError(f"{name}: expected a number, got {value!r}")
 
 
-def check_size(advantage: str, group_size: float, finite: bool = False) -> float:
-    checks.one_of("advantage", advantage, NAMES)
-    group_size = number("group_size", group_size)
+def check_group_size(advantage: str, group_size: float, finite: bool = False) -> float:
+    checks.one_of("advantage", advantage, ADVANTAGE_NAMES)
+    group_size = as_number("group_size", group_size)
     if not group_size >= 2 or (math.isfinite(group_size) and group_size != int(group_size)):
         raise ValueError(f"group_size: expected a whole number of at least 2, or infinity, got {group_size}")
     if finite and math.isinf(group_size):
@@ -225,14 +225,14 @@ def check_size(advantage: str, group_size: float, finite: bool = False) -> float
 
 
 def check_epsilon(epsilon: float) -> float:
-    epsilon = number("epsilon", epsilon)
+    epsilon = as_number("epsilon", epsilon)
     if not epsilon >= 0:
         raise ValueError(f"epsilon: expected at least 0, got {epsilon}")
     return epsilon
 
 
 def check_noise(noise: float, epsilon: float, advantage: str, preferred: bool) -> float:
-    noise = number("noise", noise)
+    noise = as_number("noise", noise)
     if not 0 <= noise < math.inf:
         raise ValueError(f"noise: expected a standard deviation of at least 0, got {noise}")
     if noise and preferred:

@@ -13,29 +13,29 @@ import jax.numpy as jnp
 from gopo_jax.theory.games import Game
 
 TOLERANCE = 1e-12  # of the residual, which is relative to the size of what is subtracted in it
-MOST_STEPS = 400  # along the path
+MAX_STEPS = 400  # along the path
 
 
-State = tuple[jax.Array, jax.Array, jax.Array, jax.Array]  # of Newton: point, error, slope, iterations left
+NewtonState = tuple[jax.Array, jax.Array, jax.Array, jax.Array]  # of Newton: point, error, slope, iterations left
 
 
-class Problem(NamedTuple):
+class StationaryProblem(NamedTuple):
     """What is solved. A point of the path is [O + 1]: the logits, and 1/beta in units of the advantage's size."""
 
     game: Game
     reference_O: jax.Array
     size: jax.Array
 
-    def end(self, beta: float) -> jax.Array:
+    def path_end(self, beta: float) -> jax.Array:
         return self.size / beta
 
 
-def problem_of(game: Game, reference_O: jax.Array) -> Problem:
+def make_problem(game: Game, reference_O: jax.Array) -> StationaryProblem:
     size = jnp.abs(game.expected(reference_O)).max()
-    return Problem(game, reference_O, jnp.where(size > 0, size, 1))
+    return StationaryProblem(game, reference_O, jnp.where(size > 0, size, 1))
 
 
-def _residual(point: jax.Array, problem: Problem, kl: str) -> jax.Array:
+def _residual(point: jax.Array, problem: StationaryProblem, kl: str) -> jax.Array:
     """[O], zero at a stationary policy; each entry over the largest terms in it, so that rounding leaves some 1e-16."""
     logs_O = jax.nn.log_softmax(point[:-1])
     policy_O = jnp.exp(logs_O)
@@ -48,7 +48,9 @@ def _residual(point: jax.Array, problem: Problem, kl: str) -> jax.Array:
 
 
 @jax.jit(static_argnames="kl")
-def _newton(start: jax.Array, normal: jax.Array, problem: Problem, kl: str) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _newton(
+    start: jax.Array, normal: jax.Array, problem: StationaryProblem, kl: str
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Newton's iterations with halved steps in the plane through `start`, to where no step gets nearer.
 
     Returns the point, the largest entry of its residual, and the path's direction there on the side of `normal`.
@@ -59,7 +61,7 @@ def _newton(start: jax.Array, normal: jax.Array, problem: Problem, kl: str) -> t
         now = jnp.append(_residual(point, problem, kl), off_plane)
         return now, now
 
-    def iterate(state: State) -> State:
+    def iterate(state: NewtonState) -> NewtonState:
         point, _, _, left = state
         slope, now = jax.jacfwd(residual, has_aux=True)(point)
         # Logits are known up to a constant, and the residuals' slopes are dependent, with weights above 0: the sum of
@@ -78,12 +80,12 @@ def _newton(start: jax.Array, normal: jax.Array, problem: Problem, kl: str) -> t
     return point, error, direction / jnp.linalg.norm(direction)
 
 
-def continued(problem: Problem, beta: float, kl: str) -> jax.Array | None:
+def continue_from_reference(problem: StationaryProblem, beta: float, kl: str) -> jax.Array | None:
     """The logits at the first place with this beta on the path from the reference; None if it was not reached."""
-    end, point = problem.end(beta), jnp.append(jnp.log(problem.reference_O), 0.0)
+    end, point = problem.path_end(beta), jnp.append(jnp.log(problem.reference_O), 0.0)
     last_axis = jnp.zeros_like(point).at[-1].set(1)
     tangent, stride = _newton(point, last_axis, problem, kl=kl)[2], 1.0
-    for _ in range(MOST_STEPS):
+    for _ in range(MAX_STEPS):
         aim = point + stride * tangent
         there, error, direction = _newton(aim, tangent, problem, kl=kl)
         if error < TOLERANCE and jnp.linalg.norm(there - aim) < stride / 2:  # not thrown onto another branch
@@ -101,7 +103,7 @@ def continued(problem: Problem, beta: float, kl: str) -> jax.Array | None:
 
 
 @jax.jit(static_argnames="kl")
-def _flow(logits_O: jax.Array, problem: Problem, beta: jax.Array, kl: str) -> jax.Array:
+def _flow(logits_O: jax.Array, problem: StationaryProblem, beta: jax.Array, kl: str) -> jax.Array:
     """The logits after a long gradient flow of training itself, in small Euler steps."""
 
     def step(_: int, logits_O: jax.Array) -> jax.Array:
@@ -117,9 +119,11 @@ def _flow(logits_O: jax.Array, problem: Problem, beta: jax.Array, kl: str) -> ja
     return jax.lax.fori_loop(0, 20_000, step, logits_O)
 
 
-def followed(problem: Problem, start_O: jax.Array, beta: float, kl: str) -> tuple[jax.Array, float]:
+def follow_to_fixed_point(
+    problem: StationaryProblem, start_O: jax.Array, beta: float, kl: str
+) -> tuple[jax.Array, float]:
     """The logits where training from a start leads, made exact by Newton, and the largest entry of their residual."""
     logits_O = _flow(jnp.log(start_O), problem, jnp.asarray(beta, float), kl=kl)
-    point = jnp.append(logits_O, problem.end(beta))
+    point = jnp.append(logits_O, problem.path_end(beta))
     point, error, _ = _newton(point, jnp.zeros_like(point).at[-1].set(1), problem, kl=kl)
     return point[:-1], float(error)
