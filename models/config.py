@@ -12,7 +12,7 @@ from typing import Any
 POLICY, REWARD_MODEL = "Qwen3ForCausalLM", "Qwen3ForSequenceClassification"
 FULL, SLIDING = "full_attention", "sliding_attention"
 DTYPES = ("float32", "bfloat16", "float16")  # in which weights may be stored
-ACTIVATION_NAMES = (  # Hugging Face's names; what they compute: models.qwen3.ACTIVATION_NAMES
+ACTIVATION_NAMES = (  # Hugging Face's names; what they compute: models.qwen3.ACTIVATIONS
     *("silu", "swish", "gelu", "gelu_python", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh"),
     *("quick_gelu", "relu", "relu2", "relu6", "leaky_relu", "mish", "hardswish", "sigmoid", "tanh", "linear"),
 )

@@ -34,8 +34,8 @@ def make_layout_for(
     for size in groups:
         if size > 1 and size % layout.shard_count("group"):
             raise ValueError(
-                f"mesh.rules: {size} completions per prompt cannot be split over {layout.shard_count('group')} devices; "
-                f"choose num_generations (of the run and of its validation) that are multiples of it"
+                f"mesh.rules: {size} completions per prompt cannot be split over {layout.shard_count('group')} "
+                f"devices; choose num_generations (of the run and of its validation) that are multiples of it"
             )
     return layout
 
