@@ -62,7 +62,7 @@ def held(arrays: Mapping[str, float], beside: Sequence[str]) -> float:
 def network_config(path: str) -> Qwen3Config:
     """The shape of a model: of a run, of a directory, of a published name, or of what the Hub has."""
     if checkpoint.is_run(path):
-        return Qwen3Config.from_hf(checkpoint.about(path)["model"], source=path)
+        return Qwen3Config.from_hf(checkpoint.read_about(path)["model"], source=path)
     return PUBLISHED[path] if path in PUBLISHED and not Path(path).is_dir() else read_config(find_directory(path))
 
 
