@@ -44,15 +44,18 @@ class RopeScaling:
     are, fast ones are not, with a ramp between; cosines and sines are scaled by `attention_factor`.
     """
 
-    rope_type: str
-    factor: float
-    original_max_position_embeddings: int | None = None  # None: max_position_embeddings; yarn's own fields from here
-    attention_factor: float | None = None  # None: from factor, mscale and mscale_all_dim
-    beta_fast: float | None = None  # None: 32 rotations
-    beta_slow: float | None = None  # None: 1 rotation
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-    truncate: bool = True  # the ramp begins and ends at whole pairs
+    rope_type: str  # linear or yarn
+    factor: float  # how many times the trained length is stretched
+    # yarn: the trained length in tokens; default: max_position_embeddings
+    original_max_position_embeddings: int | None = None
+    # yarn: scales cosines and sines; default: from factor, mscale and mscale_all_dim
+    attention_factor: float | None = None
+    # yarn: pairs with more rotations in the trained length keep their frequency; default: 32
+    beta_fast: float | None = None
+    beta_slow: float | None = None  # yarn: pairs with fewer rotations have it divided by factor; default: 1
+    mscale: float | None = None  # yarn: over mscale_all_dim, what attention_factor is computed from; null: not used
+    mscale_all_dim: float | None = None  # yarn: see mscale; null: not used
+    truncate: bool = True  # yarn: the ramp between the two begins and ends at whole pairs
 
     def __post_init__(self) -> None:
         if self.rope_type not in ("linear", "yarn"):
@@ -74,28 +77,28 @@ class RopeScaling:
 class Qwen3Config:
     """Dimensions and constants of a dense Qwen3, under Hugging Face's names."""
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    hidden_act: str = "silu"
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 1_000_000.0
-    rope_scaling: RopeScaling | None = None
-    tie_word_embeddings: bool = False
-    attention_bias: bool = False
-    sliding_window: int | None = None  # None: every position sees all before it
-    layer_types: tuple[str, ...] | None = None  # which layers the window is for; None: full_attention in all
-    max_position_embeddings: int = 40_960
-    initializer_range: float = 0.02
-    architecture: str = POLICY
-    # carried along for other programs: transformers batches a reward model's texts only if it knows the padding
-    pad_token_id: int | None = None
-    bos_token_id: int | None = None
-    eos_token_id: int | tuple[int, ...] | None = None
+    vocab_size: int  # rows of the embedding table
+    hidden_size: int  # model width (D)
+    intermediate_size: int  # width of the MLP (F)
+    num_hidden_layers: int  # layers (L)
+    num_attention_heads: int  # query heads (H)
+    num_key_value_heads: int  # key and value heads (K), each shared by H / K query heads
+    head_dim: int  # width of a head (E)
+    hidden_act: str = "silu"  # activation of the MLP, by Hugging Face's name
+    rms_norm_eps: float = 1e-6  # added to the mean square in every normalization
+    rope_theta: float = 1_000_000.0  # base of the rotary frequencies
+    rope_scaling: RopeScaling | None = None  # for texts beyond the trained length; null: none
+    tie_word_embeddings: bool = False  # the embedding table is the output projection too
+    attention_bias: bool = False  # attention's four projections have biases
+    sliding_window: int | None = None  # positions that one sees, itself included; null: all before it
+    # full_attention or sliding_attention, for each layer; null: full_attention in all
+    layer_types: tuple[str, ...] | None = None
+    max_position_embeddings: int = 40_960  # tokens that the network is made for; nothing is cut at it
+    initializer_range: float = 0.02  # standard deviation of random weights
+    architecture: str = POLICY  # Qwen3ForCausalLM, or Qwen3ForSequenceClassification: a reward model
+    pad_token_id: int | None = None  # carried along for transformers, which needs it to batch a reward model's texts
+    bos_token_id: int | None = None  # carried along for other programs
+    eos_token_id: int | tuple[int, ...] | None = None  # carried along for other programs
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")

@@ -35,9 +35,9 @@ Parameters = dict[str, Any]
 class Lora:
     """Which projections have adapters, and of which size."""
 
-    rank: int = 0  # 0: no adapters, all parameters are trained
+    rank: int = 0  # of the adapters (A); 0: no adapters, all parameters are trained
     alpha: float = 16.0  # the adapters' product is scaled by alpha / rank
-    targets: tuple[str, ...] = tuple(PROJECTIONS)  # Hugging Face's names
+    targets: tuple[str, ...] = tuple(PROJECTIONS)  # projections that have adapters, by Hugging Face's names
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "targets", tuple(self.targets))  # of a list, as JSON and YAML have it

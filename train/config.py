@@ -16,15 +16,18 @@ from models.lora import Lora
 from models.tokenizer import tokenizer_path
 from train import dotted
 
+SamplerCorrection = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     path: str | None = None  # where the weights start: a run, RUN@STEP, a Hugging Face directory or Hub name
     architecture: Qwen3Config | None = None  # instead of path: this network with random weights
-    tokenizer: str | None = None  # default: the one that belongs to path
+    tokenizer: str | None = None  # a tokenizer directory or Hub name; default: the one that belongs to path
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation
     param_dtype: Literal["float32", "bfloat16"] = "float32"  # of the parameters and the optimizer state
-    remat: Literal["none", "dots", "full"] = "full"  # what the backward pass recomputes
+    # the backward pass recomputes: nothing; all but matmuls; whole layers
+    remat: Literal["none", "dots", "full"] = "full"
 
     def __post_init__(self) -> None:
         if (self.path is None) == (self.architecture is None):
@@ -43,17 +46,17 @@ class ChatConfig:
 
     system_prompt: str | None = None  # before the messages; null: none at all, which is not ""
     text_as_chat: bool = False  # a prompt that is plain text becomes a user's message
-    enable_thinking: bool = False  # of the chat template
+    enable_thinking: bool = False  # passed to the chat template
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     train: str  # JSONL (.gz too), parquet, or a data set's name on the Hub
-    validation: str | None = None
+    validation: str | None = None  # like train: rows to validate on; default: validation_rows, or none
     test: str | None = None  # of a policy: only compared with train, so that prompts in both are known
-    split: str = "train"  # of a Hub data set
-    validation_split: str = "validation"
-    test_split: str = "test"
+    split: str = "train"  # of a Hub data set: the split of train
+    validation_split: str = "validation"  # of a Hub data set: the split of validation
+    test_split: str = "test"  # of a Hub data set: the split of test
     validation_rows: int = 0  # without validation: so many rows of train are held out to validate on
     split_seed: int = 0  # which rows are held out, and which are sampled of more than validation.prompts
     prompt_column: str = "prompt"  # text, or a list of chat messages; where the prompt alone has another name
@@ -71,15 +74,15 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    learning_rate: float = 1e-6
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    adam_epsilon: float = 1e-8
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
+    learning_rate: float = 1e-6  # of AdamW, after the warm-up
+    adam_beta1: float = 0.9  # decay of the gradients' mean, per update
+    adam_beta2: float = 0.999  # decay of the squared gradients' mean, per update
+    adam_epsilon: float = 1e-8  # added to the root of the squared gradients' mean
+    weight_decay: float = 0.0  # share of a weight, times the learning rate, taken off it per update
+    max_grad_norm: float = 1.0  # gradients of a larger global norm are scaled down to this
     master_weights: bool = False  # keep a float32 copy of bfloat16 parameters, and add updates up in that
-    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"  # after the warm-up
-    warmup_steps: int = 10
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"  # learning rate after the warm-up
+    warmup_steps: int = 10  # updates over which the learning rate grows from 0
 
     def __post_init__(self) -> None:
         _positive(self, "learning_rate", "max_grad_norm", "adam_epsilon")
@@ -88,18 +91,18 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    data: int = -1  # -1: all devices that are left
-    fsdp: int = 1
-    tensor: int = 1
+    data: int = -1  # devices over which prompts are split; -1: all that are left
+    fsdp: int = 1  # devices over which parameters are split, and prompts too
+    tensor: int = 1  # devices over which attention heads, the MLP and the vocabulary are split
     rules: dict[str, list[str]] = field(default_factory=dict)  # overrides of models.sharding.RULES
     sampling_copy: bool = True  # sample from whole weights in model.dtype; false: gather each layer for every token
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    every: int = 25  # steps; the last step is always saved
-    keep: int | None = None  # None: all of them
-    directory: str | None = None  # None: output_dir/checkpoints; else a directory or gs://BUCKET/NAME
+    every: int = 25  # steps between checkpoints; the last step is always saved
+    keep: int | None = None  # how many of the newest checkpoints stay; null: all of them
+    directory: str | None = None  # a directory or gs://BUCKET/NAME; default: output_dir/checkpoints
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "every")
@@ -107,9 +110,9 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LogConfig:
-    tensorboard: bool = True
-    wandb_project: str | None = None  # the key comes from the environment
-    progress: bool = True
+    tensorboard: bool = True  # write metrics to output_dir/tensorboard too
+    wandb_project: str | None = None  # log to this Weights & Biases project too; the key comes from the environment
+    progress: bool = True  # a progress bar, on a terminal
     completions_every: int = 0  # steps between tables of the sampled completions with their rewards; 0: none
 
 
@@ -118,16 +121,16 @@ class RunConfig:
     """What all three programs share."""
 
     output_dir: str  # the run's directory, e.g. runs/tldr
-    model: ModelConfig
-    data: DataConfig
-    max_steps: int
-    seed: int = 0
-    chat: ChatConfig = field(default_factory=ChatConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    lora: Lora = field(default_factory=Lora)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    mesh: MeshConfig = field(default_factory=MeshConfig)
-    log: LogConfig = field(default_factory=LogConfig)
+    model: ModelConfig  # the network that is trained
+    data: DataConfig  # the rows that it is trained and validated on
+    max_steps: int  # steps in all, also of a run that is continued
+    seed: int = 0  # of the order of rows, sampling and new weights
+    chat: ChatConfig = field(default_factory=ChatConfig)  # how prompts become tokens
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)  # AdamW and its schedule
+    lora: Lora = field(default_factory=Lora)  # low-rank adapters, trained instead of all parameters
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)  # what a run can be continued from
+    mesh: MeshConfig = field(default_factory=MeshConfig)  # how arrays are split over devices, e.g. data=1,fsdp=8
+    log: LogConfig = field(default_factory=LogConfig)  # where metrics and texts are written
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "max_steps")
@@ -143,8 +146,8 @@ class RunConfig:
 class EarlyStoppingConfig:
     """Stop when validation no longer improves; the run then is its best step."""
 
-    patience: int | None = None  # validations without improvement before it stops; None: no early stopping
-    metric: Literal["loss", "accuracy"] = "loss"  # of data.validation; accuracy: of reward models
+    patience: int | None = None  # validations without improvement before it stops; null: no early stopping
+    metric: Literal["loss", "accuracy"] = "loss"  # what has to improve on data.validation; accuracy: of reward models
     min_delta: float = 0.0  # only what is better by more than this is an improvement
 
     def __post_init__(self) -> None:
@@ -159,8 +162,8 @@ class SupervisedConfig(RunConfig):
 
     batch_size: int = 32  # rows per step: sequences (packed: rows of max_length), or prompts with their answers
     max_length: int = 1024  # tokens; longer rows are left out, counted and printed
-    eval_steps: int = 25  # validation every so many steps
-    early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
+    eval_steps: int = 25  # steps between validations
+    early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)  # when to stop before max_steps
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -183,7 +186,7 @@ class SupervisedConfig(RunConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class SftConfig(SupervisedConfig):
-    """`train sft`."""
+    """`train sft`: supervised fine-tuning of a policy."""
 
     packing: bool = False  # several examples in each row of max_length tokens, none of which sees another
 
@@ -195,9 +198,9 @@ class SftConfig(SupervisedConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class RewardModelConfig(SupervisedConfig):
-    """`train reward`."""
+    """`train reward`: a reward model from comparisons."""
 
-    loss: Literal["bradley_terry", "plackett_luce"] = "bradley_terry"  # of pairs, or of a prompt's whole order
+    loss: Literal["bradley_terry", "plackett_luce"] = "bradley_terry"  # of pairs; of a prompt's whole order
     center_rewards_coefficient: float = 0.0  # bradley_terry: weight of (r_chosen + r_rejected)^2
 
     def __post_init__(self) -> None:
@@ -214,7 +217,7 @@ class RewardSpec:
     model: str | None = None  # a run of `train reward`, a Hugging Face directory or Hub name
     function: str | None = None  # built-in (docs/rewards.md) or a dotted path: f(prompts, completions, **columns)
     options: dict[str, Any] = field(default_factory=dict)  # of the function, e.g. {rouge_type: rouge2}
-    weight: float = 1.0
+    weight: float = 1.0  # in the sum of the rewards
     name: str | None = None  # in the metrics; default: the model's or function's last part
     max_length: int = 4096  # of prompt and completion, in the reward model's tokens; longer: unscorable, counted
     batch_prompts: int = 32  # prompts scored at a time
@@ -235,22 +238,26 @@ class RewardSpec:
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
     beta: float = 0.04  # weight of the KL penalty; 0: no reference policy is kept
+    # estimator of the KL divergence from the reference policy (docs/algorithms.md)
     kl: Literal["k1", "k2", "k3"] = "k3"
-    kl_in: Literal["loss", "reward"] = "loss"  # reward: the sum over a completion's tokens is taken off its reward
-    clip_low: float = 0.2
-    clip_high: float = 0.2
+    kl_in: Literal["loss", "reward"] = "loss"  # where the penalty goes; reward: its sum over a completion is taken off
+    clip_low: float = 0.2  # of surrogate clip: the importance ratio is clipped to at least 1 - clip_low
+    clip_high: float = 0.2  # of surrogate clip: the importance ratio is clipped to at most 1 + clip_high
+    # the importance ratio: of each token; of the completion per token (GSPO); both; of the completion as a whole
     ratio: Literal["token", "sequence", "sequence_token", "trajectory"] = "token"
-    surrogate: Literal["clip", "cispo", "sapo"] = "clip"
-    surrogate_options: dict[str, Any] = field(default_factory=dict)  # e.g. {dual_clip: 3.0}, {clip_max: 5.0}
+    surrogate: Literal["clip", "cispo", "sapo"] = "clip"  # what the importance ratio and the advantage become
+    # of the surrogate, e.g. {dual_clip: 3.0}, {clip_max: 5.0}
+    surrogate_options: dict[str, Any] = field(default_factory=dict)
+    # the mean over all tokens (DAPO); over completions of their mean (GRPO); over completions x max_completion_length
+    # (Dr. GRPO); over micro-batches of their mean over tokens
     aggregate: Literal["token", "sequence", "constant", "token_per_microbatch"] = "token"
-    token_broadcast: Literal["uniform", "log_decay", "poly_decay", "loglog_decay"] = "uniform"  # the advantage over t
+    # how a completion's advantage is spread over its tokens
+    token_broadcast: Literal["uniform", "log_decay", "poly_decay", "loglog_decay"] = "uniform"
     mask_truncated_completions: bool = False  # completions cut at max_completion_length teach nothing
-    # weights for what sampler and trainer do not agree on (truncated importance sampling)
-    importance_sampling_mode: Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] | None = (
-        None
-    )
-    importance_sampling_clip_max: float = 2.0
-    importance_sampling_clip_min: float = 0.0
+    # how tokens are weighted by (trainer's probability / sampler's), where the two do not agree; null: not at all
+    importance_sampling_mode: SamplerCorrection | None = None
+    importance_sampling_clip_max: float = 2.0  # the largest such weight
+    importance_sampling_clip_min: float = 0.0  # the smallest such weight
     offload_reference: bool = False  # keep the reference policy in the host's memory between updates
     logprob_chunk: int = 1024  # tokens whose logits exist at a time on each device; at least one of every row
 
@@ -280,10 +287,10 @@ class LossConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationConfig:
-    every: int = 25  # steps; also at step 0 and at the end
+    every: int = 25  # steps between validations, which come at step 0 and at the end too
     prompts: int = 500  # a sample of so many of data.validation, by data.split_seed; 0: no validation
     num_generations: int = 1  # completions per prompt
-    batch_prompts: int = 64
+    batch_prompts: int = 64  # prompts sampled at a time
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "every", "num_generations", "batch_prompts")
@@ -298,24 +305,25 @@ class ValidationConfig:
 class PolicyConfig(RunConfig):
     """`train policy`: GOPO, GRPO and their relatives."""
 
-    rewards: list[RewardSpec]
-    reward_combination: Literal["sum", "mean", "minimum"] = "sum"  # of the weighted rewards
+    rewards: list[RewardSpec]  # what the policy is trained for
+    reward_combination: Literal["sum", "mean", "minimum"] = "sum"  # how the weighted rewards become one
     advantage: str = "gopo"  # a name in gopo_jax.ADVANTAGES, or the dotted path of a function like those
-    advantage_options: dict[str, Any] = field(default_factory=dict)  # e.g. {ties: ordinal} or {scale: none}
-    num_generations: int = 8  # G
-    prompts_per_step: int = 128  # P
+    # of the advantage, e.g. {ties: ordinal} or {scale: none}
+    advantage_options: dict[str, Any] = field(default_factory=dict)
+    num_generations: int = 8  # completions per prompt (G)
+    prompts_per_step: int = 128  # prompts per step (P)
     microbatch_prompts: int = 8  # prompts whose gradient is computed at a time
     num_iterations: int = 1  # passes over each batch
-    minibatch_prompts: int | None = None  # prompts per update; None: all, one update in each pass
+    minibatch_prompts: int | None = None  # prompts per update; null: all, one update in each pass
     dynamic_sampling_attempts: int = 1  # batches drawn at most until every group's rewards differ; 1: off
     max_prompt_length: int = 1024  # tokens; longer prompts are left out, counted and printed
-    max_completion_length: int = 2048  # T
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0  # 0: off
-    min_tokens: int = 0
-    loss: LossConfig = field(default_factory=LossConfig)
-    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    max_completion_length: int = 2048  # tokens (T); longer completions are cut
+    temperature: float = 1.0  # of sampling, and of the log-probabilities in the loss
+    top_p: float = 1.0  # sample from the likeliest tokens that have this probability together; 1: off
+    top_k: int = 0  # sample from so many likeliest tokens; 0: off
+    min_tokens: int = 0  # of a completion, before which it does not end
+    loss: LossConfig = field(default_factory=LossConfig)  # what the policy's update descends
+    validation: ValidationConfig = field(default_factory=ValidationConfig)  # on data.validation, by the rewards
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -380,17 +388,18 @@ class PolicyConfig(RunConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig(PolicyConfig):
-    """`train plan`: a policy's config, and of what it is to be planned for."""
+    """`train plan`: what a policy's run needs of its devices. A policy's settings, and the devices to plan for."""
 
-    devices: int | None = None  # default: the product of the mesh's sizes
-    chip: Literal["v4", "v5e", "v5p", "v6e", "A100", "H100", "H200", "B200"] | None = None  # default: all of them
+    devices: int | None = None  # how many to plan for; default: the product of the mesh's sizes
+    # the devices' kind; default: all of them
+    chip: Literal["v4", "v5e", "v5p", "v6e", "A100", "H100", "H200", "B200"] | None = None
     suggest: bool = False  # try meshes until one fits the chip
-    out: str | None = None  # JSON with all figures
+    out: str | None = None  # a JSON file to write with all figures
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """`train export`."""
+    """`train export`: a Hugging Face directory of a policy or a reward model, or its adapters alone."""
 
     checkpoint: str  # a run (its newest step) or RUN@STEP; a Hugging Face directory or Hub name works too
     out: str  # a directory that is not there yet, or empty

@@ -45,17 +45,17 @@ Part = Literal["default", "methods", "regimes", "distortions", "group_size", "no
 
 @dataclass(frozen=True, kw_only=True)
 class LabConfig:
-    """`python -m eval lab`. A directory keeps one setting of everything but `part`."""
+    """Does ranking help: a controlled study. A directory keeps one setting of everything but `part`."""
 
-    out: str
-    part: Part = "default"
-    seeds: int = 8
-    steps: int = 40
-    evaluate_every: int = 2
-    beta: float = 0.1  # of the k3 penalty in the loss
-    learning_rates: list[float] = field(default_factory=lambda: [1e-3, 3e-3, 1e-2, 3e-2])
-    tuning_seeds: int = 8
-    world: WorldConfig = field(default_factory=WorldConfig)
+    out: str  # the directory to write
+    part: Part = "default"  # the cells to run; plan: only print all parts and the minutes they have left
+    seeds: int = 8  # runs of a cell, side by side
+    steps: int = 40  # of each run
+    evaluate_every: int = 2  # steps between evaluations
+    beta: float = 0.1  # weight of the k3 penalty in the loss
+    learning_rates: list[float] = field(default_factory=lambda: [1e-3, 3e-3, 1e-2, 3e-2])  # tried for every method
+    tuning_seeds: int = 8  # runs of each learning rate, with seeds that are used for nothing else
+    world: WorldConfig = field(default_factory=WorldConfig)  # what the policies live in
 
     def __post_init__(self) -> None:
         for name in ("seeds", "steps", "evaluate_every", "tuning_seeds"):

@@ -60,14 +60,14 @@ PROXY = Qwen3Config(hidden_size=96, intermediate_size=288, num_hidden_layers=1, 
 class WorldConfig:
     """How big the lab's world is."""
 
-    sft_steps: int = 280
-    gold_steps: int = 160
-    max_prompt_length: int = 8
-    max_completion_length: int = 16
-    validation_prompts: int = 64
-    comparisons: int = 4096  # behind each proxy
-    proxy_batch: int = 64
-    proxy_learning_rate: float = 2e-3
+    sft_steps: int = 280  # of the start policy's training
+    gold_steps: int = 160  # of the gold reward model's training
+    max_prompt_length: int = 8  # tokens; longer prompts are left out
+    max_completion_length: int = 16  # tokens; longer completions are cut
+    validation_prompts: int = 64  # prompts that policies are evaluated on
+    comparisons: int = 4096  # pairs of completions that each proxy is trained on
+    proxy_batch: int = 64  # comparisons per step of a proxy's training
+    proxy_learning_rate: float = 2e-3  # of a proxy's training, at its first step; it falls to 0
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():

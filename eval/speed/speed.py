@@ -35,15 +35,18 @@ WARMUP = 2  # steps left out of every median
 
 @dataclass(frozen=True, kw_only=True)
 class SpeedConfig:
-    workload: str = "w1"  # one of eval.speed.workloads.WORKLOADS
-    steps: int = 7  # timed ones, after two that are not
-    json: str | None = None  # write the figures here too
-    against: str | None = None  # a folder with scripts of peers (see eval.speed.peers), run in turn with ours
-    trl: str | None = None  # a Python that has TRL; none = left out
-    tunix: str | None = None  # a Python that has Tunix; none = left out
+    """Seconds of a policy's training step and of its parts."""
+
+    workload: str = "w1"  # w1, w2, w3 or qwen3-SIZE: see eval/speed/workloads.py
+    steps: int = 7  # steps that are timed, after two that are not
+    json: str | None = None  # a JSON file to write the figures to
+    # a folder with scripts of other trainers (see eval/speed/peers.py), run in turn with ours
+    against: str | None = None
+    trl: str | None = None  # a Python that has TRL; null: left out
+    tunix: str | None = None  # a Python that has Tunix; null: left out
     tuned: bool = False  # TRL once more, with an allocator that keeps what is freed
-    rounds: int = 2  # of peers and ours in turn
-    sweep: str | None = None  # a picture: step time against each of G, lengths and vocabulary
+    rounds: int = 2  # how many times each trainer is run, in turn
+    sweep: str | None = None  # a picture to draw: step time against each of G, lengths and vocabulary
 
     def __post_init__(self) -> None:
         if self.workload not in WORKLOADS:

@@ -33,17 +33,20 @@ HELP = """/reset            forget what was said
 
 @dataclass(frozen=True, kw_only=True)
 class TalkConfig:
+    """A conversation with a policy, on the terminal."""
+
     checkpoint: str  # a run, RUN@STEP, a Hugging Face directory or Hub name
-    temperature: float = 1.0  # 0: greedy
-    top_p: float = 1.0
-    top_k: int = 0  # 0: off
+    temperature: float = 1.0  # of sampling; 0: greedy
+    top_p: float = 1.0  # sample from the likeliest tokens that have this probability together; 1: off
+    top_k: int = 0  # sample from so many likeliest tokens; 0: off
     max_prompt_length: int = 4096  # tokens of the whole conversation
-    max_completion_length: int = 512
-    seed: int = 0
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    chat: ChatConfig | None = None  # default: the run's own; for a model directory, ChatConfig's
-    plain: bool | None = None  # each line is plain text that is gone on with; default: without a chat template
-    mesh: MeshConfig = field(default_factory=MeshConfig)
+    max_completion_length: int = 512  # tokens of an answer; longer ones are cut
+    seed: int = 0  # of sampling
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation
+    chat: ChatConfig | None = None  # how prompts become tokens; default: the run's own; for a model directory, as below
+    # each line is plain text to be continued; default: true for a model without a chat template
+    plain: bool | None = None
+    mesh: MeshConfig = field(default_factory=MeshConfig)  # how arrays are split over devices, e.g. tensor=8
 
     def __post_init__(self) -> None:
         least = {"max_prompt_length": 1, "max_completion_length": 1, "temperature": 0, "top_k": 0, "seed": 0}

@@ -34,6 +34,8 @@ ACCURACIES = ("prompt_strict", "prompt_loose", "instruction_strict", "instructio
 
 @dataclass(frozen=True, kw_only=True)
 class IfevalConfig:
+    """How well instructions are followed, strictly and loosely."""
+
     responses: str  # JSONL (.gz too): prompt (text or chat messages) and response, or completion; null: empty
     out: str  # the JSON file to write
     data: str | None = None  # google/IFEval's columns; default: its 541 prompts. Rows with instructions keep their own

@@ -29,14 +29,16 @@ from train.running import setup_errors
 
 @dataclass(frozen=True, kw_only=True)
 class RewardConfig:
+    """Completions scored by a reward model."""
+
     responses: str  # JSONL with prompt_id, prompt, completion, as `python -m eval generate` writes it
     reward_model: str  # a run of `train reward`, RUN@STEP, a Hugging Face directory or Hub name
     out: str  # the JSONL file to write: the same rows with "reward", null where unscorable
     best_of: str | None = None  # a JSONL file for the best row of each prompt at each temperature
     max_length: int = 4096  # of prompt and completion together, in the reward model's tokens
     batch_prompts: int = 32  # prompts scored at a time
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    mesh: MeshConfig = field(default_factory=MeshConfig)
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation
+    mesh: MeshConfig = field(default_factory=MeshConfig)  # how arrays are split over devices, e.g. data=8,fsdp=1
 
     def __post_init__(self) -> None:
         for name in ("max_length", "batch_prompts"):

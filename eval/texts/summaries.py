@@ -47,11 +47,13 @@ Measures = dict[str, float | None]  # of one text; None = there is none
 
 @dataclass(frozen=True, kw_only=True)
 class SummariesConfig:
+    """ROUGE, length and novelty of summaries, beside the posts' first sentences and the references."""
+
     responses: str  # JSONL (.gz too) with prompt, or post, and completion, or response
     out: str  # the JSON file to write
-    reference: str = REFERENCE  # the column with the references: of the responses, or of `data`
-    data: str | None = None  # take the references from here; prompt_id is the row's number
-    columns: dict[str, str] = field(default_factory=dict)  # renames the responses' columns: ours: theirs
+    reference: str = REFERENCE  # the column of the responses, or of data, that holds the references
+    data: str | None = None  # rows with the references, whose number is prompt_id; default: the responses
+    columns: dict[str, str] = field(default_factory=dict)  # of the responses, our name: theirs
     lead: int = 2  # sentences of the post that are judged beside the summaries; 0: none
 
     def __post_init__(self) -> None:
