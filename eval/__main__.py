@@ -3,6 +3,8 @@
 import sys
 from importlib import import_module
 
+from train.parse import no_command
+
 USAGE = """usage: python -m eval COMMAND ...
 
   generate  --checkpoint RUN[@STEP]|DIR --data FILE --out R.jsonl             completions of a policy
@@ -20,7 +22,7 @@ USAGE = """usage: python -m eval COMMAND ...
 
   --help after a command explains its settings."""
 
-COMMANDS = {  # the module, imported when it is needed, with its parser of the command line and its program
+COMMANDS = {  # the module, imported when it is needed, with the parser of its command line and its program
     "generate": ("eval.texts.generate", "parse_generate", "generate"),
     "reward": ("eval.texts.score", "parse_reward", "reward"),
     "judge": ("eval.judges.command", "parse_judge", "judge"),
@@ -39,8 +41,7 @@ SEVERAL = ("generate", "reward")  # those that may be one of several processes
 
 def main(arguments: list[str]) -> int:
     if not arguments or arguments[0] not in COMMANDS:
-        print(USAGE, file=sys.stderr)
-        return 0 if arguments and arguments[0] in ("-h", "--help") else 2
+        return no_command(arguments, COMMANDS, USAGE)
     module, *names = COMMANDS[arguments[0]]
     parse, program = (getattr(import_module(module), name) for name in names)
     try:

@@ -1,12 +1,11 @@
 """What `python -m train policy` left behind, read for judging: config, metrics, validation completions."""
 
-import argparse
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import yaml
@@ -14,16 +13,6 @@ import yaml
 from eval.stats import prompt_means
 from train.data.rows import Row, load_rows
 from train.run.directory import COMPLETIONS, CONFIG, read_metrics
-
-
-class Arguments(argparse.ArgumentParser):
-    """A command line whose mistakes are ValueErrors, as those of `train.parse.parse`."""
-
-    def __init__(self, program: str, description: str | None) -> None:
-        super().__init__(prog=f"python -m eval {program}", description=description, allow_abbrev=False)
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message} ({self.prog} --help shows all settings)")
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,11 @@
-"""`python -m train {sft,reward,policy} --config FILE [--key value ...]`, and `python -m train export`."""
+"""`python -m train {sft,reward,policy} --config FILE [--key value ...]`; also inspect, plan and export."""
 
 import sys
 from collections.abc import Callable
 from typing import Any
 
 from train.config import ExportConfig, PlanConfig, PolicyConfig, RewardModelConfig, SftConfig
-from train.parse import parse, spread_mesh, take
+from train.parse import no_command, parse, take
 
 USAGE = """usage: python -m train {sft,reward,policy} --config FILE [--variant NAME] [--key value ...] [--show [N]]
        python -m train {sft,reward,policy} --config FILE --dry_run [--devices N] [--chip H200]
@@ -21,20 +21,33 @@ USAGE = """usage: python -m train {sft,reward,policy} --config FILE [--variant N
   export   a Hugging Face directory of a policy or a reward model, or of the adapters alone (PEFT)
 
   --variant dapo (or another name in configs/variants) makes a policy's run that algorithm's, whatever FILE says.
-  --print_config shows every setting; --help explains them. Started again, a run goes on where it was.
+  --help after a program explains its settings; --print_config shows their values. Started again, a run goes on where
+  it was.
   --dry_run prints data, networks, memory and schedule; --show the first N (3) prompts with the token ids that the
   models see. Neither trains anything."""
 LEARNING: dict[str, type[Any]] = {"sft": SftConfig, "reward": RewardModelConfig, "policy": PolicyConfig}
 KINDS: dict[str, type[Any]] = LEARNING | {"plan": PlanConfig, "export": ExportConfig}
+# Options that are no settings of a run: what is printed instead of training.
+PREVIEWS = {
+    "dry_run": "print data, networks, memory and schedule; train nothing",
+    "devices": "with --dry_run: how many to plan for (default: those of the mesh)",
+    "chip": "with --dry_run: their kind, e.g. H200 or v5p (default: all kinds)",
+    "show": "print the first so many prompts (3) with the token ids that the models see; train nothing",
+}
+INSPECT = {"rows": "how many rows to print as the models see them (default: 3)"}
 
 
 def main(arguments: list[str]) -> int:
-    if not arguments or arguments[0] not in (*KINDS, "inspect"):
-        print(USAGE, file=sys.stderr)
-        return 0 if arguments and arguments[0] in ("-h", "--help") else 2
+    words, commands = arguments, [*KINDS, "inspect"]
+    if words[:1] == ["inspect"]:
+        words, commands = words[1:], [*LEARNING]
+    if not words or words[0] not in commands:
+        return no_command(words, commands, USAGE)
     try:
         command, rest, task, options = what_to_do(arguments)
-        config = parse(KINDS[command], rest, f"python -m train {command}")
+        program_name = f"python -m train {'inspect ' if task == 'inspect' else ''}{command}"
+        extra = INSPECT if task == "inspect" else PREVIEWS if command in LEARNING else None
+        config = parse(KINDS[command], rest, program_name, options=extra)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -50,23 +63,21 @@ def what_to_do(arguments: list[str]) -> tuple[str, list[str], str, dict[str, Any
       ValueError: an option of ours has no value or a wrong one.
     """
     command, *rest = arguments
-    if command != "export":
-        rest = spread_mesh(rest)
     if command == "inspect":
-        if not rest or rest[0] not in LEARNING:
-            raise ValueError(f"inspect: the data of which program? Expected one of {', '.join(LEARNING)} behind it")
         command, *rest = rest
         rest, rows = take(rest, "--rows", alone="3")
         return command, rest, "inspect", {"count": number("--rows", rows or "3")}
     if command in LEARNING:
         rest, shown = take(rest, "--show", alone="3")
         rest, dry = take(rest, "--dry_run", alone="true")
+        rest, devices = take(rest, "--devices")
+        rest, chip = take(rest, "--chip")
         if dry not in (None, "true", "false"):
             raise ValueError(f"--dry_run: expected nothing, true or false behind it, got {dry!r}")
         if dry == "true":
-            rest, devices = take(rest, "--devices")
-            rest, chip = take(rest, "--chip")
             return command, rest, "dry_run", {"devices": number("--devices", devices), "chip": chip}
+        if devices is not None or chip is not None:
+            raise ValueError("--devices, --chip: are for --dry_run, which plans a run without training it")
         if shown is not None:
             return command, rest, "show", {"count": number("--show", shown)}
     return command, rest, command, {}

@@ -1,54 +1,181 @@
-"""A config from a command line: YAML files first, then a variant, then what is typed; mistakes in one clear line."""
+"""A config from a command line: YAML files first, then a variant, then what is typed; mistakes in one clear line.
+
+An option is `--key value` or `--key=value`, with the dotted key of a setting. The values behind an option whose setting
+is a list are its items. Values without an option are the program's positional settings.
+"""
 
 import dataclasses
 import difflib
+import json
+import math
 import re
-import typing
+import sys
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from train.settings import Setting, check_key, check_values, form, help_text, settings
+
 VARIANTS = Path(__file__).parent.parent / "configs" / "variants"  # other trainers' algorithms, by name
-# Before every list of rewards: jsonargparse would fill what an item leaves out from the item that stood in its place.
-_NO_REWARDS = ("--rewards=[]",)
+OPTIONS = {
+    "config": "YAML file with settings; the rest of the command line overrides it",
+    "print_config": "print every setting with its value, and exit",
+    "help": "print this text, and exit",
+}
+VARIANT = {"variant": "an algorithm of configs/variants, e.g. dapo; overrides the file"}
+
+Known = Mapping[str, Setting]
 
 
-def parse(kind: type[Any], arguments: list[str], program: str = "python -m train") -> Any:
+def parse(
+    kind: type[Any],
+    arguments: Sequence[str],
+    program: str = "python -m train",
+    *,
+    positional: Sequence[str] = (),
+    options: Mapping[str, str] | None = None,
+) -> Any:
     """The config that a command line makes.
+
+    Args:
+      kind: the dataclass of the program's settings.
+      arguments: the command line behind `program`.
+      positional: keys of the settings that are given without their names, in this order; a list takes all the rest.
+      options: options that the caller has taken off the command line already, with their help.
 
     Raises:
       ValueError: a missing file, an unknown key (with the nearest right one), a wrong type, an impossible value.
+      SystemExit: with 0, after --help or --print_config.
     """
     import jsonargparse
 
+    known = settings(kind)
+    options = {**(options or {}), **(VARIANT if "advantage" in known else {}), **OPTIONS}
+    if "--help" in arguments or "-h" in arguments:
+        print(help_text(kind, program, positional, options))
+        raise SystemExit(0)
+    line = _canonical(known, arguments, positional, options)
     parser = jsonargparse.ArgumentParser(prog=program, exit_on_error=False)
-    parser.add_argument("--config", action="config", help="YAML file; what else is on the command line overrides it")
+    parser.add_argument("--config", action="config")
     parser.add_class_arguments(kind)
+    try:
+        values = parser.instantiate(parser.parse_args(line))
+    except (jsonargparse.ArgumentError, ValueError) as error:
+        raise ValueError(_one_line(error, known, program, positional)) from error
+    return kind(**{item.name: values[item.name] for item in dataclasses.fields(kind)})
+
+
+def _canonical(
+    known: Known, arguments: Sequence[str], positional: Sequence[str], options: Mapping[str, str]
+) -> list[str]:
+    """The command line as `--key=value` alone, in the order in which values override each other."""
     files: list[str] = []  # they go first, wherever they stand: a file would override what stands before it
     variants: list[str] = []  # after the files, which write out what a variant changes
+    values: list[str] = []
     others: list[str] = []
-    following = iter(arguments)
-    for argument in following:
-        key, equals, value = argument.partition("=")
-        if key == "--config":
-            value = value if equals else next(following, "")
-            files += [*(_NO_REWARDS if "rewards" in _check_file(kind, value) else ()), f"--config={value}"]
-            continue
-        if key == "--variant":
-            value = _variant_file(value if equals else next(following, ""))
-            _check_file(kind, value)
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        key, equals, value = argument.removeprefix("--").partition("=")
+        given = [value] if equals else []
+        if not argument.startswith("--"):
+            values.append(argument)
+        elif key == "print_config":
+            others.append(argument)
+        elif key == "config":
+            file = _only_value(key, given, rest)
+            files += [option for name in _check_file(known, file) for option in _emptied(known, str(name))]
+            files.append(f"--config={file}")
+        elif key == "variant" and key in options:
             # all start from GOPO's file, which sets everything, so that nothing of another algorithm stays
-            variants = [f"--config={_variant_file('gopo')}", f"--config={value}"]
-            continue
-        if key.startswith("--") and key not in ("--help", "--print_config"):
-            _check_keys(kind, key[2:].split("."), "command line")
-        others += [*(_NO_REWARDS if key == "--rewards" else ()), argument]
+            names = ("gopo", _only_value(key, given, rest))
+            variants = [f"--config={_variant_file(name)}" for name in names]
+        elif (setting := check_key(known, key, "command line", options)).item:
+            while rest and not rest[0].startswith("--") and not equals:
+                given.append(rest.pop(0))
+            others += _list_option(known, setting, given)
+        else:
+            others += _option(known, setting, key, _only_value(key, given, rest))
+    return [*files, *variants, *_positional_options(known, values, positional), *others]
+
+
+def _only_value(key: str, given: list[str], rest: list[str]) -> str:
+    """The value of an option: given behind `=`, or taken off the rest of the command line."""
+    if not given and (not rest or rest[0].startswith("--")):
+        raise ValueError(f"--{key}: expected a value behind it")
+    return given[0] if given else rest.pop(0)
+
+
+def _option(known: Known, setting: Setting, key: str, value: str) -> list[str]:
+    if key == "mesh" and not value.startswith("{"):
+        return [f"--mesh.{size}" for size in _mesh_sizes(value)]
+    if "[]" in setting.key:
+        raise ValueError(f"--{key}: expected all items together, as --{key.partition('[')[0]} '[{{...}}, {{...}}]'")
+    if setting.inner is not None:
+        _check_nested(known, key, value)
+    if value.lstrip().startswith("#") and form(setting.hint) == "text|null":
+        raise ValueError(f"--{key}: YAML takes a text that begins with # for a comment; put it in a file, in quotes")
+    return [f"--{key}={value}"]
+
+
+def _mesh_sizes(text: str) -> list[str]:
+    """The parts of `data=1,fsdp=64`."""
+    for size in (sizes := text.split(",")):
+        if not re.fullmatch(r"(data|fsdp|tensor)=-?\d+", size):
+            raise ValueError(f"--mesh: expected sizes such as data=1,fsdp=64,tensor=4, got {size!r}")
+    return sizes
+
+
+def _list_option(known: Known, setting: Setting, values: Sequence[str]) -> list[str]:
+    """`--key a b` as `--key=["a", "b"]`; numbers may have commas between them; a list in brackets stays as it is."""
+    key, text = setting.key, " ".join(values)
+    if not values:
+        raise ValueError(f"--{key}: expected a value behind it")
+    if text.startswith("[") or (text == "null" and form(setting.hint).endswith("|null")):
+        pass
+    elif setting.inner is not None:
+        text = f"[{', '.join(values)}]"
+    elif setting.item in (int, float):
+        numbers = [number for value in values for number in value.split(",")]
+        if not all(map(_is_number, numbers)):
+            raise ValueError(f"{key}: expected numbers such as 0.1,0.5,0.9, got {text}")
+        text = f"[{','.join(numbers)}]"
+    else:
+        text = json.dumps(values, ensure_ascii=False)
+    if setting.inner is not None:
+        _check_nested(known, key, text)
+    return [*_emptied(known, key), f"--{key}={text}"]
+
+
+def _emptied(known: Known, key: str) -> list[str]:
+    """What empties a list of dataclasses before it is set: else jsonargparse merges old and new items of one place."""
+    setting = known.get(key)
+    return [f"--{key}=[]"] if setting and setting.item and setting.inner else []
+
+
+def _is_number(text: str) -> bool:
     try:
-        values = parser.instantiate(parser.parse_args([*files, *variants, *others]))
-    except (jsonargparse.ArgumentError, ValueError) as error:
-        raise ValueError(_one_line(error)) from error
-    return kind(**{item.name: values[item.name] for item in dataclasses.fields(kind)})
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+def _positional_options(known: Known, values: Sequence[str], positional: Sequence[str]) -> list[str]:
+    """Positional values as options."""
+    line: list[str] = []
+    rest = list(values)
+    for key in positional:
+        if rest and known[key].item:
+            line += _list_option(known, known[key], rest)
+            rest = []
+        elif rest:
+            line.append(f"--{key}={rest.pop(0)}")
+    if rest:
+        places = " ".join(map(str.upper, positional))
+        raise ValueError(f"unexpected {rest[0]!r}; expected {places and places + ' and '}options such as --key value")
+    return line
 
 
 def _variant_file(name: str) -> str:
@@ -59,17 +186,25 @@ def _variant_file(name: str) -> str:
     return str(VARIANTS / f"{name}.yaml")
 
 
-def _one_line(error: Exception) -> str:
-    """The message; of an optional value's, which lists all that was tried and given, what matters."""
-    text = " ".join(str(error).split())
-    start, optional, rest = text.partition("Does not validate against any of the Union subtypes")
-    if not optional:
-        return text
-    problems = rest.partition("Errors: - ")[2].partition(" Given value type:")[0].split(" - ")
-    return start + "; ".join(problem for problem in problems if "NoneType" not in problem)
+def _one_line(error: Exception, known: Known, program: str, positional: Sequence[str]) -> str:
+    """An error of jsonargparse in our words: the key, what it allows, what came."""
+    text = str(error)
+    if required := re.search(r"arguments are required: (.*)", text):
+        names = [key.upper() if key in positional else f"--{key}" for key in required[1].split(", ")]
+        return f"expected {', '.join(names)}; {program} --help explains them"
+    key = ""
+    for inner in re.findall(r'Parser key "([^"]+)"', text):  # from the outermost to the innermost
+        if not key or inner.startswith(f"{key}."):
+            key = inner
+        else:
+            key += f"[].{inner}" if known[key].item else f".{inner}"
+    came = re.search(r"(?:Got|Given) value: (.*)", text)
+    if key in known and came:
+        return f"{key}: expected {form(known[key].hint)}, got {came[1]}"
+    return " ".join(text.split())
 
 
-def _check_file(kind: type[Any], file: str) -> dict[str, Any]:
+def _check_file(known: Known, file: str) -> dict[str, Any]:
     if not Path(file).is_file():
         raise FileNotFoundError(f"--config {file}: no such file")
     try:
@@ -78,47 +213,25 @@ def _check_file(kind: type[Any], file: str) -> dict[str, Any]:
         raise ValueError(f"{file}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{file}: expected 'key: value' lines, got {type(values).__name__}")
-    _check_nested(kind, values, file)
+    check_values(known, values, file)
     return values
 
 
-def _check_nested(kind: type[Any], values: dict[str, Any], source: str) -> None:
-    for key, value in values.items():
-        inner = _check_keys(kind, [str(key)], source)
-        for item in value if isinstance(value, list) else [value]:
-            if inner is not None and isinstance(item, dict):
-                _check_nested(inner, item, source)
-            elif inner is not None and item is not None:
-                raise ValueError(f"{source}: {key}: expected 'key: value' lines, got {item!r}")
-
-
-def _check_keys(kind: type[Any], keys: list[str], source: str) -> type[Any] | None:
-    """Refuse a key that no dataclass has; returns the dataclass that the last key holds, if it holds one."""
-    inner: type[Any] | None = kind
-    for key in keys:
-        if inner is None:
-            return None  # inside a dict: any key is right
-        hints = typing.get_type_hints(inner)
-        if key not in hints or key not in inner.__dataclass_fields__:
-            near = difflib.get_close_matches(key, hints, n=1)
-            raise ValueError(
-                f"{source}: unknown key {key!r}; "
-                + (f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(inner.__dataclass_fields__)}")
-            )
-        inner = _dataclass_in(hints[key])
-    return inner
-
-
-def _dataclass_in(hint: Any) -> type[Any] | None:
-    """The dataclass in a type like X, X | None or list[X]."""
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        return hint
-    found = [_dataclass_in(argument) for argument in typing.get_args(hint)]
-    return next((item for item in found if item is not None), None)
+def _check_nested(known: Known, key: str, text: str) -> None:
+    """Checks the keys in what is typed for a dataclass, such as `--rewards '[{model: x}]'`; a file's name has none."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"--{key}: not YAML: {' '.join(str(error).split())}") from error
+    if isinstance(value, dict | list):
+        check_values(known, {key: value}, "command line")
 
 
 def take(arguments: list[str], name: str, alone: str | None = None) -> tuple[list[str], str | None]:
-    """The other arguments, and the value of `name VALUE` or `name=VALUE`: None without it, `alone` if it has none.
+    """Takes `name VALUE` or `name=VALUE` off the arguments.
+
+    Returns:
+      The other arguments, and the value: None without the option, `alone` where no value stands behind it.
 
     Raises:
       ValueError: it has none and needs one.
@@ -140,11 +253,14 @@ def take(arguments: list[str], name: str, alone: str | None = None) -> tuple[lis
     return others, found
 
 
-def spread_mesh(arguments: list[str]) -> list[str]:
-    """`--mesh data=1,fsdp=64` as `--mesh.data=1 --mesh.fsdp=64`."""
-    rest, mesh = take(arguments, "--mesh")
-    for size in mesh.split(",") if mesh is not None else ():
-        if not re.fullmatch(r"(data|fsdp|tensor)=-?\d+", size):
-            raise ValueError(f"--mesh: expected sizes such as data=1,fsdp=64,tensor=4, got {size!r}")
-        rest.append(f"--mesh.{size}")
-    return rest
+def no_command(arguments: Sequence[str], commands: Collection[str], usage: str) -> int:
+    """Prints how a program is used, and the nearest command to a wrong one; returns the exit status."""
+    if arguments and arguments[0] in ("-h", "--help"):
+        print(usage)
+        return 0
+    print(usage, file=sys.stderr)
+    if arguments:
+        near = difflib.get_close_matches(arguments[0], commands, n=1)
+        meant = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(commands)}"
+        print(f"error: unknown command {arguments[0]!r}; {meant}", file=sys.stderr)
+    return 2

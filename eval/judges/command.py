@@ -24,10 +24,10 @@ from typing import Any, Literal
 from eval.judges.pairs import Judged, Pair, read_pairs
 from eval.judges.results import JUDGEMENTS, WITHOUT, gold_of, read_judgements, results, row_of, step_of
 from eval.judges.task import Task, load_task
-from eval.runs import Arguments
 from eval.stats import without_nan
 from train.config import MeshConfig
 from train.console import console
+from train.parse import parse
 from train.run.files import write_jsonl, write_whole
 from train.running import setup_errors
 
@@ -36,31 +36,33 @@ RESULT = "judge.json"
 
 @dataclass(frozen=True, kw_only=True)
 class JudgeConfig:
-    a: str
-    b: str
-    out: str
-    backend: Literal["server", "likelihood", "reward_model"]
-    model: str
-    base_url: str | None = None
-    task: str = "chat"
-    concurrency: int = 16
-    timeout: float = 60.0
-    max_retries: int = 5
-    temperature: float | None = 0.0
-    price_prompt: float | None = None
-    price_completion: float | None = None
-    cache: str | None = None
-    seed: int = 0
-    agree_with: list[str] = field(default_factory=list)
-    gold: str | None = None
-    limit: int | None = None
-    common: bool = False
-    name_a: str | None = None
-    name_b: str | None = None
-    max_length: int = 4096
-    batch_prompts: int = 8
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    mesh: MeshConfig = field(default_factory=MeshConfig)
+    """Two policies' completions of the same prompts, compared by a judge."""
+
+    a: str  # JSONL with prompt_id, prompt, completion, as `python -m eval generate` writes it
+    b: str  # JSONL of the same prompts, answered by another policy
+    out: str  # the directory to write
+    backend: Literal["server", "likelihood", "reward_model"]  # what asks the judge
+    model: str  # server: the model's name there; else a run, RUN@STEP, a Hugging Face directory or Hub name
+    base_url: str | None = None  # of the server, e.g. http://localhost:8000/v1; default: OPENAI_BASE_URL, else OpenAI's
+    task: str = "chat"  # what is asked: chat, summary, llmbar_*, or a YAML file like those in eval/judges/tasks
+    concurrency: int = 16  # requests to the server at a time
+    timeout: float = 60.0  # seconds until a request has failed
+    max_retries: int = 5  # of a request that has failed, with growing pauses
+    temperature: float | None = 0.0  # of the judge on a server; null: the server's own
+    price_prompt: float | None = None  # of a million tokens that the server reads; the cost is in judge.json
+    price_completion: float | None = None  # of a million tokens that the server writes
+    cache: str | None = None  # SQLite file of all replies; default: OUT/cache.sqlite
+    seed: int = 0  # of the bootstrap
+    agree_with: list[str] = field(default_factory=list)  # directories of earlier judgements to compare with
+    gold: str | None = None  # a column of A with "a" or "b", whichever is really better: judges the judge
+    limit: int | None = None  # only the first so many prompts
+    common: bool = False  # leave out prompts that one side does not have
+    name_a: str | None = None  # in tables and pictures; default: the file's name
+    name_b: str | None = None  # in tables and pictures; default: the file's name
+    max_length: int = 4096  # tokens of a question to a local model; longer questions are counted, not judged
+    batch_prompts: int = 8  # questions to a local model at a time; changes no result
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of a local model's computation
+    mesh: MeshConfig = field(default_factory=MeshConfig)  # of a local model, e.g. data=1,fsdp=4
 
     def __post_init__(self) -> None:
         for name, least in (("concurrency", 1), ("max_retries", 0), ("max_length", 1), ("batch_prompts", 1)):
@@ -79,36 +81,7 @@ class JudgeConfig:
 
 
 def parse_judge(arguments: list[str]) -> JudgeConfig:
-    parser = Arguments("judge", "Two policies' completions of the same prompts, compared by a judge.")
-    add = parser.add_argument
-    add(
-        "a", metavar="A.jsonl", help="rows with prompt_id, prompt, completion, as `python -m eval generate` writes them"
-    )
-    add("b", metavar="B.jsonl", help="the same prompts, answered by another policy")
-    add("--out", required=True, help="the directory to write")
-    add("--backend", required=True, choices=("server", "likelihood", "reward_model"))
-    add("--model", required=True, help="its name on the server; a run, RUN@STEP or Hugging Face directory otherwise")
-    add("--base_url", help="e.g. http://localhost:8000/v1; default: OPENAI_BASE_URL, else OpenAI's own")
-    add("--task", default="chat", help="what is asked: chat, summary, llmbar_*, or a YAML file like those")
-    add("--concurrency", type=int, default=16, help="requests at a time")
-    add("--timeout", type=float, default=60.0, help="seconds until a request has failed")
-    add("--max_retries", type=int, default=5, help="of a request that has failed, with growing pauses")
-    add("--temperature", type=_number_or_null, default=0.0, help="of the judge; null: the server's own")
-    add("--price_prompt", type=float, help="of a million tokens")
-    add("--price_completion", type=float)
-    add("--cache", help="sqlite file of all replies; default: OUT/cache.sqlite")
-    add("--seed", type=int, default=0, help="of the bootstrap")
-    add("--agree_with", nargs="+", default=[], metavar="DIR", help="earlier judgements to compare with")
-    add("--gold", help='a column of A.jsonl, "a" or "b": which is really better; judges the judge')
-    add("--limit", type=int, help="the first so many prompts")
-    add("--common", type=_true_or_false, default=False, help="true: leave out prompts that one side does not have")
-    add("--name_a", help="in tables and pictures; default: the file's name")
-    add("--name_b")
-    add("--max_length", type=int, default=4096, help="of a question to a local model, in its tokens; longer: counted")
-    add("--batch_prompts", type=int, default=8, help="questions to a local model at a time; changes no result")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of a local model")
-    add("--mesh", type=_mesh, default=MeshConfig(), help="of a local model, e.g. data=1,fsdp=4")
-    return JudgeConfig(**vars(parser.parse_args(arguments)))
+    return parse(JudgeConfig, arguments, "python -m eval judge", positional=("a", "b"))
 
 
 def judge(config: JudgeConfig) -> dict[str, Any]:
@@ -246,23 +219,3 @@ def lines(result: Mapping[str, Any]) -> list[tuple[str, str]]:
 def interval(found: Mapping[str, Any]) -> str:
     mean = found.get("mean", found.get("share"))
     return "-" if mean is None else f"{mean:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
-
-
-# The command line's values
-
-
-def _number_or_null(text: str) -> float | None:
-    return None if text == "null" else float(text)
-
-
-def _true_or_false(text: str) -> bool:
-    if text not in ("true", "false"):
-        raise ValueError(text)
-    return text == "true"
-
-
-def _mesh(text: str) -> MeshConfig:
-    sizes = {name: int(size) for name, _, size in (part.partition("=") for part in text.split(","))}
-    if not sizes.keys() <= {"data", "fsdp", "tensor"}:
-        raise ValueError(text)
-    return MeshConfig(**sizes)  # type: ignore[arg-type]

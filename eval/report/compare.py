@@ -17,7 +17,7 @@ from eval.report import judged_tables
 from eval.report.judged import read_judged
 from eval.report.steps import both_ways
 from eval.report.tables import by_step, policies, rewards_by_step, steps_to_reach
-from eval.runs import Arguments, Completions, PolicyRun, same_model
+from eval.runs import Completions, PolicyRun, same_model
 from eval.sheets import Sheet
 from eval.stats import (
     CONFIDENCE,
@@ -37,6 +37,7 @@ from train.build import make_layout_for
 from train.config import MeshConfig
 from train.console import console
 from train.data.rows import Row, load_rows
+from train.parse import parse
 from train.rewards.model import RewardModelScorer
 from train.run.files import write_jsonl, write_whole
 from train.running import setup_errors
@@ -46,34 +47,23 @@ RESULT, SCORES, JUDGE_SCORE = "compare.json", "scores", "judge_score"
 
 @dataclass(frozen=True, kw_only=True)
 class CompareConfig:
-    run_a: str
-    run_b: str
-    judge: str
-    out: str
-    name_a: str | None = None
-    name_b: str | None = None
-    judged: tuple[str, ...] = ()
-    seed: int = 0
-    max_length: int = 4096
-    batch_prompts: int = 32
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Two policies on the same prompts, judged by a reward model that neither was trained against."""
+
+    run_a: str  # a run of `train policy`
+    run_b: str  # another one with the same validation prompts
+    judge: str  # a reward model that neither was trained against: a run, a Hugging Face directory or Hub name
+    out: str  # the directory to write
+    name_a: str | None = None  # in tables and pictures; default: the run's directory
+    name_b: str | None = None  # in tables and pictures; default: the run's directory
+    judged: tuple[str, ...] = ()  # what `eval judge` wrote to --out about texts of these two runs, to be shown too
+    seed: int = 0  # of the bootstrap
+    max_length: int = 4096  # of prompt and completion together, in the judge's tokens
+    batch_prompts: int = 32  # prompts judged at a time
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the judge's computation
 
 
 def parse_compare(arguments: list[str]) -> CompareConfig:
-    parser = Arguments("compare", "Two policies on the same prompts, judged by a reward model.")
-    parser.add_argument("run_a", metavar="RUN_A", help="a run of `train policy`")
-    parser.add_argument("run_b", metavar="RUN_B", help="another one with the same validation prompts")
-    parser.add_argument("--judge", required=True, help="a reward model that neither was trained against")
-    parser.add_argument("--out", required=True, help="the directory to write")
-    parser.add_argument("--name_a", help="in tables and pictures; default: the run's directory")
-    parser.add_argument("--name_b")
-    judged_help = "what `eval judge` wrote to its --out about texts of these two runs, to be shown too"
-    parser.add_argument("--judged", metavar="DIR", nargs="+", default=(), help=judged_help)
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
-    parser.add_argument("--max_length", type=int, default=4096, help="of prompt and completion, in the judge's tokens")
-    parser.add_argument("--batch_prompts", type=int, default=32, help="prompts judged at a time")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the judge")
-    return CompareConfig(**vars(parser.parse_args(arguments)))
+    return parse(CompareConfig, arguments, "python -m eval compare", positional=("run_a", "run_b"))
 
 
 def compare(config: CompareConfig) -> dict[str, Any]:

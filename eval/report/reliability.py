@@ -7,21 +7,21 @@ from pathlib import Path
 
 from eval.pictures import Picture
 from eval.report.plots import reliability
-from eval.runs import Arguments
 from train.console import console
+from train.parse import parse
 from train.run.directory import CALIBRATION
 from train.running import setup_errors
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReliabilityConfig:
-    runs: list[str]
+    """Draw RM/reliability.png and .svg of each run of `train reward`."""
+
+    runs: list[str]  # runs of `train reward` with held-out data
 
 
 def parse_reliability(arguments: list[str]) -> ReliabilityConfig:
-    parser = Arguments("reliability", "Draw RM/reliability.png and .svg of each run of `train reward`.")
-    parser.add_argument("runs", metavar="RM", nargs="+", help="runs of `train reward` with held-out data")
-    return ReliabilityConfig(**vars(parser.parse_args(arguments)))
+    return parse(ReliabilityConfig, arguments, "python -m eval reliability", positional=("runs",))
 
 
 def draw_reliability(config: ReliabilityConfig) -> None:

@@ -33,11 +33,12 @@ from eval.report.page import (
 from eval.report.plots import advantage_pictures, pick_groups, training_pictures
 from eval.report.reliability import reliability_pictures
 from eval.report.tables import by_step, final_win_rate, policies, reward_models, rewards_by_step, steps_to_reach
-from eval.runs import Arguments, Completions, PolicyRun, differences, same_model
+from eval.runs import Completions, PolicyRun, differences, same_model
 from eval.sheets import Sheet
 from eval.stats import without_nan
 from models.checkpoint import is_run
 from train.console import console
+from train.parse import parse
 from train.run.directory import METRICS, read_metrics
 from train.run.files import write_whole
 from train.running import setup_errors
@@ -48,30 +49,20 @@ SAMPLES = 6
 
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig:
-    runs: list[str]
-    reward_models: list[str]
-    compare: str
-    out: str
-    judged: tuple[str, ...] = ()
-    ifeval: tuple[str, ...] = ()
-    summaries: tuple[str, ...] = ()
-    title: str | None = None
+    """Tables, pictures and samples of some policies, on one page."""
+
+    runs: list[str]  # runs of `train policy`; the compared ones among them
+    reward_models: list[str]  # runs of `train reward`
+    compare: str  # what `eval compare` wrote to --out
+    out: str  # the directory to write
+    judged: tuple[str, ...] = ()  # what `eval judge` wrote to --out about texts of these runs, to be shown too
+    ifeval: tuple[str, ...] = ()  # what `eval ifeval` wrote to --out, to be shown too
+    summaries: tuple[str, ...] = ()  # what `eval summaries` wrote to --out, to be shown too
+    title: str | None = None  # of the page; default: the runs' names
 
 
 def parse_report(arguments: list[str]) -> ReportConfig:
-    parser = Arguments("report", "Tables, pictures and samples of some policies, on one page.")
-    parser.add_argument("runs", metavar="RUN", nargs="+", help="runs of `train policy`; the compared ones among them")
-    parser.add_argument("--reward_models", nargs="+", required=True, metavar="RM", help="runs of `train reward`")
-    parser.add_argument("--compare", required=True, help="what `eval compare` wrote to --out")
-    parser.add_argument("--out", required=True, help="the directory to write")
-    for name, metavar, what in (
-        ("judged", "DIR", "what `eval judge` wrote to --out about texts of these runs"),
-        ("ifeval", "JSON", "what `eval ifeval` wrote to --out"),
-        ("summaries", "JSON", "what `eval summaries` wrote to --out"),
-    ):
-        parser.add_argument(f"--{name}", metavar=metavar, nargs="+", default=(), help=f"{what}, to be shown too")
-    parser.add_argument("--title")
-    return ReportConfig(**vars(parser.parse_args(arguments)))
+    return parse(ReportConfig, arguments, "python -m eval report", positional=("runs",))
 
 
 def report(config: ReportConfig) -> Content:

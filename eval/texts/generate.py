@@ -47,7 +47,7 @@ from train.console import console, progress_bar
 from train.data.chats import conversations
 from train.data.prompts import fitting
 from train.data.rows import Row, load_rows
-from train.parse import parse, spread_mesh, take
+from train.parse import parse
 from train.running import setup_errors
 from train.state import EVALUATION, stream_key
 
@@ -60,25 +60,27 @@ _MAY_CHANGE = ("out", "overwrite", "batch_prompts", "mesh", "checkpoint", "data"
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig:
+    """Completions of a policy, over temperatures; resumed where it was killed."""
+
     checkpoint: str  # a run, RUN@STEP, a Hugging Face directory or Hub name
     data: str  # JSONL (.gz too), parquet, or a data set's name on the Hub
     out: str  # the JSONL file to write
     split: str = "validation"  # of a Hub data set
     prompt_column: str = "prompt"  # text, or a list of chat messages
-    columns: dict[str, str] = field(default_factory=dict)  # renames: ours: theirs, as {reference: completion}
+    columns: dict[str, str] = field(default_factory=dict)  # our name: theirs, e.g. {reference: completion}
     limit: int | None = None  # the first so many rows
-    temperatures: list[float] = field(default_factory=lambda: [1.0])  # 0.1,0.5,0.9; 0: greedy
+    temperatures: list[float] = field(default_factory=lambda: [1.0])  # each once, e.g. 0.1,0.5,0.9; 0: greedy
     n: int = 1  # completions per prompt and temperature
-    top_p: float = 1.0
-    top_k: int = 0  # 0: off
+    top_p: float = 1.0  # sample from the likeliest tokens that have this probability together; 1: off
+    top_k: int = 0  # sample from so many likeliest tokens; 0: off
     max_prompt_length: int = 1024  # tokens; longer prompts are left out, counted and printed
-    max_completion_length: int = 2048
+    max_completion_length: int = 2048  # tokens; longer completions are cut
     batch_prompts: int = 64  # prompts at a time; changes no token
-    seed: int = 0
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    chat: ChatConfig | None = None  # default: the run's own; for a model directory, ChatConfig's
-    mesh: MeshConfig = field(default_factory=MeshConfig)  # also data=8,fsdp=1
-    overwrite: bool = False  # start anew, whatever there is
+    seed: int = 0  # of sampling
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation
+    chat: ChatConfig | None = None  # how prompts become tokens; default: the run's own; for a model directory, as below
+    mesh: MeshConfig = field(default_factory=MeshConfig)  # how arrays are split over devices, e.g. data=8,fsdp=1
+    overwrite: bool = False  # start anew, whatever is in the file already
 
     def __post_init__(self) -> None:
         least = {"n": 1, "max_prompt_length": 1, "max_completion_length": 1, "batch_prompts": 1}
@@ -102,17 +104,7 @@ class GenerateConfig:
 
 
 def parse_generate(arguments: list[str]) -> GenerateConfig:
-    """The config; --temperatures may be 0.1,0.5,0.9 and --mesh data=8."""
-    rest, listed = take(spread_mesh(arguments), "--temperatures")
-    if listed is not None:
-        try:
-            numbers = [float(number) for number in listed.strip("[] ").split(",")]
-            if not all(map(math.isfinite, numbers)):
-                raise ValueError
-        except ValueError:
-            raise ValueError(f"temperatures: expected numbers such as 0.1,0.5,0.9, got {listed}") from None
-        rest.append(f"--temperatures={numbers}")
-    return parse(GenerateConfig, rest, "python -m eval generate")
+    return parse(GenerateConfig, arguments, "python -m eval generate")
 
 
 def generate(config: GenerateConfig) -> list[Row]:

@@ -28,11 +28,10 @@ from eval.theory.tabular import Problem, trained_exactly, training
 from gopo_jax.theory import expected_advantage, expected_gradient, rlhf_policy, stationary_policy
 from gopo_jax.theory.games import AdvantageName, enumerable
 from train.console import console, progress_bar
-from train.parse import parse, take
+from train.parse import parse
 from train.run.files import write_whole
 from train.running import SetupError, setup_errors
 
-LISTS = ("beta", "group_sizes", "noise", "reference", "rewards", "sizes")  # 0.1,0.5,2 on the command line
 EPSILON = 1e-4  # of `grpo_advantages`, whose standard deviation has ddof 1
 STEPS_SHOWN = 200  # of a training
 RLHF = "RLHF's optimum"
@@ -42,22 +41,26 @@ SHOWN = ("advantage", "G", *COLUMNS[2:-1], "apart")  # 80 letters wide
 
 @dataclass(frozen=True, kw_only=True)
 class TheoryConfig:
+    """Tabular policies trained beside their predicted fixed points."""
+
     out: str  # the directory to write
-    beta: list[float] = field(default_factory=lambda: [0.1, 0.5, 2.0])  # weights of the penalty
-    group_sizes: list[int] = field(default_factory=lambda: [2, 4, 8])  # G
-    noise: list[float] = field(default_factory=lambda: [0.0, 1.0, 2.0, 4.0])  # standard deviations, added to rewards
-    at_beta: float = 0.5  # of the pictures over G and over noise
-    at_group_size: int = 8  # of the pictures over beta and over noise
-    penalty_beta: float = 1.0  # of the picture of the penalty's estimators
-    reference: list[float] = field(default_factory=lambda: [0.5, 0.3, 0.15, 0.05])  # probabilities of the answers
+    beta: list[float] = field(default_factory=lambda: [0.1, 0.5, 2.0])  # weights of the KL penalty, e.g. 0.1,0.5,2
+    group_sizes: list[int] = field(default_factory=lambda: [2, 4, 8])  # answers per group (G)
+    # standard deviations of what is added to rewards
+    noise: list[float] = field(default_factory=lambda: [0.0, 1.0, 2.0, 4.0])
+    at_beta: float = 0.5  # beta of the pictures over G and over noise
+    at_group_size: int = 8  # G of the pictures over beta and over noise
+    penalty_beta: float = 1.0  # beta of the picture of the penalty's estimators
+    # the reference policy's probabilities of the answers
+    reference: list[float] = field(default_factory=lambda: [0.5, 0.3, 0.15, 0.05])
     rewards: list[float] = field(default_factory=lambda: [0.0, 1.0, 0.2, 3.0])  # of the answers
     groups: int = 256  # sampled at each step
-    steps: int = 2000  # of sampled training
-    exact_steps: int = 20_000  # along the exact expectation
-    sizes: list[int] = field(default_factory=lambda: [2, 3, 4, 5, 6, 8, 12, 16])  # G of the curves over it
-    points: int = 17  # of a curve over beta or noise
-    problems: int = 50  # random ones, of the picture of gradients
-    seed: int = 0
+    steps: int = 2000  # steps of sampled training
+    exact_steps: int = 20_000  # steps of training along the exact expectation
+    sizes: list[int] = field(default_factory=lambda: [2, 3, 4, 5, 6, 8, 12, 16])  # G, each a point of the curves over G
+    points: int = 17  # points of a curve over beta or noise
+    problems: int = 50  # random problems in the picture of gradients
+    seed: int = 0  # of sampled training and random problems
 
     def __post_init__(self) -> None:
         count = len(self.reference)
@@ -107,10 +110,6 @@ class Case(NamedTuple):
 
 
 def parse_theory(arguments: list[str]) -> TheoryConfig:
-    for name in LISTS:
-        arguments, value = take(arguments, f"--{name}")
-        if value is not None:
-            arguments.append(f"--{name}=" + (value if value.startswith("[") else f"[{value}]"))
     return parse(TheoryConfig, arguments, "python -m eval theory")
 
 

@@ -340,7 +340,7 @@ def test_compare_refuses(
     a, b = runs
     rest = ("--judge", judge, "--out", tmp_path / "out")
     assert "--judge" in refused(capsys, "compare", a, b, "--out", tmp_path / "out")
-    assert "--jugde" in refused(capsys, "compare", a, b, *rest, "--jugde", "x")
+    assert "did you mean 'judge'" in refused(capsys, "compare", a, b, *rest, "--jugde", "x")
     assert "not a run" in refused(capsys, "compare", a, tmp_path / "no", *rest)
     assert "--name_a" in refused(capsys, "compare", a, a, *rest)
     assert "directory's name" in refused(capsys, "compare", a, b, *rest, "--name_a", "../x")
@@ -364,5 +364,7 @@ def test_compare_refuses(
 
 
 def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([]) == 2 and main(["gauge"]) == 2 and main(["--help"]) == 0
-    assert capsys.readouterr().err.count("usage: python -m eval") == 3
+    assert main([]) == 2 and main(["gauge"]) == 2
+    assert capsys.readouterr().err.count("usage: python -m eval") == 2
+    assert main(["--help"]) == 0
+    assert capsys.readouterr().out.count("usage: python -m eval") == 1

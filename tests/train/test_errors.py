@@ -116,26 +116,37 @@ NETWORK |= {"num_attention_heads": 2, "num_key_value_heads": 1}
 
 SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "unknown key": (
-        {"lerning_rate": 1},
-        "config.yaml: unknown key 'lerning_rate'; expected one of output_dir, model, data,",
+        {"zzz": 1},
+        "config.yaml: unknown key 'zzz'; expected one of output_dir, max_steps, seed,",
     ),
     "unknown key with a near one": (
         {"num_generation": 4},
         "config.yaml: unknown key 'num_generation'; did you mean 'num_generations'?",
     ),
+    "unknown key that is nested elsewhere": (
+        {"learning_rte": 1},
+        "config.yaml: unknown key 'learning_rte'; did you mean 'optimizer.learning_rate'?",
+    ),
     "unknown nested key": (
         {"optimizer.lerning_rate": 1},
-        "config.yaml: unknown key 'lerning_rate'; did you mean 'learning_rate'?",
+        "config.yaml: unknown key 'optimizer.lerning_rate'; did you mean 'optimizer.learning_rate'?",
     ),
     "unknown key in a list": (
         {"rewards": [{"model": "{reward}", "wieght": 2.0}]},
-        "config.yaml: unknown key 'wieght'; did you mean 'weight'?",
+        "config.yaml: unknown key 'rewards[].wieght'; did you mean 'rewards[].weight'?",
     ),
     "num_generations 1": ({"num_generations": 1}, "num_generations: expected at least 2 completions per prompt"),
-    "text for an integer": ({"num_generations": "many"}, "num_generations"),
-    "fraction for an integer": ({"max_steps": 2.5}, "max_steps"),
-    "text for a number": ({"optimizer.learning_rate": "fast"}, "learning_rate"),
-    "not one of the choices": ({"loss.kl": "k4"}, "k4"),
+    "text for an integer": ({"num_generations": "many"}, "num_generations: expected integer, got many"),
+    "fraction for an integer": ({"max_steps": 2.5}, "max_steps: expected integer, got 2.5"),
+    "text for a number": (
+        {"optimizer.learning_rate": "fast"},
+        "optimizer.learning_rate: expected number, got fast",
+    ),
+    "text for a number in a list": (
+        {"rewards": [{"model": "{reward}", "weight": "much"}]},
+        "rewards[].weight: expected number, got much",
+    ),
+    "not one of the choices": ({"loss.kl": "k4"}, "loss.kl: expected k1|k2|k3, got k4"),
     "text for a list": ({"rewards": "a.b"}, "config.yaml: rewards: expected 'key: value' lines, got 'a.b'"),
     "a list for a dataclass": ({"optimizer": [1, 2]}, "config.yaml: optimizer: expected 'key: value' lines, got 1"),
     "null for a required one": ({"max_steps": None}, "max_steps"),
@@ -185,9 +196,9 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "text in an architecture": (
         {"model": {"architecture": NETWORK | {"head_dim": "x"}, "tokenizer": "{tokenizer}"}},
-        "head_dim",
+        "model.architecture.head_dim: expected integer, got x",
     ),
-    "text for an optional integer": ({"checkpoint.keep": "all"}, "checkpoint.keep"),
+    "text for an optional integer": ({"checkpoint.keep": "all"}, "checkpoint.keep: expected integer|null, got all"),
     "mesh": ({"mesh.fsdp": 3}, "mesh: data -1 x fsdp 3 x tensor 1 does not make the 1 devices"),
     "mesh of two free sizes": ({"mesh.fsdp": -1}, "mesh: data -1 x fsdp -1 x tensor 1 does not make the 1 devices"),
     "mesh rule": ({"mesh.rules": {"prompts": ["data"]}}, "mesh.rules: 'prompts': ['data'] is not a rule"),
@@ -206,8 +217,15 @@ def test_settings(door: Door, case: str) -> None:
     ("arguments", "message"),
     [
         (["--num_generation", "4"], "command line: unknown key 'num_generation'; did you mean 'num_generations'?"),
-        (["--optimizer.lr", "1"], "command line: unknown key 'lr'; expected one of learning_rate,"),
-        (["--optimizer.learning_rat=1"], "command line: unknown key 'learning_rat'; did you mean 'learning_rate'?"),
+        (["--optimizer.lr", "1"], "command line: unknown key 'optimizer.lr'; expected one of learning_rate,"),
+        (
+            ["--optimizer.learning_rat=1"],
+            "command line: unknown key 'optimizer.learning_rat'; did you mean 'optimizer.learning_rate'?",
+        ),
+        (
+            ["--learning_rte", "1e-6"],
+            "command line: unknown key 'learning_rte'; did you mean 'optimizer.learning_rate'?",
+        ),
         (["--max_steps", "three"], "max_steps"),
         (["--max_steps"], "max_steps"),
         (["--num_generations", "1"], "num_generations: expected at least 2"),

@@ -21,7 +21,7 @@ from models.published import PUBLISHED
 from train import processes
 from train.__main__ import main
 from train.config import PlanConfig
-from train.parse import parse, spread_mesh
+from train.parse import parse
 from train.plan.hlo import work
 from train.plan.programs import parameter_count
 
@@ -154,8 +154,10 @@ def test_published_shapes_have_the_published_sizes() -> None:
 
 
 def test_a_mesh_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert spread_mesh(["--a", "b", "--mesh", "data=1,fsdp=-1"]) == ["--a", "b", "--mesh.data=1", "--mesh.fsdp=-1"]
-    assert spread_mesh(["--mesh=tensor=2"]) == ["--mesh.tensor=2"]
+    recipe = ["--config", str(ROOT / "configs" / "tldr" / "qwen3_8b_gopo.yaml")]
+    mesh = parse(PlanConfig, [*recipe, "--mesh", "data=1,fsdp=-1", "--devices", "8"]).mesh
+    assert (mesh.data, mesh.fsdp, mesh.tensor) == (1, -1, 1)
+    assert parse(PlanConfig, [*recipe, "--mesh=tensor=2"]).mesh.tensor == 2
     for wrong in ("data:1", "pipe=2", ""):
         assert main(["plan", "--mesh", wrong]) == 2
         assert "--mesh: expected sizes such as data=1,fsdp=64,tensor=4" in capsys.readouterr().err

@@ -516,7 +516,7 @@ def test_inspection_measures_and_shows(
     reward = RewardModelConfig(output_dir="x", model=config.model, data=config.data, max_steps=1)
     code, out, _ = run(reward, "--rows=1", command=("inspect", "reward"))
     assert code == 0 and "the longer one in 50.0 % of the comparisons" in out and "row 1, score 0" in out
-    assert "Expected one of sft, reward, policy" in run(config, command=("inspect", "plan"))[2]
+    assert "unknown command 'plan'; expected one of sft, reward, policy" in run(config, command=("inspect", "plan"))[2]
 
 
 def test_inspection_of_ties_and_of_a_part_that_is_wrong(
