@@ -365,6 +365,26 @@ def test_wrong_values(arguments: list[str], message: str) -> None:
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_dataclass_is_typed_as_yaml_or_read_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "x.yaml"
+    assert read("x", "--mesh", "{data: 1, fsdp: 4}").mesh == MeshConfig(data=1, fsdp=4)
+    data = ["--data.train", "x", "--output_dir", "x", "--max_steps", "1", "--rewards", "[{model: m}]"]
+    file.write_text("learning_rate: 1e-3\n")
+    assert parse(PolicyConfig, [*data, "--model.path", "m", "--optimizer", str(file)]).optimizer.learning_rate == 1e-3
+    for arguments, message in (
+        (["--optimizer", str(tmp_path / "none.yaml")], f"--optimizer {tmp_path}/none.yaml: no such file"),
+        (["--model", f"{{path: {file}"], "--model: not YAML"),
+        (["--loss", str(file)], f"{file}: unknown key 'loss.learning_rate'; did you mean 'optimizer.learning_rate'?"),
+        (
+            ["--model.architecture", "{vocab_size: 3}"],
+            "expected --model.architecture.hidden_size, --model.architecture.",
+        ),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError)) as caught:
+            parse(PolicyConfig, [*data, *arguments])
+        assert str(caught.value).startswith(message)
+
+
 def test_a_value_that_belongs_to_no_option(capsys: pytest.CaptureFixture[str]) -> None:
     options = ("--judge", "j", "--out", "o")
     assert refused(capsys, "eval compare", "a", "b", "c", *options) == (

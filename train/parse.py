@@ -56,7 +56,7 @@ def parse(
     if "--help" in arguments or "-h" in arguments:
         print(help_text(kind, program, positional, options))
         raise SystemExit(0)
-    line = _canonical(known, arguments, positional, options)
+    line = _ordered_options(known, arguments, positional, options)
     parser = jsonargparse.ArgumentParser(prog=program, exit_on_error=False)
     parser.add_argument("--config", action="config")
     parser.add_class_arguments(kind)
@@ -67,7 +67,7 @@ def parse(
     return kind(**{item.name: values[item.name] for item in dataclasses.fields(kind)})
 
 
-def _canonical(
+def _ordered_options(
     known: Known, arguments: Sequence[str], positional: Sequence[str], options: Mapping[str, str]
 ) -> list[str]:
     """The command line as `--key=value` alone, in the order in which values override each other."""
@@ -86,7 +86,7 @@ def _canonical(
             others.append(argument)
         elif key == "config":
             file = _only_value(key, given, rest)
-            files += [option for name in _check_file(known, file) for option in _emptied(known, str(name))]
+            files += [option for name in _checked_file(known, file) for option in _emptied(known, str(name))]
             files.append(f"--config={file}")
         elif key == "variant" and key in options:
             # all start from GOPO's file, which sets everything, so that nothing of another algorithm stays
@@ -133,7 +133,7 @@ def _list_option(known: Known, setting: Setting, values: Sequence[str]) -> list[
     key, text = setting.key, " ".join(values)
     if not values:
         raise ValueError(f"--{key}: expected a value behind it")
-    if text.startswith("[") or (text == "null" and form(setting.hint).endswith("|null")):
+    if re.fullmatch(r"\[.*\]", text) or (text == "null" and form(setting.hint).endswith("|null")):
         pass
     elif setting.inner is not None:
         text = f"[{', '.join(values)}]"
@@ -188,43 +188,51 @@ def _variant_file(name: str) -> str:
 
 def _one_line(error: Exception, known: Known, program: str, positional: Sequence[str]) -> str:
     """An error of jsonargparse in our words: the key, what it allows, what came."""
-    text = str(error)
-    if required := re.search(r"arguments are required: (.*)", text):
-        names = [key.upper() if key in positional else f"--{key}" for key in required[1].split(", ")]
-        return f"expected {', '.join(names)}; {program} --help explains them"
-    key = ""
+    text, key = str(error), ""
     for inner in re.findall(r'Parser key "([^"]+)"', text):  # from the outermost to the innermost
         if not key or inner.startswith(f"{key}."):
             key = inner
         else:
-            key += f"[].{inner}" if known[key].item else f".{inner}"
+            key += f"[].{inner}" if key in known and known[key].item else f".{inner}"
+    if required := re.search(r"arguments are required: (.*)", text):
+        names = [f"{key}.{name}" if key else name for name in required[1].split(", ")]
+        places = [name.upper() if name in positional else f"--{name}" for name in names]
+        return f"expected {', '.join(places)}; {program} --help explains them"
     came = re.search(r"(?:Got|Given) value: (.*)", text)
     if key in known and came:
         return f"{key}: expected {form(known[key].hint)}, got {came[1]}"
     return " ".join(text.split())
 
 
-def _check_file(known: Known, file: str) -> dict[str, Any]:
+def _checked_file(known: Known, file: str) -> dict[str, Any]:
+    """The settings in a file of --config."""
+    values = _read_yaml("config", file)
+    check_values(known, values, file)
+    return values
+
+
+def _check_nested(known: Known, key: str, text: str) -> None:
+    """Checks the keys in what is typed for a dataclass: YAML such as `[{model: x}]`, or a YAML file's name."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"--{key}: not YAML: {' '.join(str(error).split())}") from error
+    if isinstance(value, str):
+        check_values(known, {key: _read_yaml(key, value)}, value)
+    else:
+        check_values(known, {key: value}, "command line")
+
+
+def _read_yaml(option: str, file: str) -> dict[str, Any]:
     if not Path(file).is_file():
-        raise FileNotFoundError(f"--config {file}: no such file")
+        raise FileNotFoundError(f"--{option} {file}: no such file")
     try:
         values = yaml.safe_load(Path(file).read_text())
     except yaml.YAMLError as error:
         raise ValueError(f"{file}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{file}: expected 'key: value' lines, got {type(values).__name__}")
-    check_values(known, values, file)
     return values
-
-
-def _check_nested(known: Known, key: str, text: str) -> None:
-    """Checks the keys in what is typed for a dataclass, such as `--rewards '[{model: x}]'`; a file's name has none."""
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"--{key}: not YAML: {' '.join(str(error).split())}") from error
-    if isinstance(value, dict | list):
-        check_values(known, {key: value}, "command line")
 
 
 def take(arguments: list[str], name: str, alone: str | None = None) -> tuple[list[str], str | None]:

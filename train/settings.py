@@ -178,7 +178,7 @@ def help_text(
             lines += _entry(places[list(positional).index(setting.key)], text)
         else:
             lines += _entry(f"{'' if '[]' in setting.key else '--'}{setting.key} {form(setting.hint)}", text)
-    lines += ["", "also:"]
+    lines += ["", "other options:"]
     for name, text in (options or {}).items():
         lines += _entry(f"--{name}", text)
     return "\n".join(lines)
