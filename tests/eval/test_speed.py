@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-import eval.speed as measuring
-import eval.workloads as workloads
+import eval.speed.speed as measuring
+import eval.speed.workloads as workloads
 from eval.__main__ import main
 from eval.speed.peers import run_peer
 from eval.speed.speed import Measured, parse_speed
