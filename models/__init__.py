@@ -1,1 +1,1 @@
-"""Networks and what belongs to a network: Qwen3, its reward model, sampling, weights, tokenizer, checkpoints."""
+"""Networks: the Qwen3 policy and reward model, with sampling, sharding, weights, tokenizer and checkpoints."""

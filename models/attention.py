@@ -1,7 +1,7 @@
-"""The one attention door: completions attend to their group's prompt, to what came before, and to themselves.
+"""Attention of completions to their group's prompt (prefix), to their earlier tokens (past) and to their new tokens.
 
 The keys of the prompt have no group axis: one batched matrix product serves all G completions of a prompt, so
-they are read once per group. The parts are joined in one softmax without being concatenated.
+they are read once per group. An online softmax joins the parts without concatenating them.
 """
 
 from typing import Any, NamedTuple
@@ -9,21 +9,21 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-QUERY_BLOCKS, MIN_QUERY_BLOCK = 4, 128  # of queries: the positions behind a block's last one are not computed for it
-CACHE_CHUNK = 64  # cached positions read at a time: no more of the cache is read than is filled
+QUERY_BLOCKS, MIN_QUERY_BLOCK = 4, 128  # a block of queries skips the keys behind its last query
+CACHE_CHUNK = 64  # cached positions read at a time, so that empty chunks are not read
 
 
 class KeyValues(NamedTuple):
-    """Keys and values of completions, [P, K, G, T, E]; [L, ...] of all layers."""
+    """Keys and values of completions, [P, K, G, T, E]; of all layers [L, ...]."""
 
     keys: jax.Array
     values: jax.Array
 
 
 class PrefixKeyValues(NamedTuple):
-    """Of prompts: keys [P, K, E, S], values [P, K, S, E]; [L, ...] of all layers.
+    """Keys [P, K, E, S] and values [P, K, S, E] of prompts; of all layers [L, ...].
 
-    With positions last, a few queries' attention to many keys is three times faster on a CPU.
+    With positions last in the keys, attention of few queries to many keys is three times faster on a CPU.
     """
 
     keys: jax.Array
@@ -31,30 +31,30 @@ class PrefixKeyValues(NamedTuple):
 
 
 class Past(NamedTuple):
-    """The cache of completions that grow: what came before, in all layers, of which `length` positions are real."""
+    """Key-value cache of growing completions in all layers; the first `length` positions are filled."""
 
-    keys_LPKGET: jax.Array  # T last, see `PrefixKeyValues`
+    keys_LPKGET: jax.Array  # T last, as in `PrefixKeyValues`
     values_LPKGTE: jax.Array
     length: jax.Array
 
     @classmethod
     def empty(cls, prefix: PrefixKeyValues, G: int, T: int) -> "Past":
-        """Room for G completions of T tokens of each prompt."""
+        """Allocates a cache for G completions of T tokens of each prompt."""
         (L, P, K, _, E), dtype = prefix.values.shape, prefix.values.dtype
         return cls(jnp.zeros((L, P, K, G, E, T), dtype), jnp.zeros((L, P, K, G, T, E), dtype), jnp.zeros((), jnp.int32))
 
-    def append(self, own_LPKGTE: KeyValues) -> "Past":
-        """With the keys and values of the next positions."""
-        keys_LPKGET = jnp.swapaxes(own_LPKGTE.keys, -1, -2)
+    def append(self, new_LPKGTE: KeyValues) -> "Past":
+        """Returns the cache with the keys and values of the next positions."""
+        keys_LPKGET = jnp.swapaxes(new_LPKGTE.keys, -1, -2)
         return Past(
             jax.lax.dynamic_update_slice_in_dim(self.keys_LPKGET, keys_LPKGET, self.length, axis=5),
-            jax.lax.dynamic_update_slice_in_dim(self.values_LPKGTE, own_LPKGTE.values, self.length, axis=4),
-            self.length + own_LPKGTE.keys.shape[4],
+            jax.lax.dynamic_update_slice_in_dim(self.values_LPKGTE, new_LPKGTE.values, self.length, axis=4),
+            self.length + new_LPKGTE.keys.shape[4],
         )
 
 
 class RunningSoftmax(NamedTuple):
-    """A softmax-weighted sum that is not finished: numerator / normalizer, both scaled by exp(-top)."""
+    """State of an online softmax: the weighted sum so far is numerator / denominator, both scaled by exp(-max)."""
 
     max_PKGTQ1: jax.Array
     numerator_PKGTQE: jax.Array
@@ -63,7 +63,7 @@ class RunningSoftmax(NamedTuple):
 
 def group_attention(
     query_PGTKQE: jax.Array,
-    own_PKGTE: KeyValues,
+    new_PKGTE: KeyValues,
     *,
     prefix: PrefixKeyValues | None = None,
     prefix_lengths_P: jax.Array | None = None,
@@ -72,19 +72,21 @@ def group_attention(
     offset_PGT: jax.Array | None = None,
     window: jax.typing.ArrayLike | None = None,
 ) -> jax.Array:
-    """Softmax attention of T new positions over prefix, past and themselves.
+    """Softmax attention of T new positions over prefix, past and the new positions.
 
-        out = softmax([q k_prefix, q k_past, q k_own] / sqrt(E)) [v_prefix, v_past, v_own]
+        out = softmax([q k_prefix, q k_past, q k_new] / sqrt(E)) [v_prefix, v_past, v_new]
 
     Args:
       query_PGTKQE: queries, rotated and normalised, Q query heads per key/value head.
-      own_PKGTE: keys and values of the T positions; position t sees those up to t.
-      prefix: of the prompt, shared by the group; positions at or behind `prefix_lengths_P` are unseen.
-      past: of earlier positions of the same completion, in all layers (this one is `layer`). What is not real yet
-        is unseen and, beyond a chunk, unread. Not differentiable.
-      offset_PGT: of rows that hold several completions one behind the other: each position's place in its own
-        completion. It sees no more than so many positions before it. None = t, one completion in each row.
-      window: a position sees itself and the window - 1 before it; None = all before it.
+      new_PKGTE: keys and values of the T positions; position t attends to positions 0 ... t.
+      prefix: keys and values of the prompt, shared by the group.
+      prefix_lengths_P: tokens of each prompt; the positions behind are masked. Needed with prefix.
+      past: keys and values of the completion's earlier positions in all layers. Unfilled positions are masked;
+        chunks without filled positions are not read. Not differentiable.
+      layer: the layer of `past` to attend to.
+      offset_PGT: for rows that pack several completions: each position's index in its completion. A position attends
+        to that many positions before it at most. None = t, one completion per row.
+      window: a position attends to itself and the window - 1 positions before it; None = to all before it.
 
     Returns:
       [P, G, T, K, Q, E] in the queries' dtype. Scores and the softmax are float32.
@@ -93,74 +95,76 @@ def group_attention(
     past_length = past.length if past is not None else 0
     query_PKGTQE = jnp.einsum("pgtkqe->pkgtqe", query_PGTKQE * jnp.asarray(E**-0.5, query_PGTKQE.dtype))
 
-    def within(distance: Any, seen: jax.Array) -> jax.Array:
-        return seen if window is None else seen & (distance < window)
+    def in_window(distance: Any, mask: jax.Array) -> jax.Array:
+        return mask if window is None else mask & (distance < window)
 
-    def block(start: int, end: int) -> jax.Array:
-        """Of the queries from `start` to `end`."""
-        query = query_PKGTQE[:, :, :, start:end]
-        here_T11 = jnp.arange(start, end)[:, None, None]
-        apart_T1U = here_T11 - jnp.arange(end)
-        seen = within(apart_T1U, apart_T1U >= 0)
-        offset = here_T11  # a position's place in its completion, as [..., T, 1, 1]
+    def attend_block(start: int, end: int) -> jax.Array:
+        """Attention output of queries[start:end], float32."""
+        query_PKGCQE = query_PKGTQE[:, :, :, start:end]
+        t_C11 = jnp.arange(start, end)[:, None, None]
+        distance_C1U = t_C11 - jnp.arange(end)
+        mask = in_window(distance_C1U, distance_C1U >= 0)
+        offset = t_C11  # a position's index in its completion, broadcastable to [P, K, G, C, Q, U]
         if offset_PGT is not None:
             offset = offset_PGT[:, None, :, start:end, None, None]
-            seen &= apart_T1U <= offset
-        parts = [(_scores(query, own_PKGTE.keys[..., :end, :], seen), own_PKGTE.values[..., :end, :])]
+            mask &= distance_C1U <= offset
+        parts = [(_scores(query_PKGCQE, new_PKGTE.keys[..., :end, :], mask), new_PKGTE.values[..., :end, :])]
         if prefix is not None:
             assert prefix_lengths_P is not None
-            there_S = jnp.arange(prefix.values.shape[-2])
+            position_S = jnp.arange(prefix.values.shape[-2])
             length = prefix_lengths_P.reshape(P, 1, 1, 1, 1, 1)
-            seen = within(length + past_length + offset - there_S, there_S < length)
-            parts.append((_scores(query, jnp.swapaxes(prefix.keys, -1, -2), seen), prefix.values))
+            mask = in_window(length + past_length + offset - position_S, position_S < length)
+            parts.append((_scores(query_PKGCQE, jnp.swapaxes(prefix.keys, -1, -2), mask), prefix.values))
         softmax = _online_softmax(parts)
         if past is not None:
-            size = min(CACHE_CHUNK, past.values_LPKGTE.shape[4])
+            capacity = past.values_LPKGTE.shape[4]
+            size = min(CACHE_CHUNK, capacity)
 
-            def chunk(i: jax.Array, so_far: RunningSoftmax) -> RunningSoftmax:
-                """With the i-th chunk of the past; where the last one would reach over the end it starts earlier."""
-                first = jnp.minimum(i * size, past.values_LPKGTE.shape[4] - size)
+            def add_chunk(i: jax.Array, softmax: RunningSoftmax) -> RunningSoftmax:
+                """Adds the i-th chunk of the past; a last chunk that would not fit starts earlier."""
+                first = jnp.minimum(i * size, capacity - size)
                 keys = jax.lax.dynamic_slice(past.keys_LPKGET, (layer, 0, 0, 0, 0, first), (1, P, K, G, E, size))[0]
                 values = jax.lax.dynamic_slice(past.values_LPKGTE, (layer, 0, 0, 0, first, 0), (1, P, K, G, size, E))[0]
-                there_U = first + jnp.arange(size)
-                new_U = (there_U >= i * size) & (there_U < past_length)
-                seen = within(past_length + here_T11 - there_U, new_U)
-                return _online_softmax([(_scores(query, jnp.swapaxes(keys, -1, -2), seen), values)], so_far)
+                position_U = first + jnp.arange(size)
+                filled_U = (position_U >= i * size) & (position_U < past_length)
+                mask = in_window(past_length + t_C11 - position_U, filled_U)
+                return _online_softmax([(_scores(query_PKGCQE, jnp.swapaxes(keys, -1, -2), mask), values)], softmax)
 
-            softmax = jax.lax.fori_loop(0, (past_length + size - 1) // size, chunk, softmax)
+            softmax = jax.lax.fori_loop(0, (past_length + size - 1) // size, add_chunk, softmax)
         return softmax.numerator_PKGTQE / softmax.denominator_PKGTQ1
 
-    length = max(-(-T // QUERY_BLOCKS), MIN_QUERY_BLOCK)
-    out_PKGTQE = jnp.concatenate([block(start, min(start + length, T)) for start in range(0, T, length)], axis=3)
+    block = max(-(-T // QUERY_BLOCKS), MIN_QUERY_BLOCK)
+    out_PKGTQE = jnp.concatenate([attend_block(start, min(start + block, T)) for start in range(0, T, block)], axis=3)
     return jnp.einsum("pkgtqe->pgtkqe", out_PKGTQE.astype(query_PGTKQE.dtype))
 
 
-# Every product is one of matrices: TQ (for the prompt GTQ) is one axis, or its gradient would be a transposed copy.
+# The products below are matrix products with TQ (for the prompt GTQ) as one axis: with several axes, XLA would
+# transpose a copy of the gradient.
 
 
-def _scores(query_PKGTQE: jax.Array, keys: jax.Array, seen: jax.Array) -> jax.Array:
-    """[P, K, G, T, Q, positions]; -inf where unseen. Keys are [P, K, positions, E] or [P, K, G, positions, E]."""
+def _scores(query_PKGTQE: jax.Array, keys: jax.Array, mask: jax.Array) -> jax.Array:
+    """Returns scores [P, K, G, T, Q, U], -inf where masked, for keys [P, K, U, E] or [P, K, G, U, E]."""
     P, K, G, T, Q, E = query_PKGTQE.shape
     query = query_PKGTQE.reshape(*keys.shape[:-2], -1, E)
     scores = jnp.einsum("...me,...ue->...mu", query, keys, preferred_element_type=jnp.float32)
-    return jnp.where(seen, scores.reshape(P, K, G, T, Q, -1), -jnp.inf)
+    return jnp.where(mask, scores.reshape(P, K, G, T, Q, -1), -jnp.inf)
 
 
-def _online_softmax(parts: list[tuple[jax.Array, jax.Array]], so_far: RunningSoftmax | None = None) -> RunningSoftmax:
-    """Of parts (scores, values), joined with what there is so far, of which every query has seen something."""
-    tops = [scores.max(-1, keepdims=True) for scores, _ in parts]
-    if so_far is not None:
-        tops.append(so_far.max_PKGTQ1)
-    # The maximum is finite, for every position sees itself. It cancels in the quotient: no gradient needed.
-    top = jax.lax.stop_gradient(jnp.max(jnp.stack(tops), axis=0))
-    numerator, normalizer = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32)
-    if so_far is not None:
-        shrink = jnp.exp(so_far.max_PKGTQ1 - top)
-        numerator, normalizer = so_far.numerator_PKGTQE * shrink, so_far.denominator_PKGTQ1 * shrink
+def _online_softmax(parts: list[tuple[jax.Array, jax.Array]], running: RunningSoftmax | None = None) -> RunningSoftmax:
+    """Online softmax: folds (scores, values) parts into the running (max, numerator, denominator)."""
+    maxima = [scores.max(-1, keepdims=True) for scores, _ in parts]
+    if running is not None:
+        maxima.append(running.max_PKGTQ1)
+    # The maximum is finite, since every position attends to itself. It cancels in the quotient: no gradient needed.
+    max_PKGTQ1 = jax.lax.stop_gradient(jnp.max(jnp.stack(maxima), axis=0))
+    numerator, denominator = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32)
+    if running is not None:
+        rescale = jnp.exp(running.max_PKGTQ1 - max_PKGTQ1)
+        numerator, denominator = running.numerator_PKGTQE * rescale, running.denominator_PKGTQ1 * rescale
     for scores, values in parts:
-        weights = jnp.exp(scores - top)
-        normalizer += weights.sum(-1, keepdims=True)
+        weights = jnp.exp(scores - max_PKGTQ1)
+        denominator += weights.sum(-1, keepdims=True)
         weights = weights.astype(values.dtype).reshape(*values.shape[:-2], -1, values.shape[-2])
-        weighed = jnp.einsum("...mu,...ue->...me", weights, values, preferred_element_type=jnp.float32)
-        numerator += weighed.reshape(*scores.shape[:-1], -1)
-    return RunningSoftmax(top, numerator, normalizer)
+        weighted = jnp.einsum("...mu,...ue->...me", weights, values, preferred_element_type=jnp.float32)
+        numerator += weighted.reshape(*scores.shape[:-1], -1)
+    return RunningSoftmax(max_PKGTQ1, numerator, denominator)

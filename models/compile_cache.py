@@ -1,4 +1,4 @@
-"""The persistent compilation cache: a program that was compiled once on this machine starts warm."""
+"""JAX's persistent compilation cache: a program that was compiled once on this machine starts warm."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,7 @@ import jax
 
 
 def enable_compile_cache() -> None:
-    """Keep compiled programs in JAX_COMPILATION_CACHE_DIR, or in the user's cache directory."""
+    """Stores compiled programs in JAX_COMPILATION_CACHE_DIR, or in the user's cache directory."""
     if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return
     home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")

@@ -1,6 +1,6 @@
-"""The shape of a Qwen3, from and to a Hugging Face `config.json`.
+"""The config of a Qwen3, from and to a Hugging Face `config.json`.
 
-Every field of such a file is honoured or, where this code would compute something else, refused by name.
+Every field of such a file is honoured, or refused by name where this code would compute something else.
 """
 
 import json
@@ -11,13 +11,13 @@ from typing import Any
 
 POLICY, REWARD_MODEL = "Qwen3ForCausalLM", "Qwen3ForSequenceClassification"
 FULL, SLIDING = "full_attention", "sliding_attention"
-DTYPES = ("float32", "bfloat16", "float16")  # in which weights may be stored
-ACTIVATION_NAMES = (  # Hugging Face's names; what they compute: models.qwen3.ACTIVATIONS
+DTYPES = ("float32", "bfloat16", "float16")  # of stored weights
+ACTIVATION_NAMES = (  # Hugging Face's names; their functions are models.qwen3.ACTIVATIONS
     *("silu", "swish", "gelu", "gelu_python", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh"),
     *("quick_gelu", "relu", "relu2", "relu6", "leaky_relu", "mish", "hardswish", "sigmoid", "tanh", "linear"),
 )
 
-# Fields that do not change what the network computes.
+# Fields that do not change the network's computation.
 _INERT = {
     *("architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "use_cache"),
     *("id2label", "label2id", "num_labels", "problem_type", "_attn_implementation", "attn_implementation"),
@@ -27,7 +27,7 @@ _INERT = {
     *("name_or_path", "prefix", "finetuning_task", "task_specific_params", "keys_to_ignore_at_inference"),
     *("tf_legacy_loss", "gradient_checkpointing", "model_max_length", "pretraining_tp", "cross_attention_hidden_size"),
     *("decoder_start_token_id", "sep_token_id", "unsloth_fixed", "unsloth_version"),
-    # how transformers 4 would generate, which it kept here
+    # settings of transformers 4's generation, which it stored here
     *("max_length", "min_length", "max_new_tokens", "do_sample", "early_stopping", "num_beams", "num_beam_groups"),
     *("diversity_penalty", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty"),
     *("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences"),
@@ -38,10 +38,10 @@ _INERT = {
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are stretched beyond the trained length, under Hugging Face's names.
+    """Scaling of rotary frequencies beyond the trained length, under Hugging Face's names.
 
-    linear: every frequency divided by `factor`. yarn (Peng et al., https://arxiv.org/abs/2309.00071): slow rotations
-    are, fast ones are not, with a ramp between; cosines and sines are scaled by `attention_factor`.
+    linear divides every frequency by `factor`. yarn (Peng et al., https://arxiv.org/abs/2309.00071) divides those of
+    slow rotations, not those of fast ones, with a ramp between, and scales cosines and sines by `attention_factor`.
     """
 
     rope_type: str  # linear or yarn
@@ -136,24 +136,25 @@ class Qwen3Config:
 
     @property
     def is_reward_model(self) -> bool:
+        """Whether the network has a scalar head instead of logits."""
         return self.architecture == REWARD_MODEL
 
     @property
     def windows(self) -> tuple[int | None, ...] | None:
-        """How many positions each layer sees, itself included; None = all. None instead of the tuple: in all layers."""
+        """The window of each layer, in positions with its own; None = unlimited, for a layer or for all layers."""
         if SLIDING not in (self.layer_types or ()):
             return None
         return tuple(self.sliding_window if kind == SLIDING else None for kind in self.layer_types or ())
 
     @classmethod
     def from_hf(cls, hf: dict[str, Any], source: str = "config.json") -> "Qwen3Config":
-        """The config of a Hugging Face dictionary.
+        """Reads the config from a Hugging Face dictionary; `source` is its name in error messages.
 
         Raises:
-          ValueError: another model type or architecture, a missing field, or a field whose value asks for
-            something that is not implemented; the message names the field.
+          ValueError: another model type or architecture, a missing field, or a field whose value is not
+            implemented; the message names the field.
         """
-        # null: not given; but no window is not the default window
+        # null = not given, except for sliding_window, where null = no window and not given = 4096
         hf = {name: value for name, value in hf.items() if value is not None or name == "sliding_window"}
 
         def refuse(field: str, value: object, supported: str) -> None:
@@ -177,35 +178,35 @@ class Qwen3Config:
             refuse("quantization_config", hf["quantization_config"], "unquantized weights")
         if (partial := hf.pop("partial_rotary_factor", 1.0)) != 1.0:
             refuse("partial_rotary_factor", partial, "1 (all of head_dim is rotated)")
-        if not _is_size(layers := hf.get("num_hidden_layers", 1)):  # what follows counts layers
+        if not _is_size(layers := hf.get("num_hidden_layers", 1)):  # needed to fill layer_types
             refuse("num_hidden_layers", layers, "a whole number of at least 1")
         theta, scaling = _pop_rope(hf, refuse)
         window, types = _pop_windows(hf, refuse)
         fields = {name: hf.pop(name) for name in cls.__dataclass_fields__ if name in hf}
-        if isinstance(fields.get("eos_token_id"), list):  # hashable: a config is part of what is compiled
+        if isinstance(fields.get("eos_token_id"), list):  # hashable, for jit
             fields["eos_token_id"] = tuple(fields["eos_token_id"])
-        # what is false, 0 or empty asks for nothing
+        # an unknown field that is false, 0 or empty changes nothing
         if unknown := sorted(name for name in hf.keys() - _INERT if hf[name]):
             refuse(unknown[0], hf[unknown[0]], "a field of a Qwen3 config; remove it if it changes nothing")
-        # transformers' defaults for Qwen3, where they are not those of this class
+        # transformers' defaults for Qwen3 that differ from those of this class
         defaults = {"head_dim": 128, "max_position_embeddings": 32_768}
         if "num_attention_heads" in fields:
             fields.setdefault("num_key_value_heads", fields["num_attention_heads"])
         fields = defaults | fields | {"rope_theta": theta, "rope_scaling": scaling, "architecture": architecture}
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         if missing := [name for name in sizes if name not in fields]:
-            raise ValueError(f"{source}: a field is missing: {missing[0]}")
+            raise ValueError(f"{source}: a field is missing: {missing[0]}; expected all of {', '.join(sizes)}")
         try:
             return cls(**fields, sliding_window=window, layer_types=types)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{source}: {error}") from error
 
     def to_hf(self) -> dict[str, Any]:
-        """The `config.json` that `from_hf` reads back, and that transformers loads."""
-        own = ("architecture", "rope_theta", "rope_scaling", "sliding_window", "layer_types")
-        hf = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in own}
+        """Returns the content of a `config.json` that `from_hf` and transformers read."""
+        translated = ("architecture", "rope_theta", "rope_scaling", "sliding_window", "layer_types")
+        hf = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in translated}
         hf |= {"model_type": "qwen3", "architectures": [self.architecture]}
-        # both spellings: transformers 5 reads rope_parameters, what is older rope_theta and rope_scaling
+        # both spellings: transformers 5 reads rope_parameters, transformers 4 rope_theta and rope_scaling
         hf |= {"rope_theta": self.rope_theta, "rope_parameters": {"rope_type": "default"}}
         if self.rope_scaling is not None:
             scaling = {name: value for name, value in vars(self.rope_scaling).items() if value is not None}
@@ -224,13 +225,13 @@ class Qwen3Config:
 
 
 def read_config(directory: str | Path) -> Qwen3Config:
-    """The config in a Hugging Face model directory."""
+    """Reads the config of a Hugging Face model directory."""
     file = Path(directory) / "config.json"
     return Qwen3Config.from_hf(_read_config_json(directory), source=str(file))
 
 
 def stored_dtype(directory: str | Path) -> str | None:
-    """The dtype that a model directory's config.json names, if any."""
+    """Returns the dtype that a model directory's config.json names, or None."""
     hf = _read_config_json(directory)
     return str(hf.get("dtype") or hf.get("torch_dtype") or "").removeprefix("torch.") or None
 
@@ -243,7 +244,7 @@ def _read_config_json(directory: str | Path) -> dict[str, Any]:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file; an error names the file."""
+    """Reads the object in a JSON file; errors name the file."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -254,16 +255,16 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def _pop_rope(hf: dict[str, Any], refuse: Any) -> tuple[float, RopeScaling | None]:
-    """The rotary base and its scaling, taken out of `hf`: `rope_theta` with `rope_scaling`, or `rope_parameters`."""
+    """Pops the rotary base and its scaling from `hf`: `rope_theta` with `rope_scaling`, or `rope_parameters`."""
     theta = flat = hf.pop("rope_theta", None)
-    found: list[RopeScaling | None] = []
+    scalings: list[RopeScaling | None] = []
     original = hf.pop("original_max_position_embeddings", None)
     for field in ("rope_parameters", "rope_scaling"):
         given = hf.pop(field, None) or {}
         if not isinstance(given, dict):
             refuse(field, given, "an object with rope_type and its settings")
         if given.get("truncate", True) is None:
-            given = given | {"truncate": False}  # as transformers reads null here
+            given = given | {"truncate": False}  # transformers' reading of null
         rope = {name: value for name, value in given.items() if value is not None}
         if not rope:
             continue
@@ -274,7 +275,7 @@ def _pop_rope(hf: dict[str, Any], refuse: Any) -> tuple[float, RopeScaling | Non
             refuse(f"{field}.rope_type", kind, f"'default', 'linear' or 'yarn' ({why} cannot know)")
         if kind not in ("default", "linear", "yarn"):
             refuse(f"{field}.rope_type", kind, "'default', 'linear' or 'yarn'")
-        if field == "rope_scaling" and found and theta is not None and theta != flat and "rope_theta" not in rope:
+        if field == "rope_scaling" and scalings and theta is not None and theta != flat and "rope_theta" not in rope:
             refuse(field, rope, "the same rope_theta as in rope_parameters, which it replaces in transformers")
         nested = rope.pop("rope_theta", theta)
         if theta is not None and nested != theta:
@@ -285,8 +286,8 @@ def _pop_rope(hf: dict[str, Any], refuse: Any) -> tuple[float, RopeScaling | Non
         if kind == "yarn" and original is not None:
             rope["original_max_position_embeddings"] = original
         known = {"default": (), "linear": ("factor",), "yarn": tuple(RopeScaling.__dataclass_fields__)}[kind]
-        for idle in {"factor", "original_max_position_embeddings"} - set(known):
-            rope.pop(idle, None)  # transformers does not look at it either
+        for unused in {"factor", "original_max_position_embeddings"} - set(known):
+            rope.pop(unused, None)  # transformers ignores it too
         if unknown := sorted(rope.keys() - set(known)):
             refuse(f"{field}.{unknown[0]}", rope[unknown[0]], f"a field of {kind} scaling")
         if kind != "default" and "factor" not in rope:
@@ -297,22 +298,22 @@ def _pop_rope(hf: dict[str, Any], refuse: Any) -> tuple[float, RopeScaling | Non
                 refuse(f"{field}.original_max_position_embeddings", trained, "a whole number of at least 1")
             rope["factor"] = longest / trained
         try:
-            found.append(RopeScaling(kind, **rope) if kind != "default" else None)
+            scalings.append(RopeScaling(kind, **rope) if kind != "default" else None)
         except ValueError as error:
             refuse(field, rope, str(error))
-    if len(found) == 2 and found[0] != found[1]:
-        refuse("rope_scaling", found[1], "the same as rope_parameters")
+    if len(scalings) == 2 and scalings[0] != scalings[1]:
+        refuse("rope_scaling", scalings[1], "the same as rope_parameters")
     theta = 10_000.0 if theta is None else theta  # transformers' default
-    if not _is_number(theta) or theta <= 0 or (theta == 1 and found and found[0]):
+    if not _is_number(theta) or theta <= 0 or (theta == 1 and scalings and scalings[0]):
         refuse("rope_theta", theta, "a number above 0, and not 1 if it is scaled")
-    return float(theta), found[0] if found else None
+    return float(theta), scalings[0] if scalings else None
 
 
 def _pop_windows(hf: dict[str, Any], refuse: Any) -> tuple[int | None, tuple[str, ...] | None]:
-    """`sliding_window` and `layer_types`, taken out of `hf`; None and None where every layer sees everything.
+    """Pops `sliding_window` and `layer_types` from `hf`; (None, None) if all layers have full attention.
 
-    As in transformers: the window counts only with `use_sliding_window`; the layers from `max_window_layers` on have
-    it, unless `layer_types` names them.
+    As in transformers, the window counts only with `use_sliding_window`, for the layers from `max_window_layers` on or
+    those that `layer_types` names.
     """
     window = hf.pop("sliding_window", 4096)
     if not isinstance(use := hf.pop("use_sliding_window", False), bool):
@@ -330,8 +331,8 @@ def _pop_windows(hf: dict[str, Any], refuse: Any) -> tuple[int | None, tuple[str
         refuse(
             "layer_types", types, f"{FULL} in every layer, or use_sliding_window = true and a number as sliding_window"
         )
-    everywhere = list(types) == [FULL] * hf.get("num_hidden_layers", 0)
-    return (None, None) if everywhere else (window, tuple(types))
+    all_full = list(types) == [FULL] * hf.get("num_hidden_layers", 0)
+    return (None, None) if all_full else (window, tuple(types))
 
 
 def _is_number(value: object) -> bool:

@@ -1,4 +1,4 @@
-"""The sampler with what it needs around it: jitted, on a mesh, for prompts of any number."""
+"""The sampler as a program: jitted, on a mesh, from prompts of any number to texts."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -14,6 +14,8 @@ from models.tokenizer import Prompt, Tokenizer
 
 
 class Completions(NamedTuple):
+    """Completions on the host, as texts and as tokens."""
+
     texts_PG: list[list[str]]
     lengths_PG: np.ndarray
     finished_PG: np.ndarray
@@ -21,7 +23,7 @@ class Completions(NamedTuple):
 
 
 class Generator:
-    """Draws completions from a policy's parameters, which are an argument: one compilation serves all steps."""
+    """Draws completions from a policy. Its parameters are arguments of every call: one compilation serves all steps."""
 
     def __init__(
         self,
@@ -54,18 +56,18 @@ class Generator:
         first_row: int = 0,
         streams_PG: np.ndarray | None = None,
     ) -> Rollout:
-        """G completions of each prompt; `first_row` is the number of the first prompt in the whole batch.
+        """Draws G completions of each prompt; `first_row` is the number of the first prompt in the whole batch.
 
-        `streams_PG`, if given, are the numbers of the completions' random streams instead.
+        `streams_PG`, if given, numbers each completion's random stream instead (see `models.sampler.sample`, `rows_P`).
         """
         rows = np.arange(first_row, first_row + len(prompt_PS), dtype=np.int32) if streams_PG is None else streams_PG
         put = self.layout.put
-        arrays = (put(prompt_PS, ("prompt", None)), put(lengths_P, ("prompt",)))
+        prompts = (put(prompt_PS, ("prompt", None)), put(lengths_P, ("prompt",)))
         numbers, weights = put(rows, ("prompt", "group")[: rows.ndim]), self.sampling_weights(params)
-        return self._sample(weights, *arrays, numbers, key, self.sampling, num_generations=num_generations)
+        return self._sample(weights, *prompts, numbers, key, self.sampling, num_generations=num_generations)
 
     def sampling_weights(self, params: Any) -> Any:
-        """What is sampled from; of what is prepared already, itself."""
+        """Returns the weights to sample from. Idempotent."""
         if not self._sampling_copy:
             return params
         if self._copy is None:
@@ -81,19 +83,19 @@ class Generator:
         batch_prompts: int,
         streams_PG: np.ndarray | None = None,
     ) -> Completions:
-        """Texts for any number of prompts, `batch_prompts` at a time; the batch size changes no token.
+        """Draws completions of any number of prompts, `batch_prompts` at a time; the batch size changes no token.
 
-        `streams_PG`: see `rollout`.
+        `streams_PG` is that of `rollout`.
         """
         parts, params = [], self.sampling_weights(params)
         for start in range(0, len(prompts), batch_prompts):
             batch = list(prompts[start : start + batch_prompts])
-            missing = batch_prompts - len(batch)
-            full = batch + batch[-1:] * missing  # one shape: nothing new to compile
+            padding = batch_prompts - len(batch)
+            padded = batch + batch[-1:] * padding  # one shape, one compilation
             streams = None if streams_PG is None else streams_PG[start : start + batch_prompts]
             if streams is not None:
-                streams = np.pad(streams, [(0, missing), (0, 0)], "edge")
-            prompt_PS, lengths_P = self.tokenizer.encode_prompts(full, self.max_prompt_length)
+                streams = np.pad(streams, [(0, padding), (0, 0)], "edge")
+            prompt_PS, lengths_P = self.tokenizer.encode_prompts(padded, self.max_prompt_length)
             out = self.rollout(params, prompt_PS, lengths_P, key, num_generations, start, streams)
             parts.append([fetch(x)[: len(batch)] for x in (out.tokens_PGT, out.lengths_PG, out.finished_PG)])
         tokens_PGT, lengths_PG, finished_PG = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
@@ -101,47 +103,50 @@ class Generator:
 
 
 class SamplingCopy:
-    """Parameters to sample from: in the compute dtype, and whole wherever prompts are shared.
+    """Copies parameters for sampling: to the compute dtype, and gathered over the devices that share the prompts.
 
-    What is so already is not copied. Sampled tokens are the same: the copy is rounded as each layer would round its
-    parameters when it uses them.
+    Leaves that already match are not copied. Sampled tokens do not change: the copy is rounded as each layer would
+    round its parameters when it uses them.
+
+    Args:
+      params: parameters, or ShapeDtypeStructs with shardings, that fix the layout.
     """
 
     def __init__(self, graphdef: Any, params: Any, layout: Layout) -> None:
-        """Of parameters like these, which may be shapes with shardings."""
         model = nnx.merge(graphdef, params)
         shardings = parameter_shardings(model, layout.for_sampling())
         self.targets = jax.tree.map(
             lambda p, s: jax.ShapeDtypeStruct(p.shape, model.dtype, sharding=s), params, shardings
         )
-        self.is_copied = self._differing(params)
+        self.is_copied = self._differs(params)
         targets = self.copied_leaves(self.targets)
         self.program = jax.jit(
-            lambda leaves: [leaf.astype(like.dtype) for leaf, like in zip(leaves, targets, strict=True)],
-            out_shardings=[like.sharding for like in targets],
+            lambda leaves: [leaf.astype(target.dtype) for leaf, target in zip(leaves, targets, strict=True)],
+            out_shardings=[target.sharding for target in targets],
         )
 
-    def _differing(self, params: Any) -> list[bool]:
-        differs = lambda p, w: p.dtype != w.dtype or not p.sharding.is_equivalent_to(w.sharding, p.ndim)  # noqa: E731
+    def _differs(self, params: Any) -> list[bool]:
+        """Returns for each leaf whether its dtype or sharding is not the target's."""
+        differs = lambda p, t: p.dtype != t.dtype or not p.sharding.is_equivalent_to(t.sharding, p.ndim)  # noqa: E731
         return jax.tree.leaves(jax.tree.map(differs, params, self.targets))
 
     def copied_leaves(self, tree: Any) -> list[Any]:
-        """The leaves that are copied."""
+        """Returns the leaves of a tree like the parameters' that are copied."""
         return [leaf for leaf, copied in zip(jax.tree.leaves(tree), self.is_copied, strict=True) if copied]
 
     def __call__(self, params: Any) -> Any:
-        """The copy; of a copy, itself."""
-        if not any(self._differing(params)):
+        """Copies params; returns them unchanged if they already match."""
+        if not any(self._differs(params)):
             return params
         leaves, structure = jax.tree.flatten(params)
-        new = iter(self.program(self.copied_leaves(params)))
+        copies = iter(self.program(self.copied_leaves(params)))
         return jax.tree.unflatten(
-            structure, [next(new) if copied else leaf for leaf, copied in zip(leaves, self.is_copied, strict=True)]
+            structure, [next(copies) if copied else leaf for leaf, copied in zip(leaves, self.is_copied, strict=True)]
         )
 
 
 def sampling_program(graphdef: Any, max_completion_length: int, pad_id: int) -> Any:
-    """The jitted (params, prompt_PS, lengths_P, rows_P, key, sampling, *, num_generations) -> Rollout."""
+    """Returns the jitted (params, prompt_PS, lengths_P, rows_P, key, sampling, *, num_generations) -> Rollout."""
     return jax.jit(partial(_sample, graphdef, max_completion_length, pad_id), static_argnames="num_generations")
 
 

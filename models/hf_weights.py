@@ -1,7 +1,7 @@
-"""Hugging Face directories in and out: safetensors (one file or sharded) <-> parameters.
+"""Reads and writes Hugging Face directories: safetensors (one file or sharded) <-> parameters.
 
-One table says where each tensor lives and how its axes fold: "HE,D" is a matrix [H * E, D] of theirs, and query_LDHE
-of ours is that, unfolded and transposed, layer by layer. Nothing is unpickled, no remote code is run.
+The table `TENSORS` maps names and axes: "HE,D" is a matrix [H * E, D] in the file; our query_LDHE stacks these matrices
+over the layers, reshaped and transposed. Nothing is unpickled, no remote code is run.
 """
 
 import json
@@ -21,14 +21,15 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from safetensors.numpy import save_file
 
 from models.config import DTYPES, Qwen3Config, read_config, stored_dtype
+from models.lora import Parameters
 from models.qwen3 import Backbone, Qwen3
 from models.reward_model import Qwen3RewardModel
 from models.sharding import RULES, Layout, parameter_shardings, with_sharding
 from models.weight_files import INDEX_FILE, SINGLE_FILE, StoredTensor, aligned_empty, find_directory, open_weights
 
-BLOCK_BYTES = 64 * 2**20  # of a file that are read at a time
+BLOCK_BYTES = 64 * 2**20  # bytes of a file that are read at a time
 
-# ours -> (Hugging Face's name, its axes in our letters); {} is the layer, our axes are the name's last letters
+# our name -> (Hugging Face's name, its axes in our letters); {} is the layer, our axes are our name's last letters
 TENSORS: dict[str, tuple[str, str]] = {
     "embed_VD": ("model.embed_tokens.weight", "V,D"),
     "norm_D": ("model.norm.weight", "D"),
@@ -53,25 +54,23 @@ TENSORS: dict[str, tuple[str, str]] = {
 AXIS_FIELDS = {
     **{"V": "vocab_size", "D": "hidden_size", "F": "intermediate_size", "L": "num_hidden_layers"},
     **{"H": "num_attention_heads", "K": "num_key_value_heads", "E": "head_dim"},
-}  # the config field that says how long an axis is
-
-Parameters = dict[str, Any]
+}  # the config field with an axis' size
 
 
 def abstract_model(config: Qwen3Config, **options: Any) -> Backbone:
-    """The network of a config without any array allocated: a policy or a reward model."""
+    """Returns the network of a config, a policy or a reward model, with shapes in place of arrays."""
     network = Qwen3RewardModel if config.is_reward_model else Qwen3
     return nnx.eval_shape(lambda: network(config, nnx.Rngs(0), **options))
 
 
 def split(model: nnx.Module) -> tuple[Any, Parameters]:
-    """(graphdef, params): the static half, and a nested dict of arrays. `nnx.merge` puts them together."""
+    """Splits a network into its graphdef and its parameters, a nested dict; `nnx.merge` is the inverse."""
     graphdef, state = nnx.split(model)
     return graphdef, nnx.to_pure_dict(state)
 
 
 def abstract_params(model: Backbone, layout: Layout | None) -> Parameters:
-    """The shapes and, on a mesh, the shardings of a network's parameters.
+    """Returns the shapes and, on a mesh, the shardings of a network's parameters.
 
     Raises:
       ValueError: a parameter axis that the mesh does not divide.
@@ -81,17 +80,18 @@ def abstract_params(model: Backbone, layout: Layout | None) -> Parameters:
 
 
 def flatten(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested parameters as {"layers.query_LDHE": array}."""
+    """Flattens nested parameters to {"layers.query_LDHE": array}."""
     flat, _ = jax.tree_util.tree_flatten_with_path(params)
     return {".".join(str(key.key) for key in path): leaf for path, leaf in flat}
 
 
 def nest(flat: Mapping[str, Any]) -> Parameters:
-    """What `flatten` made flat."""
+    """Nests flat parameters: the inverse of `flatten`."""
     return traverse_util.unflatten_dict(dict(flat), sep=".")
 
 
 def as_layout(mesh: Mesh | Layout | None) -> Layout | None:
+    """Returns a layout with the default rules for a mesh; a layout or None unchanged."""
     return Layout(mesh, tuple(RULES.items())) if isinstance(mesh, Mesh) else mesh
 
 
@@ -103,21 +103,24 @@ def load_pretrained(
     param_dtype: Any = None,
     remat: str = "full",
 ) -> Backbone:
-    """The policy or reward model of a Hugging Face directory, its weights read straight into their shards.
+    """Loads the policy or reward model of a Hugging Face directory, its weights straight into their shards.
 
-    A process reads of every tensor what its own devices hold, in blocks of at most 64 MiB. On the host there are
-    never more than its own shards (on an accelerator: one parameter's at a time) and one block.
+    Each process reads only the parts of a tensor that its devices hold, in blocks of at most 64 MiB. Its host memory
+    holds at most its own shards (with an accelerator: those of one parameter at a time) and one block.
 
     Args:
       path_or_hub_id: a local directory, or a model's name on the Hub (downloaded and cached).
-      mesh: where the weights go (axes data, fsdp, tensor); None = the default device.
+      mesh: the mesh (axes data, fsdp, tensor) or layout to shard over; None = the default device.
       dtype: compute dtype; "auto" = the one that config.json names, else the weights'.
-      param_dtype: dtype of the stored parameters; None = dtype. A reward model's head is float32 whatever it is.
-      remat: what the backward pass keeps of a layer, see `models.qwen3.REMAT`.
+      param_dtype: dtype of the stored parameters; None = dtype. A reward model's head is always float32.
+      remat: a checkpoint policy of layers, a key of `models.qwen3.REMAT`.
+
+    Returns:
+      A `Qwen3` or a `Qwen3RewardModel`.
 
     Raises:
       FileNotFoundError: no such directory, config or weight file.
-      ValueError: a config that is not supported, or tensors that are missing, left over, of another shape or
+      ValueError: a config that is not supported, or tensors that are missing, unknown, of another shape or
         dtype than the config's, unreadable, or not finite.
     """
     directory = find_directory(path_or_hub_id)
@@ -129,7 +132,7 @@ def load_pretrained(
     model = abstract_model(config, dtype=dtype, param_dtype=jnp.dtype(param_dtype or dtype), layout=layout, remat=remat)
     graphdef, shapes = split(model)
     shardings = flatten(parameter_shardings(model, layout)) if layout is not None else {}
-    here = SingleDeviceSharding(jnp.zeros(()).devices().pop())
+    default = SingleDeviceSharding(jnp.zeros(()).devices().pop())
 
     with open_weights(directory) as opened:
         _check_tensors(directory, opened, config, list(flatten(shapes)))
@@ -139,7 +142,7 @@ def load_pretrained(
 
             def read(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
                 name = ".".join(str(key.key) for key in path)
-                shards: dict[Any, np.ndarray] = {}  # devices with the same part share it
+                shards: dict[Any, np.ndarray] = {}  # devices with the same ranges share a shard
 
                 def shard(index: tuple[slice, ...] | None) -> np.ndarray:
                     ranges = _index_ranges(index, leaf.shape)
@@ -147,7 +150,8 @@ def load_pretrained(
                         shards[ranges] = _read_shard(opened, name, ranges, config, leaf.dtype, advance)
                     return shards[ranges]
 
-                return jax.block_until_ready(jax.make_array_from_callback(leaf.shape, shardings.get(name, here), shard))
+                sharding = shardings.get(name, default)
+                return jax.block_until_ready(jax.make_array_from_callback(leaf.shape, sharding, shard))
 
             params = jax.tree_util.tree_map_with_path(read, shapes)
     return nnx.merge(graphdef, params)
@@ -156,14 +160,16 @@ def load_pretrained(
 def save_pretrained(
     model: Backbone, directory: str | Path, *, dtype: Any = None, max_shard_bytes: int = 5 * 10**9
 ) -> None:
-    """Write config.json and safetensors that transformers, vLLM and SGLang read, one file in memory at a time.
+    """Writes config.json and safetensors that transformers, vLLM and SGLang read, one file in memory at a time.
 
     Args:
-      dtype: of the written tensors; None = that of the embedding.
+      model: a policy or a reward model.
+      directory: where to write; created if needed.
+      dtype: dtype of the written tensors; None = that of the embedding.
       max_shard_bytes: above this size the weights are split over several files with an index.
 
     Raises:
-      ValueError: a dtype in which weights are not stored.
+      ValueError: a dtype that is not one of `models.config.DTYPES`, or values that overflow it.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -173,34 +179,36 @@ def save_pretrained(
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {target.name}")
     (directory / "config.json").write_text(json.dumps(config.to_hf() | {"dtype": target.name}, indent=2) + "\n")
 
-    shards: list[dict[str, tuple[str, int | None]]] = [{}]  # theirs -> ours and the layer
+    shards: list[dict[str, tuple[str, int | None]]] = [{}]  # Hugging Face's name -> our name and the layer
     sizes = [0]
     for name in params:
-        for layer, theirs in _hf_names(name, config).items():
+        for layer, hf_name in _hf_names(name, config).items():
             size = math.prod(_hf_shape(name, config)) * target.itemsize
             if sizes[-1] + size > max_shard_bytes and shards[-1]:
                 shards.append({})
                 sizes.append(0)
-            shards[-1][theirs] = (name, layer)
+            shards[-1][hf_name] = (name, layer)
             sizes[-1] += size
     files = [SINGLE_FILE]
     if len(shards) > 1:
         files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     for file, shard in zip(files, shards, strict=True):
         tensors = {
-            theirs: _to_hf_tensor(name, params[name] if layer is None else params[name][layer], config, target)
-            for theirs, (name, layer) in shard.items()
+            hf_name: _to_hf_tensor(name, params[name] if layer is None else params[name][layer], config, target)
+            for hf_name, (name, layer) in shard.items()
         }
         save_file(tensors, directory / file, metadata={"format": "pt"})
-        shutil.copymode(directory / "config.json", directory / file)  # safetensors makes it the owner's alone
+        shutil.copymode(
+            directory / "config.json", directory / file
+        )  # safetensors makes files readable to their owner only
     if len(shards) > 1:
-        weight_map = {theirs: file for file, shard in zip(files, shards, strict=True) for theirs in shard}
+        weight_map = {hf_name: file for file, shard in zip(files, shards, strict=True) for hf_name in shard}
         index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
         (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _hf_names(name: str, config: Qwen3Config) -> dict[int | None, str]:
-    """Hugging Face's name of each layer of one of our parameters; of None, if it has no layers."""
+    """Returns Hugging Face's name of a parameter by layer; {None: name} for one without layers."""
     template = TENSORS[name][0]
     if "{}" not in template:
         return {None: template}
@@ -208,11 +216,12 @@ def _hf_names(name: str, config: Qwen3Config) -> dict[int | None, str]:
 
 
 def _axis_letters(name: str) -> str:
-    """The letters of a parameter's axes, without the layers: DHE of layers.query_LDHE."""
+    """Returns the letters of a parameter's axes without L, e.g. DHE of layers.query_LDHE."""
     return name.rpartition("_")[2].removeprefix("L")
 
 
 def _hf_axis_groups(name: str) -> list[str]:
+    """Returns the letters of each axis of Hugging Face's tensor, e.g. [HE, D]."""
     return TENSORS[name][1].split(",")
 
 
@@ -225,11 +234,11 @@ def _hf_shape(name: str, config: Qwen3Config) -> tuple[int, ...]:
 
 
 def _to_hf_tensor(name: str, array: jax.Array, config: Qwen3Config, dtype: Any) -> np.ndarray:
-    """One layer of ours as the tensor of theirs."""
+    """Converts one layer of our parameter to Hugging Face's tensor."""
     letters = "".join(_hf_axis_groups(name)).replace("1", "")
-    part = np.asarray(array).transpose([_axis_letters(name).index(letter) for letter in letters])
-    _refuse_overflow(part, dtype, name)
-    return np.ascontiguousarray(part.reshape(_hf_shape(name, config)).astype(dtype))
+    tensor = np.asarray(array).transpose([_axis_letters(name).index(letter) for letter in letters])
+    _refuse_overflow(tensor, dtype, name)
+    return np.ascontiguousarray(tensor.reshape(_hf_shape(name, config)).astype(dtype))
 
 
 def _refuse_overflow(array: np.ndarray, dtype: Any, name: str) -> None:
@@ -250,41 +259,43 @@ def _read_shard(
     dtype: Any,
     advance: Callable[[int], None],
 ) -> np.ndarray:
-    """The part of a parameter at `ranges`, in memory that a CPU device takes over without a copy."""
+    """Reads the shard of a parameter at `ranges`, into memory that a CPU device uses without a copy."""
     out = aligned_empty(tuple(len(part) for part in ranges), dtype)
     stacked = "{}" in TENSORS[name][0]
-    at = dict(zip(_axis_letters(name), ranges[1:] if stacked else ranges, strict=True))
+    range_of = dict(zip(_axis_letters(name), ranges[1:] if stacked else ranges, strict=True))
     for row, layer in enumerate(ranges[0] if stacked else [None]):
         stored = opened[_hf_names(name, config)[layer]]
-        for done in _copy_blocks(stored, name, at, out[row] if stacked else out, config):
-            advance(done * out.itemsize)
+        for elements in _copy_blocks(stored, name, range_of, out[row] if stacked else out, config):
+            advance(elements * out.itemsize)
     return out
 
 
 def _copy_blocks(
-    stored: StoredTensor, name: str, at: Mapping[str, range], out: np.ndarray, config: Qwen3Config
+    stored: StoredTensor, name: str, range_of: Mapping[str, range], out: np.ndarray, config: Qwen3Config
 ) -> Iterator[int]:
-    """Copy the part `at` of a tensor of theirs to our axes, block by block of its rows; yields elements copied."""
+    """Copies the part of a stored tensor at `range_of` our axes to `out`, by blocks of rows; yields their elements."""
     groups, axes = _hf_axis_groups(name), _axis_letters(name)
-    whole = {letter: at.get(letter, range(1)) for group in groups for letter in group}
+    ranges = {letter: range_of.get(letter, range(1)) for group in groups for letter in group}
     inner = [math.prod(_axis_size(letter, config) for letter in group[1:]) for group in groups]
-    rows, first = whole[groups[0][0]], groups[0][0]
-    # of theirs, an axis' first letter is cut in the file, the others (head_dim) after reading
-    columns = [slice(whole[g[0]].start * n, whole[g[0]].stop * n) for g, n in zip(groups, inner, strict=True)][1:]
+    rows, first = ranges[groups[0][0]], groups[0][0]
+    # the file is sliced by each group's first letter, the array by the others (head_dim) after reading
+    columns = [slice(ranges[g[0]].start * n, ranges[g[0]].stop * n) for g, n in zip(groups, inner, strict=True)][1:]
     row_bytes = inner[0] * math.prod(c.stop - c.start for c in columns) * stored.dtype.itemsize
     step = max(1, BLOCK_BYTES // row_bytes)
     letters = [letter for group in groups for letter in group]
     for start in range(rows.start, rows.stop, step):
         block = range(start, min(start + step, rows.stop))
         array = stored.read(slice(block.start * inner[0], block.stop * inner[0]), *columns)
-        read = {g[0]: whole[g[0]] for g in groups} | {first: block}
-        array = array.reshape([len(read[x]) if x in read else _axis_size(x, config) for x in letters])
-        array = array[tuple(slice(None) if x in read else slice(at[x].start, at[x].stop) for x in letters)]
+        sliced = {g[0]: ranges[g[0]] for g in groups} | {first: block}
+        array = array.reshape([len(sliced[x]) if x in sliced else _axis_size(x, config) for x in letters])
+        array = array[
+            tuple(slice(None) if x in sliced else slice(range_of[x].start, range_of[x].stop) for x in letters)
+        ]
         array = array.reshape([n for x, n in zip(letters, array.shape, strict=True) if x != "1"])
         named = [x for x in letters if x != "1"]
-        where = tuple(slice(start - rows.start, block.stop - rows.start) if x == first else slice(None) for x in axes)
+        index = tuple(slice(start - rows.start, block.stop - rows.start) if x == first else slice(None) for x in axes)
         _refuse_overflow(array, out.dtype, f"{stored.file}: {stored.name}")
-        np.copyto(out[where], array.transpose([named.index(x) for x in axes]), casting="unsafe")
+        np.copyto(out[index], array.transpose([named.index(x) for x in axes]), casting="unsafe")
         yield array.size
 
 
@@ -294,11 +305,11 @@ def _first_stored_dtype(directory: Path) -> Any:
 
 
 def _check_tensors(directory: Path, opened: Mapping[str, StoredTensor], config: Qwen3Config, names: list[str]) -> None:
-    """Refuse tensors that are not those of the config."""
-    wanted = {theirs: name for name in names for theirs in _hf_names(name, config).values()}
-    # a tied head may be written out; a reward model has no use for one
+    """Raises ValueError unless names and shapes of the stored tensors are those of the config."""
+    expected = {hf_name: name for name in names for hf_name in _hf_names(name, config).values()}
+    # the file of a tied embedding may contain the head too; a reward model does not use one
     ignored = {"lm_head.weight"} if config.tie_word_embeddings or config.is_reward_model else set()
-    missing, extra = sorted(wanted.keys() - opened.keys()), sorted(opened.keys() - wanted.keys() - ignored)
+    missing, extra = sorted(expected.keys() - opened.keys()), sorted(opened.keys() - expected.keys() - ignored)
     if missing:
         raise ValueError(
             f"{directory}: {len(missing)} tensors are missing from the weights, e.g. {missing[0]}; "
@@ -309,21 +320,21 @@ def _check_tensors(directory: Path, opened: Mapping[str, StoredTensor], config: 
             f"{directory}: {len(extra)} tensors are not known to this config in the weights, e.g. {extra[0]}; "
             + _hint(extra[0], "weights without it")
         )
-    for theirs, name in wanted.items():
-        stored, expected = opened[theirs], _hf_shape(name, config)
-        if stored.shape != expected:
+    for hf_name, name in expected.items():
+        stored, shape = opened[hf_name], _hf_shape(name, config)
+        if stored.shape != shape:
             fields = " x ".join(
                 " * ".join(AXIS_FIELDS[letter] for letter in group) if group != "1" else "1"
                 for group in _hf_axis_groups(name)
             )
             raise ValueError(
-                f"{stored.file}: {theirs} has shape {stored.shape}; config.json asks for {expected} ({fields}); "
+                f"{stored.file}: {hf_name} has shape {stored.shape}; config.json asks for {shape} ({fields}); "
                 f"is this the config of these weights?"
             )
 
 
 def _hint(tensor: str, weights: str) -> str:
-    """What in config.json decides whether there is such a tensor."""
+    """Returns the advice for a missing or unknown tensor: the field of config.json that decides on it."""
     for pattern, field in {
         r"lm_head\.": "tie_word_embeddings (and architectures)",
         r"score\.": "architectures",
@@ -336,7 +347,7 @@ def _hint(tensor: str, weights: str) -> str:
 
 
 def _check_tied(directory: Path, opened: Mapping[str, StoredTensor]) -> None:
-    """Refuse a written-out head that is not the embedding which config.json says it is."""
+    """Raises ValueError if the file has a head that differs from the embedding it should be tied to."""
     embed, head = opened["model.embed_tokens.weight"], opened["lm_head.weight"]
     equal = (embed.shape, embed.dtype) == (head.shape, head.dtype)
     step = max(1, BLOCK_BYTES // (embed.shape[1] * embed.dtype.itemsize))
@@ -354,7 +365,7 @@ def _check_tied(directory: Path, opened: Mapping[str, StoredTensor]) -> None:
 def _progress_bar(
     directory: Path, shapes: Mapping[str, Any], shardings: Mapping[str, Any]
 ) -> Iterator[Callable[[int], None]]:
-    """A bar over the bytes that this process reads into its shards; on a terminal only, and gone when done."""
+    """Shows the bytes that this process reads into its shards, on a terminal; yields the function that adds some."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -370,4 +381,4 @@ def _progress_bar(
     hidden = not console.is_terminal or jax.process_index() > 0
     with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
         task = progress.add_task(str(directory.name), total=total)
-        yield lambda done: progress.advance(task, done)
+        yield lambda size: progress.advance(task, size)

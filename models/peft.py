@@ -1,6 +1,6 @@
-"""Adapters as PEFT loads them: adapter_config.json and adapter_model.safetensors.
+"""Writes adapters in PEFT's format: adapter_config.json and adapter_model.safetensors.
 
-PEFT keeps y = x W^T + (alpha / r) (x A^T) B^T with A [r, inputs] and B [outputs, r], one pair for every layer.
+PEFT computes y = x W^T + (alpha / r) (x A^T) B^T with A [r, inputs] and B [outputs, r], one pair for every layer.
 """
 
 import json
@@ -29,18 +29,23 @@ def save_adapters(
     base: str | None,
     dtype: str = "float32",
 ) -> None:
-    """Write what `models.lora.split_trainable` calls trained: the adapters and, of a reward model, its head.
+    """Writes the trained parameters of `models.lora.split_trainable`: the adapters and a reward model's head.
 
     Args:
-      base: where PEFT finds the base when nobody says; None = it must be told.
+      params: the trained parameters.
+      lora: size, scale and targets of the adapters.
+      config: the network.
+      directory: where to write; created if needed.
+      base: PEFT's default path of the base model; None = PEFT's user has to give it.
+      dtype: dtype of the written tensors.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     target = jnp.dtype(dtype)
     tensors = {}
-    for name, pair in adapter_names(lora).items():
+    for name, adapters in adapter_names(lora).items():
         module = TENSORS[f"layers.{name}"][0].removesuffix(".weight")
-        a_L, b_L = (np.asarray(params["layers"][part]) for part in pair)
+        a_L, b_L = (np.asarray(params["layers"][part]) for part in adapters)
         for layer in range(config.num_hidden_layers):
             a, b = a_L[layer].reshape(-1, lora.rank).T, b_L[layer].reshape(lora.rank, -1).T
             for part, matrix in (("lora_A", a), ("lora_B", b)):
@@ -48,7 +53,7 @@ def save_adapters(
                 tensors[key] = np.ascontiguousarray(matrix.astype(target))
     if REWARD_HEAD in params:
         tensors[f"{PREFIX}{TENSORS[REWARD_HEAD][0]}"] = np.asarray(params[REWARD_HEAD])[None].astype(target)
-    about = {
+    adapter_config = {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if config.is_reward_model else "CAUSAL_LM",
         "base_model_name_or_path": base,
@@ -61,7 +66,7 @@ def save_adapters(
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    (directory / "adapter_config.json").write_text(json.dumps(about, indent=2) + "\n")
+    (directory / "adapter_config.json").write_text(json.dumps(adapter_config, indent=2) + "\n")
     file = directory / "adapter_model.safetensors"
     save_file(tensors, file, metadata={"format": "pt"})
-    shutil.copymode(directory / "adapter_config.json", file)  # safetensors makes it the owner's alone
+    shutil.copymode(directory / "adapter_config.json", file)  # safetensors makes files readable to their owner only

@@ -1,6 +1,6 @@
-"""The shapes of published models, for what can be known of them without their files.
+"""Configs of published models, to plan runs without their files.
 
-From their config.json on the Hub. What is trained or scored with always comes from the files themselves.
+The numbers are from each model's config.json on the Hub. Training and scoring always read the files.
 """
 
 from models.config import POLICY, REWARD_MODEL, Qwen3Config

@@ -1,12 +1,12 @@
 """The Qwen3 decoder with a group axis: the prompt is computed once, its G completions see its keys and values.
 
     hidden_PSD, prefix = model.prefill(prompt_PS, lengths_P)
-    hidden_PGTD, own   = model.extend(tokens_PGT, prefix)
-    hidden_PGTD        = model.predict(prompt_PS, lengths_P, tokens_PGT)     # aligned: hidden[t] predicts token t
+    hidden_PGTD, new   = model.extend(tokens_PGT, prefix)
+    hidden_PGTD        = model.predict(prompt_PS, lengths_P, tokens_PGT)     # hidden[t] predicts token t
 
-Prompts and completions are right-padded; lengths, not token values, say where a prompt ends. A completion needs
-no mask of its own: what is padded comes after what is real, and causal attention never looks ahead. A row may also
-hold several completions of its prompt one behind the other: `offset_PGT` says where in its completion a token stands.
+Prompts and completions are right-padded; lengths, not token values, tell where a prompt ends. A completion needs no
+padding mask: its padding follows its tokens, and causal attention never looks ahead. A row may also pack several
+completions of its prompt: `offset_PGT` is then each token's index in its completion.
 The layers are stacked on a leading L axis and scanned, so compile time does not grow with depth.
 Left out on purpose: dropout (Qwen3 has none), mixture of experts.
 """
@@ -27,15 +27,14 @@ from models.config import Qwen3Config
 from models.lora import Lora, adapter_names, add_adapters
 from models.sharding import Layout, constrain, total_shards
 
-# What the backward pass keeps of a layer's forward pass instead of computing it again.
+# Checkpoint policies: which values of a layer's forward pass are saved for the backward pass, not recomputed.
 REMAT: dict[str, Callable[..., Any] | None] = {
-    "none": None,  # what autodiff keeps by itself; a checkpoint that saves everything is 2x slower on a CPU
+    "none": None,  # autodiff's own choice; a checkpoint that saves everything is 2x slower on a CPU
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
-
-# hidden_act, under Hugging Face's names
+# config.hidden_act, under Hugging Face's names
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     **dict.fromkeys(("silu", "swish"), jax.nn.silu),
     **dict.fromkeys(("gelu", "gelu_python"), partial(jax.nn.gelu, approximate=False)),
@@ -54,15 +53,15 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 class Prefix(NamedTuple):
-    """What completions need of their prompt."""
+    """The state of prompts that their completions attend to."""
 
     kv: PrefixKeyValues  # of all layers
     lengths_P: jax.Array
-    last_PD: jax.Array  # hidden state of the last real prompt token: it predicts the first completion token
+    last_PD: jax.Array  # hidden state of the last prompt token; it predicts the first completion token
 
 
 class Layers(nnx.Module):
-    """The parameters of all L layers, stacked; `__call__` runs one layer, its slice of them."""
+    """The parameters of all L layers, stacked; `__call__` runs one layer, on one slice of them."""
 
     def __init__(
         self, config: Qwen3Config, rngs: nnx.Rngs, param_dtype: Any, layout: Layout | None, lora: Lora | None
@@ -120,12 +119,12 @@ class Layers(nnx.Module):
         query_PGTHE = rotate(rms_norm(query_PGTHE, self.query_norm_LE, config.rms_norm_eps), rotary)
         key_PGTKE = rotate(rms_norm(key_PGTKE, self.key_norm_LE, config.rms_norm_eps), rotary)
         query_PGTHE = constrain(self.layout, query_PGTHE, "prompt", "group", "sequence", "heads", None)
-        # keys as [.., K, S, E]: twice as fast to decode on a CPU as [.., S, K, E]
-        own = KeyValues(jnp.einsum("pgtke->pkgte", key_PGTKE), jnp.einsum("pgtke->pkgte", value_PGTKE))
+        # heads before positions: decoding on a CPU is twice as fast as with [..., T, K, E]
+        new_PKGTE = KeyValues(jnp.einsum("pgtke->pkgte", key_PGTKE), jnp.einsum("pgtke->pkgte", value_PGTKE))
 
         P, G, T, H, E = query_PGTHE.shape
         query_PGTKQE = query_PGTHE.reshape(P, G, T, config.num_key_value_heads, -1, E)
-        out_PGTHE = group_attention(query_PGTKQE, own, **attention).reshape(P, G, T, H, E)
+        out_PGTHE = group_attention(query_PGTKQE, new_PKGTE, **attention).reshape(P, G, T, H, E)
         y_PGTD = project(out_PGTHE, "output_LHED", inputs=2)
         if config.attention_bias:
             y_PGTD += self.output_bias_LD[...].astype(dtype)
@@ -136,11 +135,14 @@ class Layers(nnx.Module):
         hidden_PGTF = gate_PGTF * project(y_PGTD, "up_LDF")
         hidden_PGTF = constrain(self.layout, hidden_PGTF, "prompt", "group", "sequence", "mlp")
         x_PGTD = x_PGTD + project(hidden_PGTF, "down_LFD")
-        return constrain(self.layout, x_PGTD, "prompt", "group", "sequence", "width"), own
+        return constrain(self.layout, x_PGTD, "prompt", "group", "sequence", "width"), new_PKGTE
 
 
 class Backbone(nnx.Module):
-    """Embedding, layers, final norm: everything but a head."""
+    """Embedding, layers and final norm, without a head.
+
+    `dtype` is the compute dtype, `param_dtype` that of stored parameters, `remat` a key of `REMAT`.
+    """
 
     def __init__(
         self,
@@ -162,10 +164,10 @@ class Backbone(nnx.Module):
         self.norm_D = nnx.Param(jnp.ones(config.hidden_size, param_dtype), axes=("width",))
 
     def prefill(self, prompt_PS: jax.Array, lengths_P: jax.Array) -> tuple[jax.Array, Prefix]:
-        """Hidden states of right-padded prompts, and what their completions need of them."""
-        hidden_P1SD, own = self._forward(prompt_PS[:, None], jnp.zeros_like(lengths_P)[:, None, None])
+        """Returns hidden states of right-padded prompts, and the prefix for their completions."""
+        hidden_P1SD, new = self._forward(prompt_PS[:, None], jnp.zeros_like(lengths_P)[:, None, None])
         hidden_PSD = hidden_P1SD[:, 0]
-        return hidden_PSD, Prefix(prefix_key_values(own), lengths_P, last_hidden(hidden_PSD, lengths_P))
+        return hidden_PSD, Prefix(prefix_key_values(new), lengths_P, last_hidden(hidden_PSD, lengths_P))
 
     def extend(
         self,
@@ -175,10 +177,10 @@ class Backbone(nnx.Module):
         past: Past | None = None,
         offset_PGT: jax.Array | None = None,
     ) -> tuple[jax.Array, KeyValues]:
-        """Hidden states of T further tokens of each completion, and their keys and values.
+        """Returns hidden states of T further tokens of each completion, and their keys and values.
 
-        `past` holds those of the completion's earlier tokens; `offset_PGT` is for rows of several completions
-        (see `group_attention`).
+        `past` caches the keys and values of the completion's earlier tokens; `offset_PGT` is for rows that pack several
+        completions (see `group_attention`).
         """
         start_P11 = prefix.lengths_P[:, None, None] + (past.length if past is not None else 0)
         return self._forward(tokens_PGT, start_P11, prefix=prefix, past=past, offset_PGT=offset_PGT)
@@ -186,17 +188,17 @@ class Backbone(nnx.Module):
     def prefill_and_extend(
         self, prompt_PS: jax.Array, lengths_P: jax.Array, tokens_PGT: jax.Array, offset_PGT: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
-        """Hidden states of prompts [P, S, D] and of their completions [P, G, T, D]: `prefill` and `extend` at once.
+        """Returns hidden states of prompts [P, S, D] and of their completions [P, G, T, D].
 
-        In one pass over the layers, whose parameters are then gathered once for both.
+        One pass over the layers does both, so sharded parameters are gathered once.
         """
         prompt, prompt_rotary = self._embed(prompt_PS[:, None], jnp.zeros_like(lengths_P)[:, None, None])
         completion, rotary = self._embed(tokens_PGT, lengths_P[:, None, None], offset_PGT)
         options = {"prefix_lengths_P": lengths_P, "offset_PGT": offset_PGT}
 
         def step(layer: Callable[..., Any], x: tuple[jax.Array, jax.Array], _: None) -> tuple[Any, None]:
-            prompt, own = layer(x[0], prompt_rotary)
-            completion, _ = layer(x[1], rotary, prefix=prefix_key_values(own), **options)
+            prompt, new = layer(x[0], prompt_rotary)
+            completion, _ = layer(x[1], rotary, prefix=prefix_key_values(new), **options)
             return (prompt, completion), None
 
         (prompt, completion), _ = self._scan_layers(step, (prompt, completion), None)
@@ -205,7 +207,7 @@ class Backbone(nnx.Module):
     def predict(
         self, prompt_PS: jax.Array, lengths_P: jax.Array, tokens_PGT: jax.Array, offset_PGT: jax.Array | None = None
     ) -> jax.Array:
-        """The hidden state that predicts each completion token, [P, G, T, D]; a row's last token is never input."""
+        """Returns the hidden state that predicts each completion token, [P, G, T, D]; the last token is never input."""
         P, G, T = tokens_PGT.shape
         if T == 1:
             last_PD = self.prefill(prompt_PS, lengths_P)[1].last_PD
@@ -218,17 +220,17 @@ class Backbone(nnx.Module):
         return hidden_PGTD if offset_PGT is None else jnp.where(offset_PGT[..., None] == 0, first_PG1D, hidden_PGTD)
 
     def hidden(self, tokens_BS: jax.Array, offset_BS: jax.Array | None = None) -> jax.Array:
-        """Hidden states of right-padded sequences, [B, S, D]; `offset_BS` is for rows of several sequences."""
+        """Returns hidden states [B, S, D] of right-padded rows; `offset_BS` is for rows that pack several sequences."""
         offset_B1S = None if offset_BS is None else offset_BS[:, None]
         start_B11 = jnp.zeros((len(tokens_BS), 1, 1), jnp.int32)
         return self._forward(tokens_BS[:, None], start_B11, offset_PGT=offset_B1S)[0][:, 0]
 
     def gathered_table(self, table_VD: nnx.Param) -> jax.Array:
-        """A table whole in D: gathered once, not for every chunk of tokens that reads it.
+        """All-gathers the table over D once, not for every chunk of tokens that reads it.
 
-        From a table cut in D the compiler would look up all tokens on all devices, and hold them there. It is rounded
-        to the compute dtype before it is gathered, and float32 behind that, so that the gradients of many tokens are
-        added up in float32: in bfloat16 a frequent token's would stand still at 256 times its summands.
+        From a table sharded over D the compiler would look up all tokens on all devices, and store them there. The
+        table is rounded to the compute dtype before it is gathered and float32 afterwards, so that the gradients of
+        many tokens are summed in float32: in bfloat16 a frequent token's sum would stall at 256 times its summands.
         """
         table = constrain(self.layout, table_VD[...].astype(self.dtype), "vocab", "width")
         return table.astype(jnp.float32)
@@ -249,29 +251,29 @@ class Backbone(nnx.Module):
         def step(layer: Callable[..., Any], x_PGTD: jax.Array, kv: PrefixKeyValues | None) -> tuple[Any, KeyValues]:
             return layer(x_PGTD, rotary, prefix=kv, **options)
 
-        x_PGTD, own = self._scan_layers(step, x_PGTD, prefix.kv if prefix is not None else None)
-        return self._final_norm(x_PGTD), own
+        x_PGTD, new = self._scan_layers(step, x_PGTD, prefix.kv if prefix is not None else None)
+        return self._final_norm(x_PGTD), new
 
     def _embed(
         self, tokens_PGT: jax.Array, start_P11: jax.Array, offset_PGT: jax.Array | None = None
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """What goes into the first layer, and the rotary angles of its positions."""
+        """Returns the first layer's input, and cosines and sines of the rotary angles of its positions."""
         positions_PGT = start_P11 + (jnp.arange(tokens_PGT.shape[-1]) if offset_PGT is None else offset_PGT)
         x_PGTD = jnp.take(self.gathered_table(self.embed_VD), tokens_PGT, axis=0).astype(self.dtype)
         x_PGTD = constrain(self.layout, x_PGTD, "prompt", "group", "sequence", "width")
         return x_PGTD, rotary_angles(positions_PGT, self.config)
 
-    def _scan_layers(self, step: Callable[..., Any], x: Any, of_layers: Any) -> tuple[Any, Any]:
-        """(x, stacked outputs) after x, output = step(layer, x, its part of `of_layers`) for each of the layers."""
-        graphdef, stacked = nnx.split(self.layers)
+    def _scan_layers(self, step: Callable[..., Any], x: Any, inputs_L: Any) -> tuple[Any, Any]:
+        """Scans x, output = step(layer, x, inputs) over the layers; returns x and the stacked outputs."""
+        graphdef, params_L = nnx.split(self.layers)
 
         def body(x: Any, slices: Any) -> tuple[Any, Any]:
-            parameters, number, window, of_layer = slices
-            return step(partial(nnx.merge(graphdef, parameters), layer=number, window=window), x, of_layer)
+            params, number, window, inputs = slices
+            return step(partial(nnx.merge(graphdef, params), layer=number, window=window), x, inputs)
 
-        config, everything = self.config, np.iinfo(np.int32).max
-        windows_L = None if config.windows is None else jnp.array([w or everything for w in config.windows], jnp.int32)
-        slices = (stacked, jnp.arange(config.num_hidden_layers), windows_L, of_layers)
+        config, unlimited = self.config, np.iinfo(np.int32).max
+        windows_L = None if config.windows is None else jnp.array([w or unlimited for w in config.windows], jnp.int32)
+        slices = (params_L, jnp.arange(config.num_hidden_layers), windows_L, inputs_L)
         policy = REMAT[self.remat]
         return jax.lax.scan(jax.checkpoint(body, policy=policy) if policy else body, x, slices)
 
@@ -279,18 +281,18 @@ class Backbone(nnx.Module):
         return rms_norm(x, self.norm_D, self.config.rms_norm_eps)
 
 
-def prefix_key_values(own: KeyValues) -> PrefixKeyValues:
-    """Keys and values of prompts [..., P, K, 1, S, E] as their completions read them."""
-    return PrefixKeyValues(jnp.swapaxes(own.keys[..., 0, :, :], -1, -2), own.values[..., 0, :, :])
+def prefix_key_values(kv: KeyValues) -> PrefixKeyValues:
+    """Converts keys and values of prompts, [..., P, K, 1, S, E], to the axes that their completions read."""
+    return PrefixKeyValues(jnp.swapaxes(kv.keys[..., 0, :, :], -1, -2), kv.values[..., 0, :, :])
 
 
 def last_hidden(hidden_PSD: jax.Array, lengths_P: jax.Array) -> jax.Array:
-    """[P, D], of the last real token."""
+    """Returns the hidden state [P, D] of each prompt's last real token."""
     return jnp.take_along_axis(hidden_PSD, (lengths_P - 1)[:, None, None], axis=1)[:, 0]
 
 
 class Qwen3(Backbone):
-    """A policy: the backbone with a distribution over the next token."""
+    """A policy: the backbone with an output embedding, which gives logits of the next token."""
 
     def __init__(self, config: Qwen3Config, rngs: nnx.Rngs, **options: Any) -> None:
         super().__init__(config, rngs, **options)
@@ -301,42 +303,42 @@ class Qwen3(Backbone):
 
     @property
     def head_VD(self) -> jax.Array:
-        """float32 [V, D], rounded to the compute dtype."""
+        """The output embedding, float32 [V, D], rounded to the compute dtype."""
         return self.gathered_table(self.embed_VD if self.config.tie_word_embeddings else self.unembed_VD)
 
     def logprobs(self, hidden: jax.Array, tokens: jax.Array, *, chunk_tokens: int, **options: Any) -> Any:
-        """`gopo_jax.token_logprobs` of hidden states [P, ..., T, D], their first axis one of prompts.
+        """Returns `gopo_jax.token_logprobs` of tokens [P, ..., T] given hidden states [P, ..., T, D].
 
-        Logits of at most `chunk_tokens` tokens exist at a time on each device (of one of every row at least). Devices
-        with other prompts have a head of their own in it, whose gradients are added up once, not after every chunk.
+        Each device has logits of at most `chunk_tokens` tokens at a time (but of one token per row at least). Devices
+        with different prompts use copies of the head, so the gradients are summed once, not after every chunk.
         """
         rows = math.prod(tokens.shape[:-1]) // total_shards(self.layout, "prompt", *["group"] * (tokens.ndim == 3))
-        count = partial(token_logprobs, chunk=max(chunk_tokens // rows, 1), **options)
+        logprobs_of = partial(token_logprobs, chunk=max(chunk_tokens // rows, 1), **options)
         devices = total_shards(self.layout, "prompt")
         if devices == 1:
-            return count(hidden, self.head_VD, tokens)
+            return logprobs_of(hidden, self.head_VD, tokens)
         heads = jnp.broadcast_to(self.head_VD, (devices, *self.head_VD.shape))
         heads = constrain(self.layout, heads, "prompt", "vocab", "width")
-        apart = [array.reshape(devices, -1, *array.shape[1:]) for array in (hidden, tokens)]
-        found = jax.vmap(count)(apart[0], heads, apart[1])
-        return jax.tree.map(lambda array: array.reshape(tokens.shape), found)
+        by_device = [array.reshape(devices, -1, *array.shape[1:]) for array in (hidden, tokens)]
+        logprobs = jax.vmap(logprobs_of)(by_device[0], heads, by_device[1])
+        return jax.tree.map(lambda array: array.reshape(tokens.shape), logprobs)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """float32 [..., V] logits of hidden states [..., D]."""
+        """Returns float32 logits [..., V] of hidden states [..., D]."""
         head_VD = self.head_VD.astype(hidden.dtype)
         return jnp.einsum("...d,vd->...v", hidden, head_VD, preferred_element_type=jnp.float32)
 
     def __call__(self, tokens_BS: jax.Array, lengths_B: jax.Array) -> jax.Array:
-        """float32 logits [B, S, V] of right-padded sequences; those at or behind `lengths_B` mean nothing."""
+        """Returns float32 logits [B, S, V] of right-padded sequences; from `lengths_B` on they mean nothing."""
         del lengths_B  # causal attention never sees the padding behind a token
         return self.logits(self.hidden(tokens_BS))
 
 
 def linear(x: jax.Array, weight: jax.Array, inputs: int = 1) -> jax.Array:
-    """The last `inputs` axes of x, contracted with the first of the weight.
+    """Contracts the last `inputs` axes of x with the first axes of the weight, as one product of two matrices.
 
-    As one product of two matrices: of a gradient's contraction over several axes XLA makes, on a CPU, a transposed
-    copy of the activations that takes longer than the product.
+    For the gradient of a contraction over several axes, XLA on a CPU would make a transposed copy of the activations,
+    which takes longer than the product.
     """
     rows, columns = x.shape[: x.ndim - inputs], weight.shape[inputs:]
     width = math.prod(weight.shape[:inputs])
@@ -344,19 +346,19 @@ def linear(x: jax.Array, weight: jax.Array, inputs: int = 1) -> jax.Array:
 
 
 def rms_norm(x: jax.Array, scale: nnx.Param, epsilon: float) -> jax.Array:
-    """x / sqrt(mean(x^2) + epsilon) * scale over the last axis; the statistics in float32."""
+    """Returns x / sqrt(mean(x^2) + epsilon) * scale over the last axis; the statistics are float32."""
     x32 = x.astype(jnp.float32)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + epsilon)
     return x32.astype(x.dtype) * scale[...].astype(x.dtype)
 
 
 def rotary_frequencies(config: Qwen3Config) -> tuple[np.ndarray, float]:
-    """The angle per position of each of the E/2 rotary pairs, and a factor on cosines and sines.
+    """Returns the angle per position of each of the E/2 rotary pairs, and a factor of cosines and sines.
 
-        theta^(-2i/E), divided by `factor` for linear scaling; for yarn (see `yarn_frequencies`) between the two
+        theta^(-2i/E), divided by `factor` with linear scaling; with yarn (see `yarn_frequencies`) between the two
 
-    In numpy, as transformers computes it: an accelerator's power function is less exact, and at position 40,000 one
-    unit in the last place of a frequency is a visible angle.
+    Computed in numpy, like transformers does: an accelerator's power function is less exact, and at position 40,000 a
+    frequency's last bit is a visible angle.
     """
     E = config.head_dim
     wavelengths = (config.rope_theta ** (np.arange(0, E, 2, dtype=np.float32) / np.float32(E))).astype(np.float32)
@@ -369,10 +371,10 @@ def rotary_frequencies(config: Qwen3Config) -> tuple[np.ndarray, float]:
 
 
 def yarn_frequencies(config: Qwen3Config, wavelengths: np.ndarray) -> tuple[np.ndarray, float]:
-    """Frequencies and attention factor of yarn (Peng et al., https://arxiv.org/abs/2309.00071, section 3.4).
+    """Returns frequencies and attention factor of yarn (Peng et al., https://arxiv.org/abs/2309.00071, section 3.4).
 
-    Pairs that turn more than beta_fast times within the trained length keep their frequency, those that turn less
-    than beta_slow times have it divided by `factor`, with a linear ramp over the pairs between.
+    Pairs that turn more than beta_fast times within the trained length keep their frequency. Pairs that turn less
+    than beta_slow times have it divided by `factor`. A linear ramp interpolates between them.
     """
     scaling, E = config.rope_scaling, config.head_dim
     assert scaling is not None
@@ -400,14 +402,14 @@ def yarn_frequencies(config: Qwen3Config, wavelengths: np.ndarray) -> tuple[np.n
 
 
 def rotary_angles(positions_PGT: jax.Array, config: Qwen3Config) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines [P, G, T, 1, E/2] of position * frequency; float32."""
+    """Returns float32 cosines and sines [P, G, T, 1, E/2] of position * frequency, times the attention factor."""
     frequencies, factor = rotary_frequencies(config)
     angles = positions_PGT[..., None, None].astype(jnp.float32) * frequencies
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
 def rotate(x: jax.Array, rotary: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotary embedding of [P, G, T, heads, E]; the two halves of E form the pairs, as in Hugging Face."""
+    """Applies rotary embedding to [P, G, T, heads, E]; the two halves of E form the pairs, as in Hugging Face."""
     cos, sin = rotary
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

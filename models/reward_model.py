@@ -1,4 +1,4 @@
-"""A reward model: the Qwen3 backbone with a scalar head on the last real token."""
+"""The reward model: the Qwen3 backbone with a scalar head on the last real token."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from models.qwen3 import Backbone
 
 
 class Qwen3RewardModel(Backbone):
-    """Scores of whole texts, as Hugging Face's `Qwen3ForSequenceClassification` with one label."""
+    """Scores whole texts, like Hugging Face's `Qwen3ForSequenceClassification` with one label."""
 
     def __init__(self, config: Qwen3Config, rngs: nnx.Rngs, **options: Any) -> None:
         super().__init__(config, rngs, **options)
@@ -20,21 +20,21 @@ class Qwen3RewardModel(Backbone):
         self.score_D = nnx.Param(value, axes=("width",))
 
     def __call__(self, tokens_BS: jax.Array, lengths_B: jax.Array) -> jax.Array:
-        """float32 rewards [B] of right-padded sequences, read at their last real token."""
+        """Returns float32 rewards [B] of right-padded sequences, from their last real token."""
         hidden_BSD = self.hidden(tokens_BS)
         return self.score_hidden(jnp.take_along_axis(hidden_BSD, (lengths_B - 1)[:, None, None], axis=1)[:, 0])
 
     def score_group(
         self, prefix_PS: jax.Array, prefix_lengths_P: jax.Array, suffix_PGT: jax.Array, suffix_lengths_PG: jax.Array
     ) -> jax.Array:
-        """float32 rewards [P, G] of G texts that share a prefix, which is computed once.
+        """Returns float32 rewards [P, G] of G texts that share a prefix, which is computed once.
 
-        Both parts are right-padded; every suffix has at least one token.
+        Prefixes and suffixes are right-padded; every suffix has at least one token.
         """
         _, hidden_PGTD = self.prefill_and_extend(prefix_PS, prefix_lengths_P, suffix_PGT)
-        last = (suffix_lengths_PG - 1)[..., None, None]
-        return self.score_hidden(jnp.take_along_axis(hidden_PGTD, last, axis=2)[:, :, 0])
+        last_PG11 = (suffix_lengths_PG - 1)[..., None, None]
+        return self.score_hidden(jnp.take_along_axis(hidden_PGTD, last_PG11, axis=2)[:, :, 0])
 
     def score_hidden(self, hidden: jax.Array) -> jax.Array:
-        """float32 rewards [...] of hidden states [..., D]."""
+        """Returns float32 rewards [...] of hidden states [..., D]."""
         return hidden.astype(jnp.float32) @ self.score_D[...]

@@ -1,8 +1,8 @@
-"""Sampling: one jitted loop; the prompt is computed once per group, every token sees its group's prompt keys.
+"""Sampling: one jitted loop; the prompt is computed once per group, and all its completions read its keys.
 
-Each row (one completion) draws from its own key, so what it draws does not depend on the other rows, on how the
-batch is cut, or on the sharding. A token costs one uniform number and a two-level inverse CDF.
-What has ended is not computed: as completions end, those that go on move into half as many slots.
+Each row (one completion) draws from its own key, so its tokens do not depend on the other rows, on how the batch is
+split, or on the sharding. A token costs one uniform number and a two-level inverse CDF.
+Completions that have ended are not computed: as they end, the others move into half as many rows.
 """
 
 from collections.abc import Callable
@@ -16,27 +16,27 @@ from models.attention import Past
 from models.qwen3 import Prefix, Qwen3
 from models.sharding import Layout, constrain, total_shards
 
-MIN_ROWS = 8  # completions that are computed at a time, once the others have ended
-MIN_SHRINKING_LENGTH = (
-    128  # tokens; for shorter completions fewer slots save less time than compiling loops for them takes
-)
+MIN_ROWS = 8  # fewer active rows cost hardly less time
+MIN_SHRINKING_LENGTH = 128  # tokens; below it, compiling loops for fewer rows takes longer than they save
 
 
 class SamplingParams(NamedTuple):
-    """What may change from call to call without a new compilation: every field is traced."""
+    """Sampling settings; every field is traced, so new values need no new compilation."""
 
     temperature: jax.typing.ArrayLike  # 0 = greedy
     top_k: jax.typing.ArrayLike  # 0 = off
     top_p: jax.typing.ArrayLike  # 1 = off
-    min_tokens: jax.typing.ArrayLike  # no end-of-text before this many tokens
-    eos_ids: jax.typing.ArrayLike  # [n] ids, each of which ends a completion
+    min_tokens: jax.typing.ArrayLike  # no end-of-text token before this many tokens
+    eos_ids: jax.typing.ArrayLike  # [n] ids of the tokens that end a completion
 
 
 class Rollout(NamedTuple):
+    """Sampled completions, right-padded."""
+
     tokens_PGT: jax.Array  # pad_id behind the end
     logprobs_PGT: jax.Array  # float32, of the tempered distribution before top-k and top-p; 0 behind the end
-    lengths_PG: jax.Array  # tokens, the end-of-text token included
-    finished_PG: jax.Array  # ended by an end-of-text token; False = cut at T
+    lengths_PG: jax.Array  # tokens, with the end-of-text token
+    finished_PG: jax.Array  # True = ended by an end-of-text token, False = truncated at T
 
 
 def sample(
@@ -51,15 +51,17 @@ def sample(
     max_completion_length: int,
     pad_id: int = 0,
 ) -> Rollout:
-    """Draw G completions of up to T tokens for each prompt.
+    """Draws G completions of up to T tokens for each prompt.
 
     Args:
       prompt_PS, lengths_P: right-padded prompts of at least one token.
-      rows_P: the prompts' numbers in the whole batch; completion g of prompt p draws from the key
+      rows_P: [P] the prompts' numbers in the whole batch; completion g of prompt p draws from the key
         fold_in(key, rows_P[p] * G + g), its token t from the t-th uniform number of that key. Or [P, G], the
-        number that each completion's key folds in: then what it draws does not depend on G either.
-      key: of this run, stream and step.
+        number that each completion's key folds in; its tokens then do not depend on G either.
+      key: the key of this run, stream and step.
+      params: sampling settings.
       num_generations, max_completion_length: G and T.
+      pad_id: the token behind a completion's end.
     """
     (P, _), G, T = prompt_PS.shape, num_generations, max_completion_length
     rows_PG = rows_P if rows_P.ndim == 2 else rows_P[:, None] * G + jnp.arange(G)
@@ -94,24 +96,24 @@ def sample(
             rollout.lengths_PG + live_PG,
             rollout.finished_PG | ended_PG,
         )
-        hidden_PG1D, own_LPKG1E = model.extend(token_PG[..., None], prefix, past=state.past)
+        hidden_PG1D, new_LPKG1E = model.extend(token_PG[..., None], prefix, past=state.past)
         done_PG = rows.done_PG | ended_PG
         rows = rows._replace(done_PG=done_PG, hidden_PGD=hidden_PG1D[:, :, 0], rollout=rollout)
-        return DecodeState(rows, state.past.append(own_LPKG1E))
+        return DecodeState(rows, state.past.append(new_LPKG1E))
 
     prompt_P, rollout = jnp.arange(P), empty
     state = DecodeState(rows, empty_cache(model, prefix, G, T))
     sizes = shrink_schedule(P, G, model.layout) if T >= MIN_SHRINKING_LENGTH else [(P, G)]
-    for here, smaller in zip(sizes, [*sizes[1:], None], strict=True):
+    for size, smaller in zip(sizes, [*sizes[1:], None], strict=True):
 
         def should_continue(state: DecodeState, smaller: tuple[int, int] | None = smaller) -> jax.Array:
             done_PG = state.rows.done_PG
             return (state.past.length < T) & ~done_PG.all() & ~fits_in(done_PG, smaller)
 
         state = jax.lax.while_loop(should_continue, partial(decode_step, prefix), state)
-        origin = (prompt_P[:, None], state.rows.completion_PG)
-        rollout = jax.tree.map(lambda all, some, origin=origin: all.at[origin].set(some), rollout, state.rows.rollout)
-        if smaller is not None and smaller[1] < here[1]:
+        index = (prompt_P[:, None], state.rows.completion_PG)
+        rollout = jax.tree.map(lambda all, some, index=index: all.at[index].set(some), rollout, state.rows.rollout)
+        if smaller is not None and smaller[1] < size[1]:
             state = shrink_completions(state, smaller[1])
         elif smaller is not None:
             prompt_P, prefix, state = shrink_prompts(prompt_P, prefix, state, smaller[0])
@@ -119,7 +121,7 @@ def sample(
 
 
 def empty_cache(model: Qwen3, prefix: Prefix, G: int, T: int) -> Past:
-    """Room for the keys and values of all completions, on the devices of their prompts, completions and heads."""
+    """Allocates the cache of all completions, sharded over prompts, completions and heads."""
     past = Past.empty(prefix.kv, G, T)
     axes = ("layers", "prompt", "kv_heads", "group", None, None)
     keys, values = (constrain(model.layout, array, *axes) for array in past[:2])
@@ -127,25 +129,26 @@ def empty_cache(model: Qwen3, prefix: Prefix, G: int, T: int) -> Past:
 
 
 class ActiveRows(NamedTuple):
-    """The completions that are computed: some of the prompts, some of each one's G."""
+    """The completions still being computed: P prompts and G completions of each, fewer as completions end."""
 
-    completion_PG: jax.Array  # which of its prompt's completions it is
-    done_PG: jax.Array
+    completion_PG: jax.Array  # index among the prompt's completions
+    done_PG: jax.Array  # ended; the row only fills the array
     hidden_PGD: jax.Array  # predicts the next token
     uniforms_PGT: jax.Array
     rollout: Rollout
 
 
 class DecodeState(NamedTuple):
+    """State of the decoding loop."""
+
     rows: ActiveRows
     past: Past
 
 
 def shrink_schedule(P: int, G: int, layout: Layout | None) -> list[tuple[int, int]]:
-    """The sizes [prompts, completions of each] that the slots shrink through as completions end: halves.
+    """Returns the sizes (prompts, completions of each) that the active rows shrink through, by halves to MIN_ROWS.
 
-    Down to FEWEST slots: fewer cost hardly less. First completions of each prompt, which stay on their device; then
-    prompts, unless those live on several devices.
+    Completions are halved first, since each prompt stays on its device; then prompts, unless they are sharded.
     """
     sizes = [(P, G)]
     while P * G >= 2 * MIN_ROWS:
@@ -160,7 +163,7 @@ def shrink_schedule(P: int, G: int, layout: Layout | None) -> list[tuple[int, in
 
 
 def fits_in(done_PG: jax.Array, size: tuple[int, int] | None) -> jax.Array:
-    """Whether all that goes on fits into so many prompts and completions of each."""
+    """Whether the completions that continue fit into this size (prompts, completions of each)."""
     if size is None:
         return jnp.zeros((), bool)
     live_PG = ~done_PG
@@ -168,40 +171,43 @@ def fits_in(done_PG: jax.Array, size: tuple[int, int] | None) -> jax.Array:
 
 
 def shrink_completions(state: DecodeState, G: int) -> DecodeState:
-    """G slots of each prompt: those that go on, filled up with some that have ended."""
-    kept_PG = jnp.argsort(state.rows.done_PG, axis=1, stable=True)[:, :G]
+    """Reduces the rows to G of each prompt: all that continue, filled up with ended ones."""
+    index_PG = jnp.argsort(state.rows.done_PG, axis=1, stable=True)[:, :G]
 
     def take(array_PG: jax.Array) -> jax.Array:
-        return jnp.take_along_axis(array_PG, jnp.expand_dims(kept_PG, range(2, array_PG.ndim)), axis=1)
+        return jnp.take_along_axis(array_PG, jnp.expand_dims(index_PG, range(2, array_PG.ndim)), axis=1)
 
-    kept_LPKGTE = kept_PG[None, :, None, :, None, None]
-    keys_LPKGET = jnp.take_along_axis(state.past.keys_LPKGET, kept_LPKGTE, axis=3)
-    values_LPKGTE = jnp.take_along_axis(state.past.values_LPKGTE, kept_LPKGTE, axis=3)
+    index_1P1G11 = index_PG[None, :, None, :, None, None]
+    keys_LPKGET = jnp.take_along_axis(state.past.keys_LPKGET, index_1P1G11, axis=3)
+    values_LPKGTE = jnp.take_along_axis(state.past.values_LPKGTE, index_1P1G11, axis=3)
     return DecodeState(jax.tree.map(take, state.rows), Past(keys_LPKGET, values_LPKGTE, state.past.length))
 
 
 def shrink_prompts(
     prompt_P: jax.Array, prefix: Prefix, state: DecodeState, P: int
 ) -> tuple[jax.Array, Prefix, DecodeState]:
-    """P prompts with their slots: those of which a completion goes on, filled up with some others."""
-    kept_P = jnp.argsort(state.rows.done_PG.all(1), stable=True)[:P]
-    of_layers = partial(jnp.take, indices=kept_P, axis=1)
-    prefix = Prefix(jax.tree.map(of_layers, prefix.kv), prefix.lengths_P[kept_P], prefix.last_PD[kept_P])
-    rows = jax.tree.map(lambda array: array[kept_P], state.rows)
-    past = Past(of_layers(state.past.keys_LPKGET), of_layers(state.past.values_LPKGTE), state.past.length)
-    return prompt_P[kept_P], prefix, DecodeState(rows, past)
+    """Reduces the rows to P prompts: all with a completion that continues, filled up with others."""
+    index_P = jnp.argsort(state.rows.done_PG.all(1), stable=True)[:P]
+    take_prompts = partial(jnp.take, indices=index_P, axis=1)
+    prefix = Prefix(jax.tree.map(take_prompts, prefix.kv), prefix.lengths_P[index_P], prefix.last_PD[index_P])
+    rows = jax.tree.map(lambda array: array[index_P], state.rows)
+    past = Past(take_prompts(state.past.keys_LPKGET), take_prompts(state.past.values_LPKGTE), state.past.length)
+    return prompt_P[index_P], prefix, DecodeState(rows, past)
 
 
 def draw(
     logits: jax.Array, uniform: jax.Array, banned_V: jax.Array, params: SamplingParams
 ) -> tuple[jax.Array, jax.Array]:
-    """One token for each row, and its log-probability.
+    """Draws one token for each row; returns it and its log-probability.
 
-    The log-probability is that of softmax(logits / temperature), before `banned_V`, top-k and top-p, which is
-    what a trainer computes from the same hidden state; at temperature 0 (greedy) that of softmax(logits).
+    The log-probability is that of softmax(logits / temperature), before `banned_V`, top-k and top-p: a trainer
+    computes the same from the same hidden state. At temperature 0 (greedy) it is that of softmax(logits).
 
     Args:
-      logits: [..., V] float32. uniform: [...] in [0, 1).
+      logits: [..., V] float32 logits.
+      uniform: [...] numbers in [0, 1).
+      banned_V: [V] booleans, the tokens that must not be drawn.
+      params: sampling settings.
     """
     temperature = jnp.asarray(params.temperature, logits.dtype)
     logits = logits / jnp.where(temperature > 0, temperature, 1)
@@ -218,12 +224,13 @@ def draw(
 
 
 def inverse_cdf(weights: jax.Array, uniform: jax.Array) -> jax.Array:
-    """The first index whose cumulative weight exceeds uniform * total; never one of weight 0.
+    """Returns the first index whose cumulative weight exceeds uniform * total; its weight is never 0.
 
-    In two levels: the sums of about sqrt(V) blocks choose the block, its own cumulative sum the entry.
+    Two levels: the cumulative sum over about sqrt(V) blocks chooses the block, the one inside of it the entry.
 
     Args:
-      weights: [..., V], at least 0, not all 0. uniform: [...] in [0, 1).
+      weights: [..., V] numbers of at least 0, not all 0.
+      uniform: [...] numbers in [0, 1).
     """
     size = weights.shape[-1]
     width = max(1, round(size**0.5))
@@ -247,26 +254,26 @@ def inverse_cdf(weights: jax.Array, uniform: jax.Array) -> jax.Array:
 
 
 def _truncate(weights: jax.Array, params: SamplingParams) -> jax.Array:
-    """Weights outside the top k, then outside the smallest set that holds top_p of the rest, set to 0.
+    """Zeroes the weights outside the top k, then those outside the smallest set that holds top_p of the rest.
 
-    Both are thresholds, found by bisection on the bits of the (non-negative) floats: exact, and without sorting
-    the vocabulary. Equal weights at the threshold stay together.
+    Both sets are given by thresholds, found by bisection on the bits of the (non-negative) floats: exact, without
+    sorting the vocabulary. Equal weights at the threshold are all in the set.
     """
     size, top_k, top_p = weights.shape[-1], jnp.asarray(params.top_k), jnp.asarray(params.top_p)
     k = jnp.where(top_k > 0, jnp.minimum(top_k, size), size)
-    weights = jnp.where(weights >= _threshold(weights, lambda kept: kept.sum(-1) >= k), weights, 0)
+    weights = jnp.where(weights >= _threshold(weights, lambda mask: mask.sum(-1) >= k), weights, 0)
     mass = top_p * weights.sum(-1)
-    enough = _threshold(weights, lambda kept: jnp.where(kept, weights, 0).sum(-1) >= mass)
-    return jnp.where(top_p < 1, jnp.where(weights >= enough, weights, 0), weights)
+    threshold = _threshold(weights, lambda mask: jnp.where(mask, weights, 0).sum(-1) >= mass)
+    return jnp.where(top_p < 1, jnp.where(weights >= threshold, weights, 0), weights)
 
 
 def _threshold(weights: jax.Array, holds: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """The largest value v for which holds(weights >= v), [..., 1]; holds must be true of v = 0."""
+    """Returns [..., 1], the largest value v with holds(weights >= v); holds must be true for v = 0."""
     low = jnp.zeros(weights.shape[:-1], jnp.int32)
 
-    def bit(i: jax.Array, low: jax.Array) -> jax.Array:
-        candidate = low | (1 << (30 - i))  # non-negative floats are ordered as their bits are
+    def set_bit(i: jax.Array, low: jax.Array) -> jax.Array:
+        candidate = low | (1 << (30 - i))  # non-negative floats are in the order of their bits
         value = jax.lax.bitcast_convert_type(candidate, jnp.float32)
         return jnp.where(holds(weights >= value[..., None]), candidate, low)
 
-    return jax.lax.bitcast_convert_type(jax.lax.fori_loop(0, 31, bit, low), jnp.float32)[..., None]
+    return jax.lax.bitcast_convert_type(jax.lax.fori_loop(0, 31, set_bit, low), jnp.float32)[..., None]

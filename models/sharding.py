@@ -1,7 +1,7 @@
-"""The mesh, and THE table from what an axis means to where it lives.
+"""The mesh, and the one table from logical axes to mesh axes.
 
-Layers name meanings ("prompt", "heads", "mlp"); this file alone says which mesh axis carries which. A new
-parallelism is an edit of `RULES`, or an override in the run's config.
+Layers name logical axes ("prompt", "heads", "mlp"); this file alone maps them to mesh axes. A new parallelism is an
+edit of `RULES`, or an override in the run's config.
 """
 
 import math
@@ -19,8 +19,8 @@ MESH_AXES = ("data", "fsdp", "tensor")
 
 RULES: dict[str, tuple[str, ...]] = {
     # activations
-    "prompt": ("data", "fsdp"),  # a whole group stays together ...
-    "group": (),  # ... unless the group axis is sharded too
+    "prompt": ("data", "fsdp"),  # a group stays on one device ...
+    "group": (),  # ... unless its axis is sharded too
     "sequence": (),
     "width": (),
     # parameters (and the heads, mlp and vocab axes of activations)
@@ -41,48 +41,46 @@ Axes = Sequence[str | None]
 
 @dataclass(frozen=True)
 class Layout:
-    """A mesh with the rules that map logical axes onto it; hashable, so a jitted function may hold it."""
+    """A mesh and the rules that map logical axes to its axes; hashable, so a jitted function may hold it."""
 
     mesh: Mesh
     rules: tuple[tuple[str, tuple[str, ...]], ...]
 
     def spec(self, axes: Axes) -> PartitionSpec:
-        """The partition of an array whose axes have these meanings (None = not sharded).
+        """Returns the partition of an array with these logical axes (None = not sharded).
 
         Raises:
-          ValueError: an unknown meaning, or two axes of the array on one mesh axis.
+          ValueError: an unknown logical axis, or two axes of the array on one mesh axis.
         """
         rules = dict(self.rules)
         taken: dict[str, str] = {}
         parts: list[tuple[str, ...] | None] = []
-        for meaning in axes:
-            if meaning is not None and meaning not in rules:
-                raise ValueError(f"logical axis {meaning!r}: expected one of {', '.join(sorted(rules))}")
-            mesh_axes = rules[meaning] if meaning is not None else ()
+        for axis in axes:
+            if axis is not None and axis not in rules:
+                raise ValueError(f"logical axis {axis!r}: expected one of {', '.join(sorted(rules))}")
+            mesh_axes = rules[axis] if axis is not None else ()
             for mesh_axis in mesh_axes:
                 if mesh_axis in taken:
                     raise ValueError(
-                        f"mesh axis {mesh_axis!r} is asked for twice by an array {tuple(axes)}: "
-                        f"by {taken[mesh_axis]!r} and by {meaning!r}; change one of the two rules"
+                        f"mesh axis {mesh_axis!r}: expected once in an array {tuple(axes)}, got it for "
+                        f"{taken[mesh_axis]!r} and for {axis!r}; change one of the two rules"
                     )
-                taken[mesh_axis] = str(meaning)
+                taken[mesh_axis] = str(axis)
             parts.append(mesh_axes or None)
         return PartitionSpec(*parts)
 
     def sharding(self, axes: Axes) -> NamedSharding:
+        """Returns the sharding of an array with these logical axes."""
         return NamedSharding(self.mesh, self.spec(axes))
 
-    def shard_count(self, meaning: str) -> int:
-        """Over how many devices an axis of this meaning is split."""
-        size = 1
-        for mesh_axis in dict(self.rules)[meaning]:
-            size *= self.mesh.shape[mesh_axis]
-        return size
+    def shard_count(self, axis: str) -> int:
+        """Returns the number of devices that a logical axis is split over."""
+        return math.prod(self.mesh.shape[mesh_axis] for mesh_axis in dict(self.rules)[axis])
 
     def for_sampling(self) -> "Layout":
-        """These rules with parameters whole over the devices that share the prompts.
+        """Returns the layout with parameters gathered over the devices that share the prompts.
 
-        A token's layers would otherwise be gathered for it alone: for T tokens, T times over.
+        Otherwise every token would gather every layer again.
         """
         rules = dict(self.rules)
         prompts = {*rules["prompt"], *rules["group"]}
@@ -95,39 +93,36 @@ class Layout:
         )
 
     def put(self, array: Any, axes: Axes) -> jax.Array:
-        """A host array as a global array with that sharding; every process has it and puts what its devices hold.
-
-        Axes of size 1 stay whole.
-        """
-        axes = [None if size == 1 else meaning for meaning, size in zip(axes, np.shape(array), strict=True)]
+        """Shards a host array, which every process has, over all devices; axes of size 1 are not split."""
+        axes = [None if size == 1 else axis for axis, size in zip(axes, np.shape(array), strict=True)]
         if jax.process_count() == 1:
             return jax.device_put(array, self.sharding(axes))
-        whole = np.asarray(array)
-        return jax.make_array_from_callback(whole.shape, self.sharding(axes), whole.__getitem__)
+        host_array = np.asarray(array)
+        return jax.make_array_from_callback(host_array.shape, self.sharding(axes), host_array.__getitem__)
 
 
-def total_shards(layout: Layout | None, *meanings: str) -> int:
-    """Over how many devices axes of these meanings are split together; without a layout there is one."""
-    return math.prod(layout.shard_count(meaning) for meaning in meanings) if layout is not None else 1
+def total_shards(layout: Layout | None, *axes: str) -> int:
+    """Returns the number of devices that these logical axes are split over together, 1 without a layout."""
+    return math.prod(layout.shard_count(axis) for axis in axes) if layout is not None else 1
 
 
 def fetch(array: jax.Array) -> np.ndarray:
-    """A global array as a host array, whole on every process."""
+    """Copies a global array to the host, gathered on every process."""
     if isinstance(array, jax.Array) and not array.is_fully_addressable and not array.is_fully_replicated:
         return np.asarray(multihost_utils.process_allgather(array, tiled=True))
     return np.asarray(array)
 
 
 def with_sharding(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-    """A shape with the place where such an array would be."""
+    """Returns the same shape and dtype with a sharding."""
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def to_host(tree: Any) -> Any:
-    """Arrays in the memory of the host, each shard in that of its device's; None stays None.
+    """Moves arrays to host memory, each shard to that of its device's host; None stays None.
 
     Raises:
-      ValueError: the backend has no such memory.
+      ValueError: the backend has no pinned host memory.
     """
     if not all("pinned_host" in {memory.kind for memory in d.addressable_memories()} for d in jax.local_devices()):
         raise ValueError(f"offload: {jax.default_backend()} has no memory of the host that devices can read")
@@ -135,7 +130,7 @@ def to_host(tree: Any) -> Any:
 
 
 def to_device(tree: Any) -> Any:
-    """The same arrays in the memory of their devices; those that are there already are not copied."""
+    """Moves arrays to the memory of their devices; arrays that are there already are not copied."""
     kind = jax.local_devices()[0].default_memory().kind
     return jax.tree.map(lambda a: jax.device_put(a, a.sharding.with_memory_kind(kind)), tree)
 
@@ -148,10 +143,10 @@ def make_layout(
     rules: Mapping[str, Sequence[str]] | None = None,
     devices: Sequence[jax.Device] | None = None,
 ) -> Layout:
-    """A mesh of data x fsdp x tensor devices with `RULES`, some of them overridden.
+    """Makes a mesh of data x fsdp x tensor devices with `RULES`, some of them overridden.
 
     Args:
-      data, fsdp, tensor: mesh sizes; at most one of them may be -1, "all devices that are left".
+      data, fsdp, tensor: mesh sizes; at most one of them may be -1, all remaining devices.
       rules: overrides of `RULES`, e.g. {"prompt": ["data"], "group": ["fsdp"]}.
       devices: the devices to use; None = all.
 
@@ -168,31 +163,31 @@ def make_layout(
         sizes[free[0]] = len(devices) // fixed
         fixed = len(devices)
     if len(free) > 1 or fixed != len(devices) or min(sizes.values()) < 1:
-        asked = " x ".join(f"{name} {size}" for name, size in sizes.items())
-        raise ValueError(f"mesh: {asked} does not make the {len(devices)} devices there are; one size may be -1")
+        shape = " x ".join(f"{name} {size}" for name, size in sizes.items())
+        raise ValueError(f"mesh: {shape} does not make the {len(devices)} devices there are; one size may be -1")
     table = dict(RULES)
-    for meaning, mesh_axes in (rules or {}).items():
-        if meaning not in RULES or not set(mesh_axes) <= set(MESH_AXES):
+    for axis, mesh_axes in (rules or {}).items():
+        if axis not in RULES or not set(mesh_axes) <= set(MESH_AXES):
             raise ValueError(
-                f"mesh.rules: {meaning!r}: {list(mesh_axes)} is not a rule; expected one of {', '.join(RULES)} "
-                f"onto a list of {', '.join(MESH_AXES)}"
+                f"mesh.rules: {axis!r}: {list(mesh_axes)} is not a rule; expected one of {', '.join(RULES)} "
+                f"mapped to a list of {', '.join(MESH_AXES)}"
             )
-        table[meaning] = tuple(mesh_axes)
+        table[axis] = tuple(mesh_axes)
     # Auto: the compiler propagates shardings from the constraints; Explicit would put them into types.
     mesh = jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
     return Layout(mesh, tuple(table.items()))
 
 
 def constrain(layout: Layout | None, array: jax.Array, *axes: str | None) -> jax.Array:
-    """Pin the sharding of an activation inside jit; a no-op without a layout. Axes of size 1 stay whole."""
+    """Constrains the sharding of an activation inside jit; a no-op without a layout. Axes of size 1 are not split."""
     if layout is None:
         return array
-    kept = [None if size == 1 else meaning for meaning, size in zip(axes, array.shape, strict=True)]
-    return jax.lax.with_sharding_constraint(array, layout.sharding(kept))
+    split_axes = [None if size == 1 else axis for axis, size in zip(axes, array.shape, strict=True)]
+    return jax.lax.with_sharding_constraint(array, layout.sharding(split_axes))
 
 
 def parameter_axes(model: nnx.Module) -> dict[str, Any]:
-    """The meanings of every parameter's axes, as a tree like the parameters'."""
+    """Returns the logical axes of every parameter, as a tree like the parameters'."""
     state = nnx.split(model, nnx.Param, ...)[1]
     return nnx.to_pure_dict(
         jax.tree.map(lambda p: p.replace(p.get_metadata()["axes"]), state, is_leaf=lambda x: isinstance(x, nnx.Param))
@@ -200,22 +195,22 @@ def parameter_axes(model: nnx.Module) -> dict[str, Any]:
 
 
 def parameter_shardings(model: nnx.Module, layout: Layout) -> dict[str, Any]:
-    """The sharding of every parameter, as a tree like the parameters'.
+    """Returns the sharding of every parameter, as a tree like the parameters'.
 
     Raises:
       ValueError: a parameter axis that the mesh does not divide.
     """
     shapes = nnx.to_pure_dict(nnx.split(model, nnx.Param, ...)[1])
 
-    def one(path: Any, axes: Axes, parameter: jax.ShapeDtypeStruct) -> NamedSharding:
-        for meaning, size in zip(axes, parameter.shape, strict=True):
-            if meaning is not None and size % layout.shard_count(meaning):
+    def sharding(path: Any, axes: Axes, parameter: jax.ShapeDtypeStruct) -> NamedSharding:
+        for axis, size in zip(axes, parameter.shape, strict=True):
+            if axis is not None and size % layout.shard_count(axis):
                 raise ValueError(
-                    f"{jax.tree_util.keystr(path)}: the axis {meaning!r} of size {size} cannot be split over "
-                    f"{layout.shard_count(meaning)} devices; choose a mesh that divides it or override its rule"
+                    f"{jax.tree_util.keystr(path)}: the axis {axis!r} of size {size} cannot be split over "
+                    f"{layout.shard_count(axis)} devices; choose a mesh that divides it or override its rule"
                 )
         return layout.sharding(axes)
 
     return jax.tree_util.tree_map_with_path(
-        one, parameter_axes(model), shapes, is_leaf=lambda x: isinstance(x, tuple) and not isinstance(x, dict)
+        sharding, parameter_axes(model), shapes, is_leaf=lambda x: isinstance(x, tuple) and not isinstance(x, dict)
     )

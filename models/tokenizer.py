@@ -1,8 +1,8 @@
-"""The tokenizer door: text in, right-padded token arrays out. The only place that imports transformers.
+"""The tokenizer: text in, right-padded token arrays out. The only file that imports transformers.
 
-A prompt is a string, taken as it is, special tokens too; or a list of chat messages, rendered by the tokenizer's chat
-template with thinking off unless asked for. What stands in a message is text: a user who writes <|im_end|> ends no
-turn, the model sees the characters. transformers would see the token.
+A prompt is a string, used unchanged with its special tokens, or a list of chat messages, rendered by the tokenizer's
+chat template with thinking off by default. The content of a message is text: <|im_end|> typed by a user does not end
+the turn, the model sees its characters. transformers would make it the token.
 """
 
 import hashlib
@@ -22,29 +22,30 @@ from jinja2.exceptions import TemplateError
 from models.config import read_json
 from models.weight_files import could_be_on_hub
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read at its import; "PyTorch was not found" is known
-os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # else every one of its retries is reported
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before its import; silences "PyTorch was not found"
+os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # silences the report of every retry
 
 Prompt = str | list[dict[str, str]]
 ROLES = ("system", "user", "assistant", "tool")
 
 
 class Rendered(NamedTuple):
-    """A text for the model; where a message says what looks like a special token, `mark` stands inside of it."""
+    """A text for the model, with `mark` inside of everything in a message that looks like a special token."""
 
     marked: str
     mark: str = ""
 
     @property
     def text(self) -> str:
+        """The text without marks."""
         return self.marked.replace(self.mark, "") if self.mark else self.marked
 
 
 def check_text(text: str) -> None:
-    """Refuse half of a surrogate pair, which no tokenizer reads.
+    """Checks that a text has no half of a surrogate pair, which no tokenizer reads.
 
     Raises:
-      ValueError: see above.
+      ValueError: the text has one.
     """
     try:
         text.encode("utf-8")
@@ -53,10 +54,10 @@ def check_text(text: str) -> None:
 
 
 def check_messages(messages: Any) -> None:
-    """Refuse what a chat template would drop in silence.
+    """Checks chat messages for faults that a chat template would ignore.
 
     Raises:
-      ValueError: no messages, a role that is not known, or a content that is not text.
+      ValueError: no messages, an unknown role, or content that is not text.
     """
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"expected text or a list of chat messages with role and content, got {str(messages)[:60]!r}")
@@ -73,7 +74,7 @@ def check_messages(messages: Any) -> None:
 
 
 class Tokenizer:
-    """A Hugging Face tokenizer with the few calls that training and evaluation need."""
+    """A Hugging Face tokenizer with the calls that training and evaluation need."""
 
     def __init__(self, path: str | Path, enable_thinking: bool = False) -> None:
         if not Path(path).is_dir() and not could_be_on_hub(path):
@@ -81,10 +82,10 @@ class Tokenizer:
         self.path = str(path)
         try:
             self.hf = _load_hf(self.path)
-        except Exception as error:  # a damaged file: whatever its reader stumbles over
-            why = textwrap.shorten(str(error), 200, placeholder=" ...")  # some have many lines
-            raise FileNotFoundError(f"{path}: no Hugging Face tokenizer could be read there ({why})") from error
-        if len(self.hf) <= len(self.hf.added_tokens_decoder):  # what transformers makes of a config.json alone
+        except Exception as error:  # a damaged file raises anything
+            reason = textwrap.shorten(str(error), 200, placeholder=" ...")  # some have many lines
+            raise FileNotFoundError(f"{path}: no Hugging Face tokenizer could be read there ({reason})") from error
+        if len(self.hf) <= len(self.hf.added_tokens_decoder):  # transformers' result for a config.json alone
             raise FileNotFoundError(
                 f"{path}: has no tokenizer (expected tokenizer.json, or vocab.json with merges.txt); copy the model's "
                 f"tokenizer files there"
@@ -94,25 +95,28 @@ class Tokenizer:
         self.generation: dict[str, Any] = read_json(file) if file.is_file() else {}
         self.eos_ids = self._eos_ids()
         if not self.eos_ids:
-            raise ValueError(f"{path}: the tokenizer has no end-of-text token, so no completion could ever end")
+            raise ValueError(
+                f"{path}: the tokenizer has no end-of-text token, so no completion could ever end; expected eos_token, "
+                f"or eos_token_id in generation_config.json"
+            )
         self.pad_id: int = self.hf.pad_token_id if self.hf.pad_token_id is not None else self.eos_ids[0]
 
     @property
     def size(self) -> int:
-        """How many ids there are; a model's vocab_size must not be smaller."""
+        """The number of ids; a model's vocab_size must not be smaller."""
         return len(self.hf)
 
     @cached_property
     def fingerprint(self) -> str | None:
-        """A hash of all that decides which ids a prompt becomes; None where that cannot be told, or changes daily."""
+        """A hash of everything that determines a prompt's ids; None if that is unknown, or depends on the date."""
         if "strftime_now" in str(self.hf.chat_template):
             return None
         try:
             parts = [self.hf.backend_tokenizer.to_str()]
         except AttributeError:
-            return None  # a slow tokenizer keeps its tables in code
+            return None  # a slow tokenizer has its rules in code
         parts += [str(self.hf.chat_template), str(self.enable_thinking), importlib.metadata.version("transformers")]
-        parts.append(json.dumps(self.hf.special_tokens_map, sort_keys=True, default=str))  # a template may name them
+        parts.append(json.dumps(self.hf.special_tokens_map, sort_keys=True, default=str))  # templates may use them
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
     @property
@@ -121,12 +125,12 @@ class Tokenizer:
         return self.hf.convert_ids_to_tokens(self.eos_ids[0])
 
     def token_text(self, token: int) -> str:
-        """The text of one token, spaces and line breaks made visible."""
+        """Returns the text of one token, with visible spaces and line breaks."""
         text = self.hf.decode([token], clean_up_tokenization_spaces=False)
         return text if token in self.hf.added_tokens_decoder else repr(text)
 
     def _eos_ids(self) -> tuple[int, ...]:
-        """Every id that ends a completion: end of turn, end of text, and those of generation_config.json."""
+        """Returns the ids that end a completion: end of turn, end of text, and those of generation_config.json."""
         ids = [self.hf.eos_token_id] if self.hf.eos_token_id is not None else []
         more = self.generation.get("eos_token_id")
         more = [more] if isinstance(more, int) else more or []
@@ -138,7 +142,7 @@ class Tokenizer:
         return tuple(dict.fromkeys(ids))
 
     def check_vocab_size(self, vocab_size: int, model: str) -> None:
-        """Refuse a model whose embedding has no row for some of this tokenizer's ids."""
+        """Raises ValueError if a model's embedding has no row for some of this tokenizer's ids."""
         if self.size > vocab_size:
             raise ValueError(
                 f"{model}: vocab_size is {vocab_size}, but the tokenizer {self.path} has {self.size} ids; "
@@ -146,27 +150,27 @@ class Tokenizer:
             )
 
     def render(self, prompt: Prompt) -> str:
-        """The text the model sees before it begins to write."""
+        """Returns the text of a prompt that the model continues."""
         return self._render_prompt(prompt).text
 
     def render_conversation(self, prompt: Prompt, completion: str) -> str:
-        """Prompt and answer as one text, as a reward model reads it."""
+        """Returns prompt and completion as one text, for a reward model."""
         return self._render_conversation(prompt, completion).text
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, nothing added; a special token's text is that token."""
+        """Returns token ids of each text, without added tokens; a special token's text becomes that token."""
         return self.hf(list(texts), add_special_tokens=False)["input_ids"] if texts else []
 
     def encode_literally(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text; what looks like a special token is text as well."""
+        """Returns token ids of each text; a special token's text stays text."""
         return self._encode([self._render_continuation("", text) for text in texts])
 
     def prompt_ids(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        """Token ids of each rendered prompt."""
+        """Returns token ids of each rendered prompt."""
         return self._encode([self._render_prompt(prompt) for prompt in prompts])
 
     def conversation_ids(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[list[int]]:
-        """Token ids of each prompt with its answer, rendered as one."""
+        """Returns token ids of each prompt with its completion, rendered as one text."""
         pairs = zip(prompts, completions, strict=True)
         return self._encode([self._render_conversation(prompt, completion) for prompt, completion in pairs])
 
@@ -176,14 +180,14 @@ class Tokenizer:
         return self._render_messages(prompt, add_generation_prompt=True)
 
     def _render_conversation(self, prompt: Prompt, completion: str) -> Rendered:
-        if isinstance(prompt, str):  # an answer without a prompt is a whole text, rendered elsewhere
+        if isinstance(prompt, str):  # a completion without a prompt is already rendered
             return self._render_continuation(prompt, completion) if prompt else Rendered(completion)
         return self._render_messages(
             [*prompt, {"role": "assistant", "content": completion}], add_generation_prompt=False
         )
 
     def _render_messages(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> Rendered:
-        """The chat template's text, marked so that it becomes the same text without a special token from a message.
+        """Renders messages by the chat template, with marks that keep a message's text from becoming special tokens.
 
         Raises:
           ValueError: no template, or messages that it refuses.
@@ -203,24 +207,22 @@ class Tokenizer:
             except TemplateError as error:
                 raise ValueError(f"{self.path}: the chat template refuses these messages: {error}") from error
 
-        text, every, special = render(messages), self._token_start_patterns[0], self._token_start_patterns[1]
-        said = [value for message in messages for role, value in message.items() if role != "role"]
-        if not any(every.search(value) for value in _all_strings(said)):
+        (added, special), text = self._token_starts, render(messages)
+        contents = _all_strings([value for message in messages for key, value in message.items() if key != "role"])
+        if not any(added.search(content) for content in contents):
             return Rendered(text)
-        mark = _unused_mark(_all_strings(said))
-        # An assistant may think: <think> in its message is the template's business, <|im_end|> is not. Second try:
-        # for templates that look for such text themselves (Qwen3's: for <tool_response>) it stays what it was.
-        for users in (every, special):
-            marked = [
-                {
-                    key: value
-                    if key == "role"
-                    else _insert_marks(value, special if m["role"] == "assistant" else users, mark)
-                    for key, value in m.items()
-                }
-                for m in messages
-            ]
-            rendered = Rendered(render(marked), mark)
+        mark = _unused_mark(contents)
+
+        def marked(message: dict[str, str], pattern: re.Pattern[str]) -> dict[str, str]:
+            return {
+                key: value if key == "role" else _insert_marks(value, pattern, mark) for key, value in message.items()
+            }
+
+        # An assistant's added tokens that are not special (<think>) are for the template to read. In other messages
+        # they are marked too, unless the template looks for their text (Qwen3's for <tool_response>): second try.
+        for pattern in (added, special):
+            patterns = [special if message["role"] == "assistant" else pattern for message in messages]
+            rendered = Rendered(render([*map(marked, messages, patterns)]), mark)
             if rendered.text == text:
                 return rendered if mark in rendered.marked else Rendered(text)
         raise ValueError(
@@ -229,31 +231,30 @@ class Tokenizer:
         )
 
     def _render_continuation(self, prompt: str, completion: str) -> Rendered:
-        """Prompt and completion; what looks special in the second, or across the seam, is marked."""
-        mark, special = _unused_mark([prompt, completion]), self._token_start_patterns[1]
-        text, tail = prompt + completion, len(prompt)
-        marked = special.sub(lambda match: match[0] + mark if match.start() + len(match[1]) > tail else match[0], text)
+        """Renders prompt + completion, with marks in special tokens' texts that end in the completion."""
+        mark, (_, special) = _unused_mark([prompt, completion]), self._token_starts
+        text, start = prompt + completion, len(prompt)
+        marked = special.sub(lambda match: match[0] + mark if match.start() + len(match[1]) > start else match[0], text)
         return Rendered(marked, mark) if mark in marked else Rendered(text)
 
     @cached_property
-    def _token_start_patterns(self) -> tuple[re.Pattern[str], re.Pattern[str]]:
-        """The first character of an added token's text, the whole of which is group 1; of any, of a special one."""
-        added = self.hf.added_tokens_decoder.values()
-        return _token_start_pattern(token.content for token in added), _token_start_pattern(
-            t.content for t in added if t.special
-        )
+    def _token_starts(self) -> tuple[re.Pattern[str], re.Pattern[str]]:
+        """`_token_start_pattern` of all added tokens, and of the special ones among them."""
+        tokens = self.hf.added_tokens_decoder.values()
+        special = (token.content for token in tokens if token.special)
+        return _token_start_pattern(token.content for token in tokens), _token_start_pattern(special)
 
     @cached_property
     def _without_added_tokens(self) -> Any:
-        """The same tokenizer without its added tokens: what no special token's text turns into a special token."""
+        """The same tokenizer without its added tokens, for which a special token's text is text."""
         from tokenizers import Tokenizer as Fast
 
         try:
             parts = json.loads(self.hf.backend_tokenizer.to_str())
         except AttributeError as error:
             raise ValueError(
-                f"{self.path}: a text has what looks like a special token, and only a fast tokenizer "
-                f"(tokenizer.json) can read it as text; remove it or convert the tokenizer"
+                f"{self.path}: a message contains a special token's text, which only a fast tokenizer "
+                f"(tokenizer.json) can read as text; remove it or convert the tokenizer"
             ) from error
         return Fast.from_str(json.dumps(parts | {"added_tokens": [], "post_processor": None}))
 
@@ -265,41 +266,37 @@ class Tokenizer:
         return ids
 
     def _encode_marked(self, rendered: Rendered) -> list[int]:
-        """The template's tokens are tokens, all between them is text."""
+        """Encodes a marked text: added tokens of the template are tokens, everything between them is text."""
         added = {token.content: number for number, token in self.hf.added_tokens_decoder.items()}
-        longest_first = sorted(added, key=len, reverse=True)
+        longest_first, plain = sorted(added, key=len, reverse=True), self._without_added_tokens
         ids: list[int] = []
         for part in re.split(f"({'|'.join(map(re.escape, longest_first))})", rendered.marked):
             text = part.replace(rendered.mark, "")
-            ids += (
-                [added[part]]
-                if part in added
-                else self._without_added_tokens.encode(text, add_special_tokens=False).ids
-            )
+            ids += [added[part]] if part in added else plain.encode(text, add_special_tokens=False).ids
         return ids
 
     def encode_prompts(self, prompts: Sequence[Prompt], max_length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rendered, right-padded `prompt_PS` and `lengths_P`; S is a bucket, see `bucket`."""
+        """Returns right-padded `prompt_PS` and `lengths_P` of rendered prompts; S is a `bucket`."""
         return pad(self.prompt_ids(prompts), self.pad_id, max_length)
 
     def decode(self, tokens_PGT: np.ndarray, lengths_PG: np.ndarray) -> list[list[str]]:
-        """The text of each completion, special tokens left out."""
+        """Returns the text of each completion, without special tokens."""
         P, G, T = tokens_PGT.shape
         rows = [row[:n].tolist() for row, n in zip(tokens_PGT.reshape(-1, T), lengths_PG.reshape(-1), strict=True)]
         texts = self.hf.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return [texts[p * G : (p + 1) * G] for p in range(P)]
 
     def save(self, directory: str | Path) -> None:
-        """Write the tokenizer, and generation_config.json: what it was, and all that ends a completion."""
+        """Writes the tokenizer, and generation_config.json with all ids that end a completion."""
         self.hf.save_pretrained(str(directory))
         generation = self.generation | {"eos_token_id": list(self.eos_ids), "pad_token_id": self.pad_id}
         (Path(directory) / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
 
 
 def _load_hf(path: str) -> Any:
-    """tokenizer.json holds all there is to know; only what has none needs the class that its config names.
+    """Loads a tokenizer from tokenizer.json, or by the class that its config names if there is no such file.
 
-    That class would be found among all models' code, which takes seconds to import where torch is installed.
+    Looking up that class imports the code of all models, which takes seconds where torch is installed.
     """
     if (Path(path) / "tokenizer.json").is_file():
         from transformers import PreTrainedTokenizerFast
@@ -311,12 +308,13 @@ def _load_hf(path: str) -> Any:
 
 
 def _token_start_pattern(tokens: Iterable[str]) -> re.Pattern[str]:
+    """Returns the pattern of the first character of a token's text; group 1 is the whole text."""
     longest_first = sorted({token for token in tokens if len(token) > 1}, key=len, reverse=True)
     return re.compile(f"(?=({'|'.join(map(re.escape, longest_first)) or '(?!)'})).", re.DOTALL)
 
 
 def _all_strings(value: Any) -> list[str]:
-    """All texts in nested lists and dictionaries."""
+    """Returns all strings in nested lists and dictionaries."""
     if isinstance(value, str):
         return [value]
     inner = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ()
@@ -324,7 +322,7 @@ def _all_strings(value: Any) -> list[str]:
 
 
 def _insert_marks(value: Any, starts: re.Pattern[str], mark: str) -> Any:
-    """The value with a mark after the first character of each token's text in it."""
+    """Inserts the mark behind the first character of each token's text in nested lists and dictionaries."""
     if isinstance(value, str):
         return starts.sub(lambda match: match[0] + mark, value)
     if isinstance(value, dict):
@@ -333,18 +331,18 @@ def _insert_marks(value: Any, starts: re.Pattern[str], mark: str) -> Any:
 
 
 def _unused_mark(texts: Sequence[str]) -> str:
-    """A character that is in none of the texts, of those that Unicode keeps for a program's own use."""
+    """Returns a noncharacter (Unicode reserves them for internal use) that is in none of the texts."""
     free = (chr(code) for code in range(0xFDD0, 0xFDF0))
     mark = next((mark for mark in free if not any(mark in text for text in texts)), None)
     if mark is None:
-        raise ValueError("a text has all 32 noncharacters U+FDD0 to U+FDEF; expected text")
+        raise ValueError("a text has all 32 noncharacters U+FDD0 to U+FDEF; expected text, remove one of them")
     return mark
 
 
 def train_bpe(
     texts: Sequence[str], directory: str | Path, vocab_size: int, more_special_tokens: Sequence[str] = ()
 ) -> None:
-    """Train a byte-level BPE (Qwen3's kind, without its 151,643 entries) and save it in Hugging Face form."""
+    """Trains a byte-level BPE, like Qwen3's but smaller, and saves it in Hugging Face's format."""
     from tokenizers import Tokenizer as Fast
     from tokenizers import decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -364,18 +362,18 @@ def train_bpe(
 
 
 def tokenizer_path(model: str | Path) -> str:
-    """Where the tokenizer of a model is: beside a run's (or RUN@STEP's) checkpoints, or in the model directory."""
+    """Returns the tokenizer's directory: RUN/tokenizer for RUN or RUN@STEP, else the model's directory."""
     directory = Path(str(model).partition("@")[0])
     return str(directory / "tokenizer") if (directory / "tokenizer").is_dir() else str(directory)
 
 
 def bucket(length: int, limit: int) -> int:
-    """The length to pad to: the next power of two from 8 on, at most `limit`. Few shapes mean few compilations."""
+    """Returns the length to pad to, a power of two of at least 8, at most `limit`: few shapes, few compilations."""
     return min(max(8, 1 << (length - 1).bit_length()), limit)
 
 
 def pad(rows: Sequence[Sequence[int] | np.ndarray], pad_id: int, max_length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Right-padded [B, S] ids and lengths [B] of ragged rows.
+    """Pads ragged rows on the right; returns ids [B, S] and lengths [B].
 
     Raises:
       ValueError: a row that is empty or longer than max_length.

@@ -1,4 +1,4 @@
-"""The files of a Hugging Face directory: found here or on the Hub, opened, checked to be whole, read in parts."""
+"""Weight files of a Hugging Face directory: finds them locally or on the Hub, checks them, reads parts of tensors."""
 
 import math
 from collections.abc import Iterator
@@ -21,19 +21,19 @@ class StoredTensor(NamedTuple):
 
     file: Path
     name: str
-    part: Any  # safetensors' view of it: sliced, it reads
+    view: Any  # safetensors' view; slicing it reads
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return tuple(self.part.get_shape())
+        return tuple(self.view.get_shape())
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        return np.dtype(STORED_DTYPES[self.part.get_dtype()])
+        return np.dtype(STORED_DTYPES[self.view.get_dtype()])
 
     def read(self, *index: slice) -> np.ndarray:
-        """Part of the tensor; refuses NaN and infinity."""
-        array = self.part[index]
+        """Reads a part of the tensor; raises ValueError if it has NaN or infinity."""
+        array = self.view[index]
         if not _all_finite(array):
             raise ValueError(
                 f"{self.file}: {self.name} has NaN or infinite values; expected finite weights: the training that "
@@ -43,7 +43,7 @@ class StoredTensor(NamedTuple):
 
 
 def _all_finite(array: np.ndarray) -> bool:
-    if array.dtype.name == "bfloat16":  # numpy has no fast test; all bits of the exponent are set
+    if array.dtype.name == "bfloat16":  # numpy has no fast test: look for exponents with all bits set
         return not ((array.view(np.uint16) & 0x7F80) == 0x7F80).any()
     return bool(np.isfinite(array).all())
 
@@ -53,16 +53,16 @@ def _is_string(value: object) -> bool:
 
 
 def could_be_on_hub(name: str | Path) -> bool:
-    """Whether it looks like ORGANISATION/MODEL, and not like something in a directory that is here."""
+    """Whether a name looks like ORGANISATION/MODEL, and not like a path below an existing directory."""
     text = str(name)
     return text.count("/") == 1 and not text.startswith(("/", ".", "~")) and not Path(text).parent.is_dir()
 
 
 def find_directory(path_or_hub_id: str | Path) -> Path:
-    """A local directory, or what the Hub has under that name, downloaded or from its cache.
+    """Returns a local directory, or that of a model on the Hub, downloaded or from the cache.
 
     Raises:
-      FileNotFoundError: neither.
+      FileNotFoundError: neither exists.
     """
     path = Path(path_or_hub_id)
     if path.is_dir():
@@ -73,26 +73,26 @@ def find_directory(path_or_hub_id: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
-        patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja"]  # what is pickled is not even downloaded
+        patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja"]  # no pickles
         return Path(snapshot_download(str(path_or_hub_id), allow_patterns=patterns))
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
         raise FileNotFoundError(
             f"{path_or_hub_id}: no such directory here, and the Hub could not give a model of that name "
-            f"({type(error).__name__}); check the spelling, or download it first where there is a network"
+            f"({type(error).__name__}); check the spelling, or download the model where there is a network"
         ) from error
 
 
 @contextmanager
 def open_weights(directory: Path) -> Iterator[dict[str, StoredTensor]]:
-    """The tensors of a directory by name; their files stay open meanwhile.
+    """Opens the weight files of a directory; yields their tensors by name.
 
     Raises:
-      FileNotFoundError: no weights, or a file missing that the index names.
-      ValueError: a file that is cut short, an index that is wrong, weights that are not floating point.
+      FileNotFoundError: no weights, or a missing file that the index names.
+      ValueError: a truncated file, a wrong index, or weights that are not floating point.
     """
     weight_map: dict[str, str] | None = None
     if (directory / SINGLE_FILE).is_file():
-        pass  # an index beside it is ignored, as transformers does
+        pass  # an index beside it is ignored, as in transformers
     elif (directory / INDEX_FILE).is_file():
         weight_map = read_json(directory / INDEX_FILE).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map or not all(map(_is_string, weight_map.values())):
@@ -107,7 +107,9 @@ def open_weights(directory: Path) -> Iterator[dict[str, StoredTensor]]:
     with ExitStack() as stack:
         for file in sorted({directory / name for name in (weight_map or {"": SINGLE_FILE}).values()}):
             if not file.is_file():
-                raise FileNotFoundError(f"{file}: {INDEX_FILE} names this file, but it is not there")
+                raise FileNotFoundError(
+                    f"{file}: no such file, but {INDEX_FILE} names it; was the model downloaded whole?"
+                )
             try:
                 tensors = stack.enter_context(safe_open(file, framework="numpy"))
             except (SafetensorError, OSError) as error:
@@ -117,18 +119,21 @@ def open_weights(directory: Path) -> Iterator[dict[str, StoredTensor]]:
             opened |= {name: StoredTensor(file, name, tensors.get_slice(name)) for name in tensors.keys()}  # noqa: SIM118
         for name, file_name in (weight_map or {}).items():
             if name not in opened or opened[name].file.name != file_name:
-                raise ValueError(f"{directory / file_name}: {INDEX_FILE} says that {name} is there, but it is not")
-        for name, stored in opened.items():
-            if (found := stored.part.get_dtype()) not in STORED_DTYPES:
                 raise ValueError(
-                    f"{stored.file}: {name} is stored as {found}; expected one of {', '.join(STORED_DTYPES)} "
+                    f"{directory / file_name}: {INDEX_FILE} says that {name} is there, but it is not; are both from "
+                    f"one download?"
+                )
+        for name, stored in opened.items():
+            if (dtype := stored.view.get_dtype()) not in STORED_DTYPES:
+                raise ValueError(
+                    f"{stored.file}: {name} is stored as {dtype}; expected one of {', '.join(STORED_DTYPES)} "
                     f"(quantized weights are not supported)"
                 )
         yield opened
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """An empty array that starts at a multiple of 64 bytes: JAX on CPUs uses such memory as it is."""
+    """Allocates an uninitialised array at a multiple of 64 bytes: JAX on a CPU uses such memory without a copy."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     memory = np.empty(size + 64, np.uint8)
     start = -memory.ctypes.data % 64

@@ -109,10 +109,10 @@ def test_blocks_of_queries_change_nothing(monkeypatch: pytest.MonkeyPatch) -> No
 def test_completions_in_one_row_do_not_see_each_other(model: Qwen3) -> None:
     prompt_PS, tokens_PGT = tokens(0, P, S), tokens(1, P, G, T)
     expected_PGTD = model.predict(prompt_PS, LENGTHS_P, tokens_PGT)
-    one_row_P1N = tokens_PGT.reshape(P, 1, G * T)
-    offset_P1N = jnp.tile(jnp.arange(T), (P, 1, G))
-    hidden_P1ND = model.predict(prompt_PS, LENGTHS_P, one_row_P1N, offset_P1N)
-    np.testing.assert_allclose(hidden_P1ND.reshape(expected_PGTD.shape), expected_PGTD, atol=1e-5)
+    packed_P1T = tokens_PGT.reshape(P, 1, G * T)
+    offset_P1T = jnp.tile(jnp.arange(T), (P, 1, G))
+    hidden_P1TD = model.predict(prompt_PS, LENGTHS_P, packed_P1T, offset_P1T)
+    np.testing.assert_allclose(hidden_P1TD.reshape(expected_PGTD.shape), expected_PGTD, atol=1e-5)
 
 
 def test_padding_is_invisible(model: Qwen3) -> None:

@@ -230,7 +230,7 @@ class Chain:
     layout = None
 
     def __init__(self, logits_VV: np.ndarray) -> None:
-        self.logits_VV, self.steps, self.slots = jnp.asarray(logits_VV), 0, 0
+        self.logits_VV, self.steps, self.rows = jnp.asarray(logits_VV), 0, 0
 
     def _one_hot(self, tokens: jax.Array) -> jax.Array:
         return jax.nn.one_hot(tokens, len(self.logits_VV))
@@ -250,9 +250,9 @@ class Chain:
     def logits(self, hidden: jax.Array) -> jax.Array:
         return hidden @ self.logits_VV
 
-    def _count(self, slots: int) -> None:
+    def _count(self, rows: int) -> None:
         self.steps += 1
-        self.slots += slots
+        self.rows += rows
 
 
 def test_the_loop_stops_when_all_completions_have_ended() -> None:
@@ -282,7 +282,7 @@ def test_the_loop_stops_when_all_completions_have_ended() -> None:
 
 @pytest.mark.parametrize("fewest", [1, 2, 4])
 def test_what_has_ended_is_not_computed_and_nothing_else_changes(fewest: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same tokens, log-probabilities and lengths as with all slots kept; slots computed follow those that go on."""
+    """The same tokens, log-probabilities and lengths as with all rows kept; rows computed follow those that go on."""
     size, limit, P, G = 12, 60, 4, 8
     logits_VV = np.random.default_rng(0).normal(size=(size, size)).astype(np.float32)
     options = SamplingParams(np.float32(1), np.int32(0), np.float32(1), np.int32(0), np.array([3], np.int32))
@@ -305,19 +305,19 @@ def test_what_has_ended_is_not_computed_and_nothing_else_changes(fewest: int, mo
         )
         out = jax.tree.map(np.asarray, call(options))
         jax.effects_barrier()
-        return out, chain.slots
+        return out, chain.rows
 
-    kept, all_slots = draw_all(10**6)
-    out, slots = draw_all(fewest)
+    kept, all_rows = draw_all(10**6)
+    out, rows = draw_all(fewest)
     jax.tree.map(np.testing.assert_array_equal, out, kept)
-    assert all_slots == P * G * out.lengths_PG.max()
+    assert all_rows == P * G * out.lengths_PG.max()
     live = (np.arange(limit)[:, None, None] < out.lengths_PG).sum((1, 2))
-    assert len(set(out.lengths_PG.reshape(-1))) > 8 and live.sum() <= slots
+    assert len(set(out.lengths_PG.reshape(-1))) > 8 and live.sum() <= rows
     # at each token at most P x (the largest number of completions of one prompt that go on, rounded up to 2^n),
     # once those are 1 each fewer prompts
     widest = (np.arange(limit)[:, None, None] < out.lengths_PG).sum(2).max(1)
     bound = sum(max(P * 2 ** math.ceil(math.log2(n)), fewest) for n in widest if n)
-    assert slots <= bound < all_slots
+    assert rows <= bound < all_rows
 
 
 # The distribution

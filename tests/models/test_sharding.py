@@ -112,7 +112,7 @@ def test_every_parameter_axis_has_a_meaning() -> None:
 
 def test_what_cannot_be_placed_is_refused() -> None:
     layout = make_layout()
-    with pytest.raises(ValueError, match="'heads' and by 'mlp'"):
+    with pytest.raises(ValueError, match="'heads' and for 'mlp'"):
         layout.spec(("heads", "mlp"))
     with pytest.raises(ValueError, match="'hats': expected one of"):
         layout.spec(("hats",))
@@ -129,8 +129,8 @@ def test_an_axis_that_does_not_divide_is_named() -> None:
     odd = Qwen3Config(63, 32, 64, 2, 4, 2, 16)
 
     class ThreeWays(type(three)):  # a mesh of one device cannot fail to divide
-        def shard_count(self, meaning: str) -> int:
-            return 2 if meaning == "vocab" else 1
+        def shard_count(self, axis: str) -> int:
+            return 2 if axis == "vocab" else 1
 
     with pytest.raises(ValueError, match="embed_VD.*'vocab' of size 63 cannot be split over 2 devices"):
         parameter_shardings(abstract_model(odd), ThreeWays(three.mesh, three.rules))

@@ -482,7 +482,7 @@ def run_with_checkpoints(
 def test_a_step_that_does_not_exist_lists_those_that_do(door: Door, run_with_checkpoints: Path) -> None:
     for step in ("2", "03x", "-1"):
         door.set({"model.path": f"{run_with_checkpoints}@{step}"})
-        assert door.run() == f"{run_with_checkpoints}@{step}: no such step; there are 1, 3"
+        assert door.run() == f"{run_with_checkpoints}@{step}: no such step; expected one of 1, 3"
 
 
 def test_a_checkpoint_with_nothing_in_it(door: Door, run_with_checkpoints: Path) -> None:

@@ -83,7 +83,7 @@ def test_mistakes_write_nothing(run: Path, tmp_path: Path, capsys: pytest.Captur
 
     assert "expected a new or empty directory" in refused("--checkpoint", str(run), "--out", str(full))
     out = ("--out", str(tmp_path / "out"))
-    assert "no such step; there are 10, 20" in refused("--checkpoint", f"{run}@15", *out)
+    assert "no such step; expected one of 10, 20" in refused("--checkpoint", f"{run}@15", *out)
     assert "no such directory" in refused("--checkpoint", str(tmp_path / "nowhere"), *out)
     assert "max_shard_size" in refused("--checkpoint", str(run), *out, "--max_shard_size", "large")
     assert "dtype" in refused("--checkpoint", str(run), *out, "--dtype", "int4")
