@@ -220,9 +220,10 @@ from models.hf_weights import abstract_model, split
 from models.sampler import SamplingParams
 from models.sharding import make_layout, parameter_shardings
 from train.config import PlanConfig
+from train.build import make_optimizer
 from train.parse import parse
 from train.update import Update
-from train.state import copy, make_optimizer, make_state
+from train.state import copy, make_state
 
 config = parse(PlanConfig, sys.argv[1:])
 network, mesh = config.model.architecture, config.mesh

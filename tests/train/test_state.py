@@ -19,7 +19,7 @@ from eval.report.compare import last_change
 from models.checkpoint import Checkpoints, find, folder_of, load_model
 from models.hf_weights import split
 from models.sharding import make_layout, to_device, to_host
-from train.build import make_optimizer
+from train.build import make_optimizer, make_tokenizer
 from train.config import CheckpointConfig, LossConfig, MeshConfig, OptimizerConfig, PolicyConfig
 from train.loop import train_policy
 from train.run.directory import Run, read_metrics
@@ -129,7 +129,7 @@ def test_processes_that_do_not_share_a_directory_are_told(
     monkeypatch.setattr(train.run.directory, "are_several", lambda: True)
     monkeypatch.setattr(train.run.directory, "gather", lambda mine: mine)
     config = policy_config(tmp_path)
-    tokenizer = train.state.make_tokenizer(config.model, config.chat)
+    tokenizer = make_tokenizer(config.model, config.chat)
     Run(config, {}, tokenizer).close()  # the first process sees what it writes
     assert not list((tmp_path / "run" / "checkpoints").glob("shared*"))
     monkeypatch.setattr(train.run.directory, "is_first", lambda: False)
@@ -140,7 +140,7 @@ def test_processes_that_do_not_share_a_directory_are_told(
 def test_a_run_goes_on_elsewhere_but_not_as_another(policy_config: MakeConfig, tmp_path: Path) -> None:
     """Mesh, offloading and batches of scoring may change, and a config from before a setting existed is its default."""
     config = policy_config(tmp_path)
-    tokenizer = train.state.make_tokenizer(config.model, config.chat)
+    tokenizer = make_tokenizer(config.model, config.chat)
     Run(config, {}, tokenizer).close()
     file = tmp_path / "run" / "config.yaml"
     older = yaml.safe_load(file.read_text())
