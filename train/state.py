@@ -34,7 +34,7 @@ def stream_key(seed: int, stream: int, step: int, attempt: int = 0) -> jax.Array
 def make_state(params: dict[str, Any], optimizer: optax.GradientTransformation, layout: Layout) -> TrainState:
     """Parameters, those of adapters apart from their base, and a fresh optimizer state of those that are trained."""
     trained, frozen = separate(params)
-    where = shardings(abstract_opt_state(trained, optimizer, layout))
+    where = tree_shardings(abstract_opt_state(trained, optimizer, layout))
     opt_state = jax.jit(optimizer.init, out_shardings=where)(trained)
     return TrainState(trained, frozen, opt_state, layout.put(jnp.zeros((), jnp.int32), ()))
 
@@ -50,18 +50,18 @@ def abstract_opt_state(params: Any, optimizer: optax.GradientTransformation, lay
     )
 
 
-def apply(optimizer: optax.GradientTransformation, state: TrainState, gradient: Any) -> TrainState:
+def apply_gradient(optimizer: optax.GradientTransformation, state: TrainState, gradient: Any) -> TrainState:
     """The state after one optimizer step with the gradient of `state.params`."""
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     return state._replace(params=params, opt_state=opt_state, step=state.step + 1)
 
 
-def shardings(tree: Any) -> Any:
+def tree_shardings(tree: Any) -> Any:
     """The sharding of every array: a jitted update returns its state where it was."""
     return jax.tree.map(lambda array: array.sharding, tree)
 
 
-def copy(tree: Any) -> Any:
+def copy_tree(tree: Any) -> Any:
     """New buffers with the same values: what is donated later stays readable here."""
     return jax.tree.map(lambda array: jnp.array(array, copy=True), tree)

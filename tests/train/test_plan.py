@@ -223,7 +223,7 @@ from train.config import PlanConfig
 from train.build import make_optimizer
 from train.parse import parse
 from train.update import Update
-from train.state import copy, make_state
+from train.state import copy_tree, make_state
 
 config = parse(PlanConfig, sys.argv[1:])
 network, mesh = config.model.architecture, config.mesh
@@ -246,7 +246,7 @@ def settle():
 
 def step():
     state = make_state(init(), optimizer, layout)
-    ref = copy(state.params)
+    ref = copy_tree(state.params)
     copying = programs.setdefault("copy", SamplingCopy(graphdef, state.params, layout))
     sampler = programs.setdefault("sample", sampling_program(graphdef, T, 0))
     update = programs.setdefault("update", Update(graphdef, optimizer, config, layout, state))

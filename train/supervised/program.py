@@ -27,7 +27,7 @@ from train.run.directory import CALIBRATION, Run
 from train.run.files import write_whole
 from train.run.metrics import Timer, divide
 from train.running import setup_errors
-from train.state import TrainState, apply, make_state, shardings
+from train.state import TrainState, apply_gradient, make_state, tree_shardings
 from train.supervised.calibration import expected_calibration_error, reliability
 from train.supervised.stopping import EarlyStopping, is_over
 
@@ -187,12 +187,12 @@ def make_update(
 ) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
     """One optimizer step on a batch, jitted; the state's buffers are reused, its shardings kept."""
 
-    @partial(jax.jit, donate_argnums=0, out_shardings=(shardings(state), None))
+    @partial(jax.jit, donate_argnums=0, out_shardings=(tree_shardings(state), None))
     def update(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         of_trained = lambda params: objective(join(params, state.frozen), batch)  # noqa: E731
         (_, found), gradient = jax.value_and_grad(of_trained, has_aux=True)(state.params)
         metrics = found.metrics | {"grad_norm": (optax.tree.norm(gradient), jnp.ones(()))}
-        return apply(optimizer, state, gradient), metrics
+        return apply_gradient(optimizer, state, gradient), metrics
 
     return update
 
