@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 
-def load(dotted: str, setting: str) -> Callable[..., Any]:
+def import_function(dotted: str, setting: str) -> Callable[..., Any]:
     """The function at a dotted path such as my_package.my_module.my_function.
 
     Raises:
@@ -22,7 +22,7 @@ def load(dotted: str, setting: str) -> Callable[..., Any]:
     return function
 
 
-def options(function: Callable[..., Any]) -> list[str]:
+def option_names(function: Callable[..., Any]) -> list[str]:
     """The names of what may be given by keyword alone: the options of an advantage or a surrogate."""
     parameters = inspect.signature(function).parameters.values()
     return [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-ADDRESS, COUNT, INDEX = VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+ADDRESS, COUNT, INDEX = LAUNCH_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 JOIN_SECONDS, HEARTBEAT_SECONDS = 300, 30  # until all have come; until one that does not answer is given up
 
 
@@ -26,7 +26,7 @@ class JoinError(RuntimeError):
     """The processes of a program cannot find each other. The message is the whole story."""
 
 
-def start() -> None:
+def connect() -> None:
     """Join the other processes of this program, if it has any; before anything is computed.
 
     TPU pods, Slurm and Open MPI say by themselves who there is. Elsewhere three environment variables do:
@@ -35,10 +35,10 @@ def start() -> None:
     Raises:
       JoinError: some of the three variables, but not all; numbers that cannot be; the others did not come in time.
     """
-    given = {name: os.environ[name] for name in VARIABLES if os.environ.get(name)}
-    if given and len(given) < len(VARIABLES):
-        missing = ", ".join(name for name in VARIABLES if name not in given)
-        raise JoinError(f"{', '.join(given)}: set, but not {missing}; expected all of {', '.join(VARIABLES)} or none")
+    given = {name: os.environ[name] for name in LAUNCH_VARIABLES if os.environ.get(name)}
+    if given and len(given) < len(LAUNCH_VARIABLES):
+        missing = ", ".join(name for name in LAUNCH_VARIABLES if name not in given)
+        raise JoinError(f"{', '.join(given)}: set, but not {missing}; expected all of {', '.join(LAUNCH_VARIABLES)} or none")
     if not given and not _announced():
         return
     join = partial(
@@ -50,7 +50,7 @@ def start() -> None:
     if not given:
         join()
         return
-    address, count, index = (given[name] for name in VARIABLES)
+    address, count, index = (given[name] for name in LAUNCH_VARIABLES)
     if not (count.isdigit() and index.isdigit() and int(index) < int(count)):
         raise JoinError(f"{COUNT}, {INDEX}: expected a number and one from 0 below it, got {count!r} and {index!r}")
     try:
@@ -69,7 +69,7 @@ def _announced() -> bool:
     return any(int(number) > 1 for number in tasks) or (chips and importlib.util.find_spec("libtpu") is not None)
 
 
-def are_several() -> bool:
+def is_distributed() -> bool:
     return jax.process_count() > 1
 
 
@@ -91,7 +91,7 @@ def share(count: int) -> slice:
 
 def gather(mine: np.ndarray) -> np.ndarray:
     """The rows of all processes on every one of them, in the processes' order; the other axes are of one size."""
-    if not are_several():
+    if not is_distributed():
         return mine
     sizes = np.asarray(multihost_utils.process_allgather(np.array(len(mine)))).tolist()
     padded = np.pad(mine, [(0, max(sizes) - len(mine)), *[(0, 0)] * (mine.ndim - 1)])
@@ -101,7 +101,7 @@ def gather(mine: np.ndarray) -> np.ndarray:
 
 def gather_lists(mine: Sequence[Sequence[int]]) -> list[list[int]]:
     """The same for lists of whole numbers, of any lengths."""
-    if not are_several():
+    if not is_distributed():
         return [list(row) for row in mine]
     lengths = gather(np.array([len(row) for row in mine], np.int32))
     padded = np.zeros((len(mine), int(lengths.max(initial=0))), np.int32)
@@ -110,14 +110,14 @@ def gather_lists(mine: Sequence[Sequence[int]]) -> list[list[int]]:
     return [row[:length].tolist() for row, length in zip(gather(padded), lengths, strict=True)]
 
 
-def first_says(ask: Callable[[], Any]) -> Any:
+def broadcast_from_first(ask: Callable[[], Any]) -> Any:
     """The first process' answer, in JSON's types, on all of them; only it is asked."""
     answer = ask() if is_first() else None
     said = gather_lists([list(json.dumps(answer).encode())])[0]
     return json.loads(bytes(said))
 
 
-def leave(code: int) -> NoReturn:
+def abort(code: int) -> NoReturn:
     """End this process at once, after an error: one that left in good order would wait for the others to end too.
 
     They see it gone and fail: in the middle of a collective at once, else within HEARTBEAT_SECONDS.

@@ -40,19 +40,19 @@ def exit_code(program: Callable[[], object], *, own_devices: bool = False, sever
         if not own_devices:
             enable_compile_cache()
         if several and not own_devices:
-            processes.start()
+            processes.connect()
             console.quiet = not processes.is_first()
         program()
     except (SetupError, processes.JoinError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         code = 1 if isinstance(error, FloatingPointError) else 2
     except (Exception, KeyboardInterrupt):
-        if not processes.are_several():
+        if not processes.is_distributed():
             raise
         traceback.print_exc()
         code = 1
     else:
         return 0
-    if processes.are_several():
-        processes.leave(code)
+    if processes.is_distributed():
+        processes.abort(code)
     return code

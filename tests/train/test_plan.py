@@ -298,7 +298,7 @@ def test_shipped_recipes_can_be_read() -> None:
     launch = ROOT / "configs" / "launch"
     jobset = yaml.safe_load((launch / "jobset.yaml").read_text())
     pod = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"][0]
-    assert set(processes.VARIABLES) < {item["name"] for item in pod["env"]}
+    assert set(processes.LAUNCH_VARIABLES) < {item["name"] for item in pod["env"]}
     command = [*pod["command"], *pod["args"]]
     assert parse(PlanConfig, command[command.index("--config") :]).mesh.data == 2
     for script in (launch / "one_host.sh", launch / "tpu_pod.sh", launch / "slurm.sbatch"):

@@ -126,7 +126,7 @@ def test_a_bucket_is_a_place_for_checkpoints(tmp_path: Path) -> None:
 def test_processes_that_do_not_share_a_directory_are_told(
     policy_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train.run.directory, "are_several", lambda: True)
+    monkeypatch.setattr(train.run.directory, "is_distributed", lambda: True)
     monkeypatch.setattr(train.run.directory, "gather", lambda mine: mine)
     config = policy_config(tmp_path)
     tokenizer = make_tokenizer(config.model, config.chat)

@@ -45,7 +45,7 @@ def load_function(name: str) -> Callable[..., Any]:
         raise ValueError(
             f"rewards.function: {name}: cannot be imported; expected a dotted path, or one of {', '.join(BUILT_IN)}"
         )
-    return dotted.load(BUILT_IN.get(name, name), "rewards.function")
+    return dotted.import_function(BUILT_IN.get(name, name), "rewards.function")
 
 
 class Wanted:
@@ -56,7 +56,7 @@ class Wanted:
         self.name, parameters = name, inspect.signature(function).parameters.values()
         self.takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
         named = [p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
-        dotted.check_options(options, dotted.options(function), "rewards.options", name)
+        dotted.check_options(options, dotted.option_names(function), "rewards.options", name)
         self.options = options.keys() | {p.name for p in named if p.kind is p.KEYWORD_ONLY and p.default is not p.empty}
         self.accepted = {p.name for p in named} - self.options
         self.columns = [p.name for p in named if p.default is p.empty and p.name not in {*self.options, *GIVEN}]

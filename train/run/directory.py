@@ -23,7 +23,7 @@ from models.checkpoint import Checkpoints, about, folder_of
 from models.tokenizer import Tokenizer
 from train.config import RunConfig, resolved
 from train.console import console
-from train.processes import are_several, gather, is_first
+from train.processes import is_distributed, gather, is_first
 from train.run.files import write_jsonl, write_whole
 from train.state import TrainState
 
@@ -67,7 +67,7 @@ class Run:
 
     def _check_shared(self) -> None:
         """Refuse, where there are several processes, checkpoints in a place that not all of them see."""
-        if not are_several():
+        if not is_distributed():
             return
         number = gather(np.random.default_rng().integers(2**31, size=1, dtype=np.int32))[0]
         sign = folder_of(self.path) / f"shared-{number}.tmp"
