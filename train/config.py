@@ -258,7 +258,9 @@ class LossConfig:
         _at_least(self, 0, "beta", "clip_low", "clip_high", "importance_sampling_clip_min")
         _at_least(self, self.importance_sampling_clip_min, "importance_sampling_clip_max")
         _at_least(self, 1, "logprob_chunk")
-        known = [name for name in dotted.option_names(SURROGATES[self.surrogate]) if name not in ("clip_low", "clip_high")]
+        known = [
+            name for name in dotted.option_names(SURROGATES[self.surrogate]) if name not in ("clip_low", "clip_high")
+        ]
         dotted.check_options(self.surrogate_options, known, "loss.surrogate_options", self.surrogate)
         for name, value in self.surrogate_options.items():
             if not isinstance(value, int | float) or (name == "dual_clip" and not value > 1):

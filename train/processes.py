@@ -38,7 +38,9 @@ def connect() -> None:
     given = {name: os.environ[name] for name in LAUNCH_VARIABLES if os.environ.get(name)}
     if given and len(given) < len(LAUNCH_VARIABLES):
         missing = ", ".join(name for name in LAUNCH_VARIABLES if name not in given)
-        raise JoinError(f"{', '.join(given)}: set, but not {missing}; expected all of {', '.join(LAUNCH_VARIABLES)} or none")
+        raise JoinError(
+            f"{', '.join(given)}: set, but not {missing}; expected all of {', '.join(LAUNCH_VARIABLES)} or none"
+        )
     if not given and not _announced():
         return
     join = partial(

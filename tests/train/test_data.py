@@ -16,9 +16,9 @@ from scipy.stats import spearmanr
 
 from models.tokenizer import Tokenizer
 from train.config import ChatConfig, DataConfig, PolicyConfig, RewardSpec, SupervisedConfig, resolved
-from train.data.chats import as_chat, conversations, prompt_and_answer
+from train.data.chats import as_chat, normalize_prompts, prompt_and_answer
 from train.data.prompts import Prompts, load_prompts
-from train.data.rows import load_rows, require_columns, shuffled
+from train.data.rows import batch_indices, load_rows, require_columns
 from train.parse import parse
 from train.run.directory import read_metrics
 from train.run.files import write_jsonl
@@ -30,7 +30,7 @@ from train.supervised import reward_model, sft
 
 @pytest.mark.parametrize(("size", "count"), [(12, 4), (10, 4), (7, 7), (3, 8), (1, 2)])
 def test_each_epoch_is_a_permutation(size: int, count: int) -> None:
-    steps = [shuffled(size, count, seed=0, step=step) for step in range(5 * size)]
+    steps = [batch_indices(size, count, seed=0, step=step) for step in range(5 * size)]
     assert all(len(step) == count for step in steps)
     stream = np.array(steps).reshape(-1, size)  # size divides 5 * size * count
     np.testing.assert_array_equal(np.sort(stream, 1), np.tile(np.arange(size), (len(stream), 1)))
@@ -40,14 +40,14 @@ def test_the_order_depends_on_seed_and_epoch_and_on_nothing_else() -> None:
     size, count = 30, 10
 
     def epoch(number: int, seed: int) -> list[int]:
-        return [i for step in range(3 * number, 3 * number + 3) for i in shuffled(size, count, seed, step)]
+        return [i for step in range(3 * number, 3 * number + 3) for i in batch_indices(size, count, seed, step)]
 
     orders = [epoch(number, seed) for number in range(3) for seed in range(3)]
     assert len({tuple(order) for order in orders}) == len(orders)
     assert [epoch(number, seed) for number in range(3) for seed in range(3)] == orders
     for step in (5, 0, 2):  # in any order, and alone
-        assert shuffled(size, count, 1, step) == epoch(step // 3, 1)[step % 3 * count :][:count]
-    finer = [i for step in range(6) for i in shuffled(size, 5, 1, step)]
+        assert batch_indices(size, count, 1, step) == epoch(step // 3, 1)[step % 3 * count :][:count]
+    finer = [i for step in range(6) for i in batch_indices(size, 5, 1, step)]
     assert finer == epoch(0, 1), "the batch size cuts the same stream"
 
 
@@ -114,7 +114,7 @@ def test_prompts_that_fit_are_kept_in_order_and_the_others_counted(
     assert prompts.too_long == len(rows) - len(fitting)
 
     batch = prompts.batch(seed=3, step=4, count=5)
-    assert batch == [fitting[i] for i in shuffled(len(fitting), 5, 3, 4)]
+    assert batch == [fitting[i] for i in batch_indices(len(fitting), 5, 3, 4)]
     assert prompts.prompts(batch) == [row["question"] for row in batch]
     columns = {name: [row.get(name) for row in batch] for name in ("extra", "number")}
     assert prompts.columns(batch) == columns, "what a row does not have is None"
@@ -292,7 +292,9 @@ def test_a_system_prompt_or_none_and_text_in_a_users_message() -> None:
 )
 def test_a_system_prompt_that_has_no_place_is_refused(prompt: Any, named: str) -> None:
     with pytest.raises(ValueError, match=named):
-        conversations([{"x": ASKED}, {"x": ASKED}, {"x": prompt}], "file", "x", ChatConfig(system_prompt="Be brief."))
+        normalize_prompts(
+            [{"x": ASKED}, {"x": ASKED}, {"x": prompt}], "file", "x", ChatConfig(system_prompt="Be brief.")
+        )
 
 
 def test_all_programs_see_the_same_conversation(

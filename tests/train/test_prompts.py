@@ -24,9 +24,9 @@ from train.config import (
     resolved,
 )
 from train.data import token_cache
-from train.data.chats import conversations, prompt_and_answer
-from train.data.prompts import in_common, load_prompts, load_splits
-from train.data.rows import hold_out, load_rows, sampled
+from train.data.chats import normalize_prompts, prompt_and_answer
+from train.data.prompts import load_prompts, load_splits, overlapping_rows
+from train.data.rows import hold_out, load_rows, sample_indices
 from train.plan.dry_run import SCHEMAS, from_card, look_up
 from train.run.files import write_jsonl
 from train.supervised import sft
@@ -79,9 +79,9 @@ def test_what_is_for_policies_is_refused_elsewhere(policy_config: Callable[..., 
 def test_a_conversation_is_asked_without_its_answer() -> None:
     turns = [USER, ANSWER, USER]
     for prompt in (turns, [*turns, ANSWER]):
-        assert conversations([{"x": prompt}], "file", "x", ChatConfig())[0]["x"] == turns
+        assert normalize_prompts([{"x": prompt}], "file", "x", ChatConfig())[0]["x"] == turns
     with pytest.raises(ValueError, match="file: row 1: .* the assistant's alone"):
-        conversations([{"x": [ANSWER]}], "file", "x", ChatConfig())
+        normalize_prompts([{"x": [ANSWER]}], "file", "x", ChatConfig())
 
 
 @pytest.mark.parametrize("prompt", ["Why?", " Why?\n", [USER], None])
@@ -137,7 +137,7 @@ def test_what_is_held_out_is_not_kept_and_depends_on_the_seed_alone(count: int, 
 def test_more_than_there_is_cannot_be_held_out() -> None:
     with pytest.raises(ValueError, match="data.validation_rows: expected fewer than the 5 rows that there are, got 5"):
         hold_out(5, 5, 0)
-    assert sampled(5, 5, 0) == sampled(5, 9, 1) == list(range(5)), "where all are taken, in their order"
+    assert sample_indices(5, 5, 0) == sample_indices(5, 9, 1) == list(range(5)), "where all are taken, in their order"
 
 
 def test_validation_is_cut_off_train_or_sampled(
@@ -154,10 +154,10 @@ def test_validation_is_cut_off_train_or_sampled(
     train, validation = parts(validation_rows=6)
     kept, out = hold_out(len(rows), 6, 0)
     assert train == [rows[i] for i in kept]
-    assert validation == [rows[out[i]] for i in sampled(6, 4, 0)]
+    assert validation == [rows[out[i]] for i in sample_indices(6, 4, 0)]
     assert parts(validation_rows=6) == (train, validation) != parts(validation_rows=6, split_seed=1)
     train, validation = parts(validation=str(prompts_file))
-    assert train == rows and validation == [rows[i] for i in sampled(len(rows), 4, 0)] != rows[:4]
+    assert train == rows and validation == [rows[i] for i in sample_indices(len(rows), 4, 0)] != rows[:4]
 
 
 def test_supervised_rows_are_held_out_before_any_is_left_out(
@@ -186,8 +186,8 @@ def test_supervised_rows_are_held_out_before_any_is_left_out(
 def test_prompts_in_common_are_found_whatever_their_case_and_white_space() -> None:
     chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "WHY \n not?"}]
     rows = [{"x": "why not?"}, {"x": "Why not"}, {"x": chat}, {"x": " Why\tnot? "}]
-    assert in_common(rows, [{"x": "Why not?"}], "x") == [0, 2, 3]
-    assert in_common(rows, [], "x") == []
+    assert overlapping_rows(rows, [{"x": "Why not?"}], "x") == [0, 2, 3]
+    assert overlapping_rows(rows, [], "x") == []
 
 
 @pytest.mark.parametrize("drop", [False, True])
@@ -218,8 +218,8 @@ def test_prompts_in_common_are_counted_and_left_out_if_wanted(
 @pytest.fixture
 def tokenizer(tiny_tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tokenizer]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(token_cache, "SMALL", 0)
-    monkeypatch.setattr(token_cache, "CHUNK", 7)
+    monkeypatch.setattr(token_cache, "MIN_CACHED_PROMPTS", 0)
+    monkeypatch.setattr(token_cache, "CHUNK_PROMPTS", 7)
     yield Tokenizer(tiny_tokenizer_dir)
 
 
@@ -246,7 +246,7 @@ def test_other_prompts_settings_or_tokenizers_have_ids_of_their_own(
     tokenizer: Tokenizer, sentences: list[str], tiny_tokenizer_dir: Path
 ) -> None:
     def key(prompts: Any, tokenizer: Tokenizer) -> str:
-        return token_cache.key(prompts, str(tokenizer.fingerprint))
+        return token_cache.cache_key(prompts, str(tokenizer.fingerprint))
 
     templated = Tokenizer(tiny_tokenizer_dir)
     templated.hf.chat_template = "{{ messages }}"

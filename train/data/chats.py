@@ -23,23 +23,25 @@ def prompt_and_answer(row: Row, column: str, where: str) -> tuple[Prompt, str]:
         raise ValueError(
             f"{where}: {column!r}: expected messages that end with the assistant's, got {answer[-1]['role']!r}"
         )
-    system, asked = _system_apart(
+    system, asked = _split_system(
         [{"role": "user", "content": prompt}] if isinstance(prompt, str) and prompt else prompt
     )
-    more, before = _system_apart(answer[:-1])
-    twice = [_said(message) for message in before[: len(asked)]] == [_said(message) for message in asked]
-    new = [message for message in more if _said(message) not in map(_said, system)]
+    more, before = _split_system(answer[:-1])
+    twice = [_role_and_text(message) for message in before[: len(asked)]] == [
+        _role_and_text(message) for message in asked
+    ]
+    new = [message for message in more if _role_and_text(message) not in map(_role_and_text, system)]
     return [*system, *new, *([] if twice else asked), *before], answer[-1]["content"]
 
 
-def _system_apart(messages: Prompt) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+def _split_system(messages: Prompt) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     """The system messages at the beginning, and the others."""
     listed: list[dict[str, str]] = list(messages) if isinstance(messages, list) else []
     count = next((i for i, message in enumerate(listed) if message["role"] != "system"), len(listed))
     return listed[:count], listed[count:]
 
 
-def _said(message: Mapping[str, str]) -> tuple[str, str]:
+def _role_and_text(message: Mapping[str, str]) -> tuple[str, str]:
     return message["role"], message["content"].strip()
 
 
@@ -68,7 +70,7 @@ def as_chat(prompt: Prompt, chat: ChatConfig, where: str) -> Prompt:
     return [{"role": "system", "content": chat.system_prompt}, *prompt]
 
 
-def asked_and_answered(
+def prompts_and_answers(
     rows: Sequence[Row], source: str, column: str, chat: ChatConfig
 ) -> tuple[list[Prompt], list[str]]:
     """What precedes each row's answer, as it is asked, and the answers in `column`."""
@@ -78,7 +80,7 @@ def asked_and_answered(
     return prompts, [answer for _, answer in pairs]
 
 
-def conversations(
+def normalize_prompts(
     rows: Sequence[Row], source: str, column: str, chat: ChatConfig, setting: str = "the config"
 ) -> list[Row]:
     """The rows with the column's prompts as they are asked: see `as_chat`, `without_answer`, `require_columns`."""

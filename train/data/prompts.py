@@ -9,21 +9,21 @@ import numpy as np
 from models.tokenizer import Prompt, Tokenizer, pad
 from train.config import PolicyConfig
 from train.console import console
-from train.data.chats import conversations
-from train.data.rows import Row, hold_out, load_rows, sampled, shuffled
+from train.data.chats import normalize_prompts
+from train.data.rows import Row, batch_indices, hold_out, load_rows, sample_indices
 from train.data.token_cache import prompt_ids
 
 
-def fitting(rows: Sequence[Row], source: str, column: str, tokenizer: Tokenizer, max_length: int) -> list[int]:
+def fitting_indices(rows: Sequence[Row], source: str, column: str, tokenizer: Tokenizer, max_length: int) -> list[int]:
     """The numbers of the rows whose rendered prompt has 1 to max_length tokens.
 
     Raises:
       ValueError: no prompt fits.
     """
-    return _fitting(prompt_ids([row[column] for row in rows], tokenizer), source, max_length)
+    return _within_limit(prompt_ids([row[column] for row in rows], tokenizer), source, max_length)
 
 
-def _fitting(ids: Sequence[np.ndarray], source: str, max_length: int) -> list[int]:
+def _within_limit(ids: Sequence[np.ndarray], source: str, max_length: int) -> list[int]:
     kept = [i for i, row in enumerate(ids) if 0 < len(row) <= max_length]
     if ids and not kept:
         raise ValueError(
@@ -40,7 +40,7 @@ class Prompts:
         self.column, self.source, self.max_length = config.data.prompt_column, source, config.max_prompt_length
         ids = prompt_ids([row[self.column] for row in rows], tokenizer)
         self._pad_id, self.lengths = tokenizer.pad_id, [len(row) for row in ids]  # of all rows
-        kept = _fitting(ids, source, self.max_length)
+        kept = _within_limit(ids, source, self.max_length)
         self.rows, self._ids = [rows[i] for i in kept], [ids[i] for i in kept]
         self.too_long = len(rows) - len(kept)
         self._number = {id(row): number for number, row in enumerate(self.rows)}
@@ -51,7 +51,7 @@ class Prompts:
 
     def batch(self, seed: int, step: int, count: int, attempt: int = 0) -> list[Row]:
         """The `count` rows of a step: a pure function of (seed, step, attempt)."""
-        return [self.rows[i] for i in shuffled(len(self.rows), count, seed, step, attempt)]
+        return [self.rows[i] for i in batch_indices(len(self.rows), count, seed, step, attempt)]
 
     def encode(self, rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray]:
         """Right-padded `prompt_PS` and `lengths_P` of some of `self.rows` themselves, which were tokenized once."""
@@ -59,7 +59,7 @@ class Prompts:
 
     def sample(self, count: int, seed: int) -> None:
         """Keep that many rows, in their order."""
-        kept = sampled(len(self.rows), count, seed)
+        kept = sample_indices(len(self.rows), count, seed)
         self.rows, self._ids = [self.rows[i] for i in kept], [self._ids[i] for i in kept]
         self._number = {id(row): number for number, row in enumerate(self.rows)}
 
@@ -85,7 +85,7 @@ def load_splits(config: PolicyConfig) -> Splits:
     data = config.data
 
     def load(source: str, split: str) -> list[Row]:
-        return conversations(load_rows(source, split, data.columns), source, data.prompt_column, config.chat)
+        return normalize_prompts(load_rows(source, split, data.columns), source, data.prompt_column, config.chat)
 
     train, validation = load(data.train, data.split), []
     if data.validation_rows:
@@ -94,7 +94,7 @@ def load_splits(config: PolicyConfig) -> Splits:
     elif config.validation.prompts:
         validation = load(data.validation or data.train, data.validation_split)
     test = load(data.test, data.test_split) if data.test else []
-    both = set(in_common(train, [*validation, *test], data.prompt_column))
+    both = set(overlapping_rows(train, [*validation, *test], data.prompt_column))
     if data.drop_duplicates:
         train = [row for number, row in enumerate(train) if number not in both]
         if not train:
@@ -102,7 +102,7 @@ def load_splits(config: PolicyConfig) -> Splits:
     return Splits(train, validation, test, len(both))
 
 
-def in_common(rows: Sequence[Row], others: Sequence[Row], column: str) -> list[int]:
+def overlapping_rows(rows: Sequence[Row], others: Sequence[Row], column: str) -> list[int]:
     """The numbers of the rows whose prompt is among the others' too, whatever its case and its white space."""
     seen = {prompt_key(row[column]) for row in others}
     return [number for number, row in enumerate(rows) if prompt_key(row[column]) in seen]

@@ -43,10 +43,10 @@ def load_rows(
         raise ValueError(f"{source}: cannot be read ({error}); was it downloaded whole?") from error
     if not rows:
         raise ValueError(f"{source}: expected at least one row, got an empty data set")
-    return renamed(rows, source, columns, setting) if columns else rows
+    return rename_columns(rows, source, columns, setting) if columns else rows
 
 
-def renamed(rows: Sequence[Row], source: str, columns: Mapping[str, str], setting: str) -> list[Row]:
+def rename_columns(rows: Sequence[Row], source: str, columns: Mapping[str, str], setting: str) -> list[Row]:
     """The rows with their columns under our names; a column that had the name already gives way."""
     for number, row in enumerate(rows, 1):
         for ours, theirs in columns.items():
@@ -82,7 +82,7 @@ def require_columns(rows: Sequence[Row], source: str, *columns: str, setting: st
                 raise ValueError(f"{source}: row {number}: {column!r}: {error}") from error
 
 
-def shuffled(size: int, count: int, seed: int, step: int, attempt: int = 0) -> list[int]:
+def batch_indices(size: int, count: int, seed: int, step: int, attempt: int = 0) -> list[int]:
     """The indices of batch number `step` of `count`: epochs of one permutation each, a new one every epoch.
 
     Each attempt has an order of its own.
@@ -105,7 +105,7 @@ def hold_out(count: int, rows: int, seed: int) -> tuple[list[int], list[int]]:
     return np.setdiff1d(np.arange(count), out).tolist(), np.sort(out).tolist()
 
 
-def sampled(count: int, wanted: int, seed: int) -> list[int]:
+def sample_indices(count: int, wanted: int, seed: int) -> list[int]:
     """Which `wanted` of `count` rows are taken, in order; all of them if there are no more."""
     return hold_out(count, wanted, seed)[1] if wanted < count else list(range(count))
 

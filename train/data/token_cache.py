@@ -16,16 +16,16 @@ import numpy as np
 from models.tokenizer import Prompt, Tokenizer
 from train.console import console
 
-VERSION = 1  # of what is kept, and of how this code renders prompts
-SMALL = 1_000  # prompts that are tokenized faster than a tokenizer is hashed
-CHUNK = 4_096  # prompts whose ids are Python numbers (36 bytes each) at a time
+CACHE_VERSION = 1  # of what is kept, and of how this code renders prompts
+MIN_CACHED_PROMPTS = 1_000  # prompts that are tokenized faster than a tokenizer is hashed
+CHUNK_PROMPTS = 4_096  # prompts whose ids are Python numbers (36 bytes each) at a time
 
 
 def prompt_ids(prompts: Sequence[Prompt], tokenizer: Tokenizer) -> list[np.ndarray]:
     """int32 token ids of each rendered prompt; from the cache where it has them."""
-    if len(prompts) < SMALL or tokenizer.fingerprint is None:
+    if len(prompts) < MIN_CACHED_PROMPTS or tokenizer.fingerprint is None:
         return _tokenize(prompts, tokenizer)
-    file = directory() / f"{key(prompts, tokenizer.fingerprint)}.npz"
+    file = cache_directory() / f"{cache_key(prompts, tokenizer.fingerprint)}.npz"
     if file.is_file():
         try:
             return _read(file, len(prompts))
@@ -39,21 +39,21 @@ def prompt_ids(prompts: Sequence[Prompt], tokenizer: Tokenizer) -> list[np.ndarr
     return ids
 
 
-def directory() -> Path:
+def cache_directory() -> Path:
     home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return Path(home) / "gopo_jax" / "tokens"
 
 
-def key(prompts: Sequence[Prompt], fingerprint: str) -> str:
+def cache_key(prompts: Sequence[Prompt], fingerprint: str) -> str:
     """A prompt is hashed as it is asked: which column it came from and what the chat settings added are in it."""
-    digest = hashlib.sha256(f"{VERSION} {fingerprint}\n".encode())
+    digest = hashlib.sha256(f"{CACHE_VERSION} {fingerprint}\n".encode())
     for prompt in prompts:
         digest.update(json.dumps(prompt).encode() + b"\n")
     return digest.hexdigest()
 
 
 def _tokenize(prompts: Sequence[Prompt], tokenizer: Tokenizer) -> list[np.ndarray]:
-    chunks = (tokenizer.prompt_ids(prompts[i : i + CHUNK]) for i in range(0, len(prompts), CHUNK))
+    chunks = (tokenizer.prompt_ids(prompts[i : i + CHUNK_PROMPTS]) for i in range(0, len(prompts), CHUNK_PROMPTS))
     return [np.array(ids, np.int32) for chunk in chunks for ids in chunk]
 
 

@@ -26,7 +26,7 @@ from models.tokenizer import Tokenizer
 from train.build import make_layout_for, make_optimizer, policy_layout
 from train.config import DataConfig, PlanConfig, PolicyConfig, RewardModelConfig, SftConfig
 from train.console import console
-from train.data.chats import as_chat, asked_and_answered
+from train.data.chats import as_chat, prompts_and_answers
 from train.data.prompts import Prompts, Splits, load_splits
 from train.data.rows import Row, is_file_name, load_rows, require_columns
 from train.plan.devices import FULL, GIB, HBM, simulated
@@ -182,9 +182,9 @@ def check_rows(config: Config, rows: Sequence[Row], source: str) -> None:
     elif isinstance(config, RewardModelConfig):
         reward_model.check_rows(rows, source)
         for side in ("chosen", "rejected") if "completions" not in rows[0] else ():
-            asked_and_answered(rows, source, side, config.chat)
+            prompts_and_answers(rows, source, side, config.chat)
     elif "text" not in (rows := sft.check_rows(rows, source, config.chat))[0]:
-        asked_and_answered(rows, source, "completion", config.chat)
+        prompts_and_answers(rows, source, "completion", config.chat)
 
 
 def check_columns(config: Config, columns: Mapping[str, str], source: str) -> Collection[str]:

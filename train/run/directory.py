@@ -23,7 +23,7 @@ from models.checkpoint import Checkpoints, about, folder_of
 from models.tokenizer import Tokenizer
 from train.config import RunConfig, resolved
 from train.console import console
-from train.processes import is_distributed, gather, is_first
+from train.processes import gather, is_distributed, is_first
 from train.run.files import write_jsonl, write_whole
 from train.state import TrainState
 

@@ -21,7 +21,7 @@ from models.tokenizer import Tokenizer
 from train.build import make_layout_for, make_model, make_optimizer, make_tokenizer
 from train.config import ChatConfig, SupervisedConfig
 from train.console import console
-from train.data.rows import Row, hold_out, load_rows, shuffled
+from train.data.rows import Row, batch_indices, hold_out, load_rows
 from train.processes import is_first
 from train.run.directory import CALIBRATION, Run
 from train.run.files import write_whole
@@ -97,7 +97,7 @@ def train_supervised(config: SupervisedConfig, task: Task) -> None:
         if stopping.exhausted:
             break
         began, timer = time.perf_counter(), Timer()
-        batch = [examples[i] for i in shuffled(len(examples), config.batch_size, config.seed, step)]
+        batch = [examples[i] for i in batch_indices(len(examples), config.batch_size, config.seed, step)]
         with timer("update"):
             state, learned = update(state, arrays(batch))
             metrics = divide(learned)

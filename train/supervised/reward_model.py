@@ -21,7 +21,7 @@ from models.config import REWARD_MODEL
 from models.reward_model import Qwen3RewardModel
 from models.tokenizer import Prompt, Tokenizer, bucket, pad
 from train.config import ChatConfig, RewardModelConfig
-from train.data.chats import asked_and_answered
+from train.data.chats import prompts_and_answers
 from train.data.rows import Row, require_columns
 from train.rewards.model import common_prefix
 from train.supervised.program import Batch, Outcome, Task, train_supervised
@@ -71,7 +71,7 @@ def encode(rows: Sequence[Row], tokenizer: Tokenizer, source: str, chat: ChatCon
     if "completions" in rows[0]:
         return encode_groups(rows, tokenizer, source, chat)
     sides = [
-        tokenizer.conversation_ids(*asked_and_answered(rows, source, side, chat)) for side in ("chosen", "rejected")
+        tokenizer.conversation_ids(*prompts_and_answers(rows, source, side, chat)) for side in ("chosen", "rejected")
     ]
     margins = [float(row.get("margin") or 0.0) for row in rows]
     return [Comparison([c, r], [1.0, 0.0], m) for c, r, m in zip(*sides, margins, strict=True)]
@@ -116,7 +116,7 @@ def encode_groups(rows: Sequence[Row], tokenizer: Tokenizer, source: str, chat: 
     for number, row in enumerate(rows, 1):
         group, where = [{"prompt": row.get("prompt"), "answer": c} for c in row["completions"]], f"row {number}"
         require_columns(group, f"{source}: {where}: 'completions'", "answer")
-        found = asked_and_answered(group, f"{source}: {where}: 'completions'", "answer", chat)
+        found = prompts_and_answers(group, f"{source}: {where}: 'completions'", "answer", chat)
         asked += found[0]
         answers += found[1]
     ids = iter(tokenizer.conversation_ids(asked, answers))

@@ -23,8 +23,8 @@ from gopo_jax.losses import Metrics
 from models.tokenizer import Tokenizer, bucket, pad
 from train.config import ChatConfig, SftConfig
 from train.console import console
-from train.data.chats import asked_and_answered
-from train.data.rows import Row, require_columns, shuffled
+from train.data.chats import prompts_and_answers
+from train.data.rows import Row, batch_indices, require_columns
 from train.supervised.program import Batch, Outcome, Task, train_supervised
 
 LOGPROB_CHUNK = 4096  # tokens whose logits exist at a time on each device
@@ -50,7 +50,7 @@ def encode(rows: Sequence[Row], tokenizer: Tokenizer, source: str, chat: ChatCon
         prompts: list[list[int]] = [[] for _ in rows]
         completions = tokenizer.encode([row["text"] for row in rows])
     else:
-        asked, answers = asked_and_answered(rows, source, "completion", chat)
+        asked, answers = prompts_and_answers(rows, source, "completion", chat)
         prompts, completions = tokenizer.prompt_ids(asked), tokenizer.encode_literally(answers)
     return [(p + c + [tokenizer.eos_ids[0]], len(p)) for p, c in zip(prompts, completions, strict=True)]
 
@@ -146,7 +146,7 @@ def padding(lengths: Sequence[int], config: SftConfig) -> float:
     """The share of padding in an epoch of batches that are not packed."""
     slots = used = 0
     for step in range(max(len(lengths) // config.batch_size, 1)):
-        batch = [lengths[i] for i in shuffled(len(lengths), config.batch_size, config.seed, step)]
+        batch = [lengths[i] for i in batch_indices(len(lengths), config.batch_size, config.seed, step)]
         slots, used = slots + len(batch) * bucket(max(batch), config.max_length), used + sum(batch)
     return 1 - used / slots
 
