@@ -8,9 +8,9 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-UNITS: dict[str, Callable[[str], list[str]]] = {"words": str.split, "characters": list}
+LENGTH_UNITS: dict[str, Callable[[str], list[str]]] = {"words": str.split, "characters": list}
 # One block of thoughts, at the very beginning, and no other such tag behind it.
-THINK = r"<think>((?!</?think>).)*</think>((?!</?think>).)*"
+THINK_PATTERN = r"<think>((?!</?think>).)*</think>((?!</?think>).)*"
 
 
 def length(
@@ -31,14 +31,14 @@ def length(
       unit: "words" (between white space) or "characters".
     """
     _at_least("length", "target", target, 1)
-    if unit not in UNITS:
-        raise ValueError(f"length: unit: expected one of {', '.join(UNITS)}, got {unit!r}")
-    excess = [len(UNITS[unit](text)) - target for text in completions]
+    if unit not in LENGTH_UNITS:
+        raise ValueError(f"length: unit: expected one of {', '.join(LENGTH_UNITS)}, got {unit!r}")
+    excess = [len(LENGTH_UNITS[unit](text)) - target for text in completions]
     return [-(max(0, n) if ceiling else abs(n)) / target for n in excess]
 
 
 def format_match(
-    prompts: Sequence[Any], completions: Sequence[str], *, pattern: str = THINK, **columns: Any
+    prompts: Sequence[Any], completions: Sequence[str], *, pattern: str = THINK_PATTERN, **columns: Any
 ) -> list[float | None]:
     """1 for a completion that is, from its first to its last character, of a form; else 0.
 

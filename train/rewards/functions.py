@@ -13,7 +13,7 @@ from train.processes import gather
 # (prompts, completions_PG, columns, completion_ids_PG) of a process' share -> rewards_PG of all
 Scorer = Callable[..., np.ndarray]
 TokenIds = Sequence[Sequence[list[int]]]  # of each completion, [P, G]
-GIVEN = ("prompts", "completions", "completion_ids")  # what every reward function may ask for
+STANDARD_ARGUMENTS = ("prompts", "completions", "completion_ids")  # what every reward function may ask for
 # Names without a dot. They are texts, so that a reward's packages are imported only where it is used.
 BUILT_IN = {
     "length": "train.rewards.builtin.length",
@@ -24,7 +24,7 @@ BUILT_IN = {
     "judge": "train.rewards.judge.judge",
     "ifeval": "train.rewards.ifeval.strict",
 }
-OF_MACHINE = ("judge", "ifeval")  # need a key in the environment, or data that are downloaded
+MACHINE_DEPENDENT = ("judge", "ifeval")  # need a key in the environment, or data that are downloaded
 
 
 def completion_ids(tokens_PGT: np.ndarray, lengths_PG: np.ndarray) -> list[list[list[int]]]:
@@ -48,7 +48,7 @@ def load_function(name: str) -> Callable[..., Any]:
     return dotted.import_function(BUILT_IN.get(name, name), "rewards.function")
 
 
-class Wanted:
+class RewardSignature:
     """What a reward function has parameters for."""
 
     def __init__(self, name: str, function: Callable[..., Any], options: Mapping[str, Any]) -> None:
@@ -59,7 +59,9 @@ class Wanted:
         dotted.check_options(options, dotted.option_names(function), "rewards.options", name)
         self.options = options.keys() | {p.name for p in named if p.kind is p.KEYWORD_ONLY and p.default is not p.empty}
         self.accepted = {p.name for p in named} - self.options
-        self.columns = [p.name for p in named if p.default is p.empty and p.name not in {*self.options, *GIVEN}]
+        self.columns = [
+            p.name for p in named if p.default is p.empty and p.name not in {*self.options, *STANDARD_ARGUMENTS}
+        ]
 
     def check_columns(self, data_columns: Collection[str]) -> None:
         for column in self.columns:
@@ -69,7 +71,7 @@ class Wanted:
                     f"({', '.join(data_columns) or 'it has none beside the prompt'}) nor among its options"
                 )
 
-    def chosen(self, known: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+    def select_kwargs(self, known: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
         """What it gets of all that is known."""
         return {
             key: values
@@ -99,15 +101,15 @@ def function_scorer(
       ValueError: no such function or option, or a parameter without a value.
     """
     function, options = load_function(name), dict(options or {})
-    wanted = Wanted(name, function, options)
+    signature = RewardSignature(name, function, options)
     if data_columns is not None:
-        wanted.check_columns(data_columns)
+        signature.check_columns(data_columns)
         if name in BUILT_IN and (
-            runs_here or name not in OF_MACHINE
+            runs_here or name not in MACHINE_DEPENDENT
         ):  # without completions it says what it lacks: a package, a key, a sensible option
-            nothing: dict[str, list[Any]] = {column: [] for column in [*data_columns, *GIVEN]}
+            nothing: dict[str, list[Any]] = {column: [] for column in [*data_columns, *STANDARD_ARGUMENTS]}
             try:
-                function(**wanted.chosen(nothing), **options)
+                function(**signature.select_kwargs(nothing), **options)
             except ImportError as error:
                 raise ValueError(f"rewards.function: {name}: {error}; pip install -e '.[eval]'") from error
 
@@ -118,12 +120,12 @@ def function_scorer(
         completion_ids_PG: TokenIds | None = None,
     ) -> np.ndarray:
         P, G = len(prompts), len(completions_PG[0])
-        of_prompts = dict.fromkeys(wanted.columns, [None] * P) | columns | {"prompts": prompts}
+        of_prompts = dict.fromkeys(signature.columns, [None] * P) | columns | {"prompts": prompts}
         known = {key: [value for value in values for _ in range(G)] for key, values in of_prompts.items()}
         known["completions"] = [text for group in completions_PG for text in group]
         if completion_ids_PG is not None:
             known["completion_ids"] = [ids for group in completion_ids_PG for ids in group]
-        values = function(**wanted.chosen(known), **options)
+        values = function(**signature.select_kwargs(known), **options)
         if len(values) != P * G:
             raise ValueError(f"{name}: expected {P * G} rewards, one per completion, got {len(values)}")
         rewards = np.array([np.nan if value is None else value for value in values], np.float32)

@@ -61,7 +61,7 @@ class RewardModelScorer:
         P, G = len(groups), len(groups[0])
         too_long_PG = np.array([[not 0 < len(row) <= self.max_length for row in group] for group in groups])
         groups = [[row[: self.max_length] or [self.tokenizer.pad_id] for row in group] for group in groups]
-        shared_P = [common_prefix(group) for group in groups]
+        shared_P = [common_prefix_length(group) for group in groups]
         prefix = [group[0][:n] for group, n in zip(groups, shared_P, strict=True)]
         suffix = [row[n:] for group, n in zip(groups, shared_P, strict=True) for row in group]
         # whole batches, always: fewer prompts are filled up, so that their number compiles nothing new
@@ -97,7 +97,7 @@ def _score_group(graphdef: Any, params: Any, *arrays: jax.Array) -> jax.Array:
     return nnx.merge(graphdef, params).score_group(*arrays)
 
 
-def common_prefix(rows: Sequence[Sequence[int]]) -> int:
+def common_prefix_length(rows: Sequence[Sequence[int]]) -> int:
     """How many leading tokens all rows share, leaving each row at least one token of its own.
 
     Texts, not tokens, are joined (a template may strip a completion's leading newlines, a tokenizer may merge

@@ -23,7 +23,7 @@ from models.tokenizer import Prompt, Tokenizer, bucket, pad
 from train.config import ChatConfig, RewardModelConfig
 from train.data.chats import prompts_and_answers
 from train.data.rows import Row, require_columns
-from train.rewards.model import common_prefix
+from train.rewards.model import common_prefix_length
 from train.supervised.program import Batch, Outcome, Task, train_supervised
 
 WORTHWHILE = 0.75  # of the slots of whole rows: with more, what is shared is computed for each answer
@@ -127,7 +127,7 @@ def collate(examples: Sequence[Comparison], tokenizer: Tokenizer, max_length: in
     """Groups of one size, filled up with answers that are masked; split into prefix and rest where that is less."""
     G = 1 << (max(len(example.rows) for example in examples) - 1).bit_length()  # few shapes: a power of two
     filler = [[tokenizer.pad_id]]
-    shared_P = [common_prefix(example.rows) for example in examples]
+    shared_P = [common_prefix_length(example.rows) for example in examples]
 
     def grid(array: np.ndarray) -> np.ndarray:
         return array.reshape(len(examples), G, *array.shape[1:])
