@@ -16,7 +16,7 @@ from train.batch import Batch, minibatches
 from train.config import PolicyConfig
 from train.objective import completion_logprobs, policy_objective
 from train.packing import microbatches
-from train.run.metrics import divide
+from train.run.metrics import mean_metrics
 from train.state import TrainState, apply_gradient, tree_shardings
 
 
@@ -111,7 +111,7 @@ class Update:
         for part in minibatches(batch, config.update_prompts, config.num_iterations, config.seed, step):
             state, of_part = self.optimizer_step(state, ref_params, part)
             metrics.append(of_part)
-        return state, divide(add_metrics(*metrics))
+        return state, mean_metrics(add_metrics(*metrics))
 
     def optimizer_step(self, state: TrainState, ref_params: Any, batch: Batch) -> tuple[TrainState, Metrics]:
         """One optimizer step on the gradient of the whole batch, summed over its micro-batches."""

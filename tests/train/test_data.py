@@ -22,7 +22,7 @@ from train.data.rows import batch_indices, load_rows, require_columns
 from train.parse import parse
 from train.run.directory import read_metrics
 from train.run.files import write_jsonl
-from train.run.metrics import divide, rollout_metrics
+from train.run.metrics import mean_metrics, rollout_metrics
 from train.supervised import reward_model, sft
 
 # Order
@@ -203,7 +203,7 @@ def test_a_last_line_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
 
 
 def test_divide_has_no_mean_of_nothing() -> None:
-    means = divide({"a": (jnp.float32(6), jnp.float32(4)), "b": (jnp.float32(0), jnp.float32(0))})
+    means = mean_metrics({"a": (jnp.float32(6), jnp.float32(4)), "b": (jnp.float32(0), jnp.float32(0))})
     assert means["a"] == 6 / 4 and math.isnan(means["b"])
 
 

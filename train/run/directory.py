@@ -30,7 +30,12 @@ from train.state import TrainState
 METRICS, CONFIG, COMPLETIONS, CALIBRATION = "metrics.jsonl", "config.yaml", "completions", "calibration.json"
 # What may differ between a run and its continuation: it changes no number that is already written.
 _MAY_CHANGE = ("max_steps", "log", "checkpoint", "mesh", "output_dir", "early_stopping")
-_WHERE = ("offload", "offload_reference", "logprob_chunk", "batch_prompts")  # of parts: where and how much at a time
+_PLACEMENT = (
+    "offload",
+    "offload_reference",
+    "logprob_chunk",
+    "batch_prompts",
+)  # of parts: where and how much at a time
 
 
 class Run:
@@ -57,7 +62,11 @@ class Run:
     def _refuse_another(self, before: dict[str, Any], place: Any) -> None:
         """Refuse to go on with a run of another config; what an older one did not say was as is the default now."""
         plain, before = json.loads(json.dumps(resolved(self.config))), _with_defaults(before, self.config)
-        changed = [key for key in plain if key not in _MAY_CHANGE and _what(plain[key]) != _what(before.get(key))]
+        changed = [
+            key
+            for key in plain
+            if key not in _MAY_CHANGE and _without_placement(plain[key]) != _without_placement(before.get(key))
+        ]
         if changed:
             key = changed[0]
             raise ValueError(
@@ -92,7 +101,7 @@ class Run:
         if latest is not None and self.config.checkpoint.directory is not None:
             self._refuse_another(about(f"{self.path}@{latest}")["run"], folder_of(self.path))
         if latest is not None:
-            params, train = self._checkpoints.restore(latest, state.params, _trained(state))
+            params, train = self._checkpoints.restore(latest, state.params, _optimizer_items(state))
             state = state._replace(params=params, **train)
             self.start = latest
             console.print(f"{self.path}: going on from step {latest} of {self.config.max_steps}")
@@ -169,7 +178,7 @@ class Run:
         return step % self.config.checkpoint.every == 0 or step == self.config.max_steps
 
     def save(self, step: int, state: TrainState) -> None:
-        self._checkpoints.save(step, state.params, _trained(state), self._about)
+        self._checkpoints.save(step, state.params, _optimizer_items(state), self._about)
 
     def keep_best(self, step: int) -> None:
         """Keep this step's checkpoint, whatever `checkpoint.keep`, until it is called again."""
@@ -238,14 +247,14 @@ def _with_defaults(before: Any, config: Any) -> Any:
     return json.loads(json.dumps(filled))
 
 
-def _what(value: Any) -> Any:
+def _without_placement(value: Any) -> Any:
     """A part of a config without what says only where things are, or how much at a time."""
     if isinstance(value, list):
-        return [_what(item) for item in value]
-    return {k: v for k, v in value.items() if k not in _WHERE} if isinstance(value, dict) else value
+        return [_without_placement(item) for item in value]
+    return {k: v for k, v in value.items() if k not in _PLACEMENT} if isinstance(value, dict) else value
 
 
-def _trained(state: TrainState) -> dict[str, Any]:
+def _optimizer_items(state: TrainState) -> dict[str, Any]:
     return {"opt_state": state.opt_state, "step": state.step}
 
 

@@ -30,7 +30,7 @@ class Timer:
         self.seconds[f"timing_s/{name}"] = spent + time.perf_counter() - began
 
 
-def divide(metrics: Mapping[str, tuple[jax.Array, jax.Array]]) -> dict[str, float]:
+def mean_metrics(metrics: Mapping[str, tuple[jax.Array, jax.Array]]) -> dict[str, float]:
     """(sum, count) pairs as means; NaN where nothing was counted."""
     pairs = {name: (float(total), float(count)) for name, (total, count) in jax.device_get(dict(metrics)).items()}
     return {name: total / count if count else math.nan for name, (total, count) in pairs.items()}
@@ -94,7 +94,7 @@ def rollout_metrics(rewards_PG: np.ndarray, lengths_PG: np.ndarray, finished_PG:
     """
     valid_PG = ~np.isnan(rewards_PG)
     usable = [(r[v], n[v]) for r, n, v in zip(rewards_PG, lengths_PG, valid_PG, strict=True) if v.sum() >= 2]
-    ties = [(_pairs_equal(r) / (len(r) * (len(r) - 1) / 2)) for r, _ in usable]
+    ties = [(_tied_pairs(r) / (len(r) * (len(r) - 1) / 2)) for r, _ in usable]
     flat = [float(np.ptp(r) == 0) for r, _ in usable]
     correlations = [c for r, n in usable if not math.isnan(c := _spearman(r, n))]
     mean = lambda values: float(np.mean(values)) if len(values) else math.nan  # noqa: E731
@@ -114,7 +114,7 @@ def rollout_metrics(rewards_PG: np.ndarray, lengths_PG: np.ndarray, finished_PG:
     }
 
 
-def _pairs_equal(values: np.ndarray) -> float:
+def _tied_pairs(values: np.ndarray) -> float:
     counts = np.unique(values, return_counts=True)[1]
     return float((counts * (counts - 1) / 2).sum())
 

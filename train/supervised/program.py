@@ -25,7 +25,7 @@ from train.data.rows import Row, batch_indices, hold_out, load_rows
 from train.processes import is_first
 from train.run.directory import CALIBRATION, Run
 from train.run.files import write_whole
-from train.run.metrics import Timer, divide
+from train.run.metrics import Timer, mean_metrics
 from train.running import setup_errors
 from train.state import TrainState, apply_gradient, make_state, tree_shardings
 from train.supervised.calibration import expected_calibration_error, reliability
@@ -100,7 +100,7 @@ def train_supervised(config: SupervisedConfig, task: Task) -> None:
         batch = [examples[i] for i in batch_indices(len(examples), config.batch_size, config.seed, step)]
         with timer("update"):
             state, learned = update(state, arrays(batch))
-            metrics = divide(learned)
+            metrics = mean_metrics(learned)
         done, best = step + 1, False
         metrics |= {"learning_rate": schedule(step), "epoch": done * config.batch_size / len(examples)}
         if held_out and (done % config.eval_steps == 0 or done == config.max_steps):
