@@ -311,11 +311,11 @@ def test_all_programs_see_the_same_conversation(
     asked = "system:Be brief.<|im_end|>user:Good food?<|im_end|>"
     assert chatty.render(prompt) == asked + "assistant:"
     row = {"prompt": "Good food?", "completion": "Yes<|im_end|>", "chosen": "Yes", "rejected": "No", "margin": 0.5}
-    ((ids, learned_from),) = sft.encode([row], chatty, "file", chat)
+    ((ids, learned_from),) = sft.encode_examples([row], chatty, "file", chat)
     assert chatty.encode([asked + "assistant:"]) == [ids[:learned_from]]
     assert ids.count(chatty.eos_ids[0]) == 3, "the template's two and the one that is learned"
     assert chatty.hf.decode(ids[learned_from:]) == "Yes<|im_end|><|im_end|>"
-    (((chosen, rejected), scores, margin),) = reward_model.encode([row], chatty, "file", chat)
+    (((chosen, rejected), scores, margin),) = reward_model.encode_comparisons([row], chatty, "file", chat)
     assert scores[0] > scores[1]
     assert chatty.hf.decode(chosen) == asked + "assistant:Yes<|im_end|>" and margin == 0.5
     assert chatty.hf.decode(rejected) == asked + "assistant:No<|im_end|>"
@@ -323,24 +323,24 @@ def test_all_programs_see_the_same_conversation(
 
 def test_text_that_is_learned_whole_has_no_system_prompt(chatty: Tokenizer) -> None:
     with pytest.raises(ValueError, match="the column 'text' is learned as it is"):
-        sft.encode([{"text": "Good food."}], chatty, "file", ChatConfig(system_prompt="Be brief."))
+        sft.encode_examples([{"text": "Good food."}], chatty, "file", ChatConfig(system_prompt="Be brief."))
 
 
 def test_whole_texts_of_a_comparison_keep_their_special_tokens(chatty: Tokenizer) -> None:
     row = {"chosen": "user:Q<|im_end|>assistant:A<|im_end|>", "rejected": "user:Q<|im_end|>assistant:B<|im_end|>"}
-    (((chosen, _), _, _),) = reward_model.encode([row], chatty, "file", ChatConfig())
+    (((chosen, _), _, _),) = reward_model.encode_comparisons([row], chatty, "file", ChatConfig())
     assert chosen.count(chatty.eos_ids[0]) == 2
 
 
 def test_a_completion_of_several_messages_is_learned_at_its_end(chatty: Tokenizer) -> None:
     turns = [{"role": "assistant", "content": "A"}, {"role": "user", "content": "B"}]
     row = {"prompt": ASKED, "completion": [*turns, {"role": "assistant", "content": "C"}]}
-    ((ids, learned_from),) = sft.encode([row], chatty, "file", ChatConfig())
+    ((ids, learned_from),) = sft.encode_examples([row], chatty, "file", ChatConfig())
     asked = "user:Good food?<|im_end|>assistant:A<|im_end|>user:B<|im_end|>assistant:"
     assert chatty.hf.decode(ids[:learned_from]) == asked and chatty.hf.decode(ids[learned_from:]) == "C<|im_end|>"
     for encode, rows in (
-        (sft.encode, [{"prompt": ASKED, "completion": turns}]),
-        (reward_model.encode, [{"prompt": ASKED, "chosen": turns, "rejected": turns}]),
+        (sft.encode_examples, [{"prompt": ASKED, "completion": turns}]),
+        (reward_model.encode_comparisons, [{"prompt": ASKED, "chosen": turns, "rejected": turns}]),
     ):
         with pytest.raises(ValueError, match="file: row 1: .* end with the assistant's, got 'user'"):
             encode(rows, chatty, "file", ChatConfig())
@@ -356,4 +356,4 @@ def test_a_completion_of_several_messages_is_learned_at_its_end(chatty: Tokenize
 )
 def test_a_comparison_that_cannot_be_asked_is_refused(chatty: Tokenizer, row: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=named):
-        reward_model.encode([row], chatty, "file", ChatConfig(text_as_chat=True))
+        reward_model.encode_comparisons([row], chatty, "file", ChatConfig(text_as_chat=True))

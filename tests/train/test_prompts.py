@@ -30,7 +30,7 @@ from train.data.rows import hold_out, load_rows, sample_indices
 from train.plan.dry_run import SCHEMAS, from_card, look_up
 from train.run.files import write_jsonl
 from train.supervised import sft
-from train.supervised.program import Task, load_examples
+from train.supervised.program import SupervisedTask, load_examples
 
 USER, ANSWER = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -109,15 +109,17 @@ def test_system_messages_come_first_and_once(prompt: Any, before: list[dict[str,
 def test_a_whole_conversation_is_learned_from_its_last_message(tiny_tokenizer_dir: Path, tmp_path: Path) -> None:
     tokenizer = Tokenizer(tiny_tokenizer_dir)
     tokenizer.hf.chat_template = "{% for m in messages %}{{ m.content }}|{% endfor %}"
-    expected = sft.encode([{"prompt": [USER, ANSWER, USER], "completion": "So."}], tokenizer, "file", ChatConfig())
+    expected = sft.encode_examples(
+        [{"prompt": [USER, ANSWER, USER], "completion": "So."}], tokenizer, "file", ChatConfig()
+    )
     for extra in ({}, {"prompt": "Why?"}):
         write_jsonl(tmp_path / "x.jsonl", [{"messages": [USER, ANSWER, USER, ANSWER]} | extra])
         told = [{"messages": [USER, ANSWER, USER, ANSWER], "prompt": "something else"}]
-        assert sft.encode(told, tokenizer, "file", ChatConfig()) == expected
+        assert sft.encode_examples(told, tokenizer, "file", ChatConfig()) == expected
         rows = load_rows(str(tmp_path / "x.jsonl"), columns={"completion": "messages"})
-        assert sft.encode(rows, tokenizer, "file", ChatConfig()) == expected
+        assert sft.encode_examples(rows, tokenizer, "file", ChatConfig()) == expected
     with pytest.raises(ValueError, match="row 2 has no 'prompt'"):
-        sft.encode([{"completion": [USER, ANSWER]}, {"completion": "So."}], tokenizer, "file", ChatConfig())
+        sft.encode_examples([{"completion": [USER, ANSWER]}, {"completion": "So."}], tokenizer, "file", ChatConfig())
 
 
 # What is held out
@@ -174,7 +176,7 @@ def test_supervised_rows_are_held_out_before_any_is_left_out(
     def encode(rows: Any, *_: Any) -> list[tuple[int, int]]:
         return [(number, len(row["text"])) for number, row in enumerate(rows)]
 
-    task = Task(encode, lambda example: example[1], None, None, None)  # type: ignore[arg-type]
+    task = SupervisedTask(encode, lambda example: example[1], None, None, None)  # type: ignore[arg-type]
     train, held_out = load_examples(config, task, Tokenizer(tiny_tokenizer_dir))
     for examples, numbers in zip((train, held_out["validation"]), hold_out(20, 8, 2), strict=True):
         assert examples == [(i, lengths[i]) for i in numbers if lengths[i] <= 5]

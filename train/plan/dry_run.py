@@ -137,7 +137,7 @@ def try_data(config: Config, tokenizer: Tokenizer | None, known: Known) -> Known
         validation = Prompts(known.splits.validation, source, config, tokenizer)
         line(f"tokens: {prompts.too_long} prompts of train and {validation.too_long} of validation are too long")
         return known._replace(train=len(prompts), validation=len(validation))
-    task = reward_model.task(config) if isinstance(config, RewardModelConfig) else sft.task(config)
+    task = reward_model.reward_model_task(config) if isinstance(config, RewardModelConfig) else sft.sft_task(config)
     train, _ = load_examples(config, task, tokenizer)
     return known._replace(train=len(train))
 
@@ -180,10 +180,10 @@ def check_rows(config: Config, rows: Sequence[Row], source: str) -> None:
     if isinstance(config, PolicyConfig):
         require_columns(rows, source, config.data.prompt_column)
     elif isinstance(config, RewardModelConfig):
-        reward_model.check_rows(rows, source)
+        reward_model.check_comparison_rows(rows, source)
         for side in ("chosen", "rejected") if "completions" not in rows[0] else ():
             prompts_and_answers(rows, source, side, config.chat)
-    elif "text" not in (rows := sft.check_rows(rows, source, config.chat))[0]:
+    elif "text" not in (rows := sft.check_sft_rows(rows, source, config.chat))[0]:
         prompts_and_answers(rows, source, "completion", config.chat)
 
 

@@ -62,7 +62,7 @@ def repeated(rows: Sequence[Row], column: str) -> int:
 
 def inspect_supervised(config: SupervisedConfig, tokenizer: Tokenizer) -> None:
     data = config.data
-    encode = reward_model.encode if isinstance(config, RewardModelConfig) else sft.encode
+    encode = reward_model.encode_comparisons if isinstance(config, RewardModelConfig) else sft.encode_examples
 
     def load(source: str, split: str) -> list[Any]:
         return [*encode(load_rows(source, split, data.columns), tokenizer, source, config.chat)]

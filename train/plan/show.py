@@ -32,11 +32,13 @@ def show(config: SupervisedConfig | RewardModelConfig | PolicyConfig, count: int
             return
         rows = load_rows(config.data.train, config.data.split, config.data.columns)[:count]
         if isinstance(config, RewardModelConfig):
-            for i, group in enumerate(reward_model.encode(rows, tokenizer, config.data.train, config.chat), 1):
+            for i, group in enumerate(
+                reward_model.encode_comparisons(rows, tokenizer, config.data.train, config.chat), 1
+            ):
                 for answer, score in sorted(zip(group.rows, group.scores, strict=True), key=lambda pair: -pair[1]):
                     show_tokens(f"row {i}, score {score:g}, margin {group.margin:g}", answer, tokenizer)
             return
-        for i, (ids, learned_from) in enumerate(sft.encode(rows, tokenizer, config.data.train, config.chat)):
+        for i, (ids, learned_from) in enumerate(sft.encode_examples(rows, tokenizer, config.data.train, config.chat)):
             show_tokens(f"row {i + 1}, learned from token {learned_from} on", ids, tokenizer)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 BINS = 10  # of equal width, from 0.5 to 1
 
 
-def reliability(differences: np.ndarray, bins: int = BINS) -> list[dict[str, Any]]:
+def reliability_bins(differences: np.ndarray, bins: int = BINS) -> list[dict[str, Any]]:
     """The comparisons by confidence: for each bin its edges, mean confidence, accuracy, and count.
 
     Args:
@@ -54,7 +54,7 @@ def expected_calibration_error(differences: np.ndarray, bins: int = BINS) -> flo
       Naeini et al., Obtaining Well Calibrated Probabilities Using Bayesian Binning, AAAI 2015;
       Guo et al., https://arxiv.org/abs/1706.04599, equation 3.
     """
-    rows = [row for row in reliability(differences, bins) if row["count"]]
+    rows = [row for row in reliability_bins(differences, bins) if row["count"]]
     if not rows:
         return float("nan")
     apart = sum(row["count"] * abs(row["accuracy"] - row["confidence"]) for row in rows)

@@ -28,26 +28,26 @@ from train.run.files import write_whole
 from train.run.metrics import Timer, mean_metrics
 from train.running import setup_errors
 from train.state import TrainState, apply_gradient, make_state, tree_shardings
-from train.supervised.calibration import expected_calibration_error, reliability
-from train.supervised.stopping import EarlyStopping, is_over
+from train.supervised.calibration import expected_calibration_error, reliability_bins
+from train.supervised.stopping import EarlyStopping, has_stopped
 
-Batch = dict[str, np.ndarray]
+TokenBatch = dict[str, np.ndarray]
 
 
-class Outcome(NamedTuple):
+class LossAux(NamedTuple):
     """What an objective finds beside the loss."""
 
     metrics: Metrics  # "loss" among them
     differences: jax.Array  # of comparisons: the better answer's score minus the other's; NaN where there is none
 
 
-class Task(NamedTuple):
+class SupervisedTask(NamedTuple):
     """What differs between the two: how a row becomes tokens, and the loss of a batch."""
 
     encode: Callable[[Sequence[Row], Tokenizer, str, ChatConfig], list[Any]]  # (.., source, chat) -> examples
     length: Callable[[Any], int]  # the longest token row of an example
-    collate: Callable[[Sequence[Any], Tokenizer, int], Batch]  # (examples, tokenizer, max_length) -> arrays
-    objective: Callable[..., tuple[jax.Array, Outcome]]  # (params, batch, graphdef) -> loss, outcome
+    collate: Callable[[Sequence[Any], Tokenizer, int], TokenBatch]  # (examples, tokenizer, max_length) -> arrays
+    objective: Callable[..., tuple[jax.Array, LossAux]]  # (params, batch, graphdef) -> loss, outcome
     baselines: Callable[[Sequence[Any]], dict[str, float]]  # of the validation examples
     architecture: str = POLICY
     pack: Callable[[list[Any], str], list[Any]] = lambda examples, source: (
@@ -55,7 +55,7 @@ class Task(NamedTuple):
     )  # examples that fit -> rows of a batch
 
 
-def train_supervised(config: SupervisedConfig, task: Task) -> None:
+def train_supervised(config: SupervisedConfig, task: SupervisedTask) -> None:
     """Run, or go on with, the run in `config.output_dir`.
 
     Raises:
@@ -68,7 +68,7 @@ def train_supervised(config: SupervisedConfig, task: Task) -> None:
         model = make_model(config.model, config.lora, layout, config.seed, tokenizer, task.architecture)
         graphdef, params = split(model)
         run, stopping = Run(config, model.config.to_hf(), tokenizer), EarlyStopping(config.early_stopping)
-        if is_over(run):
+        if has_stopped(run):
             return
         optimizer, schedule = make_optimizer(config.optimizer, config.max_steps)
         state = run.resume(make_state(params, optimizer, layout))
@@ -76,16 +76,16 @@ def train_supervised(config: SupervisedConfig, task: Task) -> None:
         del model, params  # a resumed run has others
 
     objective = partial(task.objective, graphdef=graphdef)
-    update = make_update(objective, optimizer, state)
+    update = make_supervised_update(objective, optimizer, state)
     judge = jax.jit(lambda params, batch: objective(params, batch)[1])
 
     def arrays(batch: Sequence[Any]) -> dict[str, jax.Array]:
-        return put(layout, fill(task.collate(batch, tokenizer, config.max_length), config.batch_size))
+        return put_batch(layout, fill_batch(task.collate(batch, tokenizer, config.max_length), config.batch_size))
 
-    def evaluate(state: TrainState) -> Judged:
-        judged = Judged({}, {})
+    def evaluate(state: TrainState) -> Evaluation:
+        judged = Evaluation({}, {})
         for name, held in held_out.items():
-            metrics, bins = validate(held, partial(judge, state.all_params), arrays, config.batch_size)
+            metrics, bins = evaluate_set(held, partial(judge, state.all_params), arrays, config.batch_size)
             metrics |= task.baselines(held)
             judged.metrics.update({f"{name}/{key}": value for key, value in metrics.items()})
             judged.bins.update({name: bins} if bins else {})
@@ -119,21 +119,23 @@ def train_supervised(config: SupervisedConfig, task: Task) -> None:
     stopping.finish(run)
 
 
-class Judged(NamedTuple):
+class Evaluation(NamedTuple):
     """What is measured on held-out data."""
 
     metrics: dict[str, float]
-    bins: dict[str, list[dict[str, Any]]]  # of each set of comparisons, see `train.supervised.calibration.reliability`
+    bins: dict[
+        str, list[dict[str, Any]]
+    ]  # of each set of comparisons, see `train.supervised.calibration.reliability_bins`
 
 
-def write_calibration(run: Run, step: int, judged: Judged) -> None:
+def write_calibration(run: Run, step: int, judged: Evaluation) -> None:
     """calibration.json: of the last validation, or of the best where early stopping looks for it."""
     if judged.bins and is_first():
         write_whole(run.path / CALIBRATION, json.dumps({"step": step, "sets": judged.bins}, indent=1) + "\n")
 
 
-def validate(
-    examples: Sequence[Any], judge: Callable[[Any], Outcome], arrays: Callable[[Sequence[Any]], Any], batch_size: int
+def evaluate_set(
+    examples: Sequence[Any], judge: Callable[[Any], LossAux], arrays: Callable[[Sequence[Any]], Any], batch_size: int
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Means over all examples; of comparisons also the calibration error, and the bins that it is made of."""
     totals: dict[str, list[tuple[float, float]]] = {}
@@ -149,10 +151,12 @@ def validate(
     compared = compared[~np.isnan(compared)]
     if not compared.size:
         return means, []
-    return means | {"ece": expected_calibration_error(compared)}, reliability(compared)
+    return means | {"ece": expected_calibration_error(compared)}, reliability_bins(compared)
 
 
-def load_examples(config: SupervisedConfig, task: Task, tokenizer: Tokenizer) -> tuple[list[Any], dict[str, list[Any]]]:
+def load_examples(
+    config: SupervisedConfig, task: SupervisedTask, tokenizer: Tokenizer
+) -> tuple[list[Any], dict[str, list[Any]]]:
     """Encoded rows to train on, and those of each validation set by the beginning of its metrics' names; those that fit
     into max_length, how many did not is printed."""
     data = config.data
@@ -182,8 +186,8 @@ def load_examples(config: SupervisedConfig, task: Task, tokenizer: Tokenizer) ->
     return fitting(train, data.train), held_out
 
 
-def make_update(
-    objective: Callable[..., tuple[jax.Array, Outcome]], optimizer: optax.GradientTransformation, state: TrainState
+def make_supervised_update(
+    objective: Callable[..., tuple[jax.Array, LossAux]], optimizer: optax.GradientTransformation, state: TrainState
 ) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
     """One optimizer step on a batch, jitted; the state's buffers are reused, its shardings kept."""
 
@@ -197,12 +201,12 @@ def make_update(
     return update
 
 
-def fill(batch: Batch, size: int) -> Batch:
+def fill_batch(batch: TokenBatch, size: int) -> TokenBatch:
     """Rows up to the batch size, masked out: one shape, nothing new to compile."""
     missing = size - len(next(iter(batch.values())))
     batch = {name: np.concatenate([array, np.repeat(array[-1:], missing, 0)]) for name, array in batch.items()}
     return batch | {"real_B": np.arange(size) < size - missing}
 
 
-def put(layout: Layout, batch: Batch) -> dict[str, jax.Array]:
+def put_batch(layout: Layout, batch: TokenBatch) -> dict[str, jax.Array]:
     return {name: layout.put(array, ("prompt", *(None,) * (array.ndim - 1))) for name, array in batch.items()}

@@ -24,9 +24,9 @@ from train.config import ChatConfig, RewardModelConfig
 from train.data.chats import prompts_and_answers
 from train.data.rows import Row, require_columns
 from train.rewards.model import common_prefix_length
-from train.supervised.program import Batch, Outcome, Task, train_supervised
+from train.supervised.program import LossAux, SupervisedTask, TokenBatch, train_supervised
 
-WORTHWHILE = 0.75  # of the slots of whole rows: with more, what is shared is computed for each answer
+PREFIX_WORTHWHILE = 0.75  # of the slots of whole rows: with more, what is shared is computed for each answer
 
 
 class Comparison(NamedTuple):
@@ -43,31 +43,39 @@ class Comparison(NamedTuple):
 
 
 def train_reward_model(config: RewardModelConfig) -> None:
-    train_supervised(config, task(config))
+    train_supervised(config, reward_model_task(config))
 
 
-def task(config: RewardModelConfig) -> Task:
-    def loss(params: Any, batch: dict[str, jax.Array], *, graphdef: Any) -> tuple[jax.Array, Outcome]:
-        return objective(params, batch, graphdef=graphdef, config=config)
+def reward_model_task(config: RewardModelConfig) -> SupervisedTask:
+    def loss(params: Any, batch: dict[str, jax.Array], *, graphdef: Any) -> tuple[jax.Array, LossAux]:
+        return comparison_objective(params, batch, graphdef=graphdef, config=config)
 
     def checked(*arguments: Any) -> list[Comparison]:
-        examples, source = encode(*arguments), arguments[2]
+        examples, source = encode_comparisons(*arguments), arguments[2]
         if config.loss == "plackett_luce" and any(example.margin for example in examples):
             raise ValueError(f"{source}: the column 'margin' is for loss: bradley_terry; leave one of the two out")
         return examples
 
-    return Task(checked, lambda e: max(map(len, e.rows)), collate, loss, length_baseline, REWARD_MODEL, compared)
+    return SupervisedTask(
+        checked,
+        lambda e: max(map(len, e.rows)),
+        collate_comparisons,
+        loss,
+        length_baseline,
+        REWARD_MODEL,
+        require_comparisons,
+    )
 
 
-def compared(examples: list[Comparison], source: str) -> list[Comparison]:
+def require_comparisons(examples: list[Comparison], source: str) -> list[Comparison]:
     """The examples; refused if nothing in them is compared."""
     if not any(example.pairs() for example in examples):
         raise ValueError(f"{source}: nothing is compared: in every row all 'scores' are equal")
     return examples
 
 
-def encode(rows: Sequence[Row], tokenizer: Tokenizer, source: str, chat: ChatConfig) -> list[Comparison]:
-    check_rows(rows, source)
+def encode_comparisons(rows: Sequence[Row], tokenizer: Tokenizer, source: str, chat: ChatConfig) -> list[Comparison]:
+    check_comparison_rows(rows, source)
     if "completions" in rows[0]:
         return encode_groups(rows, tokenizer, source, chat)
     sides = [
@@ -77,7 +85,7 @@ def encode(rows: Sequence[Row], tokenizer: Tokenizer, source: str, chat: ChatCon
     return [Comparison([c, r], [1.0, 0.0], m) for c, r, m in zip(*sides, margins, strict=True)]
 
 
-def check_rows(rows: Sequence[Row], source: str) -> None:
+def check_comparison_rows(rows: Sequence[Row], source: str) -> None:
     """Refuse rows that are no comparisons."""
     require_columns([{"prompt": row.get("prompt") or "-"} for row in rows], source, "prompt")  # it may be missing
     if "completions" in rows[0]:
@@ -123,7 +131,7 @@ def encode_groups(rows: Sequence[Row], tokenizer: Tokenizer, source: str, chat: 
     return [Comparison([next(ids) for _ in row["scores"]], list(map(float, row["scores"]))) for row in rows]
 
 
-def collate(examples: Sequence[Comparison], tokenizer: Tokenizer, max_length: int) -> Batch:
+def collate_comparisons(examples: Sequence[Comparison], tokenizer: Tokenizer, max_length: int) -> TokenBatch:
     """Groups of one size, filled up with answers that are masked; split into prefix and rest where that is less."""
     G = 1 << (max(len(example.rows) for example in examples) - 1).bit_length()  # few shapes: a power of two
     filler = [[tokenizer.pad_id]]
@@ -155,7 +163,7 @@ def collate(examples: Sequence[Comparison], tokenizer: Tokenizer, max_length: in
     }
     S = bucket(max(1, *shared_P), max_length)
     rest, rest_lengths = answers(shared_P)
-    if S + G * rest.shape[1] > WORTHWHILE * G * whole.shape[1]:
+    if S + G * rest.shape[1] > PREFIX_WORTHWHILE * G * whole.shape[1]:
         return batch
     prefix_PS = np.full((len(examples), S), tokenizer.pad_id, np.int32)
     for p, (example, n) in enumerate(zip(examples, shared_P, strict=True)):
@@ -164,7 +172,7 @@ def collate(examples: Sequence[Comparison], tokenizer: Tokenizer, max_length: in
     return batch | prefix | {"tokens_PGT": grid(rest), "lengths_PG": grid(rest_lengths)}
 
 
-def rewards_of(model: Qwen3RewardModel, batch: dict[str, jax.Array]) -> jax.Array:
+def group_rewards(model: Qwen3RewardModel, batch: dict[str, jax.Array]) -> jax.Array:
     """float32 [P, G]."""
     tokens_PGT, lengths_PG = batch["tokens_PGT"], batch["lengths_PG"]
     if "prefix_PS" in batch:
@@ -173,15 +181,15 @@ def rewards_of(model: Qwen3RewardModel, batch: dict[str, jax.Array]) -> jax.Arra
     return model(tokens_PGT.reshape(P * G, T), lengths_PG.reshape(P * G)).reshape(P, G)
 
 
-def objective(
+def comparison_objective(
     params: Any, batch: dict[str, jax.Array], *, graphdef: Any, config: RewardModelConfig
-) -> tuple[jax.Array, Outcome]:
-    return comparison_loss(rewards_of(nnx.merge(graphdef, params), batch), batch, config)
+) -> tuple[jax.Array, LossAux]:
+    return comparison_loss(group_rewards(nnx.merge(graphdef, params), batch), batch, config)
 
 
 def comparison_loss(
     rewards_PG: jax.Array, batch: dict[str, jax.Array], config: RewardModelConfig
-) -> tuple[jax.Array, Outcome]:
+) -> tuple[jax.Array, LossAux]:
     """The mean loss over the real comparisons of a batch: pairs (Bradley-Terry), or groups (Plackett-Luce).
 
     A group's pairs are all those with different scores, so it counts as its pairs would as rows.
@@ -200,7 +208,7 @@ def comparison_loss(
         count = more["top_accuracy"][1]
         metrics |= more
     metrics["loss"] = (jax.lax.stop_gradient(loss) * count, count)
-    return loss, Outcome(metrics, jnp.where(pairs_PGG, better_PGG - worse_PGG, jnp.nan))
+    return loss, LossAux(metrics, jnp.where(pairs_PGG, better_PGG - worse_PGG, jnp.nan))
 
 
 def length_baseline(examples: Sequence[Comparison]) -> dict[str, float]:

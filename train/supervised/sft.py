@@ -25,27 +25,34 @@ from train.config import ChatConfig, SftConfig
 from train.console import console
 from train.data.chats import prompts_and_answers
 from train.data.rows import Row, batch_indices, require_columns
-from train.supervised.program import Batch, Outcome, Task, train_supervised
+from train.supervised.program import LossAux, SupervisedTask, TokenBatch, train_supervised
 
 LOGPROB_CHUNK = 4096  # tokens whose logits exist at a time on each device
 Example = tuple[list[int], int]  # token ids, how many of them are prompt
 
 
 def train_sft(config: SftConfig) -> None:
-    train_supervised(config, task(config))
+    train_supervised(config, sft_task(config))
 
 
-def task(config: SftConfig) -> Task:
+def sft_task(config: SftConfig) -> SupervisedTask:
     def length(example: Example) -> int:
         return len(example[0])
 
     if config.packing:
-        return Task(encode, length, collate_packed, objective, lambda _: {}, pack=partial(pack, config=config))
-    return Task(encode, length, collate, objective, lambda _: {})
+        return SupervisedTask(
+            encode_examples,
+            length,
+            collate_packed,
+            sft_objective,
+            lambda _: {},
+            pack=partial(pack_examples, config=config),
+        )
+    return SupervisedTask(encode_examples, length, collate_examples, sft_objective, lambda _: {})
 
 
-def encode(rows: Sequence[Row], tokenizer: Tokenizer, source: str, chat: ChatConfig) -> list[Example]:
-    rows = check_rows(rows, source, chat)
+def encode_examples(rows: Sequence[Row], tokenizer: Tokenizer, source: str, chat: ChatConfig) -> list[Example]:
+    rows = check_sft_rows(rows, source, chat)
     if "text" in rows[0]:
         prompts: list[list[int]] = [[] for _ in rows]
         completions = tokenizer.encode([row["text"] for row in rows])
@@ -55,7 +62,7 @@ def encode(rows: Sequence[Row], tokenizer: Tokenizer, source: str, chat: ChatCon
     return [(p + c + [tokenizer.eos_ids[0]], len(p)) for p, c in zip(prompts, completions, strict=True)]
 
 
-def check_rows(rows: Sequence[Row], source: str, chat: ChatConfig) -> Sequence[Row]:
+def check_sft_rows(rows: Sequence[Row], source: str, chat: ChatConfig) -> Sequence[Row]:
     """The rows, a column 'messages' under the name of 'completion'; refuses what cannot be learned from."""
     if "text" in rows[0]:
         require_columns(rows, source, "text")
@@ -66,14 +73,14 @@ def check_rows(rows: Sequence[Row], source: str, chat: ChatConfig) -> Sequence[R
             )
         return rows
     if "completion" not in rows[0] and "messages" in rows[0]:
-        rows = [conversation(row, f"{source}: row {number}") for number, row in enumerate(rows, 1)]
+        rows = [messages_as_completion(row, f"{source}: row {number}") for number, row in enumerate(rows, 1)]
     require_columns(rows, source, "completion")
     # a conversation needs no prompt of its own
     require_columns([row if isinstance(row["completion"], str) else {"prompt": "-"} for row in rows], source, "prompt")
     return rows
 
 
-def conversation(row: Row, where: str) -> Row:
+def messages_as_completion(row: Row, where: str) -> Row:
     """A row of messages as one whose completion is the whole conversation.
 
     Raises:
@@ -88,7 +95,7 @@ def conversation(row: Row, where: str) -> Row:
     return {"completion": messages}  # a column 'prompt' says it again
 
 
-def collate(examples: Sequence[Example], tokenizer: Tokenizer, max_length: int) -> Batch:
+def collate_examples(examples: Sequence[Example], tokenizer: Tokenizer, max_length: int) -> TokenBatch:
     tokens_BS, lengths_B = pad([ids for ids, _ in examples], tokenizer.pad_id, max_length)
     position_S = np.arange(tokens_BS.shape[1])
     prompt_B = np.array([n for _, n in examples])
@@ -96,7 +103,7 @@ def collate(examples: Sequence[Example], tokenizer: Tokenizer, max_length: int) 
     return {"tokens_BS": tokens_BS, "learned_BS": learned_BS, "used_B": lengths_B}
 
 
-def collate_packed(rows: Sequence[Sequence[Example]], tokenizer: Tokenizer, max_length: int) -> Batch:
+def collate_packed(rows: Sequence[Sequence[Example]], tokenizer: Tokenizer, max_length: int) -> TokenBatch:
     """Rows of several examples; `offset_BS` is a token's place in its own."""
     shape = (len(rows), max_length)
     tokens_BS, offset_BS = np.full(shape, tokenizer.pad_id, np.int32), np.zeros(shape, np.int32)
@@ -110,7 +117,7 @@ def collate_packed(rows: Sequence[Sequence[Example]], tokenizer: Tokenizer, max_
     return {"tokens_BS": tokens_BS, "offset_BS": offset_BS, "learned_BS": learned_BS, "used_B": used_B}
 
 
-def pack(examples: Sequence[Example], source: str, *, config: SftConfig) -> list[list[Example]]:
+def pack_examples(examples: Sequence[Example], source: str, *, config: SftConfig) -> list[list[Example]]:
     """The examples in rows of at most max_length tokens: the longest first, each into the fullest row with room.
 
     Packed once, in an order that depends on the lengths alone, so that rows and batches are functions of the data.
@@ -134,7 +141,7 @@ def pack(examples: Sequence[Example], source: str, *, config: SftConfig) -> list
         if left not in with_room:
             bisect.insort(rooms, left)
         with_room.setdefault(left, []).append(row)
-    before, after = padding(lengths, config), 1 - sum(lengths) / (len(rows) * config.max_length)
+    before, after = padding_share(lengths, config), 1 - sum(lengths) / (len(rows) * config.max_length)
     console.print(
         f"{source}: packed into {len(rows)} rows of {config.max_length} tokens; {after:.1%} is padding, without "
         f"packing {before:.1%}"
@@ -142,7 +149,7 @@ def pack(examples: Sequence[Example], source: str, *, config: SftConfig) -> list
     return rows
 
 
-def padding(lengths: Sequence[int], config: SftConfig) -> float:
+def padding_share(lengths: Sequence[int], config: SftConfig) -> float:
     """The share of padding in an epoch of batches that are not packed."""
     slots = used = 0
     for step in range(max(len(lengths) // config.batch_size, 1)):
@@ -151,7 +158,7 @@ def padding(lengths: Sequence[int], config: SftConfig) -> float:
     return 1 - used / slots
 
 
-def objective(params: Any, batch: dict[str, jax.Array], *, graphdef: Any) -> tuple[jax.Array, Outcome]:
+def sft_objective(params: Any, batch: dict[str, jax.Array], *, graphdef: Any) -> tuple[jax.Array, LossAux]:
     """-sum log p(token) / learned tokens; the first token of an example has nothing to be predicted from."""
     model = nnx.merge(graphdef, params)
     tokens_BS, real_B = batch["tokens_BS"], batch["real_B"]
@@ -164,4 +171,4 @@ def objective(params: Any, batch: dict[str, jax.Array], *, graphdef: Any) -> tup
     slots = real_B.sum(dtype=jnp.float32) * tokens_BS.shape[1]
     used = jnp.where(real_B, batch["used_B"], 0).sum(dtype=jnp.float32)
     metrics: Metrics = {"loss": nll, "nll": nll, "padding_frac": (slots - used, slots)}
-    return total / jnp.maximum(count, 1), Outcome(metrics, jnp.zeros(0))
+    return total / jnp.maximum(count, 1), LossAux(metrics, jnp.zeros(0))

@@ -90,7 +90,7 @@ class EarlyStopping:
         if is_first():
             said = {"step": self.last_step, "best_step": self.best_step, "metric": self.config.metric}
             write_whole(run.path / STOPPED, json.dumps(said) + "\n")
-        close_at(run, self.last_step, self.best_step)
+        close_at_best(run, self.last_step, self.best_step)
 
 
 def best_step(run: str | Path) -> int | None:
@@ -99,7 +99,7 @@ def best_step(run: str | Path) -> int | None:
     return int(json.loads(file.read_text(encoding="utf-8"))["best_step"]) if file.is_file() else None
 
 
-def is_over(run: Run) -> bool:
+def has_stopped(run: Run) -> bool:
     """Whether the run has ended by early stopping; what a kill left undone is then done."""
     file = run.path / STOPPED
     found = np.zeros((0, 2), np.int32)
@@ -107,12 +107,12 @@ def is_over(run: Run) -> bool:
         said = json.loads(file.read_text(encoding="utf-8"))
         found = np.array([[said["step"], said["best_step"]]], np.int32)
     for step, best in gather(found):
-        close_at(run, int(step), int(best))
+        close_at_best(run, int(step), int(best))
         return True
     return False
 
 
-def close_at(run: Run, step: int, best: int) -> None:
+def close_at_best(run: Run, step: int, best: int) -> None:
     run.drop_after(best)
     run.close(f"ended at step {step}; the run is its best step, {best}")
     console.print(
