@@ -6,6 +6,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 console = Console(soft_wrap=True)
 
 
+def print_plain(text: str) -> None:
+    """Prints text as it is: brackets are no markup, numbers get no colour."""
+    console.print(text, markup=False, highlight=False)
+
+
 def progress_bar() -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn())
     times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())

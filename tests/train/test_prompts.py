@@ -27,7 +27,7 @@ from train.data import token_cache
 from train.data.chats import normalize_prompts, prompt_and_answer
 from train.data.prompts import load_prompts, load_splits, overlapping_rows
 from train.data.rows import hold_out, load_rows, sample_indices
-from train.plan.dry_run import SCHEMAS, from_card, look_up
+from train.plan.dry_run import SCHEMAS, look_up_schema, schema_from_card
 from train.run.files import write_jsonl
 from train.supervised import sft
 from train.supervised.program import SupervisedTask, load_examples
@@ -428,7 +428,7 @@ def test_a_dry_run_needs_no_key_and_knows_packed_rows(
     packed = SftConfig(output_dir="x", model=config.model, data=data, max_steps=3, batch_size=2, packing=True)
     _, out, _ = run(packed, "--dry_run", command=("sft",))
     assert "3 steps of 2 rows; 6.00 epochs of 1 rows" in out
-    monkeypatch.setattr("train.plan.dry_run.MANY", 11)
+    monkeypatch.setattr("train.plan.dry_run.MAX_TOKENIZED_ROWS", 11)
     _, out, _ = run(packed, "--dry_run", command=("sft",))
     assert "tokens: not counted" in out and "epochs" not in out
 
@@ -459,8 +459,8 @@ def test_the_card_of_a_data_set_is_read() -> None:
     info = {"features": features, "splits": [{"name": "train", "num_bytes": 1, "num_examples": 7}]}
     columns = {"prompt": "string", "messages": "list of {content: string, role: string}", "tags": "list of string"}
     for given in (info, [info, {"features": []}]):
-        assert from_card({"dataset_info": given}) == {"splits": {"train": 7}, "columns": columns}
-    assert from_card({}) is from_card({"dataset_info": []}) is None
+        assert schema_from_card({"dataset_info": given}) == {"splits": {"train": 7}, "columns": columns}
+    assert schema_from_card({}) is schema_from_card({"dataset_info": []}) is None
 
 
 def test_the_hub_is_asked_first(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -478,20 +478,20 @@ def test_the_hub_is_asked_first(monkeypatch: pytest.MonkeyPatch) -> None:
             return SimpleNamespace(card_data=given and SimpleNamespace(to_dict=lambda: given))
 
         monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
-        look_up.cache_clear()
+        look_up_schema.cache_clear()
 
     info = {"features": [{"name": "a", "dtype": "string"}], "splits": [{"name": "b", "num_examples": 3}]}
     kept = yaml.safe_load(SCHEMAS.read_text())["google/IFEval"]
     answer({"dataset_info": info})
-    assert look_up("google/IFEval") == ({"splits": {"b": 3}, "columns": {"a": "string"}}, "from the Hub")
+    assert look_up_schema("google/IFEval") == ({"splits": {"b": 3}, "columns": {"a": "string"}}, "from the Hub")
     for given, origin in ((None, "not on its card"), (OSError(), "the Hub was not reached")):
         answer(given)
-        assert look_up("google/IFEval") == (kept, f"{origin}: as train/plan/schemas.yaml had it")
-    assert look_up("some/thing")[0] is None
+        assert look_up_schema("google/IFEval") == (kept, f"{origin}: as train/plan/schemas.yaml had it")
+    assert look_up_schema("some/thing")[0] is None
     answer(Gone())
     with pytest.raises(FileNotFoundError, match="some/thing: neither a .jsonl or .parquet file nor a data set"):
-        look_up("some/thing")
-    look_up.cache_clear()
+        look_up_schema("some/thing")
+    look_up_schema.cache_clear()
 
 
 def test_inspection_measures_and_shows(

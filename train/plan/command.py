@@ -24,16 +24,16 @@ from models.config import Qwen3Config
 from train.build import policy_layout
 from train.config import MeshConfig, PlanConfig
 from train.console import console
-from train.plan.devices import FULL, GIB, HBM, simulate, tpu_devices
+from train.plan.devices import GIB, HBM, USABLE_SHARE, plan_devices, tpu_devices
 from train.plan.programs import (
     Cost,
-    Program,
-    describe,
-    held,
-    measure,
+    StepProgram,
+    compiled_cost,
     network_config,
     parameter_count,
-    temporaries,
+    resident_bytes,
+    step_parts,
+    temporary_bytes,
 )
 from train.run.files import write_whole
 from train.running import setup_errors
@@ -42,20 +42,20 @@ from train.running import setup_errors
 class Plan(NamedTuple):
     mesh: dict[str, int]
     arrays: dict[str, float]  # bytes on each device
-    programs: list[Program]
+    programs: list[StepProgram]
     costs: list[Cost]
     compiler: str
 
-    def memory(self, program: Program, cost: Cost) -> float:
+    def memory(self, program: StepProgram, cost: Cost) -> float:
         """Bytes on each device while it runs."""
-        return held(self.arrays, program.beside) + cost.temporaries
+        return resident_bytes(self.arrays, program.beside) + cost.temporaries
 
     @property
     def peak(self) -> float:
         return max(map(self.memory, self.programs, self.costs))
 
     def fits(self, chip: str) -> bool:
-        return self.peak <= FULL * HBM[chip]
+        return self.peak <= USABLE_SHARE * HBM[chip]
 
 
 def plan(config: PlanConfig) -> None:
@@ -65,17 +65,17 @@ def plan(config: PlanConfig) -> None:
       SetupError: a mesh that does not divide devices, batch or weights; a model whose shape cannot be found.
     """
     with setup_errors():
-        devices = simulate(config)
+        devices = plan_devices(config)
         network = network_config(config.model.path) if config.model.path else config.model.architecture
         assert network is not None  # ModelConfig has checked it
         rewards = [network_config(spec.model) for spec in config.rewards if spec.model]
-        meshes = suggestions(config, devices, network, rewards) if config.suggest else iter([config.mesh])
+        meshes = candidate_meshes(config, devices, network, rewards) if config.suggest else iter([config.mesh])
     for mesh in meshes:
         with setup_errors():
             found = make_plan(dataclasses.replace(config, mesh=mesh), devices, network, rewards)
-        show(config, found, network, rewards)
+        print_plan(config, found, network, rewards)
         if config.out is not None:
-            write_whole(Path(config.out), json.dumps(as_json(config, found), indent=2) + "\n")
+            write_whole(Path(config.out), json.dumps(plan_json(config, found), indent=2) + "\n")
         if not config.suggest or found.fits(str(config.chip)):
             return
     console.print(
@@ -84,7 +84,7 @@ def plan(config: PlanConfig) -> None:
     )
 
 
-def suggestions(
+def candidate_meshes(
     config: PlanConfig, devices: Sequence[jax.Device], network: Qwen3Config, rewards: Sequence[Qwen3Config]
 ) -> Iterator[MeshConfig]:
     """Meshes that may fit, the one with the least communication first: whole parameters before parameters cut over
@@ -95,10 +95,10 @@ def suggestions(
             mesh = dataclasses.replace(config.mesh, data=len(devices) // (fsdp * tensor), fsdp=fsdp, tensor=tensor)
             chosen = dataclasses.replace(config, mesh=mesh)
             try:
-                arrays, _ = describe(chosen, policy_layout(chosen, devices), network, rewards)
+                arrays, _ = step_parts(chosen, policy_layout(chosen, devices), network, rewards)
             except ValueError:
                 continue  # something does not divide
-            if held(arrays, ["gradient"]) < FULL * HBM[str(config.chip)]:
+            if resident_bytes(arrays, ["gradient"]) < USABLE_SHARE * HBM[str(config.chip)]:
                 yield mesh
 
 
@@ -107,27 +107,27 @@ def make_plan(
 ) -> Plan:
     """Compile everything: for CPUs in float32, and for the TPU itself where that is possible."""
     layout = policy_layout(config, devices)
-    arrays, programs = describe(config, layout, network, rewards)
+    arrays, programs = step_parts(config, layout, network, rewards)
     float32 = dataclasses.replace(config.model, dtype="float32", param_dtype="float32")
     no_master = dataclasses.replace(config.optimizer, master_weights=False)
     twin = dataclasses.replace(config, model=float32, optimizer=no_master)
     size = jnp.dtype(config.model.dtype).itemsize / 4
     # a copy that changes the dtype alone is none in float32
     costs = {"copy": Cost(arrays.get("sampling copy", 0.0), arrays.get("sampling copy", 0.0), 0.0, {}, 0.0)}
-    for program in describe(twin, layout, network, rewards)[1]:
-        costs[program.name] = measure(program, layout, size)
+    for program in step_parts(twin, layout, network, rewards)[1]:
+        costs[program.name] = compiled_cost(program, layout, size)
     compiler = "the compiler for CPUs (an estimate)"
     if (topology := tpu_devices(config.chip, len(devices))) is not None:
         compiler = f"the compiler for TPU {config.chip}"
-        for program in describe(config, policy_layout(config, topology), network, rewards)[1]:
+        for program in step_parts(config, policy_layout(config, topology), network, rewards)[1]:
             began, cost = time.perf_counter(), costs[program.name]
-            needed = temporaries(program.jitted.lower(*program.arguments, **program.options).compile())
+            needed = temporary_bytes(program.jitted.lower(*program.arguments, **program.options).compile())
             seconds = cost.seconds + time.perf_counter() - began
             costs[program.name] = cost._replace(temporaries=needed, seconds=seconds)
     return Plan(dict(layout.mesh.shape), arrays, programs, [costs[program.name] for program in programs], compiler)
 
 
-def show(config: PlanConfig, found: Plan, network: Qwen3Config, rewards: Sequence[Qwen3Config]) -> None:
+def print_plan(config: PlanConfig, found: Plan, network: Qwen3Config, rewards: Sequence[Qwen3Config]) -> None:
     mesh = " x ".join(f"{name} {size}" for name, size in found.mesh.items())
     sizes = ", ".join(f"{n / 1e9:.2f} G" for n in map(parameter_count, (network, *rewards)))
     console.print(
@@ -155,7 +155,7 @@ def show(config: PlanConfig, found: Plan, network: Qwen3Config, rewards: Sequenc
         console.print(f"  {chip}: {verdict}, {100 * found.peak / HBM[chip]:.0f} % of {HBM[chip] / GIB:.0f} GiB")
 
 
-def as_json(config: PlanConfig, found: Plan) -> dict[str, Any]:
+def plan_json(config: PlanConfig, found: Plan) -> dict[str, Any]:
     """All figures, per device; of programs for all their calls in a step."""
     return {
         "mesh": found.mesh,

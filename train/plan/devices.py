@@ -17,10 +17,10 @@ HBM = {  # bytes of one device, as its maker states them
     **{"A100": 80 * GIB, "H100": 80 * GIB, "H200": 141 * 10**9, "B200": 180 * 10**9},
 }
 TPUS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2}  # dimensions of their networks
-FULL = 0.95  # of the memory; the rest is the runtime's and fragmentation's
+USABLE_SHARE = 0.95  # of the memory; the rest is the runtime's and fragmentation's
 
 
-def simulate(config: PlanConfig) -> list[jax.Device]:
+def plan_devices(config: PlanConfig) -> list[jax.Device]:
     """As many CPU devices as the plan is for, to stand for them."""
     sizes = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     count = config.devices or (math.prod(sizes) if min(sizes) > 0 else 0)
@@ -28,10 +28,10 @@ def simulate(config: PlanConfig) -> list[jax.Device]:
         raise ValueError("plan: for how many devices? Give --devices, or a --mesh without -1")
     if config.suggest and config.chip is None:
         raise ValueError(f"--suggest: for which chip? Give --chip, one of {', '.join(HBM)}")
-    return simulated(count)
+    return simulated_devices(count)
 
 
-def simulated(count: int) -> list[jax.Device]:
+def simulated_devices(count: int) -> list[jax.Device]:
     """So many CPU devices; before JAX has made others."""
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", count)

@@ -60,7 +60,7 @@ class Work:
         return found
 
 
-def work(text: str, trips: Trips = lambda depth, index: 1.0) -> Work:
+def program_work(text: str, trips: Trips = lambda depth, index: 1.0) -> Work:
     """The work of one device in one run of a compiled program, given as `compiled.as_text()`.
 
     Collectives count what a device sends when they run around a ring of n: (n - 1) / n of the whole for all-gather,

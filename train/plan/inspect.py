@@ -9,10 +9,10 @@ from rich.table import Table
 from models.tokenizer import Tokenizer
 from train.build import make_tokenizer
 from train.config import PolicyConfig, RewardModelConfig, SupervisedConfig
-from train.console import console
+from train.console import console, print_plain
 from train.data.prompts import Prompts, load_splits, prompt_key
 from train.data.rows import Row, hold_out, load_rows
-from train.plan.show import line, show
+from train.plan.show import show_rows
 from train.running import setup_errors
 from train.supervised import reward_model, sft
 
@@ -31,12 +31,12 @@ def inspect(config: SupervisedConfig | RewardModelConfig | PolicyConfig, count: 
             inspect_policy(config, tokenizer)
         else:
             inspect_supervised(config, tokenizer)
-    show(config, count)
+    show_rows(config, count)
 
 
 def inspect_policy(config: PolicyConfig, tokenizer: Tokenizer) -> None:
     data, splits = config.data, load_splits(config)
-    table = new_table(f"max_prompt_length {config.max_prompt_length}")
+    table = length_table(f"max_prompt_length {config.max_prompt_length}")
     parts = {"train": splits.train, "validation": splits.validation, "test": splits.test}
     sources = {"train": data.train, "validation": data.validation or data.train, "test": str(data.test)}
     for name, rows in parts.items():
@@ -46,16 +46,18 @@ def inspect_policy(config: PolicyConfig, tokenizer: Tokenizer) -> None:
             answers = [row["completion"] for row in rows if isinstance(row.get("completion"), str)]
             if answers:
                 lengths["completions"] = [len(ids) for ids in tokenizer.encode_literally(answers)]
-            add(table, name, lengths, {"prompts": prompts.too_long})
+            add_length_rows(table, name, lengths, {"prompts": prompts.too_long})
     console.print(table)
     for name, rows in parts.items():
         if rows:
-            line(f"{name}: {repeated(rows, data.prompt_column)} of {len(rows):,} prompts stand in an earlier row too")
+            print_plain(
+                f"{name}: {count_repeated(rows, data.prompt_column)} of {len(rows):,} prompts stand in an earlier row too"
+            )
     dropped = ", left out" if data.drop_duplicates else ""
-    line(f"{splits.duplicates} prompts of train are in validation or test too{dropped}")
+    print_plain(f"{splits.duplicates} prompts of train are in validation or test too{dropped}")
 
 
-def repeated(rows: Sequence[Row], column: str) -> int:
+def count_repeated(rows: Sequence[Row], column: str) -> int:
     """How many prompts stood in an earlier row already."""
     return len(rows) - len({prompt_key(row[column]) for row in rows})
 
@@ -75,10 +77,10 @@ def inspect_supervised(config: SupervisedConfig, tokenizer: Tokenizer) -> None:
     elif data.validation is not None:
         parts.append(("validation", load(data.validation, data.validation_split)))
     parts += [(name, load(source, data.validation_split)) for name, source in data.held_out.items()]
-    table, notes = new_table(f"max_length {config.max_length}"), []
+    table, notes = length_table(f"max_length {config.max_length}"), []
     for name, examples in parts:
         if isinstance(config, RewardModelConfig):
-            measured = of_comparisons(examples)
+            measured = comparison_lengths(examples)
             for longer in reward_model.length_baseline(examples).values():  # none if nothing is compared
                 notes.append(f"{name}: the better answer is the longer one in {100 * longer:.1f} % of the comparisons")
         else:
@@ -86,20 +88,20 @@ def inspect_supervised(config: SupervisedConfig, tokenizer: Tokenizer) -> None:
         over = {
             kind: sum(n > config.max_length for n in found) for kind, found in measured.items() if kind != "prompts"
         }
-        add(table, name, measured, over)
+        add_length_rows(table, name, measured, over)
     console.print(table)
     for note in notes:
-        line(note)
+        print_plain(note)
 
 
-def of_comparisons(examples: Sequence[reward_model.Comparison]) -> Lengths:
+def comparison_lengths(examples: Sequence[reward_model.Comparison]) -> Lengths:
     """Tokens of the answers, prompt included; of pairs, those of the better and of the worse ones."""
     if any(example.scores != [1, 0] for example in examples):
         return {"answers": [len(ids) for example in examples for ids in example.rows]}
     return {kind: [len(e.rows[side]) for e in examples] for side, kind in enumerate(("chosen", "rejected"))}
 
 
-def new_table(limit: str) -> Table:
+def length_table(limit: str) -> Table:
     columns = ("tokens of", "", "rows", "min", "median", "95 %", "max", f"over {limit}")
     table = Table(box=None)
     for number, name in enumerate(columns):
@@ -107,7 +109,7 @@ def new_table(limit: str) -> Table:
     return table
 
 
-def add(table: Table, part: str, lengths: Lengths, over: Mapping[str, int]) -> None:
+def add_length_rows(table: Table, part: str, lengths: Lengths, over: Mapping[str, int]) -> None:
     """A row for each kind of text; `over`: how many are longer than the limit, of those kinds that have one."""
     for kind, found in lengths.items():
         numbers = [len(found), *(round(float(np.percentile(found, q))) for q in (0, 50, 95, 100))]

@@ -1,14 +1,13 @@
 """`--show`: the first prompts as the models see them, text and token ids, before any weight is read."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from rich.text import Text
 
 from models.tokenizer import Tokenizer, tokenizer_path
 from train.build import make_tokenizer
 from train.config import PolicyConfig, RewardModelConfig, SupervisedConfig
-from train.console import console
+from train.console import console, print_plain
 from train.data.prompts import load_prompts
 from train.data.rows import load_rows
 from train.running import setup_errors
@@ -17,7 +16,7 @@ from train.supervised import reward_model, sft
 STAND_IN = "(the completion)"
 
 
-def show(config: SupervisedConfig | RewardModelConfig | PolicyConfig, count: int) -> None:
+def show_rows(config: SupervisedConfig | RewardModelConfig | PolicyConfig, count: int) -> None:
     """Print the first `count` rows of `data.train`.
 
     Raises:
@@ -26,7 +25,7 @@ def show(config: SupervisedConfig | RewardModelConfig | PolicyConfig, count: int
     with setup_errors():
         tokenizer = make_tokenizer(config.model, config.chat)
         ends = ", ".join(f"{i} {tokenizer.piece(i)}" for i in tokenizer.eos_ids)
-        line(f"tokenizer {tokenizer.path}: a sequence ends with {ends}; padding {tokenizer.pad_id}")
+        print_plain(f"tokenizer {tokenizer.path}: a sequence ends with {ends}; padding {tokenizer.pad_id}")
         if isinstance(config, PolicyConfig):
             show_policy(config, tokenizer, count)
             return
@@ -58,10 +57,6 @@ def show_policy(config: PolicyConfig, tokenizer: Tokenizer, count: int) -> None:
 def show_tokens(title: str, ids: Sequence[int], tokenizer: Tokenizer) -> None:
     """The text, then every id with its piece."""
     console.rule(f"{title}: {len(ids)} tokens", align="left")
-    line(tokenizer.hf.decode(ids, clean_up_tokenization_spaces=False))
+    print_plain(tokenizer.hf.decode(ids, clean_up_tokenization_spaces=False))
     pieces = [Text(str(i), style="dim").append(f" {tokenizer.piece(i)}", style="bold") for i in ids]
     console.print(Text("  ").join(pieces), highlight=False)
-
-
-def line(text: Any) -> None:
-    console.print(text, markup=False, highlight=False)
