@@ -1,10 +1,9 @@
-"""`--dry_run`: what a run would do, from its config alone: its data, networks, memory and schedule.
+"""`--dry_run`: prints the data, networks, memory and schedule of a run, from its config alone.
 
-Files are read, and tokenized where that takes seconds and the tokenizer is on this machine; data sets on the Hub are
-asked for their columns and rows, or looked up in schemas.yaml where the Hub cannot be reached. Of networks the shapes
-are known without their weights. Nothing is compiled (that is `train plan`), trained or written, but that ids of many
-prompts go to the cache. What the machine that trains may have, the judge's key and IFEval's splitter of sentences, is
-not looked for.
+Files are read, and tokenized where that takes seconds and the tokenizer is on this machine. The Hub is asked for the
+columns and row counts of a data set; where it cannot be reached, schemas.yaml has them. Networks are shapes without
+weights. Nothing is compiled (`train plan` does), trained or written, except that token ids of many prompts are cached.
+The judge's key and IFEval's sentence splitter are not required: the machine that trains may have them.
 """
 
 import dataclasses
@@ -34,17 +33,22 @@ from train.plan.programs import bytes_per_device, network_config, parameter_coun
 from train.rewards.functions import function_scorer
 from train.running import setup_errors
 from train.state import abstract_opt_state
-from train.supervised import reward_model, sft
 from train.supervised.program import load_examples
+from train.supervised.reward_model import check_comparison_rows, reward_model_task
+from train.supervised.sft import check_sft_rows, sft_task
 
 SCHEMAS = Path(__file__).with_name("schemas.yaml")
 HUB_SECONDS = 5
-MAX_TOKENIZED_ROWS = 20_000  # rows that are no longer tokenized in seconds
+MAX_TOKENIZED_ROWS = 20_000  # more are not tokenized in seconds
 TrainingConfig = SftConfig | RewardModelConfig | PolicyConfig
 
 
 def dry_run(config: TrainingConfig, devices: int | None, chip: str | None) -> None:
-    """Print it, for so many devices (None: those of this machine).
+    """Prints data, networks, memory and schedule of a run.
+
+    Args:
+      devices: number of devices of the run; None: the mesh's, or those of this machine.
+      chip: a key of HBM, whose memory the arrays are compared with.
 
     Raises:
       SetupError: a mistake in the config or the data.
@@ -52,15 +56,16 @@ def dry_run(config: TrainingConfig, devices: int | None, chip: str | None) -> No
     with setup_errors():
         if chip is not None and chip not in HBM:
             raise ValueError(f"--chip: expected one of {', '.join(HBM)}, got {chip!r}")
-        known = describe_data(config)
-        network, tokenizer = describe_networks(config, known.columns)
-        known = tokenize_data(config, tokenizer, known)
+        summary = describe_data(config)
+        network, tokenizer = describe_networks(config, summary.columns)
+        summary = tokenize_data(config, tokenizer, summary)
         layout, arrays, saved = memory_per_device(config, network, devices)
     describe_memory(layout, arrays, chip)
-    describe_schedule(config, known, saved)
+    describe_schedule(config, summary, saved)
 
 
 def bytes_text(count: float) -> str:
+    """Returns a number of bytes in GiB or MiB."""
     return f"{count / GIB:,.1f} GiB" if count >= GIB else f"{count / 2**20:,.1f} MiB"
 
 
@@ -68,84 +73,87 @@ def bytes_text(count: float) -> str:
 
 
 class DataPart(NamedTuple):
+    """A part of a run's data and where it is read from."""
+
     name: str  # train, validation or test
     source: str
     split: str
 
 
 def data_parts(config: TrainingConfig) -> list[DataPart]:
+    """Returns the parts that a run reads; rows held out of train are none."""
     data = config.data
-    found = [DataPart("train", data.train, data.split)]
+    parts = [DataPart("train", data.train, data.split)]
     if data.validation is not None:
-        found.append(DataPart("validation", data.validation, data.validation_split))
+        parts.append(DataPart("validation", data.validation, data.validation_split))
     elif isinstance(config, PolicyConfig) and config.validation.prompts and not data.validation_rows:
-        found.append(DataPart("validation", data.train, data.validation_split))
-    found += [DataPart(f"held out, {name}", source, data.validation_split) for name, source in data.held_out.items()]
+        parts.append(DataPart("validation", data.train, data.validation_split))
+    parts += [DataPart(f"held out, {name}", source, data.validation_split) for name, source in data.held_out.items()]
     if data.test is not None:
-        found.append(DataPart("test", data.test, data.test_split))
-    return found
+        parts.append(DataPart("test", data.test, data.test_split))
+    return parts
 
 
 class DataSummary(NamedTuple):
-    """What is known of the data; None: not known."""
+    """Facts about the data; None: not known."""
 
-    train: int | None  # rows to train on, packed ones where rows are packed
-    validation: int | None
-    columns: Collection[str] | None  # of both, which reward functions may ask for
+    train: int | None  # number of rows to train on; of packed rows, if the run packs
+    validation: int | None  # number of rows to validate on
+    columns: Collection[str] | None  # in train and in validation, so that reward functions may ask for them
     splits: Splits | None = None  # a policy's rows
-    rows: int | None = None  # of all parts together, all of them from files
+    rows: int | None = None  # number of rows of all parts, if all are files
 
 
 def describe_data(config: TrainingConfig) -> DataSummary:
-    """Print the data."""
-    data, found = config.data, {part.name: describe_part(config, part) for part in data_parts(config)}
-    counts = {name: count for name, (count, _) in found.items()}
+    """Prints all parts of the data, and what is held out or left out of them."""
+    data, described = config.data, {part.name: describe_part(config, part) for part in data_parts(config)}
+    counts = {name: count for name, (count, _) in described.items()}
     files = all(is_file_name(part.source) for part in data_parts(config))
     rows = sum(filter(None, counts.values())) if files else None
     splits = load_splits(config) if files and isinstance(config, PolicyConfig) else None
     if splits is not None:
         counts |= {"train": len(splits.train), "validation": len(splits.validation)}
         print_plain(f"  {splits.duplicates} prompts of train are in validation or test too" + dropped_text(data))
-    elif data.validation_rows and (known := counts["train"]) is not None:
-        if known <= data.validation_rows:
-            raise ValueError(f"data.validation_rows: expected fewer than the {known} rows that there are")
-        counts["train"] = known - data.validation_rows
+    elif data.validation_rows and (count := counts["train"]) is not None:
+        if count <= data.validation_rows:
+            raise ValueError(f"data.validation_rows: expected fewer than the {count} rows that there are")
+        counts["train"] = count - data.validation_rows
     if data.validation_rows:
         counts["validation"] = data.validation_rows
         print_plain(f"  {data.validation_rows} rows of train held out to validate on, by seed {data.split_seed}")
-    columns: set[str] | None = {*(found["train"][1] or ())} - {data.prompt_column}
+    columns: set[str] | None = {*(described["train"][1] or ())} - {data.prompt_column}
     for name in ("train", "validation"):
-        known_columns = found.get(name, found["train"])[1]
-        columns = None if columns is None or known_columns is None else columns & {*known_columns}
+        part_columns = described.get(name, described["train"])[1]
+        columns = None if columns is None or part_columns is None else columns & {*part_columns}
     return DataSummary(counts["train"], counts.get("validation"), columns, splits, rows)
 
 
-def tokenize_data(config: TrainingConfig, tokenizer: Tokenizer | None, known: DataSummary) -> DataSummary:
-    """Do with the rows what the run does before its first step, where that takes seconds and no network."""
-    if tokenizer is None or known.rows is None or known.rows > MAX_TOKENIZED_ROWS:
-        print_plain(
-            f"tokens: not counted, which needs a tokenizer that is here and at most {MAX_TOKENIZED_ROWS:,} rows in files"
-        )
-        packed = isinstance(config, SftConfig) and config.packing
-        return known._replace(train=None) if packed else known
+def tokenize_data(config: TrainingConfig, tokenizer: Tokenizer | None, summary: DataSummary) -> DataSummary:
+    """Tokenizes the rows as the run will, where that takes seconds and no network; returns the updated counts."""
+    if tokenizer is None or summary.rows is None or summary.rows > MAX_TOKENIZED_ROWS:
+        limit = f"at most {MAX_TOKENIZED_ROWS:,} rows in files"
+        print_plain(f"tokens: not counted, which needs a tokenizer that is here and {limit}")
+        is_packed = isinstance(config, SftConfig) and config.packing
+        return summary._replace(train=None) if is_packed else summary
     if isinstance(config, PolicyConfig):
-        assert known.splits is not None
+        assert summary.splits is not None
         source = config.data.validation or config.data.train
-        prompts = Prompts(known.splits.train, config.data.train, config, tokenizer)
-        validation = Prompts(known.splits.validation, source, config, tokenizer)
+        prompts = Prompts(summary.splits.train, config.data.train, config, tokenizer)
+        validation = Prompts(summary.splits.validation, source, config, tokenizer)
         print_plain(f"tokens: {prompts.too_long} prompts of train and {validation.too_long} of validation are too long")
-        return known._replace(train=len(prompts), validation=len(validation))
-    task = reward_model.reward_model_task(config) if isinstance(config, RewardModelConfig) else sft.sft_task(config)
+        return summary._replace(train=len(prompts), validation=len(validation))
+    task = reward_model_task(config) if isinstance(config, RewardModelConfig) else sft_task(config)
     train, _ = load_examples(config, task, tokenizer)
-    return known._replace(train=len(train))
+    return summary._replace(train=len(train))
 
 
 def dropped_text(data: DataConfig) -> str:
+    """Returns what happens to duplicates, behind their number."""
     return ": left out" if data.drop_duplicates else ""
 
 
 def describe_part(config: TrainingConfig, part: DataPart) -> tuple[int | None, Collection[str] | None]:
-    """Print one part of the data, and refuse what could not be used; how many rows it has, and which columns."""
+    """Prints one part of the data, refuses what the run could not use; returns its number of rows and its columns."""
     if is_file_name(part.source):
         rows = load_rows(part.source, part.split, config.data.columns)
         check_data_rows(config, rows, part.source)
@@ -165,7 +173,7 @@ def describe_part(config: TrainingConfig, part: DataPart) -> tuple[int | None, C
 
 
 def required_columns(config: TrainingConfig, columns: Mapping[str, Any]) -> list[str]:
-    """Which columns the program reads, under our names."""
+    """Returns the columns that the program reads, after renaming."""
     if isinstance(config, PolicyConfig):
         return [config.data.prompt_column]
     if isinstance(config, RewardModelConfig):
@@ -174,63 +182,64 @@ def required_columns(config: TrainingConfig, columns: Mapping[str, Any]) -> list
 
 
 def check_data_rows(config: TrainingConfig, rows: Sequence[Row], source: str) -> None:
-    """Refuse rows that could not be used, whatever the tokenizer."""
+    """Refuses rows that the run could not use, whatever its tokenizer is."""
     if isinstance(config, PolicyConfig):
         require_columns(rows, source, config.data.prompt_column)
     elif isinstance(config, RewardModelConfig):
-        reward_model.check_comparison_rows(rows, source)
+        check_comparison_rows(rows, source)
         for side in ("chosen", "rejected") if "completions" not in rows[0] else ():
             prompts_and_answers(rows, source, side, config.chat)
-    elif "text" not in (rows := sft.check_sft_rows(rows, source, config.chat))[0]:
+    elif "text" not in (rows := check_sft_rows(rows, source, config.chat))[0]:
         prompts_and_answers(rows, source, "completion", config.chat)
 
 
 def check_columns(config: TrainingConfig, columns: Mapping[str, str], source: str) -> Collection[str]:
-    """Refuse a data set without the columns that are read; all its columns, under our names."""
-    theirs = config.data.columns.values()
-    for name in theirs:
+    """Refuses a data set without the columns that the program reads; returns all its columns, after renaming."""
+    renamed = config.data.columns.values()
+    for name in renamed:
         if name not in columns:
             raise ValueError(f"{source}: has no column {name!r} (data.columns); its columns are {', '.join(columns)}")
-    ours = {name: kind for name, kind in columns.items() if name not in theirs}
+    ours = {name: kind for name, kind in columns.items() if name not in renamed}
     ours |= {name: columns[other] for name, other in config.data.columns.items()}
     for name in required_columns(config, ours):
         if name not in ours:
             raise ValueError(
                 f"{source}: has no column {name!r}; its columns are {', '.join(columns)}; see data.columns"
             )
-    asked = ours.get(required_columns(config, ours)[0] if isinstance(config, PolicyConfig) else "prompt")
-    if asked is not None:
-        as_chat("text" if asked == "string" else [{"role": "user", "content": "text"}], config.chat, source)
+    prompt_type = ours.get(required_columns(config, ours)[0] if isinstance(config, PolicyConfig) else "prompt")
+    if prompt_type is not None:
+        as_chat("text" if prompt_type == "string" else [{"role": "user", "content": "text"}], config.chat, source)
     return ours
 
 
 @functools.cache
 def look_up_schema(name: str) -> tuple[dict[str, Any] | None, str]:
-    """{"splits": rows of each, "columns": their types} of a data set on the Hub, and where that is known from."""
+    """Returns a Hub data set's schema, {"splits": name -> rows, "columns": name -> type}, and where it comes from."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError
 
-    kept = yaml.safe_load(SCHEMAS.read_text(encoding="utf-8")).get(name)
+    offline = yaml.safe_load(SCHEMAS.read_text(encoding="utf-8")).get(name)
     origin = "the Hub was not reached: as train/plan/schemas.yaml had it"
     try:
         card = HfApi().dataset_info(name, timeout=HUB_SECONDS).card_data
-        if (found := schema_from_card(card.to_dict() if card else {})) is not None:
-            return found, "from the Hub"
+        if (schema := schema_from_card(card.to_dict() if card else {})) is not None:
+            return schema, "from the Hub"
         origin = "not on its card: as train/plan/schemas.yaml had it"
     except RepositoryNotFoundError as error:
         raise FileNotFoundError(f"{name}: neither a .jsonl or .parquet file nor a data set on the Hub") from error
-    except Exception as error:  # whatever a network does: there is the kept one
-        if kept is None:
+    except Exception as error:  # a network fails in many ways; the offline schema serves then
+        if offline is None:
             return (
                 None,
                 f"the Hub was not reached ({type(error).__name__}) and train/plan/schemas.yaml does not have it",
             )
-    return kept, origin if kept else "not described on its card"
+    return offline, origin if offline else "not described on its card"
 
 
 def schema_from_card(card: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Returns the schema in a data set's card; None if the card has none."""
     info = card.get("dataset_info")
-    info = info[0] if isinstance(info, list) and info else info  # of several configurations the first
+    info = info[0] if isinstance(info, list) and info else info  # the first of several configurations
     if not isinstance(info, dict) or not info.get("features") or not info.get("splits"):
         return None
     columns = {feature["name"]: feature_type(feature) for feature in info["features"]}
@@ -238,6 +247,7 @@ def schema_from_card(card: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def feature_type(feature: Mapping[str, Any]) -> str:
+    """Returns the type of a column in words."""
     if isinstance(feature.get("dtype"), str):
         return str(feature["dtype"])
     inner = feature.get("list") or feature.get("sequence") or "objects"
@@ -250,7 +260,7 @@ def feature_type(feature: Mapping[str, Any]) -> str:
 
 
 def describe_networks(config: TrainingConfig, columns: Collection[str] | None) -> tuple[Qwen3Config, Tokenizer | None]:
-    """Print the shapes of the networks; the one that is trained, and its tokenizer if that is here."""
+    """Prints the shapes of all networks; returns the trained one, and its tokenizer if that is on this machine."""
     network = network_config(config.model.path) if config.model.path else config.model.architecture
     assert network is not None  # ModelConfig has checked it
     if isinstance(config, RewardModelConfig):
@@ -270,14 +280,15 @@ def describe_networks(config: TrainingConfig, columns: Collection[str] | None) -
             function_scorer(spec.function, spec.options, columns, runs_here=False)
             print_plain(f"reward {spec.label}: {spec.function}, weight {spec.weight:g}")
             continue
-        judge = network_config(str(spec.model))
-        if not judge.is_reward_model:
+        scorer = network_config(str(spec.model))
+        if not scorer.is_reward_model:
             raise ValueError(f"rewards: {spec.model} is a policy; expected a reward model")
-        print_network(f"reward {spec.label}, weight {spec.weight:g}", str(spec.model), judge)
+        print_network(f"reward {spec.label}, weight {spec.weight:g}", str(spec.model), scorer)
     return network, tokenizer
 
 
 def print_network(name: str, path: str, network: Qwen3Config) -> None:
+    """Prints a network's path, parameters and shape."""
     print_plain(
         f"{name}: {path}: {parameter_count(network) / 1e6:,.2f} M parameters, {network.num_hidden_layers} layers "
         f"of width {network.hidden_size}, {network.num_attention_heads} query and {network.num_key_value_heads} "
@@ -291,7 +302,10 @@ def print_network(name: str, path: str, network: Qwen3Config) -> None:
 def memory_per_device(
     config: TrainingConfig, network: Qwen3Config, devices: int | None
 ) -> tuple[Layout, dict[str, float], tuple[float, float]]:
-    """The mesh, bytes on each device of every array that has a name, and bytes of a checkpoint: each, and once."""
+    """Returns the mesh, the bytes of each array on each device, and the bytes of checkpoints.
+
+    The latter are two numbers: bytes of every checkpoint, and bytes that are saved once (the base of adapters).
+    """
     if isinstance(config, PolicyConfig):
         fields = {item.name: getattr(config, item.name) for item in dataclasses.fields(PolicyConfig)}
         planned = PlanConfig(**fields)
@@ -309,14 +323,14 @@ def memory_per_device(
 
 
 def stand_in_devices(config: TrainingConfig, count: int | None) -> Sequence[jax.Device] | None:
-    """CPU devices to stand for so many, or for as many as the mesh's sizes say; None: take those that are here."""
+    """Returns `count` simulated devices, or as many as the mesh's sizes say; None: take this machine's devices."""
     sizes = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     count = count or (math.prod(sizes) if min(sizes) > 0 else None)
     return simulated_devices(count) if count else None
 
 
 def abstract_state(config: TrainingConfig, layout: Layout, network: Qwen3Config) -> tuple[Any, Any, Any]:
-    """What is trained, what is not, and the optimizer's state; all of them shapes alone."""
+    """Returns trained parameters, frozen parameters and optimizer state as ShapeDtypeStructs."""
     dtypes = {"dtype": config.model.dtype, "param_dtype": config.model.param_dtype}
     model = abstract_model(network, lora=config.lora, remat=config.model.remat, layout=layout, **dtypes)
     trained, frozen = separate(abstract_params(model, layout))
@@ -325,10 +339,12 @@ def abstract_state(config: TrainingConfig, layout: Layout, network: Qwen3Config)
 
 
 def tree_bytes(tree: Any) -> float:
+    """Returns the bytes of a tree of arrays, over all devices."""
     return float(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)))
 
 
 def describe_memory(layout: Layout, arrays: Mapping[str, float], chip: str | None) -> None:
+    """Prints the arrays on each device, the most that are there together, and whether they fit a chip."""
     mesh = " x ".join(f"{name} {size}" for name, size in layout.mesh.shape.items())
     table = Table(f"arrays on each device, mesh {mesh}", box=None)
     table.add_column("MiB", justify="right")
@@ -347,8 +363,9 @@ def describe_memory(layout: Layout, arrays: Mapping[str, float], chip: str | Non
 # Schedule
 
 
-def describe_schedule(config: TrainingConfig, known: DataSummary, saved: tuple[float, float]) -> None:
-    steps, optimizer, rows = config.max_steps, config.optimizer, known.train
+def describe_schedule(config: TrainingConfig, summary: DataSummary, saved: tuple[float, float]) -> None:
+    """Prints steps, epochs, learning rate, validations and checkpoints."""
+    steps, optimizer, rows = config.max_steps, config.optimizer, summary.train
     if isinstance(config, PolicyConfig):
         P, G = config.prompts_per_step, config.num_generations
         print_plain(
@@ -358,7 +375,7 @@ def describe_schedule(config: TrainingConfig, known: DataSummary, saved: tuple[f
         if config.updates_per_step > 1:
             print_plain(f"{config.updates_per_step} updates a step, of {config.update_prompts} prompts each")
         due = [step for step in range(steps + 1) if config.validation.due(step, steps)]
-        prompts = config.validation.prompts if known.validation is None else known.validation
+        prompts = config.validation.prompts if summary.validation is None else summary.validation
         each = f"{min(prompts, config.validation.prompts)} prompts x {config.validation.num_generations}"
     else:
         print_plain(f"{steps:,} steps of {config.batch_size} rows" + epochs_text(rows, steps * config.batch_size))
@@ -373,10 +390,10 @@ def describe_schedule(config: TrainingConfig, known: DataSummary, saved: tuple[f
     count = len([s for s in range(1, steps + 1) if s % config.checkpoint.every == 0 or s == steps])
     kept = min(count, config.checkpoint.keep or count)
     (each_bytes, once), place = saved, config.checkpoint.directory or f"{config.output_dir}/checkpoints"
-    print_plain(
-        f"{count} checkpoints of {bytes_text(each_bytes)} in {place}, {kept} kept: {bytes_text(kept * each_bytes + once)}"
-    )
+    total = bytes_text(kept * each_bytes + once)
+    print_plain(f"{count} checkpoints of {bytes_text(each_bytes)} in {place}, {kept} kept: {total}")
 
 
 def epochs_text(rows: int | None, used: int) -> str:
+    """Returns the number of epochs that `used` rows are, if the number of rows is known."""
     return f"; {used / rows:.2f} epochs of {rows:,} rows" if rows else ""

@@ -1,4 +1,7 @@
-"""The arrays and the programs of a policy's step, as shapes, and what the compiler says of them."""
+"""The arrays and programs of a policy's step, from shapes alone, and what they cost by the compiler's analysis.
+
+Names and sizes of arrays are bytes on each device; a program's arguments are ShapeDtypeStructs with shardings.
+"""
 
 import functools
 import math
@@ -36,41 +39,41 @@ class StepProgram(NamedTuple):
     """One compiled part of a step."""
 
     name: str
-    calls: int  # in a step
+    calls: int  # per step
     jitted: Any
     arguments: tuple[Any, ...]
     options: dict[str, Any]
-    beside: tuple[str, ...] = ()  # which arrays that are not always there are, while it runs
-    trips: Trips = lambda depth, index: math.nan
+    beside: tuple[str, ...] = ()  # arrays beside the RESIDENT ones that are in memory while it runs
+    trips: Trips = lambda depth, index: math.nan  # of loops whose length XLA does not know
 
 
 class Cost(NamedTuple):
-    """Of one call, on each device."""
+    """Cost of one call of a program, on each device."""
 
-    temporaries: float  # bytes, with those outputs that do not take an input's place
-    estimate: float  # the same by the compiler for CPUs
+    temporaries: float  # bytes of temporaries, and of outputs that do not reuse an input's buffer
+    estimate: float  # the same by the CPU compiler
     flops: float
-    sent: dict[tuple[str, str], float]  # bytes by kind and mesh axes
-    seconds: float  # that compiling took
+    sent: dict[tuple[str, str], float]  # (kind of collective, mesh axes) -> bytes
+    seconds: float  # compile time
 
 
 def resident_bytes(arrays: Mapping[str, float], beside: Sequence[str]) -> float:
-    """Bytes of what is always there, and of what stands beside it."""
+    """Returns the bytes of the RESIDENT arrays and those in `beside`."""
     return sum(arrays.get(name, 0.0) for name in {*RESIDENT, *beside})
 
 
 def network_config(path: str) -> Qwen3Config:
-    """The shape of a model: of a run, of a directory, of a published name, or of what the Hub has."""
+    """Returns the config of a model, given as a run, a directory, a published name (offline), or a name on the Hub."""
     if checkpoint.is_run(path):
         return Qwen3Config.from_hf(checkpoint.about(path)["model"], source=path)
     return PUBLISHED[path] if path in PUBLISHED and not Path(path).is_dir() else read_config(find_directory(path))
 
 
-StepParts = tuple[dict[str, float], list[StepProgram]]  # arrays, as bytes on each device, and programs
+StepParts = tuple[dict[str, float], list[StepProgram]]  # name -> bytes on each device, and programs
 
 
 def step_parts(config: PlanConfig, layout: Layout, network: Qwen3Config, rewards: Sequence[Qwen3Config]) -> StepParts:
-    """The arrays of a run and its programs; all of them shapes alone."""
+    """Returns the arrays and the programs of a run's step."""
     dtypes = {"dtype": config.model.dtype, "param_dtype": config.model.param_dtype}
     model = abstract_model(network, lora=config.lora, remat=config.model.remat, layout=layout, **dtypes)
     (graphdef, _), params = split(model), abstract_params(model, layout)
@@ -86,12 +89,13 @@ def step_parts(config: PlanConfig, layout: Layout, network: Qwen3Config, rewards
 
 
 def axis_sizes(config: PlanConfig) -> tuple[int, int, int, int]:
-    """P, G, S, T."""
+    """Returns the sizes P, G, S, T."""
     lengths = (config.max_prompt_length, config.max_completion_length)
     return config.prompts_per_step, config.num_generations, *lengths
 
 
 def sampling_parts(config: PlanConfig, layout: Layout, graphdef: Any, params: Any) -> StepParts:
+    """Returns the sampling copy, and the programs that make it and sample from it."""
     P, G, S, T = axis_sizes(config)
     programs: list[StepProgram] = []
     arrays: dict[str, float] = {}
@@ -113,6 +117,7 @@ def sampling_parts(config: PlanConfig, layout: Layout, graphdef: Any, params: An
 
 
 def scoring_parts(config: PlanConfig, layout: Layout, rewards: Sequence[Qwen3Config]) -> StepParts:
+    """Returns the reward models, and the programs that score with them."""
     P, G, S, T = axis_sizes(config)
     arrays: dict[str, float] = {"reward models": 0.0}
     programs = []
@@ -129,6 +134,7 @@ def scoring_parts(config: PlanConfig, layout: Layout, rewards: Sequence[Qwen3Con
 
 
 def updating_parts(config: PlanConfig, layout: Layout, graphdef: Any, params: Any) -> StepParts:
+    """Returns parameters, reference, optimizer state and gradient, and the programs of the update."""
     P, G, S, T = axis_sizes(config)
     optimizer, _ = make_optimizer(config.optimizer, config.max_steps * config.updates_per_step)
     trained, frozen = separate(params)
@@ -173,38 +179,47 @@ def abstract_array(
 
 
 def bytes_per_device(tree: Any) -> float:
-    """Bytes of a tree of sharded arrays on each device."""
+    """Returns the bytes of a tree of sharded arrays on each device."""
     return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)))
 
 
 def cache_bytes(network: Qwen3Config, P: int, G: int, S: int, T: int, layout: Layout, size: int) -> float:
-    """Keys and values of prompts and completions on each device; part of what is temporary while sampling."""
+    """Returns the bytes of keys and values on each device; they are among the temporaries of the sampling program."""
     prompts, heads = P / layout.ways("prompt"), network.num_key_value_heads / layout.ways("kv_heads")
     positions = prompts * (S + G / layout.ways("group") * T)
     return 2 * positions * network.num_hidden_layers * heads * network.head_dim * size
 
 
 def sampling_trips(T: int) -> Trips:
-    """T tokens, all with every completion going on; each reads the chunks of its cache that are filled by then."""
+    """Returns the trips of the sampler's loops when no completion ends before T tokens.
+
+    Each token reads those chunks of its cache that are filled by then, half of them on average.
+    """
     return lambda depth, index: (T if index == 0 else 0) if depth == 0 else (T / min(CHUNK, T) + 1) / 2
 
 
 def compiled_cost(program: StepProgram, layout: Layout, size: float) -> Cost:
-    """Compiled for CPUs, quickly rather than well; bytes are counted `size` times."""
+    """Compiles a program for CPUs, without optimisation, and returns its cost.
+
+    Args:
+      size: factor of all bytes, the compute dtype's size over that of float32.
+    """
     began = time.perf_counter()
     lowered = program.jitted.lower(*program.arguments, **program.options)
     compiled = lowered.compile(compiler_options={"xla_backend_optimization_level": 0})
-    done = program_work(compiled.as_text(), program.trips)
-    sent = {key: size * count for key, count in done.by_axis(dict(layout.mesh.shape)).items()}
-    needed = size * temporary_bytes(compiled)
-    return Cost(needed, needed, done.flops, sent, time.perf_counter() - began)
+    work = program_work(compiled.as_text(), program.trips)
+    sent = {key: size * count for key, count in work.by_axis(dict(layout.mesh.shape)).items()}
+    temporaries = size * temporary_bytes(compiled)
+    return Cost(temporaries, temporaries, work.flops, sent, time.perf_counter() - began)
 
 
 def temporary_bytes(compiled: Any) -> float:
+    """Returns the bytes of temporaries, and of outputs that do not reuse an input's buffer, on each device."""
     analysis = compiled.memory_analysis()
     return float(analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes)
 
 
 @functools.cache
 def parameter_count(network: Qwen3Config) -> int:
+    """Returns the number of a network's parameters."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(split(abstract_model(network))[1]))

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from models.tokenizer import Prompt
-from train import dotted
+from train.dotted import check_options, import_function, option_names
 from train.processes import gather
 
 # (prompts, completions_PG, columns, completion_ids_PG) of this process -> rewards_PG of all processes
@@ -45,7 +45,7 @@ def load_function(name: str) -> Callable[..., Any]:
         raise ValueError(
             f"rewards.function: {name}: cannot be imported; expected a dotted path, or one of {', '.join(BUILT_IN)}"
         )
-    return dotted.import_function(BUILT_IN.get(name, name), "rewards.function")
+    return import_function(BUILT_IN.get(name, name), "rewards.function")
 
 
 class RewardSignature:
@@ -67,7 +67,7 @@ class RewardSignature:
         self.name, parameters = name, inspect.signature(function).parameters.values()
         self.takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
         named = [p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
-        dotted.check_options(options, dotted.option_names(function), "rewards.options", name)
+        check_options(options, option_names(function), "rewards.options", name)
         self.options = options.keys() | {p.name for p in named if p.kind is p.KEYWORD_ONLY and p.default is not p.empty}
         self.accepted = {p.name for p in named} - self.options
         self.columns = [
@@ -107,7 +107,7 @@ def function_scorer(
     Args:
       name: name of a built-in reward, or a dotted path.
       data_columns: names of the data's columns; None: not known.
-      runs_here: whether the function will run on this machine, so that the rewards in `MACHINE_DEPENDENT` are tried too.
+      runs_here: whether the function will run on this machine, so that those in `MACHINE_DEPENDENT` are tried too.
 
     Raises:
       ValueError: no such function or option, or a parameter without a value.

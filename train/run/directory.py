@@ -30,12 +30,8 @@ from train.state import TrainState
 METRICS, CONFIG, COMPLETIONS, CALIBRATION = "metrics.jsonl", "config.yaml", "completions", "calibration.json"
 # Settings that may differ between a run and its continuation: they change no number that is already written.
 _MAY_CHANGE = ("max_steps", "log", "checkpoint", "mesh", "output_dir", "early_stopping")
-_PLACEMENT = (
-    "offload",
-    "offload_reference",
-    "logprob_chunk",
-    "batch_prompts",
-)  # of parts: where and how much at a time
+# So may these, in any section: they say where arrays lie and how much is computed at a time.
+_PLACEMENT = ("offload", "offload_reference", "logprob_chunk", "batch_prompts")
 
 
 class Run:

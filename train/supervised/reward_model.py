@@ -1,10 +1,10 @@
-"""Reward model training: Bradley-Terry or Plackett-Luce on comparisons of answers to one prompt.
+"""Trains reward models with the Bradley-Terry or Plackett-Luce loss on comparisons of answers to one prompt.
 
 A row is a pair, {"chosen": ..., "rejected": ...} with an optional "prompt" that both answers share and an optional
 "margin"; or a group, {"prompt": ..., "completions": [...], "scores": [...]}, in which the higher score is the better
 answer and equal scores are not compared. Prompts and answers are text or chat messages (TRL's explicit and implicit
-prompts). A pair is a group of two. What the answers of a group share, the longest common prefix of their tokens, is
-computed once. Accuracy is always printed beside what the longer answer alone would get.
+prompts). A pair is a group of two. The longest common prefix of a group's tokens is computed once. Accuracy is always
+logged beside the accuracy of "the longer answer is better".
 """
 
 import math
@@ -26,38 +26,41 @@ from train.data.rows import Row, require_columns
 from train.rewards.model import common_prefix_length
 from train.supervised.program import LossAux, SupervisedTask, TokenBatch, train_supervised
 
-PREFIX_WORTHWHILE = 0.75  # of the slots of whole rows: with more, what is shared is computed for each answer
+PREFIX_WORTHWHILE = 0.75  # share of the unsplit slots above which the prefix is not split off
 
 
 class Comparison(NamedTuple):
-    """The answers to one prompt."""
+    """The answers to one prompt, and the scores that order them."""
 
     rows: list[list[int]]  # token ids of prompt and answer
-    scores: list[float]  # the higher the better; equal: not compared
-    margin: float = 0.0  # of a pair: how much better the first is
+    scores: list[float]  # higher is better; equal scores are not compared
+    margin: float = 0.0  # of a pair: how much better the first answer is
 
     def pairs(self) -> list[tuple[int, int]]:
-        """(better, worse) of all that are compared."""
+        """Returns (better, worse), the indices of the answers of every comparison."""
         numbers = range(len(self.scores))
         return [(i, j) for i in numbers for j in numbers if self.scores[i] > self.scores[j]]
 
 
 def train_reward_model(config: RewardModelConfig) -> None:
+    """Starts or resumes a run of `train reward`."""
     train_supervised(config, reward_model_task(config))
 
 
 def reward_model_task(config: RewardModelConfig) -> SupervisedTask:
+    """Returns the task that `train_supervised` runs."""
+
     def loss(params: Any, batch: dict[str, jax.Array], *, graphdef: Any) -> tuple[jax.Array, LossAux]:
         return comparison_objective(params, batch, graphdef=graphdef, config=config)
 
-    def checked(*arguments: Any) -> list[Comparison]:
+    def encode(*arguments: Any) -> list[Comparison]:
         examples, source = encode_comparisons(*arguments), arguments[2]
         if config.loss == "plackett_luce" and any(example.margin for example in examples):
             raise ValueError(f"{source}: the column 'margin' is for loss: bradley_terry; leave one of the two out")
         return examples
 
     return SupervisedTask(
-        checked,
+        encode,
         lambda e: max(map(len, e.rows)),
         collate_comparisons,
         loss,
@@ -68,13 +71,14 @@ def reward_model_task(config: RewardModelConfig) -> SupervisedTask:
 
 
 def require_comparisons(examples: list[Comparison], source: str) -> list[Comparison]:
-    """The examples; refused if nothing in them is compared."""
+    """Returns the examples; refuses them if none has a comparison."""
     if not any(example.pairs() for example in examples):
         raise ValueError(f"{source}: nothing is compared: in every row all 'scores' are equal")
     return examples
 
 
 def encode_comparisons(rows: Sequence[Row], tokenizer: Tokenizer, source: str, chat: ChatConfig) -> list[Comparison]:
+    """Tokenizes rows, pairs or groups."""
     check_comparison_rows(rows, source)
     if "completions" in rows[0]:
         return encode_groups(rows, tokenizer, source, chat)
@@ -86,8 +90,8 @@ def encode_comparisons(rows: Sequence[Row], tokenizer: Tokenizer, source: str, c
 
 
 def check_comparison_rows(rows: Sequence[Row], source: str) -> None:
-    """Refuse rows that are no comparisons."""
-    require_columns([{"prompt": row.get("prompt") or "-"} for row in rows], source, "prompt")  # it may be missing
+    """Refuses rows that are neither pairs nor groups."""
+    require_columns([{"prompt": row.get("prompt") or "-"} for row in rows], source, "prompt")  # optional
     if "completions" in rows[0]:
         check_groups(rows, source)
         return
@@ -96,7 +100,7 @@ def check_comparison_rows(rows: Sequence[Row], source: str) -> None:
 
 
 def check_margins(rows: Sequence[Row], source: str) -> None:
-    """Refuse margins that are not numbers; a row may have none."""
+    """Refuses margins that are not numbers; a row may have none."""
     for number, row in enumerate(rows, 1):
         margin = row.get("margin")
         if margin is not None and not (isinstance(margin, int | float) and math.isfinite(margin)):
@@ -104,7 +108,7 @@ def check_margins(rows: Sequence[Row], source: str) -> None:
 
 
 def check_groups(rows: Sequence[Row], source: str) -> None:
-    """Refuse rows whose completions and scores are not lists of the same length, of numbers the second."""
+    """Refuses rows whose completions and scores are not lists of one length, or whose scores are not numbers."""
     for number, row in enumerate(rows, 1):
         completions, scores = row.get("completions"), row.get("scores")
         sizes = [len(x) if isinstance(x, list) else None for x in (completions, scores)]
@@ -119,21 +123,25 @@ def check_groups(rows: Sequence[Row], source: str) -> None:
 
 
 def encode_groups(rows: Sequence[Row], tokenizer: Tokenizer, source: str, chat: ChatConfig) -> list[Comparison]:
-    asked: list[Prompt] = []
+    """Tokenizes groups, all answers of all rows in one call of the tokenizer."""
+    prompts: list[Prompt] = []
     answers: list[str] = []
     for number, row in enumerate(rows, 1):
         group, where = [{"prompt": row.get("prompt"), "answer": c} for c in row["completions"]], f"row {number}"
         require_columns(group, f"{source}: {where}: 'completions'", "answer")
-        found = prompts_and_answers(group, f"{source}: {where}: 'completions'", "answer", chat)
-        asked += found[0]
-        answers += found[1]
-    ids = iter(tokenizer.conversation_ids(asked, answers))
+        group_prompts, group_answers = prompts_and_answers(group, f"{source}: {where}: 'completions'", "answer", chat)
+        prompts += group_prompts
+        answers += group_answers
+    ids = iter(tokenizer.conversation_ids(prompts, answers))
     return [Comparison([next(ids) for _ in row["scores"]], list(map(float, row["scores"]))) for row in rows]
 
 
 def collate_comparisons(examples: Sequence[Comparison], tokenizer: Tokenizer, max_length: int) -> TokenBatch:
-    """Groups of one size, filled up with answers that are masked; split into prefix and rest where that is less."""
-    G = 1 << (max(len(example.rows) for example in examples) - 1).bit_length()  # few shapes: a power of two
+    """Returns the arrays of a batch of groups of one size, which `mask_PG` fills up.
+
+    The common prefix is split off where that saves a quarter of the slots or more (`PREFIX_WORTHWHILE`).
+    """
+    G = 1 << (max(len(example.rows) for example in examples) - 1).bit_length()  # a power of two: few shapes
     filler = [[tokenizer.pad_id]]
     shared_P = [common_prefix_length(example.rows) for example in examples]
 
@@ -141,7 +149,7 @@ def collate_comparisons(examples: Sequence[Comparison], tokenizer: Tokenizer, ma
         return array.reshape(len(examples), G, *array.shape[1:])
 
     def answers(first_P: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """From the given token of each group on."""
+        """Returns padded answers, each group's from its token number first_P on, and their lengths."""
         groups = [[row[n:] for row in e.rows] for e, n in zip(examples, first_P, strict=True)]
         rows = [row for group in groups for row in group + filler * (G - len(group))]
         return pad(rows, tokenizer.pad_id, max_length)
@@ -150,7 +158,7 @@ def collate_comparisons(examples: Sequence[Comparison], tokenizer: Tokenizer, ma
         return [*values, *[fill] * (G - len(values))]
 
     def ranks(scores: Sequence[float]) -> list[float]:
-        """0 for the worst; in float32, scores that differ could be equal."""
+        """Returns ranks, 0 for the worst; scores that differ could be equal in float32, ranks cannot."""
         return np.unique(scores, return_inverse=True)[1].tolist()
 
     whole, lengths = answers([0] * len(examples))
@@ -173,7 +181,7 @@ def collate_comparisons(examples: Sequence[Comparison], tokenizer: Tokenizer, ma
 
 
 def group_rewards(model: Qwen3RewardModel, batch: dict[str, jax.Array]) -> jax.Array:
-    """float32 [P, G]."""
+    """Returns the model's float32 rewards [P, G]."""
     tokens_PGT, lengths_PG = batch["tokens_PGT"], batch["lengths_PG"]
     if "prefix_PS" in batch:
         return model.score_group(batch["prefix_PS"], batch["prefix_lengths_P"], tokens_PGT, lengths_PG)
@@ -184,15 +192,16 @@ def group_rewards(model: Qwen3RewardModel, batch: dict[str, jax.Array]) -> jax.A
 def comparison_objective(
     params: Any, batch: dict[str, jax.Array], *, graphdef: Any, config: RewardModelConfig
 ) -> tuple[jax.Array, LossAux]:
+    """Returns the loss of the model's rewards, see `comparison_loss`."""
     return comparison_loss(group_rewards(nnx.merge(graphdef, params), batch), batch, config)
 
 
 def comparison_loss(
     rewards_PG: jax.Array, batch: dict[str, jax.Array], config: RewardModelConfig
 ) -> tuple[jax.Array, LossAux]:
-    """The mean loss over the real comparisons of a batch: pairs (Bradley-Terry), or groups (Plackett-Luce).
+    """Returns the mean loss over the real comparisons of a batch: pairs (Bradley-Terry) or groups (Plackett-Luce).
 
-    A group's pairs are all those with different scores, so it counts as its pairs would as rows.
+    All pairs of a group with different scores are compared, so a group counts as its pairs would in rows of their own.
     """
     rank_PG, mask_PG = batch["rank_PG"], batch["mask_PG"] & batch["real_B"][:, None]
     pairs_PGG = mask_PG[:, :, None] & mask_PG[:, None, :] & (rank_PG[:, :, None] > rank_PG[:, None, :])
@@ -204,17 +213,17 @@ def comparison_loss(
     loss, metrics = preference_loss(better_PGG, worse_PGG, margin=margin_PGG, center=center, mask=pairs_PGG)
     count = metrics["accuracy"][1]
     if config.loss == "plackett_luce":
-        loss, more = listwise_loss(rewards_PG, rank_PG, mask_PG)
-        count = more["top_accuracy"][1]
-        metrics |= more
+        loss, listwise_metrics = listwise_loss(rewards_PG, rank_PG, mask_PG)
+        count = listwise_metrics["top_accuracy"][1]
+        metrics |= listwise_metrics
     metrics["loss"] = (jax.lax.stop_gradient(loss) * count, count)
     return loss, LossAux(metrics, jnp.where(pairs_PGG, better_PGG - worse_PGG, jnp.nan))
 
 
 def length_baseline(examples: Sequence[Comparison]) -> dict[str, float]:
-    """The accuracy of "the longer answer is better", in tokens; ties count one half."""
-    won = []
+    """Returns the accuracy of "the longer answer is better", in tokens; equal lengths count one half."""
+    wins = []
     for example in examples:
         lengths = [len(row) for row in example.rows]
-        won += [0.5 * (1 + np.sign(lengths[i] - lengths[j])) for i, j in example.pairs()]
-    return {"length_baseline_accuracy": float(np.mean(won))} if won else {}
+        wins += [0.5 * (1 + np.sign(lengths[i] - lengths[j])) for i, j in example.pairs()]
+    return {"length_baseline_accuracy": float(np.mean(wins))} if wins else {}
