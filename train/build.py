@@ -147,7 +147,7 @@ class MasterWeights(NamedTuple):
 
 
 def with_master_weights(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Wraps an optimizer: it updates float32 master weights, and the parameters are these, rounded to their own dtype.
+    """Wraps an optimizer: it updates float32 master weights; the parameters are the master weights in their own dtype.
 
     A bfloat16 parameter has 8 bits: an update below 1/512 of the parameter would be lost, every time.
     """

@@ -35,13 +35,13 @@ def connect() -> None:
     Raises:
       JoinError: only some of the three variables are set; invalid numbers; the other processes did not come in time.
     """
-    given = {name: os.environ[name] for name in LAUNCH_VARIABLES if os.environ.get(name)}
-    if given and len(given) < len(LAUNCH_VARIABLES):
-        missing = ", ".join(name for name in LAUNCH_VARIABLES if name not in given)
+    settings = {name: os.environ[name] for name in LAUNCH_VARIABLES if os.environ.get(name)}
+    if settings and len(settings) < len(LAUNCH_VARIABLES):
+        missing = ", ".join(name for name in LAUNCH_VARIABLES if name not in settings)
         raise JoinError(
-            f"{', '.join(given)}: set, but not {missing}; expected all of {', '.join(LAUNCH_VARIABLES)} or none"
+            f"{', '.join(settings)}: set, but not {missing}; expected all of {', '.join(LAUNCH_VARIABLES)} or none"
         )
-    if not given and not _has_launcher():
+    if not settings and not _has_launcher():
         return
     join = partial(
         jax.distributed.initialize,
@@ -49,10 +49,10 @@ def connect() -> None:
         heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
     )
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    if not given:
+    if not settings:
         join()
         return
-    address, count, index = (given[name] for name in LAUNCH_VARIABLES)
+    address, count, index = (settings[name] for name in LAUNCH_VARIABLES)
     if not (count.isdigit() and index.isdigit() and int(index) < int(count)):
         raise JoinError(f"{COUNT}, {INDEX}: expected a number and one from 0 below it, got {count!r} and {index!r}")
     try:
@@ -72,10 +72,12 @@ def _has_launcher() -> bool:
 
 
 def is_distributed() -> bool:
+    """Returns whether the program runs in several processes."""
     return jax.process_count() > 1
 
 
 def is_first() -> bool:
+    """Returns whether this is the process that writes metrics, logs and texts."""
     return jax.process_index() == 0
 
 

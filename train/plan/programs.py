@@ -175,6 +175,7 @@ def updating_parts(config: PlanConfig, layout: Layout, graphdef: Any, params: An
 def abstract_array(
     layout: Layout, dims: tuple[int, ...], dtype: Any, axes: Sequence[str | None]
 ) -> jax.ShapeDtypeStruct:
+    """Returns a ShapeDtypeStruct, sharded by logical axes."""
     return jax.ShapeDtypeStruct(dims, dtype, sharding=layout.sharding(axes))
 
 

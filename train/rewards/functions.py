@@ -117,7 +117,7 @@ def function_scorer(
     if data_columns is not None:
         signature.check_columns(data_columns)
         if name in BUILT_IN and (runs_here or name not in MACHINE_DEPENDENT):
-            # A call without completions raises what is wrong: a missing package, a missing key, a bad option.
+            # A call without completions finds a missing package, a missing key or a bad option.
             no_rows: dict[str, list[Any]] = {column: [] for column in [*data_columns, *STANDARD_ARGUMENTS]}
             try:
                 function(**signature.select_kwargs(no_rows), **options)

@@ -180,7 +180,7 @@ def collate_comparisons(examples: Sequence[Comparison], tokenizer: Tokenizer, ma
     return batch | prefix | {"tokens_PGT": grid(rest), "lengths_PG": grid(rest_lengths)}
 
 
-def group_rewards(model: Qwen3RewardModel, batch: dict[str, jax.Array]) -> jax.Array:
+def batch_rewards(model: Qwen3RewardModel, batch: dict[str, jax.Array]) -> jax.Array:
     """Returns the model's float32 rewards [P, G]."""
     tokens_PGT, lengths_PG = batch["tokens_PGT"], batch["lengths_PG"]
     if "prefix_PS" in batch:
@@ -193,7 +193,7 @@ def comparison_objective(
     params: Any, batch: dict[str, jax.Array], *, graphdef: Any, config: RewardModelConfig
 ) -> tuple[jax.Array, LossAux]:
     """Returns the loss of the model's rewards, see `comparison_loss`."""
-    return comparison_loss(group_rewards(nnx.merge(graphdef, params), batch), batch, config)
+    return comparison_loss(batch_rewards(nnx.merge(graphdef, params), batch), batch, config)
 
 
 def comparison_loss(
