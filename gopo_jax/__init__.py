@@ -4,13 +4,15 @@ Axis letters, used as a suffix on every array name in the whole project (`reward
 
     P  prompts                      D  model width           L  layers
     G  completions per prompt       F  feed-forward width    C  a chunk of another axis
-    S  prompt tokens                H  query heads           O  possible answers (theory)
-    T  completion tokens            K  key/value heads       R  reward functions
-    V  vocabulary                   E  head_dim              N  seeds
-    B  rows flattened for a library Q  query heads per key/value head
-    A  rank of adapters
+    S  prompt tokens                H  query heads           R  reward functions
+    T  completion tokens            K  key/value heads       N  seeds
+    V  vocabulary                   E  head_dim              O  possible answers (theory)
+    B  rows of sequences            A  rank of adapters      W  multisets of other answers (theory)
+    U  positions of keys            I  points of a numerical method (theory)
+    Q  query heads per key/value head
 
-G is always the group, S always the prompt. The functions here take any leading axes in place of P.
+G is always the group. S is always the prompt, but for the plain call on rows of whole sequences, `tokens_BS`. A digit
+is an axis of that size. Every function here takes any leading axes in place of P.
 """
 
 from gopo_jax.advantages import (

@@ -4,10 +4,10 @@ Every function takes `rewards_PG` ([..., G], the last axis is the group) and an 
 `mask_PG`, and returns advantages of the same shape. An entry that is masked out or NaN (unscorable)
 is treated as if it had been deleted: it gets 0, and the others get what they would get without it.
 A group with fewer than two valid entries gets zeros. No gradient flows into the rewards.
-One that has a parameter `weights_R` takes every reward apart, `rewards_PGR` ([..., G, R]).
+A function with a parameter `weights_R` takes the rewards unmixed, `rewards_PGR` ([..., G, R]).
 
-Here are those that other trainers have too, in `relatives.py` those of single papers.
-To add one: write a function with this signature and put it into `ADVANTAGES`.
+This file has the advantages that other trainers have too; `relatives.py` has those of single papers.
+To add one, write a function with this signature and put it into `ADVANTAGES`.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from gopo_jax import checks
-from gopo_jax.groups import centered, divisor, enough, ranks, standardized, valid_rewards
+from gopo_jax.groups import centered, comparable, divisor, ranks, standardized, valid_rewards
 from gopo_jax.relatives import (
     gdpo_advantages,
     gopo_multi_advantages,
@@ -62,9 +62,9 @@ def gopo_advantages(
     rewards_PG, valid_PG = valid_rewards(rewards_PG, mask_PG)
     n_P1 = valid_PG.sum(-1, keepdims=True)
     rank_PG = ranks(rewards_PG, valid_PG, ties)
-    # 2 - 4 (rank - 1) / (n - 1) over one denominator: compiled divisions may be off by a bit; the middle is exactly 0.
+    # 2 - 4 (rank - 1) / (n - 1) with one division: a compiled division may be off by a bit, but 0 / n is exactly 0.
     advantages_PG = 2 * (n_P1 + 1 - 2 * rank_PG) / jnp.maximum(n_P1 - 1, 1)
-    return jnp.where(enough(valid_PG), advantages_PG, 0)
+    return jnp.where(comparable(valid_PG), advantages_PG, 0)
 
 
 def grpo_advantages(
@@ -82,7 +82,7 @@ def grpo_advantages(
       rewards_PG: [..., G] rewards; the last axis is the group. NaN = unscorable.
       mask_PG: [..., G] booleans, False leaves the entry out; None = all valid.
       scale: "group" divides by the group's sample standard deviation (ddof 1), "batch" by that of all
-        valid rewards (of groups with a single one too, as TRL does), "none" does not divide (Dr. GRPO).
+        valid rewards (also those of groups with only one, as in TRL), "none" does not divide (Dr. GRPO).
       epsilon: added to the standard deviation.
 
     Returns:
@@ -133,7 +133,7 @@ def dr_grpo_advantages(rewards_PG: jax.typing.ArrayLike, mask_PG: jax.typing.Arr
 
         A_i = r_i - mean(r)
 
-    Its paper goes with the loss's aggregate "constant".
+    The paper combines it with the loss's aggregate "constant".
 
     Args:
       rewards_PG: [..., G] rewards; the last axis is the group. NaN = unscorable.
@@ -182,7 +182,7 @@ def reinforce_pp_advantages(
     """
     checks.one_of("baseline", baseline, ("none", "group"))
     rewards_PG, valid_PG = valid_rewards(rewards_PG, mask_PG)
-    valid_PG = enough(valid_PG)
+    valid_PG = comparable(valid_PG)
     return standardized(centered(rewards_PG, valid_PG) if baseline == "group" else rewards_PG, valid_PG, None, epsilon)
 
 

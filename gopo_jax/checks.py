@@ -1,4 +1,4 @@
-"""Shape and value checks at the public door. They read static facts only, so they cost nothing under jit."""
+"""Checks of shapes and values at the public functions. They read static facts only and cost nothing under jit."""
 
 from collections.abc import Collection
 
@@ -7,9 +7,12 @@ import jax.numpy as jnp
 
 
 def as_float(name: str, value: jax.typing.ArrayLike) -> jax.Array:
-    """`value` as an array of at least float32; complex and boolean arrays are refused.
+    """Returns `value` as an array of at least float32.
 
-    Integers and 16-bit floats become float32 (both exactly); float32 and float64 stay what they are.
+    Integers and 16-bit floats become float32 (16 bits fit exactly); float32 and float64 keep their dtype.
+
+    Raises:
+      TypeError: a complex or boolean array.
     """
     array = jnp.asarray(value)
     if array.dtype == jnp.bool_ or jnp.issubdtype(array.dtype, jnp.complexfloating):
@@ -18,7 +21,7 @@ def as_float(name: str, value: jax.typing.ArrayLike) -> jax.Array:
 
 
 def group_axis(name: str, array: jax.Array) -> None:
-    """Refuse an array whose last axis cannot be a group of at least two completions."""
+    """Raises ValueError unless the last axis can be a group of at least two completions."""
     if array.ndim < 1:
         raise ValueError(f"{name}: expected [..., G] with the group as the last axis, got a scalar")
     if array.shape[-1] < 2:
@@ -29,10 +32,12 @@ def group_axis(name: str, array: jax.Array) -> None:
 
 
 def same_shape(name: str, array: jax.Array, other_name: str, other: jax.Array) -> None:
+    """Raises ValueError unless both arrays have the same shape."""
     if array.shape != other.shape:
         raise ValueError(f"{name}: expected the shape of {other_name}, {other.shape}, got {array.shape}")
 
 
 def one_of(name: str, value: object, allowed: Collection[object]) -> None:
+    """Raises ValueError unless `value` is one of the allowed ones."""
     if value not in allowed:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")

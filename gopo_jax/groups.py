@@ -1,7 +1,7 @@
-"""What every advantage begins with: which rewards of a group are there, and their mean and spread.
+"""Building blocks of every advantage: valid rewards of a group, their ranks, mean and standard deviation.
 
 An entry that is masked out or NaN (unscorable) is treated as if it had been deleted. An advantage of your own starts
-with `valid_rewards` and multiplies by what it says is valid.
+with `valid_rewards` and multiplies its result by the returned mask.
 """
 
 import jax
@@ -13,14 +13,14 @@ from gopo_jax import checks
 def valid_rewards(
     rewards_PG: jax.typing.ArrayLike, mask_PG: jax.typing.ArrayLike | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Checked rewards, with 0 in the places that do not count, and which do.
+    """Checks rewards, and returns them with 0 in place of invalid ones, and the mask of the valid ones.
 
     Args:
       rewards_PG: [..., G] rewards; the last axis is the group. NaN = unscorable.
       mask_PG: [..., G] booleans, False leaves the entry out; None = all valid.
 
     Returns:
-      The rewards, at least float32 and without a gradient, and [..., G] booleans.
+      [..., G] rewards, at least float32 and without a gradient, and [..., G] booleans.
 
     Raises:
       ValueError: G < 2, or a mask of another shape.
@@ -37,19 +37,19 @@ def valid_rewards(
 
 
 def ranks(rewards_PG: jax.Array, valid_PG: jax.Array, ties: str) -> jax.Array:
-    """The rank of each valid entry in its group, 1 for the highest reward; anything in the other places.
+    """Returns the rank of each valid entry in its group, 1 for the highest reward; ranks of invalid ones mean nothing.
 
     Equal rewards share the mean of their ranks ("average"), or the earlier one is better ("ordinal").
     """
-    # Valid entries first, best first, equals in the order they came (lexsort is stable, last key first).
+    # Valid entries first, best first, equal ones by position (lexsort is stable, its last key is the primary one).
     order_PG = jnp.lexsort((-rewards_PG, ~valid_PG))
     position_PG = jnp.argsort(order_PG)  # the second argsort: 0-based ordinal rank of each entry
     if ties == "ordinal":
         return 1 + position_PG.astype(rewards_PG.dtype)
-    # A run of equal rewards, from its first to its last position, shares the middle of the two.
+    # Equal rewards share the middle between their first and their last position.
     sorted_PG = jnp.take_along_axis(jnp.where(valid_PG, rewards_PG, jnp.nan), order_PG, -1)
     index_G = jnp.arange(rewards_PG.shape[-1])
-    changes_PG = sorted_PG[..., 1:] != sorted_PG[..., :-1]  # NaN differs from NaN: no run of invalid ones
+    changes_PG = sorted_PG[..., 1:] != sorted_PG[..., :-1]  # NaN != NaN: invalid ones never share
     edge_P1 = jnp.ones_like(changes_PG[..., :1])
     starts_PG = jnp.concatenate([edge_P1, changes_PG], -1)
     ends_PG = jnp.concatenate([changes_PG, edge_P1], -1)
@@ -61,9 +61,9 @@ def ranks(rewards_PG: jax.Array, valid_PG: jax.Array, ties: str) -> jax.Array:
 
 
 def centered(rewards_PG: jax.Array, valid_PG: jax.Array) -> jax.Array:
-    """Rewards minus their group's mean over the valid entries, 0 elsewhere; exact zeros for a constant group.
+    """Returns valid rewards minus their group's mean, 0 elsewhere; exact zeros for a constant group.
 
-    The group's maximum is taken off first: float32 means of eight equal numbers can be off by a bit, and
+    The group's maximum is subtracted first: a float32 mean of eight equal numbers can be off by a bit, and
     that bit divided by epsilon would be a gradient from nothing.
     """
     top_P1 = jnp.max(jnp.where(valid_PG, rewards_PG, -jnp.inf), -1, keepdims=True)
@@ -73,9 +73,9 @@ def centered(rewards_PG: jax.Array, valid_PG: jax.Array) -> jax.Array:
 
 
 def standardized(values: jax.Array, valid: jax.Array, axis: int | None, epsilon: float) -> jax.Array:
-    """(values - mean) / (std + epsilon) over the valid entries of an axis (None: of all); std with ddof 1.
+    """Returns (values - mean) / (std + epsilon) over the valid entries along an axis (None: all axes); ddof 1.
 
-    With epsilon 0 a constant set gives 0, as 0 / 0 is meant.
+    Equal values give 0, also with epsilon 0.
     """
     top = jnp.max(jnp.where(valid, values, -jnp.inf), axis, keepdims=True)  # as in `centered`: equal values give 0
     shifted = jnp.where(valid, values - top, 0)
@@ -84,7 +84,7 @@ def standardized(values: jax.Array, valid: jax.Array, axis: int | None, epsilon:
 
 
 def divisor(values: jax.Array, valid: jax.Array, axis: int | None, epsilon: float) -> jax.Array:
-    """std + epsilon over the valid entries of an axis (None: of all), and 1 where that is 0; std with ddof 1."""
+    """Returns std + epsilon over the valid entries along an axis (None: all axes), or 1 where it is 0; ddof 1."""
     n = valid.sum(axis, keepdims=True)
     mean = (values * valid).sum(axis, keepdims=True) / jnp.maximum(n, 1)
     squares = (jnp.square(values - mean) * valid).sum(axis, keepdims=True)
@@ -92,6 +92,6 @@ def divisor(values: jax.Array, valid: jax.Array, axis: int | None, epsilon: floa
     return jnp.where(std + epsilon > 0, std + epsilon, 1)
 
 
-def enough(valid_PG: jax.Array) -> jax.Array:
-    """The valid entries of groups that have at least two: the others have nothing to be compared with."""
+def comparable(valid_PG: jax.Array) -> jax.Array:
+    """Returns the mask of entries that are valid and have at least one other valid entry in their group."""
     return valid_PG & (valid_PG.sum(-1, keepdims=True) >= 2)

@@ -1,6 +1,6 @@
-"""What stands between log-probabilities and the loss of a token: importance ratios, surrogates, weights.
+"""The parts of a token's loss: importance ratios, surrogates, sampler corrections, weights by position.
 
-`policy_loss` puts them together; each is a function of arrays, to be used alone.
+`policy_loss` combines them; each is a function of arrays that can be used alone.
 """
 
 from collections.abc import Callable
@@ -23,21 +23,22 @@ def importance_ratio(
     mask: jax.Array,
     kind: Literal["token", "sequence", "sequence_token", "trajectory"] = "token",
 ) -> jax.Array:
-    """How much likelier the trained policy makes what the old one drew.
+    """Importance ratio rho between the trained policy and the old one, which drew the tokens.
 
         d_t = logprob_t - old_logprob_t
-        token            w_t = exp(d_t)                                       GRPO, PPO
-        sequence         w_t = exp(mean over the completion of d)             GSPO
-        sequence_token   w_t = exp(mean of d) exp(d_t) / sg(exp(d_t))         GSPO-token: its value, a token's gradient
-        trajectory       w_t = exp(sum over the completion of d)              TIC-GRPO; the sum is cut at +-20
+        token            rho_t = exp(d_t)                                     GRPO, PPO
+        sequence         rho_t = exp(mean over the completion of d)           GSPO
+        sequence_token   rho_t = exp(mean of d) exp(d_t) / sg(exp(d_t))       GSPO-token: GSPO's value, token's gradient
+        trajectory       rho_t = exp(sum over the completion of d)            TIC-GRPO; the sum is clipped to +-20
 
     Args:
-      logprobs, old_logprobs: [..., T] log-probabilities of the sampled tokens; no gradient flows into the old ones.
+      logprobs: [..., T] log-probabilities of the sampled tokens under the trained policy.
+      old_logprobs: [..., T] log-probabilities under the old policy; no gradient.
       mask: [..., T] booleans, the tokens that count.
-      kind: which ratio.
+      kind: the ratio.
 
     Returns:
-      [..., T] ratios, the same for every token of a completion but for "token"; 1 where the mask is False.
+      [..., T] ratios, the same for every token of a completion except with "token"; 1 where the mask is False.
 
     Raises:
       ValueError: shapes that differ, or an unknown kind.
@@ -50,19 +51,18 @@ def importance_ratio(
     checks.same_shape("old_logprobs", old_logprobs, "logprobs", logprobs)
     checks.same_shape("mask", mask, "logprobs", logprobs)
     # masked before any exp: 0 * inf would be NaN in the gradient
-    log_ratio = jnp.where(mask, logprobs, 0) - jax.lax.stop_gradient(jnp.where(mask, old_logprobs, 0))
+    token_PGT = jnp.where(mask, logprobs, 0) - jax.lax.stop_gradient(jnp.where(mask, old_logprobs, 0))
     if kind == "token":
-        return jnp.exp(log_ratio)
-    total = log_ratio.sum(-1, keepdims=True)
+        return jnp.exp(token_PGT)
+    log_ratio = token_PGT.sum(-1, keepdims=True)
     if kind == "trajectory":
-        total = jnp.clip(
-            total, -20, 20
-        )  # exp of a sum over thousands of tokens would overflow, and its gradient be NaN
+        # the exp of a sum over thousands of tokens would overflow, and its gradient be NaN
+        log_ratio = jnp.clip(log_ratio, -20, 20)
     else:
-        total = total / jnp.maximum(mask.sum(-1, keepdims=True), 1)
+        log_ratio = log_ratio / jnp.maximum(mask.sum(-1, keepdims=True), 1)
     if kind == "sequence_token":
-        total = jax.lax.stop_gradient(total) + log_ratio - jax.lax.stop_gradient(log_ratio)
-    return jnp.where(mask, jnp.exp(jnp.broadcast_to(total, mask.shape)), 1)
+        log_ratio = jax.lax.stop_gradient(log_ratio) + token_PGT - jax.lax.stop_gradient(token_PGT)
+    return jnp.where(mask, jnp.exp(jnp.broadcast_to(log_ratio, mask.shape)), 1)
 
 
 def clip_surrogate(
@@ -74,20 +74,23 @@ def clip_surrogate(
     clip_high: float = 0.2,
     dual_clip: float | None = None,
 ) -> jax.Array:
-    """PPO's clipped surrogate, the objective of a token (to be made larger).
+    """PPO's clipped surrogate, the objective of a token (to be maximized).
 
-        J = min(w A, clip(w, 1 - clip_low, 1 + clip_high) A)
+        J = min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A)
         with dual_clip c:  J = max(J, c A)  where A < 0
 
-    clip_high above clip_low is DAPO's "clip-higher"; clip_low = 1 clips above alone (TIC-GRPO). The dual clip bounds
-    what an unlikely token of a bad completion may weigh.
+    clip_high above clip_low is DAPO's "clip-higher"; clip_low = 1 clips from above only (TIC-GRPO). The dual clip
+    bounds the weight of an unlikely token of a bad completion.
 
     Args:
-      ratio: [..., T] importance ratios w.
-      logprobs: not used here; the surrogates share their arguments.
-      advantages: [..., T].
+      ratio: [..., T] importance ratios rho.
+      logprobs: unused; all surrogates have the same arguments.
+      advantages: [..., T] advantages A.
       clip_low, clip_high: distances from 1.
       dual_clip: c above 1, or None.
+
+    Returns:
+      [..., T] objectives J.
 
     Raises:
       ValueError: a dual_clip that is not above 1.
@@ -96,27 +99,31 @@ def clip_surrogate(
       PPO, https://arxiv.org/abs/1707.06347, equation 7; DAPO, https://arxiv.org/abs/2503.14476, section 3.1;
       dual clip: Ye et al., https://arxiv.org/abs/1912.09729.
     """
-    free, clipped = ratio * advantages, jnp.clip(ratio, 1 - clip_low, 1 + clip_high) * advantages
-    objective = jnp.where(free <= clipped, free, clipped)  # where they are equal, the gradient is that of w A
+    unclipped_PGT, clipped_PGT = ratio * advantages, jnp.clip(ratio, 1 - clip_low, 1 + clip_high) * advantages
+    # where both are equal, the gradient is that of rho A
+    objective_PGT = jnp.where(unclipped_PGT <= clipped_PGT, unclipped_PGT, clipped_PGT)
     if dual_clip is None:
-        return objective
+        return objective_PGT
     if not dual_clip > 1:
         raise ValueError(f"dual_clip: expected a number above 1, got {dual_clip}")
-    return jnp.where(advantages < 0, jnp.maximum(objective, dual_clip * advantages), objective)
+    return jnp.where(advantages < 0, jnp.maximum(objective_PGT, dual_clip * advantages), objective_PGT)
 
 
 def cispo_surrogate(
     ratio: jax.Array, logprobs: jax.Array, advantages: jax.Array, *, clip_max: float = CISPO_CLIP_MAX
 ) -> jax.Array:
-    """CISPO: the ratio is cut and becomes a constant weight of REINFORCE, so no token loses its gradient.
+    """CISPO: the clipped ratio is a constant weight of REINFORCE's objective, so no token loses its gradient.
 
-        J = sg(min(w, clip_max)) A logprob
+        J = sg(min(rho, clip_max)) A logprob
 
     Args:
-      ratio: [..., T] importance ratios w.
-      logprobs: [..., T], into which the gradient flows.
-      advantages: [..., T].
+      ratio: [..., T] importance ratios rho.
+      logprobs: [..., T] log-probabilities; the gradient flows into them.
+      advantages: [..., T] advantages A.
       clip_max: the largest weight (TRL's `epsilon_high` for this loss, verl's and slime's 1 + eps).
+
+    Returns:
+      [..., T] objectives J.
 
     References:
       MiniMax-M1, https://arxiv.org/abs/2506.13585, equations 4 and 5; the default is ScaleRL's,
@@ -135,21 +142,24 @@ def sapo_surrogate(
 ) -> jax.Array:
     """SAPO: a soft gate in place of the clip.
 
-        J = 4 / tau sigmoid(tau (w - 1)) A,   tau = temperature_pos where A > 0, else temperature_neg
+        J = 4 / tau sigmoid(tau (rho - 1)) A,   tau = temperature_pos where A > 0, else temperature_neg
 
-    On policy (w = 1) its gradient is that of w A.
+    On policy (rho = 1) its gradient is that of rho A.
 
     Args:
-      ratio: [..., T] importance ratios w.
-      logprobs: not used here; the surrogates share their arguments.
-      advantages: [..., T].
-      temperature_pos, temperature_neg: the larger, the sooner a token that has moved counts less.
+      ratio: [..., T] importance ratios rho.
+      logprobs: unused; all surrogates have the same arguments.
+      advantages: [..., T] advantages A.
+      temperature_pos, temperature_neg: tau; the larger, the faster the gradient falls off with |rho - 1|.
+
+    Returns:
+      [..., T] objectives J.
 
     References:
       SAPO, https://arxiv.org/abs/2511.20347.
     """
-    temperature = jnp.where(advantages > 0, temperature_pos, temperature_neg)
-    return 4 / temperature * jax.nn.sigmoid(temperature * (ratio - 1)) * advantages
+    temperature_PGT = jnp.where(advantages > 0, temperature_pos, temperature_neg)
+    return 4 / temperature_PGT * jax.nn.sigmoid(temperature_PGT * (ratio - 1)) * advantages
 
 
 SURROGATES: dict[str, Callable[..., jax.Array]] = {
@@ -168,21 +178,21 @@ def sampler_correction(
     clip_max: float = 2.0,
     clip_min: float = 0.0,
 ) -> jax.Array:
-    """Truncated importance sampling: weights for what sampler and trainer do not agree on.
+    """Truncated importance sampling: weights that correct for sampler and trainer disagreeing on log-probabilities.
 
-        u_t = exp(old_logprob_t - sampled_logprob_t), or for "sequence_*" exp of their sum over the completion
+        u_t = exp(old_logprob_t - sampled_logprob_t), for "sequence_*" the product of u over the completion
         *_truncate   clip(u, clip_min, clip_max)
         *_mask       u where clip_min <= u <= clip_max, else 0
 
     Args:
-      old_logprobs: [..., T] under the trainer's policy at the time of sampling.
-      sampled_logprobs: [..., T] that the sampler reported.
+      old_logprobs: [..., T] log-probabilities under the trainer's policy at the time of sampling.
+      sampled_logprobs: [..., T] log-probabilities that the sampler reported.
       mask: [..., T] booleans, the tokens that count.
-      mode: which of the four; TRL's `vllm_importance_sampling_mode`.
+      mode: one of the four; TRL's `vllm_importance_sampling_mode`.
       clip_max, clip_min: bounds of the weight (C of the source is clip_max).
 
     Returns:
-      [..., T] weights without a gradient, to multiply a token's surrogate by; 0 where the mask is False.
+      [..., T] weights without a gradient, factors of each token's surrogate; 0 where the mask is False.
 
     Raises:
       ValueError: shapes that differ, or an unknown mode.
@@ -194,15 +204,15 @@ def sampler_correction(
     checks.one_of("mode", mode, CORRECTIONS)
     checks.same_shape("sampled_logprobs", sampled_logprobs, "old_logprobs", old_logprobs)
     checks.same_shape("mask", mask, "old_logprobs", old_logprobs)
-    difference = jnp.where(mask, old_logprobs, 0) - jnp.where(mask, sampled_logprobs, 0)
+    difference_PGT = jnp.where(mask, old_logprobs, 0) - jnp.where(mask, sampled_logprobs, 0)
     if mode.startswith("sequence"):
-        difference = jnp.broadcast_to(difference.sum(-1, keepdims=True), mask.shape)
-    weight = jnp.exp(difference)
+        difference_PGT = jnp.broadcast_to(difference_PGT.sum(-1, keepdims=True), mask.shape)
+    weights_PGT = jnp.exp(difference_PGT)
     if mode.endswith("truncate"):
-        weight = jnp.clip(weight, clip_min, clip_max)
+        weights_PGT = jnp.clip(weights_PGT, clip_min, clip_max)
     else:
-        weight = jnp.where((weight >= clip_min) & (weight <= clip_max), weight, 0)
-    return jax.lax.stop_gradient(jnp.where(mask, weight, 0))
+        weights_PGT = jnp.where((weights_PGT >= clip_min) & (weights_PGT <= clip_max), weights_PGT, 0)
+    return jax.lax.stop_gradient(jnp.where(mask, weights_PGT, 0))
 
 
 def token_broadcast(
@@ -210,7 +220,7 @@ def token_broadcast(
     length: int,
     kind: Literal["uniform", "log_decay", "poly_decay", "loglog_decay"] = "uniform",
 ) -> jax.Array:
-    """A completion's advantage for each of its tokens, t = 1 ... T.
+    """Spreads a completion's advantage over its tokens, t = 1 ... T.
 
         uniform        A_t = A
         log_decay      A_t = A / log(1 + t)
@@ -218,9 +228,9 @@ def token_broadcast(
         loglog_decay   A_t = A / log(log(t + 5))
 
     Args:
-      advantages: [...], one per completion.
+      advantages: [...] one per completion.
       length: T.
-      kind: which weights.
+      kind: the weights by position.
 
     Returns:
       [..., T] advantages.

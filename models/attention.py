@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-BLOCKS, SHORTEST_BLOCK = 4, 128  # of queries: the positions behind a block's last one are not computed for it
-CHUNK = 64  # cached positions read at a time: no more of the cache is read than is filled
+QUERY_BLOCKS, MIN_QUERY_BLOCK = 4, 128  # of queries: the positions behind a block's last one are not computed for it
+CACHE_CHUNK = 64  # cached positions read at a time: no more of the cache is read than is filled
 
 
 class KeyValues(NamedTuple):
@@ -53,12 +53,12 @@ class Past(NamedTuple):
         )
 
 
-class Softmax(NamedTuple):
+class RunningSoftmax(NamedTuple):
     """A softmax-weighted sum that is not finished: numerator / normalizer, both scaled by exp(-top)."""
 
-    top_PKGTQ1: jax.Array
+    max_PKGTQ1: jax.Array
     numerator_PKGTQE: jax.Array
-    normalizer_PKGTQ1: jax.Array
+    denominator_PKGTQ1: jax.Array
 
 
 def group_attention(
@@ -113,11 +113,11 @@ def group_attention(
             length = prefix_lengths_P.reshape(P, 1, 1, 1, 1, 1)
             seen = within(length + past_length + offset - there_S, there_S < length)
             parts.append((_scores(query, jnp.swapaxes(prefix.keys, -1, -2), seen), prefix.values))
-        softmax = _softmax(parts)
+        softmax = _online_softmax(parts)
         if past is not None:
-            size = min(CHUNK, past.values_LPKGTE.shape[4])
+            size = min(CACHE_CHUNK, past.values_LPKGTE.shape[4])
 
-            def chunk(i: jax.Array, so_far: Softmax) -> Softmax:
+            def chunk(i: jax.Array, so_far: RunningSoftmax) -> RunningSoftmax:
                 """With the i-th chunk of the past; where the last one would reach over the end it starts earlier."""
                 first = jnp.minimum(i * size, past.values_LPKGTE.shape[4] - size)
                 keys = jax.lax.dynamic_slice(past.keys_LPKGET, (layer, 0, 0, 0, 0, first), (1, P, K, G, E, size))[0]
@@ -125,12 +125,12 @@ def group_attention(
                 there_U = first + jnp.arange(size)
                 new_U = (there_U >= i * size) & (there_U < past_length)
                 seen = within(past_length + here_T11 - there_U, new_U)
-                return _softmax([(_scores(query, jnp.swapaxes(keys, -1, -2), seen), values)], so_far)
+                return _online_softmax([(_scores(query, jnp.swapaxes(keys, -1, -2), seen), values)], so_far)
 
             softmax = jax.lax.fori_loop(0, (past_length + size - 1) // size, chunk, softmax)
-        return softmax.numerator_PKGTQE / softmax.normalizer_PKGTQ1
+        return softmax.numerator_PKGTQE / softmax.denominator_PKGTQ1
 
-    length = max(-(-T // BLOCKS), SHORTEST_BLOCK)
+    length = max(-(-T // QUERY_BLOCKS), MIN_QUERY_BLOCK)
     out_PKGTQE = jnp.concatenate([block(start, min(start + length, T)) for start in range(0, T, length)], axis=3)
     return jnp.einsum("pkgtqe->pgtkqe", out_PKGTQE.astype(query_PGTKQE.dtype))
 
@@ -146,21 +146,21 @@ def _scores(query_PKGTQE: jax.Array, keys: jax.Array, seen: jax.Array) -> jax.Ar
     return jnp.where(seen, scores.reshape(P, K, G, T, Q, -1), -jnp.inf)
 
 
-def _softmax(parts: list[tuple[jax.Array, jax.Array]], so_far: Softmax | None = None) -> Softmax:
+def _online_softmax(parts: list[tuple[jax.Array, jax.Array]], so_far: RunningSoftmax | None = None) -> RunningSoftmax:
     """Of parts (scores, values), joined with what there is so far, of which every query has seen something."""
     tops = [scores.max(-1, keepdims=True) for scores, _ in parts]
     if so_far is not None:
-        tops.append(so_far.top_PKGTQ1)
+        tops.append(so_far.max_PKGTQ1)
     # The maximum is finite, for every position sees itself. It cancels in the quotient: no gradient needed.
     top = jax.lax.stop_gradient(jnp.max(jnp.stack(tops), axis=0))
     numerator, normalizer = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32)
     if so_far is not None:
-        shrink = jnp.exp(so_far.top_PKGTQ1 - top)
-        numerator, normalizer = so_far.numerator_PKGTQE * shrink, so_far.normalizer_PKGTQ1 * shrink
+        shrink = jnp.exp(so_far.max_PKGTQ1 - top)
+        numerator, normalizer = so_far.numerator_PKGTQE * shrink, so_far.denominator_PKGTQ1 * shrink
     for scores, values in parts:
         weights = jnp.exp(scores - top)
         normalizer += weights.sum(-1, keepdims=True)
         weights = weights.astype(values.dtype).reshape(*values.shape[:-2], -1, values.shape[-2])
         weighed = jnp.einsum("...mu,...ue->...me", weights, values, preferred_element_type=jnp.float32)
         numerator += weighed.reshape(*scores.shape[:-1], -1)
-    return Softmax(top, numerator, normalizer)
+    return RunningSoftmax(top, numerator, normalizer)

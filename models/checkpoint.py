@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 
 from models.config import Qwen3Config, read_config
 from models.hf_weights import abstract_model, abstract_params, as_layout, load_pretrained, split
-from models.lora import Lora, join, merge, separate
+from models.lora import Lora, merge_adapters, merge_trainable, split_trainable
 from models.qwen3 import Backbone
 from models.sharding import Layout
 from models.weight_files import could_be_on_hub
@@ -31,7 +31,7 @@ from models.weight_files import could_be_on_hub
 FOLDER, BASE = "checkpoints", "base"
 
 
-def folder_of(run: str | Path) -> epath.Path:
+def checkpoints_folder(run: str | Path) -> epath.Path:
     """Where a run's checkpoints lie."""
     here = Path(run).absolute() / FOLDER
     return epath.Path(here.read_text(encoding="utf-8").strip() if here.is_file() else here)
@@ -42,15 +42,17 @@ def is_run(checkpoint: str | Path) -> bool:
     return (Path(str(checkpoint).partition("@")[0]) / FOLDER).exists()
 
 
-def point_to(run: str | Path, directory: str) -> None:
+def set_checkpoints_folder(run: str | Path, directory: str) -> None:
     """Say in a run's directory where its checkpoints lie.
 
     Raises:
       ValueError: it says something else already.
     """
     there = epath.Path(directory if "://" in directory else Path(directory).absolute())
-    if is_run(run) and folder_of(run) != there:
-        raise ValueError(f"checkpoint.directory: {directory}, but the checkpoints of {run} are in {folder_of(run)}")
+    if is_run(run) and checkpoints_folder(run) != there:
+        raise ValueError(
+            f"checkpoint.directory: {directory}, but the checkpoints of {run} are in {checkpoints_folder(run)}"
+        )
     if not is_run(run):
         Path(run).mkdir(parents=True, exist_ok=True)
         mine = Path(run) / f"{FOLDER}.{jax.process_index()}.tmp"  # several processes may write at once
@@ -64,12 +66,12 @@ class Checkpoints:
     def __init__(self, run: str | Path, *, keep: int | None = None, directory: str | None = None) -> None:
         """Of a run whose checkpoints lie in `directory`; None = in the run's own."""
         if directory is not None:
-            point_to(run, directory)
+            set_checkpoints_folder(run, directory)
         self._keep, self.best = keep, 0  # `best`: a step that is kept although there are `keep` newer ones
         options = ocp.CheckpointManagerOptions(
             preservation_policy=None if keep is None else self, create=True, cleanup_tmp_directories=True
         )
-        self._folder = folder_of(run)
+        self._folder = checkpoints_folder(run)
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def should_preserve(self, checkpoints: Sequence[Any], **_: Any) -> list[bool]:
@@ -77,7 +79,7 @@ class Checkpoints:
         newest = len(checkpoints) - (self._keep or len(checkpoints))
         return [i >= newest or checkpoint.step == self.best for i, checkpoint in enumerate(checkpoints)]
 
-    def drop_after(self, step: int) -> None:
+    def delete_after(self, step: int) -> None:
         """Remove the checkpoints of later steps."""
         for later in self._manager.all_steps():
             if later > step:
@@ -107,9 +109,9 @@ class Checkpoints:
         )
         return restored["params"], restored["train"]
 
-    def keep_base(self, frozen: Any) -> Any:
+    def restore_or_save_base(self, frozen: Any) -> Any:
         """What is never trained: as it was first kept; kept now if it was not yet."""
-        kept = _is_whole(self._folder / BASE)
+        kept = _is_finalized(self._folder / BASE)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("all have looked before one writes")
         if kept:
@@ -127,21 +129,21 @@ class Checkpoints:
         self._manager.close()
 
 
-def _is_whole(folder: epath.Path) -> bool:
+def _is_finalized(folder: epath.Path) -> bool:
     """Whether a checkpoint is there and was not cut short; in a bucket that is not one and the same."""
     return folder.is_dir() and ocp.utils.is_checkpoint_finalized(folder)
 
 
-def find(checkpoint: str | Path) -> tuple[Path, int]:
+def find_step(checkpoint: str | Path) -> tuple[Path, int]:
     """The run directory and step of "runs/NAME" (its newest step) or "runs/NAME@STEP".
 
     Raises:
       FileNotFoundError: no such run, no checkpoint in it, or not that step.
     """
     run, _, wanted = str(checkpoint).partition("@")
-    folder = folder_of(run)
+    folder = checkpoints_folder(run)
     entries = folder.iterdir() if folder.is_dir() else []
-    steps = sorted(int(entry.name) for entry in entries if entry.name.isdigit() and _is_whole(entry))
+    steps = sorted(int(entry.name) for entry in entries if entry.name.isdigit() and _is_finalized(entry))
     if not steps:
         raise FileNotFoundError(f"{run}: not a checkpoint; expected a run directory with {FOLDER}/STEP in it")
     if not wanted:
@@ -151,19 +153,19 @@ def find(checkpoint: str | Path) -> tuple[Path, int]:
     return Path(run), int(wanted)
 
 
-def exact_name(checkpoint: str) -> str:
+def resolve_step(checkpoint: str) -> str:
     """RUN@STEP of a run, of which the newest step is meant when none is named; else the name itself."""
-    return "{}@{}".format(*find(checkpoint)) if is_run(checkpoint) else checkpoint
+    return "{}@{}".format(*find_step(checkpoint)) if is_run(checkpoint) else checkpoint
 
 
-def about(checkpoint: str | Path) -> dict[str, Any]:
+def read_about(checkpoint: str | Path) -> dict[str, Any]:
     """What a checkpoint says of itself: {"model": ..., "run": ...}, and "lora" if it holds adapters."""
-    return _restore(*find(checkpoint), about=ocp.args.JsonRestore())["about"]
+    return _restore(*find_step(checkpoint), about=ocp.args.JsonRestore())["about"]
 
 
 def _restore(run: Path, step: int, **items: Any) -> Any:
     try:
-        with ocp.CheckpointManager(folder_of(run)) as manager:
+        with ocp.CheckpointManager(checkpoints_folder(run)) as manager:
             return manager.restore(step, args=ocp.args.Composite(**items))
     except (KeyError, ValueError, FileNotFoundError) as error:
         why = textwrap.shorten(str(error), 200, placeholder=" ...")
@@ -175,8 +177,8 @@ def _restore_base(folder: epath.Path, frozen: Any) -> Any:
         return checkpointer.restore(folder / BASE, jax.tree.map(ocp.utils.to_shape_dtype_struct, frozen))
 
 
-def _stored_dtype(run: Path, step: int, *, base: bool) -> Any:
-    directory = folder_of(run) / BASE if base else folder_of(run) / str(step) / "params"
+def _checkpoint_dtype(run: Path, step: int, *, base: bool) -> Any:
+    directory = checkpoints_folder(run) / BASE if base else checkpoints_folder(run) / str(step) / "params"
     return ocp.StandardCheckpointHandler().metadata(directory)["embed_VD"].dtype
 
 
@@ -186,17 +188,17 @@ def load_adapters(checkpoint: str | Path) -> tuple[dict[str, Any], Lora, Qwen3Co
     Raises:
       ValueError: a checkpoint without adapters.
     """
-    check(checkpoint)
-    said = about(checkpoint) if is_run(checkpoint) else {}
+    check_loadable(checkpoint)
+    said = read_about(checkpoint) if is_run(checkpoint) else {}
     if "lora" not in said:
         raise ValueError(f"{checkpoint}: has no adapters; expected a run that was trained with lora.rank above 0")
     lora, config = Lora(**said["lora"]), Qwen3Config.from_hf(said["model"], source=str(checkpoint))
-    trained, _ = separate(abstract_params(abstract_model(config, lora=lora), None))
-    run, step = find(checkpoint)
+    trained, _ = split_trainable(abstract_params(abstract_model(config, lora=lora), None))
+    run, step = find_step(checkpoint)
     return _restore(run, step, params=ocp.args.StandardRestore(trained))["params"], lora, config
 
 
-def check(path: str | Path) -> None:
+def check_loadable(path: str | Path) -> None:
     """Refuse what is neither a run with checkpoints, nor a Hugging Face directory, nor possibly a name on the Hub.
 
     Raises:
@@ -205,7 +207,7 @@ def check(path: str | Path) -> None:
     """
     run = Path(str(path).partition("@")[0])
     if is_run(path):
-        find(path)
+        find_step(path)
         return
     expected = f"a run directory with {FOLDER}/STEP in it, or a Hugging Face model directory with a config.json"
     if run.is_dir() and (run != Path(path) or not (run / "config.json").is_file()):
@@ -232,17 +234,17 @@ def load_model(
       FileNotFoundError: neither a run with checkpoints nor a model directory.
       ValueError: see `models.hf_weights.load_pretrained`.
     """
-    check(path)
+    check_loadable(path)
     if not is_run(path):
         return load_pretrained(path, mesh=mesh, dtype=dtype, param_dtype=param_dtype, **options)
-    run, step = find(path)
-    layout, said = as_layout(mesh), about(path)
+    run, step = find_step(path)
+    layout, said = as_layout(mesh), read_about(path)
     lora = Lora(**said["lora"]) if "lora" in said else None
     config = Qwen3Config.from_hf(said["model"], source=str(path))
-    dtype = _stored_dtype(run, step, base=lora is not None) if dtype == "auto" else dtype
+    dtype = _checkpoint_dtype(run, step, base=lora is not None) if dtype == "auto" else dtype
     options |= {"dtype": dtype, "param_dtype": param_dtype or dtype, "layout": layout}
-    trained, frozen = separate(abstract_params(abstract_model(config, lora=lora, **options), layout))
+    trained, frozen = split_trainable(abstract_params(abstract_model(config, lora=lora, **options), layout))
     params = _restore(run, step, params=ocp.args.StandardRestore(trained))["params"]
     if lora is not None:
-        params = merge(join(params, _restore_base(folder_of(run), frozen)), lora)
+        params = merge_adapters(merge_trainable(params, _restore_base(checkpoints_folder(run), frozen)), lora)
     return nnx.merge(split(abstract_model(config, **options))[0], params)

@@ -12,7 +12,7 @@ from typing import Any
 POLICY, REWARD_MODEL = "Qwen3ForCausalLM", "Qwen3ForSequenceClassification"
 FULL, SLIDING = "full_attention", "sliding_attention"
 DTYPES = ("float32", "bfloat16", "float16")  # in which weights may be stored
-ACTIVATIONS = (  # Hugging Face's names; what they compute: models.qwen3.ACTIVATIONS
+ACTIVATION_NAMES = (  # Hugging Face's names; what they compute: models.qwen3.ACTIVATIONS
     *("silu", "swish", "gelu", "gelu_python", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh"),
     *("quick_gelu", "relu", "relu2", "relu6", "leaky_relu", "mish", "hardswish", "sigmoid", "tanh", "linear"),
 )
@@ -115,8 +115,8 @@ class Qwen3Config:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim: expected an even number (rotary pairs), got {self.head_dim}")
-        if self.hidden_act not in ACTIVATIONS:
-            raise ValueError(f"hidden_act: expected one of {', '.join(ACTIVATIONS)}, got {self.hidden_act!r}")
+        if self.hidden_act not in ACTIVATION_NAMES:
+            raise ValueError(f"hidden_act: expected one of {', '.join(ACTIVATION_NAMES)}, got {self.hidden_act!r}")
         if self.architecture not in (POLICY, REWARD_MODEL):
             raise ValueError(f"architecture: expected {POLICY} or {REWARD_MODEL}, got {self.architecture}")
         types = self.layer_types
@@ -176,8 +176,8 @@ class Qwen3Config:
             refuse("partial_rotary_factor", partial, "1 (all of head_dim is rotated)")
         if not _is_size(layers := hf.get("num_hidden_layers", 1)):  # what follows counts layers
             refuse("num_hidden_layers", layers, "a whole number of at least 1")
-        theta, scaling = _rope(hf, refuse)
-        window, types = _windows(hf, refuse)
+        theta, scaling = _pop_rope(hf, refuse)
+        window, types = _pop_windows(hf, refuse)
         fields = {name: hf.pop(name) for name in cls.__dataclass_fields__ if name in hf}
         if isinstance(fields.get("eos_token_id"), list):  # hashable: a config is part of what is compiled
             fields["eos_token_id"] = tuple(fields["eos_token_id"])
@@ -250,7 +250,7 @@ def read_json(file: Path) -> dict[str, Any]:
     return value
 
 
-def _rope(hf: dict[str, Any], refuse: Any) -> tuple[float, RopeScaling | None]:
+def _pop_rope(hf: dict[str, Any], refuse: Any) -> tuple[float, RopeScaling | None]:
     """The rotary base and its scaling, taken out of `hf`: `rope_theta` with `rope_scaling`, or `rope_parameters`."""
     theta = flat = hf.pop("rope_theta", None)
     found: list[RopeScaling | None] = []
@@ -305,7 +305,7 @@ def _rope(hf: dict[str, Any], refuse: Any) -> tuple[float, RopeScaling | None]:
     return float(theta), found[0] if found else None
 
 
-def _windows(hf: dict[str, Any], refuse: Any) -> tuple[int | None, tuple[str, ...] | None]:
+def _pop_windows(hf: dict[str, Any], refuse: Any) -> tuple[int | None, tuple[str, ...] | None]:
     """`sliding_window` and `layer_types`, taken out of `hf`; None and None where every layer sees everything.
 
     As in transformers: the window counts only with `use_sliding_window`; the layers from `max_window_layers` on have

@@ -61,10 +61,10 @@ class Generator:
         rows = np.arange(first_row, first_row + len(prompt_PS), dtype=np.int32) if streams_PG is None else streams_PG
         put = self.layout.put
         arrays = (put(prompt_PS, ("prompt", None)), put(lengths_P, ("prompt",)))
-        numbers, weights = put(rows, ("prompt", "group")[: rows.ndim]), self.prepared(params)
+        numbers, weights = put(rows, ("prompt", "group")[: rows.ndim]), self.sampling_weights(params)
         return self._sample(weights, *arrays, numbers, key, self.sampling, num_generations=num_generations)
 
-    def prepared(self, params: Any) -> Any:
+    def sampling_weights(self, params: Any) -> Any:
         """What is sampled from; of what is prepared already, itself."""
         if not self._sampling_copy:
             return params
@@ -85,7 +85,7 @@ class Generator:
 
         `streams_PG`: see `rollout`.
         """
-        parts, params = [], self.prepared(params)
+        parts, params = [], self.sampling_weights(params)
         for start in range(0, len(prompts), batch_prompts):
             batch = list(prompts[start : start + batch_prompts])
             missing = batch_prompts - len(batch)
@@ -111,11 +111,11 @@ class SamplingCopy:
         """Of parameters like these, which may be shapes with shardings."""
         model = nnx.merge(graphdef, params)
         shardings = parameter_shardings(model, layout.for_sampling())
-        self.wanted = jax.tree.map(
+        self.targets = jax.tree.map(
             lambda p, s: jax.ShapeDtypeStruct(p.shape, model.dtype, sharding=s), params, shardings
         )
-        self.copied = self._differing(params)
-        targets = self.part(self.wanted)
+        self.is_copied = self._differing(params)
+        targets = self.copied_leaves(self.targets)
         self.program = jax.jit(
             lambda leaves: [leaf.astype(like.dtype) for leaf, like in zip(leaves, targets, strict=True)],
             out_shardings=[like.sharding for like in targets],
@@ -123,20 +123,20 @@ class SamplingCopy:
 
     def _differing(self, params: Any) -> list[bool]:
         differs = lambda p, w: p.dtype != w.dtype or not p.sharding.is_equivalent_to(w.sharding, p.ndim)  # noqa: E731
-        return jax.tree.leaves(jax.tree.map(differs, params, self.wanted))
+        return jax.tree.leaves(jax.tree.map(differs, params, self.targets))
 
-    def part(self, tree: Any) -> list[Any]:
+    def copied_leaves(self, tree: Any) -> list[Any]:
         """The leaves that are copied."""
-        return [leaf for leaf, copied in zip(jax.tree.leaves(tree), self.copied, strict=True) if copied]
+        return [leaf for leaf, copied in zip(jax.tree.leaves(tree), self.is_copied, strict=True) if copied]
 
     def __call__(self, params: Any) -> Any:
         """The copy; of a copy, itself."""
         if not any(self._differing(params)):
             return params
         leaves, structure = jax.tree.flatten(params)
-        new = iter(self.program(self.part(params)))
+        new = iter(self.program(self.copied_leaves(params)))
         return jax.tree.unflatten(
-            structure, [next(new) if copied else leaf for leaf, copied in zip(leaves, self.copied, strict=True)]
+            structure, [next(new) if copied else leaf for leaf, copied in zip(leaves, self.is_copied, strict=True)]
         )
 
 

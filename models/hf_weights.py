@@ -23,8 +23,8 @@ from safetensors.numpy import save_file
 from models.config import DTYPES, Qwen3Config, read_config, stored_dtype
 from models.qwen3 import Backbone, Qwen3
 from models.reward_model import Qwen3RewardModel
-from models.sharding import RULES, Layout, parameter_shardings, placed
-from models.weight_files import INDEX_FILE, SINGLE_FILE, Stored, aligned, find_directory, open_weights
+from models.sharding import RULES, Layout, parameter_shardings, with_sharding
+from models.weight_files import INDEX_FILE, SINGLE_FILE, StoredTensor, aligned_empty, find_directory, open_weights
 
 BLOCK_BYTES = 64 * 2**20  # of a file that are read at a time
 
@@ -50,7 +50,7 @@ TENSORS: dict[str, tuple[str, str]] = {
     "layers.up_LDF": ("model.layers.{}.mlp.up_proj.weight", "F,D"),
     "layers.down_LFD": ("model.layers.{}.mlp.down_proj.weight", "D,F"),
 }
-SIZES = {
+AXIS_FIELDS = {
     **{"V": "vocab_size", "D": "hidden_size", "F": "intermediate_size", "L": "num_hidden_layers"},
     **{"H": "num_attention_heads", "K": "num_key_value_heads", "E": "head_dim"},
 }  # the config field that says how long an axis is
@@ -77,7 +77,7 @@ def abstract_params(model: Backbone, layout: Layout | None) -> Parameters:
       ValueError: a parameter axis that the mesh does not divide.
     """
     _, shapes = split(model)
-    return shapes if layout is None else jax.tree.map(placed, shapes, parameter_shardings(model, layout))
+    return shapes if layout is None else jax.tree.map(with_sharding, shapes, parameter_shardings(model, layout))
 
 
 def flatten(params: Mapping[str, Any]) -> dict[str, Any]:
@@ -123,7 +123,7 @@ def load_pretrained(
     directory = find_directory(path_or_hub_id)
     config = read_config(directory)
     if dtype == "auto":
-        dtype = stored_dtype(directory) or _first_dtype(directory)
+        dtype = stored_dtype(directory) or _first_stored_dtype(directory)
     dtype = jnp.dtype(dtype)
     layout = as_layout(mesh)
     model = abstract_model(config, dtype=dtype, param_dtype=jnp.dtype(param_dtype or dtype), layout=layout, remat=remat)
@@ -132,17 +132,17 @@ def load_pretrained(
     here = SingleDeviceSharding(jnp.zeros(()).devices().pop())
 
     with open_weights(directory) as opened:
-        _check(directory, opened, config, list(flatten(shapes)))
+        _check_tensors(directory, opened, config, list(flatten(shapes)))
         if config.tie_word_embeddings and not config.is_reward_model and "lm_head.weight" in opened:
             _check_tied(directory, opened)
-        with _progress(directory, flatten(shapes), shardings) as advance:
+        with _progress_bar(directory, flatten(shapes), shardings) as advance:
 
             def read(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
                 name = ".".join(str(key.key) for key in path)
                 shards: dict[Any, np.ndarray] = {}  # devices with the same part share it
 
                 def shard(index: tuple[slice, ...] | None) -> np.ndarray:
-                    ranges = _ranges(index, leaf.shape)
+                    ranges = _index_ranges(index, leaf.shape)
                     if ranges not in shards:
                         shards[ranges] = _read_shard(opened, name, ranges, config, leaf.dtype, advance)
                     return shards[ranges]
@@ -188,7 +188,7 @@ def save_pretrained(
         files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     for file, shard in zip(files, shards, strict=True):
         tensors = {
-            theirs: _fold(name, params[name] if layer is None else params[name][layer], config, target)
+            theirs: _to_hf_tensor(name, params[name] if layer is None else params[name][layer], config, target)
             for theirs, (name, layer) in shard.items()
         }
         save_file(tensors, directory / file, metadata={"format": "pt"})
@@ -207,27 +207,27 @@ def _hf_names(name: str, config: Qwen3Config) -> dict[int | None, str]:
     return {layer: template.format(layer) for layer in range(config.num_hidden_layers)}
 
 
-def _axes(name: str) -> str:
+def _axis_letters(name: str) -> str:
     """The letters of a parameter's axes, without the layers: DHE of layers.query_LDHE."""
     return name.rpartition("_")[2].removeprefix("L")
 
 
-def _hf_groups(name: str) -> list[str]:
+def _hf_axis_groups(name: str) -> list[str]:
     return TENSORS[name][1].split(",")
 
 
-def _size(letter: str, config: Qwen3Config) -> int:
-    return getattr(config, SIZES[letter]) if letter in SIZES else 1
+def _axis_size(letter: str, config: Qwen3Config) -> int:
+    return getattr(config, AXIS_FIELDS[letter]) if letter in AXIS_FIELDS else 1
 
 
 def _hf_shape(name: str, config: Qwen3Config) -> tuple[int, ...]:
-    return tuple(math.prod(_size(letter, config) for letter in group) for group in _hf_groups(name))
+    return tuple(math.prod(_axis_size(letter, config) for letter in group) for group in _hf_axis_groups(name))
 
 
-def _fold(name: str, array: jax.Array, config: Qwen3Config, dtype: Any) -> np.ndarray:
+def _to_hf_tensor(name: str, array: jax.Array, config: Qwen3Config, dtype: Any) -> np.ndarray:
     """One layer of ours as the tensor of theirs."""
-    letters = "".join(_hf_groups(name)).replace("1", "")
-    part = np.asarray(array).transpose([_axes(name).index(letter) for letter in letters])
+    letters = "".join(_hf_axis_groups(name)).replace("1", "")
+    part = np.asarray(array).transpose([_axis_letters(name).index(letter) for letter in letters])
     _refuse_overflow(part, dtype, name)
     return np.ascontiguousarray(part.reshape(_hf_shape(name, config)).astype(dtype))
 
@@ -237,13 +237,13 @@ def _refuse_overflow(array: np.ndarray, dtype: Any, name: str) -> None:
         raise ValueError(f"{name} has values beyond 65504, the largest in float16; expected dtype bfloat16 or float32")
 
 
-def _ranges(index: tuple[slice, ...] | None, shape: tuple[int, ...]) -> tuple[range, ...]:
+def _index_ranges(index: tuple[slice, ...] | None, shape: tuple[int, ...]) -> tuple[range, ...]:
     index = index or (slice(None),) * len(shape)
     return tuple(range(*part.indices(size)) for part, size in zip(index, shape, strict=True))
 
 
 def _read_shard(
-    opened: Mapping[str, Stored],
+    opened: Mapping[str, StoredTensor],
     name: str,
     ranges: tuple[range, ...],
     config: Qwen3Config,
@@ -251,21 +251,23 @@ def _read_shard(
     advance: Callable[[int], None],
 ) -> np.ndarray:
     """The part of a parameter at `ranges`, in memory that a CPU device takes over without a copy."""
-    out = aligned(tuple(len(part) for part in ranges), dtype)
+    out = aligned_empty(tuple(len(part) for part in ranges), dtype)
     stacked = "{}" in TENSORS[name][0]
-    at = dict(zip(_axes(name), ranges[1:] if stacked else ranges, strict=True))
+    at = dict(zip(_axis_letters(name), ranges[1:] if stacked else ranges, strict=True))
     for row, layer in enumerate(ranges[0] if stacked else [None]):
         stored = opened[_hf_names(name, config)[layer]]
-        for done in _unfold(stored, name, at, out[row] if stacked else out, config):
+        for done in _copy_blocks(stored, name, at, out[row] if stacked else out, config):
             advance(done * out.itemsize)
     return out
 
 
-def _unfold(stored: Stored, name: str, at: Mapping[str, range], out: np.ndarray, config: Qwen3Config) -> Iterator[int]:
+def _copy_blocks(
+    stored: StoredTensor, name: str, at: Mapping[str, range], out: np.ndarray, config: Qwen3Config
+) -> Iterator[int]:
     """Copy the part `at` of a tensor of theirs to our axes, block by block of its rows; yields elements copied."""
-    groups, axes = _hf_groups(name), _axes(name)
+    groups, axes = _hf_axis_groups(name), _axis_letters(name)
     whole = {letter: at.get(letter, range(1)) for group in groups for letter in group}
-    inner = [math.prod(_size(letter, config) for letter in group[1:]) for group in groups]
+    inner = [math.prod(_axis_size(letter, config) for letter in group[1:]) for group in groups]
     rows, first = whole[groups[0][0]], groups[0][0]
     # of theirs, an axis' first letter is cut in the file, the others (head_dim) after reading
     columns = [slice(whole[g[0]].start * n, whole[g[0]].stop * n) for g, n in zip(groups, inner, strict=True)][1:]
@@ -276,7 +278,7 @@ def _unfold(stored: Stored, name: str, at: Mapping[str, range], out: np.ndarray,
         block = range(start, min(start + step, rows.stop))
         array = stored.read(slice(block.start * inner[0], block.stop * inner[0]), *columns)
         read = {g[0]: whole[g[0]] for g in groups} | {first: block}
-        array = array.reshape([len(read[x]) if x in read else _size(x, config) for x in letters])
+        array = array.reshape([len(read[x]) if x in read else _axis_size(x, config) for x in letters])
         array = array[tuple(slice(None) if x in read else slice(at[x].start, at[x].stop) for x in letters)]
         array = array.reshape([n for x, n in zip(letters, array.shape, strict=True) if x != "1"])
         named = [x for x in letters if x != "1"]
@@ -286,12 +288,12 @@ def _unfold(stored: Stored, name: str, at: Mapping[str, range], out: np.ndarray,
         yield array.size
 
 
-def _first_dtype(directory: Path) -> Any:
+def _first_stored_dtype(directory: Path) -> Any:
     with open_weights(directory) as opened:
         return next(iter(opened.values())).dtype
 
 
-def _check(directory: Path, opened: Mapping[str, Stored], config: Qwen3Config, names: list[str]) -> None:
+def _check_tensors(directory: Path, opened: Mapping[str, StoredTensor], config: Qwen3Config, names: list[str]) -> None:
     """Refuse tensors that are not those of the config."""
     wanted = {theirs: name for name in names for theirs in _hf_names(name, config).values()}
     # a tied head may be written out; a reward model has no use for one
@@ -300,18 +302,19 @@ def _check(directory: Path, opened: Mapping[str, Stored], config: Qwen3Config, n
     if missing:
         raise ValueError(
             f"{directory}: {len(missing)} tensors are missing from the weights, e.g. {missing[0]}; "
-            + _advice(missing[0], "weights that have it")
+            + _hint(missing[0], "weights that have it")
         )
     if extra:
         raise ValueError(
             f"{directory}: {len(extra)} tensors are not known to this config in the weights, e.g. {extra[0]}; "
-            + _advice(extra[0], "weights without it")
+            + _hint(extra[0], "weights without it")
         )
     for theirs, name in wanted.items():
         stored, expected = opened[theirs], _hf_shape(name, config)
         if stored.shape != expected:
             fields = " x ".join(
-                " * ".join(SIZES[letter] for letter in group) if group != "1" else "1" for group in _hf_groups(name)
+                " * ".join(AXIS_FIELDS[letter] for letter in group) if group != "1" else "1"
+                for group in _hf_axis_groups(name)
             )
             raise ValueError(
                 f"{stored.file}: {theirs} has shape {stored.shape}; config.json asks for {expected} ({fields}); "
@@ -319,7 +322,7 @@ def _check(directory: Path, opened: Mapping[str, Stored], config: Qwen3Config, n
             )
 
 
-def _advice(tensor: str, weights: str) -> str:
+def _hint(tensor: str, weights: str) -> str:
     """What in config.json decides whether there is such a tensor."""
     for pattern, field in {
         r"lm_head\.": "tie_word_embeddings (and architectures)",
@@ -332,7 +335,7 @@ def _advice(tensor: str, weights: str) -> str:
     return f"expected {weights}"
 
 
-def _check_tied(directory: Path, opened: Mapping[str, Stored]) -> None:
+def _check_tied(directory: Path, opened: Mapping[str, StoredTensor]) -> None:
     """Refuse a written-out head that is not the embedding which config.json says it is."""
     embed, head = opened["model.embed_tokens.weight"], opened["lm_head.weight"]
     equal = (embed.shape, embed.dtype) == (head.shape, head.dtype)
@@ -348,7 +351,7 @@ def _check_tied(directory: Path, opened: Mapping[str, Stored]) -> None:
 
 
 @contextmanager
-def _progress(
+def _progress_bar(
     directory: Path, shapes: Mapping[str, Any], shardings: Mapping[str, Any]
 ) -> Iterator[Callable[[int], None]]:
     """A bar over the bytes that this process reads into its shards; on a terminal only, and gone when done."""
@@ -357,10 +360,10 @@ def _progress(
 
     total = 0
     for name, leaf in shapes.items():
-        parts = {_ranges(None, leaf.shape)}
+        parts = {_index_ranges(None, leaf.shape)}
         if name in shardings:
             indices = shardings[name].addressable_devices_indices_map(leaf.shape).values()
-            parts = {_ranges(index, leaf.shape) for index in indices}
+            parts = {_index_ranges(index, leaf.shape) for index in indices}
         total += sum(math.prod(map(len, part)) for part in parts) * leaf.dtype.itemsize
     console = Console(stderr=True)
     columns = (TextColumn("loading {task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())

@@ -26,7 +26,7 @@ PROJECTIONS: dict[str, tuple[str, int]] = {
     "up_proj": ("up_LDF", 1),
     "down_proj": ("down_LFD", 1),
 }
-HEAD = "score_D"  # of a reward model: it is new, so it is trained beside the adapters
+REWARD_HEAD = "score_D"  # of a reward model: it is new, so it is trained beside the adapters
 
 Parameters = dict[str, Any]
 
@@ -56,7 +56,7 @@ class Lora:
         return self.alpha / self.rank
 
 
-class Pair(NamedTuple):
+class AdapterNames(NamedTuple):
     """The names of a projection's two adapters: query_lora_a_LDA, query_lora_b_LAHE."""
 
     a: str
@@ -64,19 +64,19 @@ class Pair(NamedTuple):
 
 
 @cache
-def pairs(lora: Lora | None) -> dict[str, Pair]:
+def adapter_names(lora: Lora | None) -> dict[str, AdapterNames]:
     """The adapters of each of our projections that has some."""
     found = {}
     for name, inputs in (PROJECTIONS[target] for target in lora.targets) if lora is not None and lora.rank else ():
         base, _, letters = name.rpartition("_")
         into, out = letters[1 : 1 + inputs], letters[1 + inputs :]
-        found[name] = Pair(f"{base}_lora_a_L{into}A", f"{base}_lora_b_LA{out}")
+        found[name] = AdapterNames(f"{base}_lora_a_L{into}A", f"{base}_lora_b_LA{out}")
     return found
 
 
 def add_adapters(layers: nnx.Module, lora: Lora | None, rngs: nnx.Rngs) -> None:
     """Give the stacked layers their adapters, sharded as the projections are; the numbers come from `rngs.lora`."""
-    for name, pair in pairs(lora).items():
+    for name, pair in adapter_names(lora).items():
         assert lora is not None
         weight = getattr(layers, name)
         (L, *shape), (_, *axes) = weight[...].shape, weight.get_metadata()["axes"]
@@ -92,7 +92,7 @@ def is_adapter(name: str) -> bool:
     return "_lora_a_" in name or "_lora_b_" in name
 
 
-def separate(params: Parameters) -> tuple[Parameters, Parameters]:
+def split_trainable(params: Parameters) -> tuple[Parameters, Parameters]:
     """(trained, frozen) of nested parameters: adapters and a reward model's head, and the rest.
 
     Without adapters everything is trained.
@@ -103,21 +103,21 @@ def separate(params: Parameters) -> tuple[Parameters, Parameters]:
     trained = {"layers": {name: layers[name] for name in layers if is_adapter(name)}}
     frozen: Parameters = {"layers": {name: layers[name] for name in layers if not is_adapter(name)}}
     for name in params.keys() - {"layers"}:
-        (trained if name == HEAD else frozen)[name] = params[name]
+        (trained if name == REWARD_HEAD else frozen)[name] = params[name]
     return trained, frozen
 
 
-def join(trained: Mapping[str, Any], frozen: Mapping[str, Any]) -> Parameters:
-    """What `separate` took apart."""
+def merge_trainable(trained: Mapping[str, Any], frozen: Mapping[str, Any]) -> Parameters:
+    """What `split_trainable` took apart."""
     if not frozen:
         return dict(trained)
     return {**frozen, **trained, "layers": {**frozen["layers"], **trained["layers"]}}
 
 
-def merge(params: Parameters, lora: Lora) -> Parameters:
+def merge_adapters(params: Parameters, lora: Lora) -> Parameters:
     """The parameters of a network without adapters that computes the same; every product is in float32."""
     layers = {name: value for name, value in params["layers"].items() if not is_adapter(name)}
-    for name, pair in pairs(lora).items():
+    for name, pair in adapter_names(lora).items():
         layers[name] = _merge(layers[name], params["layers"][pair.a], params["layers"][pair.b], lora.scale)
     return params | {"layers": layers}
 

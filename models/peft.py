@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 from models.config import Qwen3Config
 from models.hf_weights import TENSORS
-from models.lora import HEAD, Lora, pairs
+from models.lora import REWARD_HEAD, Lora, adapter_names
 
 PREFIX = "base_model.model."
 
@@ -29,7 +29,7 @@ def save_adapters(
     base: str | None,
     dtype: str = "float32",
 ) -> None:
-    """Write what `models.lora.separate` calls trained: the adapters and, of a reward model, its head.
+    """Write what `models.lora.split_trainable` calls trained: the adapters and, of a reward model, its head.
 
     Args:
       base: where PEFT finds the base when nobody says; None = it must be told.
@@ -38,7 +38,7 @@ def save_adapters(
     directory.mkdir(parents=True, exist_ok=True)
     target = jnp.dtype(dtype)
     tensors = {}
-    for name, pair in pairs(lora).items():
+    for name, pair in adapter_names(lora).items():
         module = TENSORS[f"layers.{name}"][0].removesuffix(".weight")
         a_L, b_L = (np.asarray(params["layers"][part]) for part in pair)
         for layer in range(config.num_hidden_layers):
@@ -46,8 +46,8 @@ def save_adapters(
             for part, matrix in (("lora_A", a), ("lora_B", b)):
                 key = f"{PREFIX}{module.format(layer)}.{part}.weight"
                 tensors[key] = np.ascontiguousarray(matrix.astype(target))
-    if HEAD in params:
-        tensors[f"{PREFIX}{TENSORS[HEAD][0]}"] = np.asarray(params[HEAD])[None].astype(target)
+    if REWARD_HEAD in params:
+        tensors[f"{PREFIX}{TENSORS[REWARD_HEAD][0]}"] = np.asarray(params[REWARD_HEAD])[None].astype(target)
     about = {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if config.is_reward_model else "CAUSAL_LM",
@@ -55,7 +55,7 @@ def save_adapters(
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "target_modules": list(lora.targets),
-        "modules_to_save": ["score"] if HEAD in params else None,
+        "modules_to_save": ["score"] if REWARD_HEAD in params else None,
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,

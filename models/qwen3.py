@@ -24,8 +24,8 @@ from flax import nnx
 from gopo_jax import token_logprobs
 from models.attention import KeyValues, Past, PrefixKeyValues, group_attention
 from models.config import Qwen3Config
-from models.lora import Lora, add_adapters, pairs
-from models.sharding import Layout, constrain, ways
+from models.lora import Lora, adapter_names, add_adapters
+from models.sharding import Layout, constrain, total_shards
 
 # What the backward pass keeps of a layer's forward pass instead of computing it again.
 REMAT: dict[str, Callable[..., Any] | None] = {
@@ -103,7 +103,7 @@ class Layers(nnx.Module):
 
         def project(x: jax.Array, name: str, inputs: int = 1) -> jax.Array:
             y = linear(x, getattr(self, name)[...].astype(dtype), inputs)
-            if (adapters := pairs(self.lora).get(name)) is None:
+            if (adapters := adapter_names(self.lora).get(name)) is None:
                 return y
             assert self.lora is not None
             a, b = (getattr(self, part)[...].astype(dtype) for part in adapters)
@@ -163,9 +163,9 @@ class Backbone(nnx.Module):
 
     def prefill(self, prompt_PS: jax.Array, lengths_P: jax.Array) -> tuple[jax.Array, Prefix]:
         """Hidden states of right-padded prompts, and what their completions need of them."""
-        hidden_P1SD, own = self._decode(prompt_PS[:, None], jnp.zeros_like(lengths_P)[:, None, None])
+        hidden_P1SD, own = self._forward(prompt_PS[:, None], jnp.zeros_like(lengths_P)[:, None, None])
         hidden_PSD = hidden_P1SD[:, 0]
-        return hidden_PSD, Prefix(as_prefix(own), lengths_P, last_state(hidden_PSD, lengths_P))
+        return hidden_PSD, Prefix(prefix_key_values(own), lengths_P, last_hidden(hidden_PSD, lengths_P))
 
     def extend(
         self,
@@ -181,9 +181,9 @@ class Backbone(nnx.Module):
         (see `group_attention`).
         """
         start_P11 = prefix.lengths_P[:, None, None] + (past.length if past is not None else 0)
-        return self._decode(tokens_PGT, start_P11, prefix=prefix, past=past, offset_PGT=offset_PGT)
+        return self._forward(tokens_PGT, start_P11, prefix=prefix, past=past, offset_PGT=offset_PGT)
 
-    def both(
+    def prefill_and_extend(
         self, prompt_PS: jax.Array, lengths_P: jax.Array, tokens_PGT: jax.Array, offset_PGT: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
         """Hidden states of prompts [P, S, D] and of their completions [P, G, T, D]: `prefill` and `extend` at once.
@@ -196,11 +196,11 @@ class Backbone(nnx.Module):
 
         def step(layer: Callable[..., Any], x: tuple[jax.Array, jax.Array], _: None) -> tuple[Any, None]:
             prompt, own = layer(x[0], prompt_rotary)
-            completion, _ = layer(x[1], rotary, prefix=as_prefix(own), **options)
+            completion, _ = layer(x[1], rotary, prefix=prefix_key_values(own), **options)
             return (prompt, completion), None
 
-        (prompt, completion), _ = self._through_layers(step, (prompt, completion), None)
-        return self._normed(prompt)[:, 0], self._normed(completion)
+        (prompt, completion), _ = self._scan_layers(step, (prompt, completion), None)
+        return self._final_norm(prompt)[:, 0], self._final_norm(completion)
 
     def predict(
         self, prompt_PS: jax.Array, lengths_P: jax.Array, tokens_PGT: jax.Array, offset_PGT: jax.Array | None = None
@@ -211,8 +211,8 @@ class Backbone(nnx.Module):
             last_PD = self.prefill(prompt_PS, lengths_P)[1].last_PD
             return jnp.broadcast_to(last_PD[:, None, None], (P, G, 1, last_PD.shape[-1]))
         inputs_PGT = None if offset_PGT is None else offset_PGT[..., :-1]
-        hidden_PSD, hidden_PGTD = self.both(prompt_PS, lengths_P, tokens_PGT[..., :-1], inputs_PGT)
-        last_P11D = last_state(hidden_PSD, lengths_P)[:, None, None]
+        hidden_PSD, hidden_PGTD = self.prefill_and_extend(prompt_PS, lengths_P, tokens_PGT[..., :-1], inputs_PGT)
+        last_P11D = last_hidden(hidden_PSD, lengths_P)[:, None, None]
         first_PG1D = jnp.broadcast_to(last_P11D, (P, G, 1, last_P11D.shape[-1]))
         hidden_PGTD = jnp.concatenate([first_PG1D, hidden_PGTD], axis=2)
         return hidden_PGTD if offset_PGT is None else jnp.where(offset_PGT[..., None] == 0, first_PG1D, hidden_PGTD)
@@ -221,9 +221,9 @@ class Backbone(nnx.Module):
         """Hidden states of right-padded sequences, [B, S, D]; `offset_BS` is for rows of several sequences."""
         offset_B1S = None if offset_BS is None else offset_BS[:, None]
         start_B11 = jnp.zeros((len(tokens_BS), 1, 1), jnp.int32)
-        return self._decode(tokens_BS[:, None], start_B11, offset_PGT=offset_B1S)[0][:, 0]
+        return self._forward(tokens_BS[:, None], start_B11, offset_PGT=offset_B1S)[0][:, 0]
 
-    def whole(self, table_VD: nnx.Param) -> jax.Array:
+    def gathered_table(self, table_VD: nnx.Param) -> jax.Array:
         """A table whole in D: gathered once, not for every chunk of tokens that reads it.
 
         From a table cut in D the compiler would look up all tokens on all devices, and hold them there. It is rounded
@@ -233,7 +233,7 @@ class Backbone(nnx.Module):
         table = constrain(self.layout, table_VD[...].astype(self.dtype), "vocab", "width")
         return table.astype(jnp.float32)
 
-    def _decode(
+    def _forward(
         self,
         tokens_PGT: jax.Array,
         start_P11: jax.Array,
@@ -249,19 +249,19 @@ class Backbone(nnx.Module):
         def step(layer: Callable[..., Any], x_PGTD: jax.Array, kv: PrefixKeyValues | None) -> tuple[Any, KeyValues]:
             return layer(x_PGTD, rotary, prefix=kv, **options)
 
-        x_PGTD, own = self._through_layers(step, x_PGTD, prefix.kv if prefix is not None else None)
-        return self._normed(x_PGTD), own
+        x_PGTD, own = self._scan_layers(step, x_PGTD, prefix.kv if prefix is not None else None)
+        return self._final_norm(x_PGTD), own
 
     def _embed(
         self, tokens_PGT: jax.Array, start_P11: jax.Array, offset_PGT: jax.Array | None = None
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """What goes into the first layer, and the rotary angles of its positions."""
         positions_PGT = start_P11 + (jnp.arange(tokens_PGT.shape[-1]) if offset_PGT is None else offset_PGT)
-        x_PGTD = jnp.take(self.whole(self.embed_VD), tokens_PGT, axis=0).astype(self.dtype)
+        x_PGTD = jnp.take(self.gathered_table(self.embed_VD), tokens_PGT, axis=0).astype(self.dtype)
         x_PGTD = constrain(self.layout, x_PGTD, "prompt", "group", "sequence", "width")
         return x_PGTD, rotary_angles(positions_PGT, self.config)
 
-    def _through_layers(self, step: Callable[..., Any], x: Any, of_layers: Any) -> tuple[Any, Any]:
+    def _scan_layers(self, step: Callable[..., Any], x: Any, of_layers: Any) -> tuple[Any, Any]:
         """(x, stacked outputs) after x, output = step(layer, x, its part of `of_layers`) for each of the layers."""
         graphdef, stacked = nnx.split(self.layers)
 
@@ -275,16 +275,16 @@ class Backbone(nnx.Module):
         policy = REMAT[self.remat]
         return jax.lax.scan(jax.checkpoint(body, policy=policy) if policy else body, x, slices)
 
-    def _normed(self, x: jax.Array) -> jax.Array:
+    def _final_norm(self, x: jax.Array) -> jax.Array:
         return rms_norm(x, self.norm_D, self.config.rms_norm_eps)
 
 
-def as_prefix(own: KeyValues) -> PrefixKeyValues:
+def prefix_key_values(own: KeyValues) -> PrefixKeyValues:
     """Keys and values of prompts [..., P, K, 1, S, E] as their completions read them."""
     return PrefixKeyValues(jnp.swapaxes(own.keys[..., 0, :, :], -1, -2), own.values[..., 0, :, :])
 
 
-def last_state(hidden_PSD: jax.Array, lengths_P: jax.Array) -> jax.Array:
+def last_hidden(hidden_PSD: jax.Array, lengths_P: jax.Array) -> jax.Array:
     """[P, D], of the last real token."""
     return jnp.take_along_axis(hidden_PSD, (lengths_P - 1)[:, None, None], axis=1)[:, 0]
 
@@ -302,7 +302,7 @@ class Qwen3(Backbone):
     @property
     def head_VD(self) -> jax.Array:
         """float32 [V, D], rounded to the compute dtype."""
-        return self.whole(self.embed_VD if self.config.tie_word_embeddings else self.unembed_VD)
+        return self.gathered_table(self.embed_VD if self.config.tie_word_embeddings else self.unembed_VD)
 
     def logprobs(self, hidden: jax.Array, tokens: jax.Array, *, chunk_tokens: int, **options: Any) -> Any:
         """`gopo_jax.token_logprobs` of hidden states [P, ..., T, D], their first axis one of prompts.
@@ -310,9 +310,9 @@ class Qwen3(Backbone):
         Logits of at most `chunk_tokens` tokens exist at a time on each device (of one of every row at least). Devices
         with other prompts have a head of their own in it, whose gradients are added up once, not after every chunk.
         """
-        rows = math.prod(tokens.shape[:-1]) // ways(self.layout, "prompt", *["group"] * (tokens.ndim == 3))
+        rows = math.prod(tokens.shape[:-1]) // total_shards(self.layout, "prompt", *["group"] * (tokens.ndim == 3))
         count = partial(token_logprobs, chunk=max(chunk_tokens // rows, 1), **options)
-        devices = ways(self.layout, "prompt")
+        devices = total_shards(self.layout, "prompt")
         if devices == 1:
             return count(hidden, self.head_VD, tokens)
         heads = jnp.broadcast_to(self.head_VD, (devices, *self.head_VD.shape))

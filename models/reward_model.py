@@ -22,7 +22,7 @@ class Qwen3RewardModel(Backbone):
     def __call__(self, tokens_BS: jax.Array, lengths_B: jax.Array) -> jax.Array:
         """float32 rewards [B] of right-padded sequences, read at their last real token."""
         hidden_BSD = self.hidden(tokens_BS)
-        return self.read(jnp.take_along_axis(hidden_BSD, (lengths_B - 1)[:, None, None], axis=1)[:, 0])
+        return self.score_hidden(jnp.take_along_axis(hidden_BSD, (lengths_B - 1)[:, None, None], axis=1)[:, 0])
 
     def score_group(
         self, prefix_PS: jax.Array, prefix_lengths_P: jax.Array, suffix_PGT: jax.Array, suffix_lengths_PG: jax.Array
@@ -31,10 +31,10 @@ class Qwen3RewardModel(Backbone):
 
         Both parts are right-padded; every suffix has at least one token.
         """
-        _, hidden_PGTD = self.both(prefix_PS, prefix_lengths_P, suffix_PGT)
+        _, hidden_PGTD = self.prefill_and_extend(prefix_PS, prefix_lengths_P, suffix_PGT)
         last = (suffix_lengths_PG - 1)[..., None, None]
-        return self.read(jnp.take_along_axis(hidden_PGTD, last, axis=2)[:, :, 0])
+        return self.score_hidden(jnp.take_along_axis(hidden_PGTD, last, axis=2)[:, :, 0])
 
-    def read(self, hidden: jax.Array) -> jax.Array:
+    def score_hidden(self, hidden: jax.Array) -> jax.Array:
         """float32 rewards [...] of hidden states [..., D]."""
         return hidden.astype(jnp.float32) @ self.score_D[...]

@@ -14,10 +14,12 @@ import jax.numpy as jnp
 
 from models.attention import Past
 from models.qwen3 import Prefix, Qwen3
-from models.sharding import Layout, constrain, ways
+from models.sharding import Layout, constrain, total_shards
 
-FEWEST = 8  # completions that are computed at a time, once the others have ended
-LONG = 128  # tokens; for shorter completions fewer slots save less time than compiling loops for them takes
+MIN_ROWS = 8  # completions that are computed at a time, once the others have ended
+MIN_SHRINKING_LENGTH = (
+    128  # tokens; for shorter completions fewer slots save less time than compiling loops for them takes
+)
 
 
 class SamplingParams(NamedTuple):
@@ -66,7 +68,7 @@ def sample(
     eos_ids = jnp.asarray(params.eos_ids)
 
     _, prefix = model.prefill(prompt_PS, lengths_P)
-    nothing = Rollout(
+    empty = Rollout(
         jnp.full((P, G, T), pad_id, jnp.int32),
         jnp.zeros((P, G, T), jnp.float32),
         jnp.zeros((P, G), jnp.int32),
@@ -74,16 +76,16 @@ def sample(
     )
     hidden_PGD = jnp.broadcast_to(prefix.last_PD[:, None], (P, G, prefix.last_PD.shape[-1]))
     completion_PG = jnp.tile(jnp.arange(G), (P, 1))
-    slots = Slots(completion_PG, jnp.zeros((P, G), bool), hidden_PGD, uniforms_PGT, nothing)
+    rows = ActiveRows(completion_PG, jnp.zeros((P, G), bool), hidden_PGD, uniforms_PGT, empty)
 
-    def one_token(prefix: Prefix, state: State) -> State:
-        slots, t = state.slots, state.past.length
-        logits_PGV = model.logits(slots.hidden_PGD)
-        uniform_PG = jax.lax.dynamic_index_in_dim(slots.uniforms_PGT, t, axis=2, keepdims=False)
+    def decode_step(prefix: Prefix, state: DecodeState) -> DecodeState:
+        rows, t = state.rows, state.past.length
+        logits_PGV = model.logits(rows.hidden_PGD)
+        uniform_PG = jax.lax.dynamic_index_in_dim(rows.uniforms_PGT, t, axis=2, keepdims=False)
         banned_V = jnp.zeros(logits_PGV.shape[-1], bool).at[eos_ids].set(t < params.min_tokens)
         token_PG, logprob_PG = draw(logits_PGV, uniform_PG, banned_V, params)
 
-        live_PG, rollout = ~slots.done_PG, slots.rollout
+        live_PG, rollout = ~rows.done_PG, rows.rollout
         token_PG = jnp.where(live_PG, token_PG, pad_id)
         ended_PG = live_PG & (token_PG[..., None] == eos_ids).any(-1)
         rollout = Rollout(
@@ -93,27 +95,27 @@ def sample(
             rollout.finished_PG | ended_PG,
         )
         hidden_PG1D, own_LPKG1E = model.extend(token_PG[..., None], prefix, past=state.past)
-        done_PG = slots.done_PG | ended_PG
-        slots = slots._replace(done_PG=done_PG, hidden_PGD=hidden_PG1D[:, :, 0], rollout=rollout)
-        return State(slots, state.past.append(own_LPKG1E))
+        done_PG = rows.done_PG | ended_PG
+        rows = rows._replace(done_PG=done_PG, hidden_PGD=hidden_PG1D[:, :, 0], rollout=rollout)
+        return DecodeState(rows, state.past.append(own_LPKG1E))
 
-    prompt_P, whole = jnp.arange(P), nothing
-    state = State(slots, empty_cache(model, prefix, G, T))
-    sizes = stages(P, G, model.layout) if T >= LONG else [(P, G)]
+    prompt_P, rollout = jnp.arange(P), empty
+    state = DecodeState(rows, empty_cache(model, prefix, G, T))
+    sizes = shrink_schedule(P, G, model.layout) if T >= MIN_SHRINKING_LENGTH else [(P, G)]
     for here, smaller in zip(sizes, [*sizes[1:], None], strict=True):
 
-        def going_on(state: State, smaller: tuple[int, int] | None = smaller) -> jax.Array:
-            done_PG = state.slots.done_PG
-            return (state.past.length < T) & ~done_PG.all() & ~fits(done_PG, smaller)
+        def should_continue(state: DecodeState, smaller: tuple[int, int] | None = smaller) -> jax.Array:
+            done_PG = state.rows.done_PG
+            return (state.past.length < T) & ~done_PG.all() & ~fits_in(done_PG, smaller)
 
-        state = jax.lax.while_loop(going_on, partial(one_token, prefix), state)
-        origin = (prompt_P[:, None], state.slots.completion_PG)
-        whole = jax.tree.map(lambda all, some, origin=origin: all.at[origin].set(some), whole, state.slots.rollout)
+        state = jax.lax.while_loop(should_continue, partial(decode_step, prefix), state)
+        origin = (prompt_P[:, None], state.rows.completion_PG)
+        rollout = jax.tree.map(lambda all, some, origin=origin: all.at[origin].set(some), rollout, state.rows.rollout)
         if smaller is not None and smaller[1] < here[1]:
-            state = fewer_completions(state, smaller[1])
+            state = shrink_completions(state, smaller[1])
         elif smaller is not None:
-            prompt_P, prefix, state = fewer_prompts(prompt_P, prefix, state, smaller[0])
-    return whole
+            prompt_P, prefix, state = shrink_prompts(prompt_P, prefix, state, smaller[0])
+    return rollout
 
 
 def empty_cache(model: Qwen3, prefix: Prefix, G: int, T: int) -> Past:
@@ -124,7 +126,7 @@ def empty_cache(model: Qwen3, prefix: Prefix, G: int, T: int) -> Past:
     return past._replace(keys_LPKGET=keys, values_LPKGTE=values)
 
 
-class Slots(NamedTuple):
+class ActiveRows(NamedTuple):
     """The completions that are computed: some of the prompts, some of each one's G."""
 
     completion_PG: jax.Array  # which of its prompt's completions it is
@@ -134,22 +136,22 @@ class Slots(NamedTuple):
     rollout: Rollout
 
 
-class State(NamedTuple):
-    slots: Slots
+class DecodeState(NamedTuple):
+    rows: ActiveRows
     past: Past
 
 
-def stages(P: int, G: int, layout: Layout | None) -> list[tuple[int, int]]:
+def shrink_schedule(P: int, G: int, layout: Layout | None) -> list[tuple[int, int]]:
     """The sizes [prompts, completions of each] that the slots shrink through as completions end: halves.
 
     Down to FEWEST slots: fewer cost hardly less. First completions of each prompt, which stay on their device; then
     prompts, unless those live on several devices.
     """
     sizes = [(P, G)]
-    while P * G >= 2 * FEWEST:
-        if G % 2 == 0 and (G // 2) % ways(layout, "group") == 0:
+    while P * G >= 2 * MIN_ROWS:
+        if G % 2 == 0 and (G // 2) % total_shards(layout, "group") == 0:
             G //= 2
-        elif P % 2 == 0 and ways(layout, "prompt") == 1:
+        elif P % 2 == 0 and total_shards(layout, "prompt") == 1:
             P //= 2
         else:
             break
@@ -157,7 +159,7 @@ def stages(P: int, G: int, layout: Layout | None) -> list[tuple[int, int]]:
     return sizes
 
 
-def fits(done_PG: jax.Array, size: tuple[int, int] | None) -> jax.Array:
+def fits_in(done_PG: jax.Array, size: tuple[int, int] | None) -> jax.Array:
     """Whether all that goes on fits into so many prompts and completions of each."""
     if size is None:
         return jnp.zeros((), bool)
@@ -165,9 +167,9 @@ def fits(done_PG: jax.Array, size: tuple[int, int] | None) -> jax.Array:
     return (live_PG.any(1).sum() <= size[0]) & (live_PG.sum(1).max() <= size[1])
 
 
-def fewer_completions(state: State, G: int) -> State:
+def shrink_completions(state: DecodeState, G: int) -> DecodeState:
     """G slots of each prompt: those that go on, filled up with some that have ended."""
-    kept_PG = jnp.argsort(state.slots.done_PG, axis=1, stable=True)[:, :G]
+    kept_PG = jnp.argsort(state.rows.done_PG, axis=1, stable=True)[:, :G]
 
     def take(array_PG: jax.Array) -> jax.Array:
         return jnp.take_along_axis(array_PG, jnp.expand_dims(kept_PG, range(2, array_PG.ndim)), axis=1)
@@ -175,17 +177,19 @@ def fewer_completions(state: State, G: int) -> State:
     kept_LPKGTE = kept_PG[None, :, None, :, None, None]
     keys_LPKGET = jnp.take_along_axis(state.past.keys_LPKGET, kept_LPKGTE, axis=3)
     values_LPKGTE = jnp.take_along_axis(state.past.values_LPKGTE, kept_LPKGTE, axis=3)
-    return State(jax.tree.map(take, state.slots), Past(keys_LPKGET, values_LPKGTE, state.past.length))
+    return DecodeState(jax.tree.map(take, state.rows), Past(keys_LPKGET, values_LPKGTE, state.past.length))
 
 
-def fewer_prompts(prompt_P: jax.Array, prefix: Prefix, state: State, P: int) -> tuple[jax.Array, Prefix, State]:
+def shrink_prompts(
+    prompt_P: jax.Array, prefix: Prefix, state: DecodeState, P: int
+) -> tuple[jax.Array, Prefix, DecodeState]:
     """P prompts with their slots: those of which a completion goes on, filled up with some others."""
-    kept_P = jnp.argsort(state.slots.done_PG.all(1), stable=True)[:P]
+    kept_P = jnp.argsort(state.rows.done_PG.all(1), stable=True)[:P]
     of_layers = partial(jnp.take, indices=kept_P, axis=1)
     prefix = Prefix(jax.tree.map(of_layers, prefix.kv), prefix.lengths_P[kept_P], prefix.last_PD[kept_P])
-    slots = jax.tree.map(lambda array: array[kept_P], state.slots)
+    rows = jax.tree.map(lambda array: array[kept_P], state.rows)
     past = Past(of_layers(state.past.keys_LPKGET), of_layers(state.past.values_LPKGTE), state.past.length)
-    return prompt_P[kept_P], prefix, State(slots, past)
+    return prompt_P[kept_P], prefix, DecodeState(rows, past)
 
 
 def draw(

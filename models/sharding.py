@@ -34,7 +34,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "rank": (),  # of adapters
 }
 
-ACTIVATIONS = ("prompt", "group", "sequence", "width")
+ACTIVATION_AXES = ("prompt", "group", "sequence", "width")
 
 Axes = Sequence[str | None]
 
@@ -72,7 +72,7 @@ class Layout:
     def sharding(self, axes: Axes) -> NamedSharding:
         return NamedSharding(self.mesh, self.spec(axes))
 
-    def ways(self, meaning: str) -> int:
+    def shard_count(self, meaning: str) -> int:
         """Over how many devices an axis of this meaning is split."""
         size = 1
         for mesh_axis in dict(self.rules)[meaning]:
@@ -89,7 +89,7 @@ class Layout:
         return Layout(
             self.mesh,
             tuple(
-                (name, axes if name in ACTIVATIONS else tuple(axis for axis in axes if axis not in prompts))
+                (name, axes if name in ACTIVATION_AXES else tuple(axis for axis in axes if axis not in prompts))
                 for name, axes in self.rules
             ),
         )
@@ -106,9 +106,9 @@ class Layout:
         return jax.make_array_from_callback(whole.shape, self.sharding(axes), whole.__getitem__)
 
 
-def ways(layout: Layout | None, *meanings: str) -> int:
+def total_shards(layout: Layout | None, *meanings: str) -> int:
     """Over how many devices axes of these meanings are split together; without a layout there is one."""
-    return math.prod(layout.ways(meaning) for meaning in meanings) if layout is not None else 1
+    return math.prod(layout.shard_count(meaning) for meaning in meanings) if layout is not None else 1
 
 
 def fetch(array: jax.Array) -> np.ndarray:
@@ -118,7 +118,7 @@ def fetch(array: jax.Array) -> np.ndarray:
     return np.asarray(array)
 
 
-def placed(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+def with_sharding(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
     """A shape with the place where such an array would be."""
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
@@ -209,10 +209,10 @@ def parameter_shardings(model: nnx.Module, layout: Layout) -> dict[str, Any]:
 
     def one(path: Any, axes: Axes, parameter: jax.ShapeDtypeStruct) -> NamedSharding:
         for meaning, size in zip(axes, parameter.shape, strict=True):
-            if meaning is not None and size % layout.ways(meaning):
+            if meaning is not None and size % layout.shard_count(meaning):
                 raise ValueError(
                     f"{jax.tree_util.keystr(path)}: the axis {meaning!r} of size {size} cannot be split over "
-                    f"{layout.ways(meaning)} devices; choose a mesh that divides it or override its rule"
+                    f"{layout.shard_count(meaning)} devices; choose a mesh that divides it or override its rule"
                 )
         return layout.sharding(axes)
 

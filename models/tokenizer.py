@@ -80,7 +80,7 @@ class Tokenizer:
             raise FileNotFoundError(f"{path}: no such directory; expected a Hugging Face tokenizer directory")
         self.path = str(path)
         try:
-            self.hf = _read(self.path)
+            self.hf = _load_hf(self.path)
         except Exception as error:  # a damaged file: whatever its reader stumbles over
             why = textwrap.shorten(str(error), 200, placeholder=" ...")  # some have many lines
             raise FileNotFoundError(f"{path}: no Hugging Face tokenizer could be read there ({why})") from error
@@ -120,7 +120,7 @@ class Tokenizer:
         """The text of the token that ends a sequence."""
         return self.hf.convert_ids_to_tokens(self.eos_ids[0])
 
-    def piece(self, token: int) -> str:
+    def token_text(self, token: int) -> str:
         """The text of one token, spaces and line breaks made visible."""
         text = self.hf.decode([token], clean_up_tokenization_spaces=False)
         return text if token in self.hf.added_tokens_decoder else repr(text)
@@ -137,7 +137,7 @@ class Tokenizer:
         ids += [vocabulary[token] for token in ("<|im_end|>", "<|endoftext|>") if token in vocabulary]
         return tuple(dict.fromkeys(ids))
 
-    def check_fits(self, vocab_size: int, model: str) -> None:
+    def check_vocab_size(self, vocab_size: int, model: str) -> None:
         """Refuse a model whose embedding has no row for some of this tokenizer's ids."""
         if self.size > vocab_size:
             raise ValueError(
@@ -159,7 +159,7 @@ class Tokenizer:
 
     def encode_literally(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text; what looks like a special token is text as well."""
-        return self._encode([self._mark_tail("", text) for text in texts])
+        return self._encode([self._render_continuation("", text) for text in texts])
 
     def prompt_ids(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Token ids of each rendered prompt."""
@@ -173,14 +173,16 @@ class Tokenizer:
     def _render_prompt(self, prompt: Prompt) -> Rendered:
         if isinstance(prompt, str):
             return Rendered(prompt)
-        return self._template(prompt, add_generation_prompt=True)
+        return self._render_messages(prompt, add_generation_prompt=True)
 
     def _render_conversation(self, prompt: Prompt, completion: str) -> Rendered:
         if isinstance(prompt, str):  # an answer without a prompt is a whole text, rendered elsewhere
-            return self._mark_tail(prompt, completion) if prompt else Rendered(completion)
-        return self._template([*prompt, {"role": "assistant", "content": completion}], add_generation_prompt=False)
+            return self._render_continuation(prompt, completion) if prompt else Rendered(completion)
+        return self._render_messages(
+            [*prompt, {"role": "assistant", "content": completion}], add_generation_prompt=False
+        )
 
-    def _template(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> Rendered:
+    def _render_messages(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> Rendered:
         """The chat template's text, marked so that it becomes the same text without a special token from a message.
 
         Raises:
@@ -201,17 +203,19 @@ class Tokenizer:
             except TemplateError as error:
                 raise ValueError(f"{self.path}: the chat template refuses these messages: {error}") from error
 
-        text, every, special = render(messages), self._token_starts[0], self._token_starts[1]
+        text, every, special = render(messages), self._token_start_patterns[0], self._token_start_patterns[1]
         said = [value for message in messages for role, value in message.items() if role != "role"]
-        if not any(every.search(value) for value in _strings(said)):
+        if not any(every.search(value) for value in _all_strings(said)):
             return Rendered(text)
-        mark = _unused_mark(_strings(said))
+        mark = _unused_mark(_all_strings(said))
         # An assistant may think: <think> in its message is the template's business, <|im_end|> is not. Second try:
         # for templates that look for such text themselves (Qwen3's: for <tool_response>) it stays what it was.
         for users in (every, special):
             marked = [
                 {
-                    key: value if key == "role" else _mark(value, special if m["role"] == "assistant" else users, mark)
+                    key: value
+                    if key == "role"
+                    else _insert_marks(value, special if m["role"] == "assistant" else users, mark)
                     for key, value in m.items()
                 }
                 for m in messages
@@ -224,21 +228,23 @@ class Tokenizer:
             f"rendered with them as text; remove them from the message"
         )
 
-    def _mark_tail(self, prompt: str, completion: str) -> Rendered:
+    def _render_continuation(self, prompt: str, completion: str) -> Rendered:
         """Prompt and completion; what looks special in the second, or across the seam, is marked."""
-        mark, special = _unused_mark([prompt, completion]), self._token_starts[1]
+        mark, special = _unused_mark([prompt, completion]), self._token_start_patterns[1]
         text, tail = prompt + completion, len(prompt)
         marked = special.sub(lambda match: match[0] + mark if match.start() + len(match[1]) > tail else match[0], text)
         return Rendered(marked, mark) if mark in marked else Rendered(text)
 
     @cached_property
-    def _token_starts(self) -> tuple[re.Pattern[str], re.Pattern[str]]:
+    def _token_start_patterns(self) -> tuple[re.Pattern[str], re.Pattern[str]]:
         """The first character of an added token's text, the whole of which is group 1; of any, of a special one."""
         added = self.hf.added_tokens_decoder.values()
-        return _starts(token.content for token in added), _starts(t.content for t in added if t.special)
+        return _token_start_pattern(token.content for token in added), _token_start_pattern(
+            t.content for t in added if t.special
+        )
 
     @cached_property
-    def _plain(self) -> Any:
+    def _without_added_tokens(self) -> Any:
         """The same tokenizer without its added tokens: what no special token's text turns into a special token."""
         from tokenizers import Tokenizer as Fast
 
@@ -265,7 +271,11 @@ class Tokenizer:
         ids: list[int] = []
         for part in re.split(f"({'|'.join(map(re.escape, longest_first))})", rendered.marked):
             text = part.replace(rendered.mark, "")
-            ids += [added[part]] if part in added else self._plain.encode(text, add_special_tokens=False).ids
+            ids += (
+                [added[part]]
+                if part in added
+                else self._without_added_tokens.encode(text, add_special_tokens=False).ids
+            )
         return ids
 
     def encode_prompts(self, prompts: Sequence[Prompt], max_length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -286,7 +296,7 @@ class Tokenizer:
         (Path(directory) / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
 
 
-def _read(path: str) -> Any:
+def _load_hf(path: str) -> Any:
     """tokenizer.json holds all there is to know; only what has none needs the class that its config names.
 
     That class would be found among all models' code, which takes seconds to import where torch is installed.
@@ -300,26 +310,26 @@ def _read(path: str) -> Any:
     return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
 
 
-def _starts(tokens: Iterable[str]) -> re.Pattern[str]:
+def _token_start_pattern(tokens: Iterable[str]) -> re.Pattern[str]:
     longest_first = sorted({token for token in tokens if len(token) > 1}, key=len, reverse=True)
     return re.compile(f"(?=({'|'.join(map(re.escape, longest_first)) or '(?!)'})).", re.DOTALL)
 
 
-def _strings(value: Any) -> list[str]:
+def _all_strings(value: Any) -> list[str]:
     """All texts in nested lists and dictionaries."""
     if isinstance(value, str):
         return [value]
     inner = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return [text for item in inner for text in _strings(item)]
+    return [text for item in inner for text in _all_strings(item)]
 
 
-def _mark(value: Any, starts: re.Pattern[str], mark: str) -> Any:
+def _insert_marks(value: Any, starts: re.Pattern[str], mark: str) -> Any:
     """The value with a mark after the first character of each token's text in it."""
     if isinstance(value, str):
         return starts.sub(lambda match: match[0] + mark, value)
     if isinstance(value, dict):
-        return {_mark(key, starts, mark): _mark(item, starts, mark) for key, item in value.items()}
-    return [_mark(item, starts, mark) for item in value] if isinstance(value, list) else value
+        return {_insert_marks(key, starts, mark): _insert_marks(item, starts, mark) for key, item in value.items()}
+    return [_insert_marks(item, starts, mark) for item in value] if isinstance(value, list) else value
 
 
 def _unused_mark(texts: Sequence[str]) -> str:

@@ -13,10 +13,10 @@ from safetensors import SafetensorError, safe_open
 from models.config import read_json
 
 INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
-STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # safetensors' names
+STORED_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # safetensors' names
 
 
-class Stored(NamedTuple):
+class StoredTensor(NamedTuple):
     """A tensor in an open safetensors file."""
 
     file: Path
@@ -29,7 +29,7 @@ class Stored(NamedTuple):
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        return np.dtype(STORED[self.part.get_dtype()])
+        return np.dtype(STORED_DTYPES[self.part.get_dtype()])
 
     def read(self, *index: slice) -> np.ndarray:
         """Part of the tensor; refuses NaN and infinity."""
@@ -48,7 +48,7 @@ def _all_finite(array: np.ndarray) -> bool:
     return bool(np.isfinite(array).all())
 
 
-def _is_text(value: object) -> bool:
+def _is_string(value: object) -> bool:
     return isinstance(value, str)
 
 
@@ -83,7 +83,7 @@ def find_directory(path_or_hub_id: str | Path) -> Path:
 
 
 @contextmanager
-def open_weights(directory: Path) -> Iterator[dict[str, Stored]]:
+def open_weights(directory: Path) -> Iterator[dict[str, StoredTensor]]:
     """The tensors of a directory by name; their files stay open meanwhile.
 
     Raises:
@@ -95,7 +95,7 @@ def open_weights(directory: Path) -> Iterator[dict[str, Stored]]:
         pass  # an index beside it is ignored, as transformers does
     elif (directory / INDEX_FILE).is_file():
         weight_map = read_json(directory / INDEX_FILE).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map or not all(map(_is_text, weight_map.values())):
+        if not isinstance(weight_map, dict) or not weight_map or not all(map(_is_string, weight_map.values())):
             raise ValueError(f"{directory / INDEX_FILE}: expected a weight_map from the names of tensors to files")
     else:
         pickled = [*directory.glob("*.bin"), *directory.glob("*.pt"), *directory.glob("*.pth")]
@@ -103,7 +103,7 @@ def open_weights(directory: Path) -> Iterator[dict[str, Stored]]:
             f"{directory}: expected {SINGLE_FILE} or {INDEX_FILE}, found neither"
             + (f"; {pickled[0].name} is a pickle, which is never loaded: convert it to safetensors" if pickled else "")
         )
-    opened: dict[str, Stored] = {}
+    opened: dict[str, StoredTensor] = {}
     with ExitStack() as stack:
         for file in sorted({directory / name for name in (weight_map or {"": SINGLE_FILE}).values()}):
             if not file.is_file():
@@ -114,20 +114,20 @@ def open_weights(directory: Path) -> Iterator[dict[str, Stored]]:
                 raise ValueError(
                     f"{file}: not a readable safetensors file ({error}); was it downloaded whole?"
                 ) from error
-            opened |= {name: Stored(file, name, tensors.get_slice(name)) for name in tensors.keys()}  # noqa: SIM118
+            opened |= {name: StoredTensor(file, name, tensors.get_slice(name)) for name in tensors.keys()}  # noqa: SIM118
         for name, file_name in (weight_map or {}).items():
             if name not in opened or opened[name].file.name != file_name:
                 raise ValueError(f"{directory / file_name}: {INDEX_FILE} says that {name} is there, but it is not")
         for name, stored in opened.items():
-            if (found := stored.part.get_dtype()) not in STORED:
+            if (found := stored.part.get_dtype()) not in STORED_DTYPES:
                 raise ValueError(
-                    f"{stored.file}: {name} is stored as {found}; expected one of {', '.join(STORED)} "
+                    f"{stored.file}: {name} is stored as {found}; expected one of {', '.join(STORED_DTYPES)} "
                     f"(quantized weights are not supported)"
                 )
         yield opened
 
 
-def aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+def aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     """An empty array that starts at a multiple of 64 bytes: JAX on CPUs uses such memory as it is."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     memory = np.empty(size + 64, np.uint8)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from models.checkpoint import check, load_model
+from models.checkpoint import check_loadable, load_model
 from models.config import POLICY
 from models.hf_weights import abstract_model, flatten, nest, split
 from models.lora import Lora
@@ -35,16 +35,16 @@ def make_layout_for(
     """
     layout = make_layout(data=mesh.data, fsdp=mesh.fsdp, tensor=mesh.tensor, rules=mesh.rules, devices=devices)
     for rows in batches:
-        if rows % layout.ways("prompt"):
+        if rows % layout.shard_count("prompt"):
             raise ValueError(
                 f"mesh: {rows} rows (of a step, of a micro-batch, or of a batch_prompts) cannot be split over "
-                f"{layout.ways('prompt')} devices; choose sizes that are multiples of it, or another mesh"
+                f"{layout.shard_count('prompt')} devices; choose sizes that are multiples of it, or another mesh"
             )
     for size in groups:
-        if size > 1 and size % layout.ways("group"):
+        if size > 1 and size % layout.shard_count("group"):
             raise ValueError(
-                f"mesh.rules: {size} completions per prompt cannot be split over {layout.ways('group')} devices; "
-                f"choose num_generations (of the run and of its validation) that are multiples of it"
+                f"mesh.rules: {size} completions per prompt cannot be split over {layout.shard_count('group')} "
+                f"devices; choose num_generations (of the run and of its validation) that are multiples of it"
             )
     return layout
 
@@ -68,7 +68,9 @@ def make_tokenizer(model: ModelConfig, chat: ChatConfig) -> Tokenizer:
       FileNotFoundError: there is no model, or no tokenizer, at the config's path.
     """
     if model.path is not None:
-        check(model.path)  # first: of a wrong path, "no tokenizer" alone would hide that the model is missing too
+        check_loadable(
+            model.path
+        )  # first: of a wrong path, "no tokenizer" alone would hide that the model is missing too
     return Tokenizer(model.tokenizer_path, chat.enable_thinking)
 
 
@@ -85,7 +87,7 @@ def make_model(
     options: dict[str, Any] = {"dtype": model.dtype, "param_dtype": model.param_dtype, "remat": model.remat}
     if model.path is not None:
         loaded = load_model(model.path, mesh=layout, **options)
-        tokenizer.check_fits(loaded.config.vocab_size, model.path)
+        tokenizer.check_vocab_size(loaded.config.vocab_size, model.path)
         if loaded.config.architecture == architecture and not lora.rank:
             return loaded
         if loaded.config.is_reward_model and architecture == POLICY:
@@ -97,7 +99,7 @@ def make_model(
         pretrained = flatten(split(loaded)[1])
     else:
         assert model.architecture is not None  # ModelConfig has checked it
-        tokenizer.check_fits(model.architecture.vocab_size, "model.architecture")
+        tokenizer.check_vocab_size(model.architecture.vocab_size, "model.architecture")
         ids: dict[str, Any] = {"pad_token_id": tokenizer.pad_id, "eos_token_id": tokenizer.eos_ids}
         config, pretrained = dataclasses.replace(model.architecture, architecture=architecture, **ids), {}
     options |= {"layout": layout, "lora": lora}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.filesize import decimal
 
-from models.checkpoint import about, check, exact_name, is_run, load_adapters, load_model
+from models.checkpoint import check_loadable, is_run, load_adapters, load_model, read_about, resolve_step
 from models.config import stored_dtype
 from models.hf_weights import save_pretrained
 from models.peft import save_adapters
@@ -29,7 +29,7 @@ def export(config: ExportConfig) -> None:
     with setup_errors():
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ValueError(f"--out {out}: there is something already; expected a new or empty directory")
-        check(config.checkpoint)
+        check_loadable(config.checkpoint)
         tokenizer = Tokenizer(tokenizer_path(config.checkpoint))
         partial = out.with_name(f"{out.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)  # left by an export that was killed
@@ -41,7 +41,7 @@ def export(config: ExportConfig) -> None:
     partial.rename(out)
     files = [file.stat().st_size for file in out.glob("*.safetensors")]
     console.print(
-        f"{out}: {weights} of {exact_name(config.checkpoint)}, {dtype}, "
+        f"{out}: {weights} of {resolve_step(config.checkpoint)}, {dtype}, "
         f"{decimal(sum(files))} in {len(files)} {'file' if len(files) == 1 else 'files'}",
         soft_wrap=True,
     )
@@ -50,7 +50,7 @@ def export(config: ExportConfig) -> None:
 def write_model(config: ExportConfig, tokenizer: Tokenizer, out: Path) -> tuple[str, str]:
     """Writes the whole network; returns its architecture and its dtype."""
     model = load_model(config.checkpoint, dtype=config.dtype)
-    tokenizer.check_fits(model.config.vocab_size, config.checkpoint)
+    tokenizer.check_vocab_size(model.config.vocab_size, config.checkpoint)
     if model.config.pad_token_id is None:  # without it transformers scores a reward model's texts one at a time only
         model.config = dataclasses.replace(model.config, pad_token_id=tokenizer.pad_id)
     save_pretrained(model, out, max_shard_bytes=config.max_shard_bytes)
@@ -60,8 +60,8 @@ def write_model(config: ExportConfig, tokenizer: Tokenizer, out: Path) -> tuple[
 def write_adapters(config: ExportConfig, tokenizer: Tokenizer, out: Path) -> tuple[str, str]:
     """Writes the adapters alone; returns a description of them, and their dtype."""
     params, lora, network = load_adapters(config.checkpoint)
-    tokenizer.check_fits(network.vocab_size, config.checkpoint)
-    base = about(config.checkpoint)["run"]["model"]["path"]
+    tokenizer.check_vocab_size(network.vocab_size, config.checkpoint)
+    base = read_about(config.checkpoint)["run"]["model"]["path"]
     if base is not None and is_run(base):  # PEFT cannot read a run
         console.print(f"PEFT must be told where its base is: python -m train export --checkpoint {base} --out BASE")
         base = None

@@ -14,7 +14,7 @@ from flax import nnx
 
 from gopo_jax import kl_penalty, policy_loss, sampler_correction, token_broadcast
 from gopo_jax.losses import Metrics
-from models.lora import join
+from models.lora import merge_trainable
 from train.config import LossConfig, PolicyConfig
 from train.packing import MicroBatch, unpack
 from train.rewards import combine
@@ -76,12 +76,16 @@ def policy_objective(
       denominator: the loss count of the whole batch (`gopo_jax.loss_count`), so that micro-batches add up to it.
     """
     settings, mask_PGT = config.loss, batch.mask_PGT
-    logprobs_PGT, entropy_PGT = completion_logprobs(graphdef, config, join(params, frozen), batch, with_entropy=True)
+    logprobs_PGT, entropy_PGT = completion_logprobs(
+        graphdef, config, merge_trainable(params, frozen), batch, with_entropy=True
+    )
     current_PGT = jax.lax.stop_gradient(logprobs_PGT)
     old_PGT = current_PGT if batch.old_PGT is None else batch.old_PGT
     ref_PGT = batch.ref_PGT
     if settings.beta and ref_PGT is None:
-        ref_PGT = jax.lax.stop_gradient(completion_logprobs(graphdef, config, join(ref_params, frozen), batch))
+        ref_PGT = jax.lax.stop_gradient(
+            completion_logprobs(graphdef, config, merge_trainable(ref_params, frozen), batch)
+        )
     weights_PGT = sampler_weights(settings, old_PGT, batch)
     penalized = settings.beta > 0 and settings.kl_in == "loss"
     loss, metrics = policy_loss(

@@ -55,7 +55,7 @@ def microbatches(
     _, G, _ = batch.mask_PGT.shape
     order_P = np.arange(len(needed_P)) if in_order else np.argsort(needed_P, kind="stable")
     for indices in order_P.reshape(-1, prompts):
-        rows = round_up(int(needed_P[indices].max()), G, layout.ways("group"))
+        rows = round_up(int(needed_P[indices].max()), G, layout.shard_count("group"))
         micro = pack(batch.take(indices), row_PG[indices], start_PG[indices], rows)
         arrays = zip(micro._fields, micro, strict=True)
         placed = (None if array is None else layout.put(array, axes_of(name)) for name, array in arrays)

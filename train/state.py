@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from models.lora import join, separate
-from models.sharding import Layout, placed
+from models.lora import merge_trainable, split_trainable
+from models.sharding import Layout, with_sharding
 
 TRAIN, VALIDATION, EVALUATION, INIT = range(4)  # streams of random numbers
 
@@ -22,7 +22,7 @@ class TrainState(NamedTuple):
 
     @property
     def all_params(self) -> dict[str, Any]:
-        return join(self.params, self.frozen)
+        return merge_trainable(self.params, self.frozen)
 
 
 def stream_key(seed: int, stream: int, step: int, attempt: int = 0) -> jax.Array:
@@ -35,7 +35,7 @@ def stream_key(seed: int, stream: int, step: int, attempt: int = 0) -> jax.Array
 
 def make_state(params: dict[str, Any], optimizer: optax.GradientTransformation, layout: Layout) -> TrainState:
     """Returns the state before step 0: adapters apart from their base, a fresh optimizer state for what is trained."""
-    trained, frozen = separate(params)
+    trained, frozen = split_trainable(params)
     opt_shardings = tree_shardings(abstract_opt_state(trained, optimizer, layout))
     opt_state = jax.jit(optimizer.init, out_shardings=opt_shardings)(trained)
     return TrainState(trained, frozen, opt_state, layout.put(jnp.zeros((), jnp.int32), ()))
@@ -49,10 +49,10 @@ def abstract_opt_state(params: Any, optimizer: optax.GradientTransformation, lay
     """
     return optax.tree_utils.tree_map_params(
         optimizer,
-        lambda leaf, parameter: placed(leaf, parameter.sharding),
+        lambda leaf, parameter: with_sharding(leaf, parameter.sharding),
         jax.eval_shape(optimizer.init, params),
         params,
-        transform_non_params=lambda leaf: placed(leaf, layout.sharding(())),
+        transform_non_params=lambda leaf: with_sharding(leaf, layout.sharding(())),
     )
 
 

@@ -10,7 +10,7 @@ import optax
 
 from gopo_jax import add_metrics, kl_penalty, loss_count
 from gopo_jax.losses import Metrics
-from models.lora import join
+from models.lora import merge_trainable
 from models.sharding import Layout, fetch, to_device
 from train.batch import Batch, minibatches
 from train.config import PolicyConfig
@@ -89,7 +89,7 @@ class Update:
             return batch, 0.0
         batch = batch._replace(old_PGT=self._logprobs(state.all_params, batch))
         if ref_params is not None:
-            batch = batch._replace(ref_PGT=self._logprobs(join(to_device(ref_params), state.frozen), batch))
+            batch = batch._replace(ref_PGT=self._logprobs(merge_trainable(to_device(ref_params), state.frozen), batch))
         settings = self.config.loss
         if settings.kl_in != "reward":
             return batch, 0.0

@@ -48,7 +48,7 @@ class Likelihood:
         model = load_model(path, mesh=layout, dtype=dtype)
         if not isinstance(model, Qwen3):
             raise ValueError(f"{path}: expected a policy, got a reward model; --backend reward_model judges with those")
-        self.tokenizer.check_fits(model.config.vocab_size, path)
+        self.tokenizer.check_vocab_size(model.config.vocab_size, path)
         graphdef, self.params = split(model)
         self._score = label_program(graphdef)
 

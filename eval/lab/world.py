@@ -25,10 +25,10 @@ from flax import nnx
 
 from eval.lab.cells import write_arrays
 from gopo_jax import preference_loss
-from models.checkpoint import find, is_run, load_model
+from models.checkpoint import find_step, is_run, load_model
 from models.config import REWARD_MODEL, Qwen3Config
 from models.hf_weights import flatten, nest, split
-from models.qwen3 import last_state
+from models.qwen3 import last_hidden
 from models.reward_model import Qwen3RewardModel
 from models.sampler import SamplingParams, sample
 from models.tokenizer import Tokenizer
@@ -125,11 +125,11 @@ def raw_rewards(model: Qwen3RewardModel, prompts: Prompts, tokens_PGT: jax.Array
     Args:
       lengths_PG: of the completions without that token; of an empty one the prompt's last token is read.
     """
-    hidden_PSD, hidden_PGTD = model.both(prompts.tokens_PS, prompts.lengths_P, tokens_PGT)
+    hidden_PSD, hidden_PGTD = model.prefill_and_extend(prompts.tokens_PS, prompts.lengths_P, tokens_PGT)
     last = jnp.maximum(lengths_PG - 1, 0)[..., None, None]
     own_PGD = jnp.take_along_axis(hidden_PGTD, last, axis=2)[:, :, 0]
-    asked_PD = last_state(hidden_PSD, prompts.lengths_P)
-    return model.read(jnp.where(lengths_PG[..., None] > 0, own_PGD, asked_PD[:, None]))
+    asked_PD = last_hidden(hidden_PSD, prompts.lengths_P)
+    return model.score_hidden(jnp.where(lengths_PG[..., None] > 0, own_PGD, asked_PD[:, None]))
 
 
 def score(graph: Any, scorer: Scorer, prompts: Prompts, tokens_PGT: jax.Array, lengths_PG: jax.Array) -> jax.Array:
@@ -301,7 +301,7 @@ def _train_start_and_gold(folder: Path, config: WorldConfig) -> None:
 
 
 def _has_ended(config: SftConfig | RewardModelConfig) -> bool:
-    return is_run(config.output_dir) and find(config.output_dir)[1] == config.max_steps
+    return is_run(config.output_dir) and find_step(config.output_dir)[1] == config.max_steps
 
 
 def _prompts(folder: Path, tokenizer: Tokenizer, config: WorldConfig) -> tuple[Prompts, Prompts]:

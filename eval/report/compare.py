@@ -32,7 +32,7 @@ from eval.stats import (
     without_nan,
 )
 from eval.texts.score import score_rows
-from models.checkpoint import find, folder_of, is_run
+from models.checkpoint import checkpoints_folder, find_step, is_run
 from train.build import make_layout_for
 from train.config import MeshConfig
 from train.console import console
@@ -244,8 +244,8 @@ def last_change(model: str) -> float:
     """When the weights of a model were last written; 0 for one that is on the Hub."""
     directory = Path(model.partition("@")[0])
     if is_run(directory):
-        run, step = find(model)
-        return (folder_of(run) / str(step)).stat().mtime
+        run, step = find_step(model)
+        return (checkpoints_folder(run) / str(step)).stat().mtime
     return max((file.stat().st_mtime for file in directory.glob("*.safetensors")), default=0.0)
 
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import jax
 
 from eval.texts.generate import load_policy, trained_chat
-from models.checkpoint import check, exact_name
+from models.checkpoint import check_loadable, resolve_step
 from models.generate import Generator
 from models.tokenizer import Prompt, Tokenizer, tokenizer_path
 from train.build import make_layout_for
@@ -61,7 +61,7 @@ def parse_chat(arguments: list[str]) -> TalkConfig:
 def chat(config: TalkConfig) -> None:
     """Read lines and answer them until there are no more."""
     with setup_errors():
-        check(config.checkpoint)
+        check_loadable(config.checkpoint)
         layout = make_layout_for(config.mesh)
         settings = config.chat or trained_chat(config.checkpoint)
         tokenizer = Tokenizer(tokenizer_path(config.checkpoint), settings.enable_thinking)
@@ -69,7 +69,7 @@ def chat(config: TalkConfig) -> None:
     generator.sampling = generator.sampling._replace(temperature=config.temperature)
     talk = Talk(config, settings, generator, params)
     how = "goes on with each line as plain text" if talk.plain else "answers"
-    console.print(f"{exact_name(config.checkpoint)} {how}; /help lists the commands", markup=False)
+    console.print(f"{resolve_step(config.checkpoint)} {how}; /help lists the commands", markup=False)
     for line in lines():
         if line.strip() == "/quit":
             return

@@ -27,7 +27,15 @@ import numpy as np
 
 from eval.texts.resumable import GrowingFile, as_line
 from eval.texts.rows import check_out
-from models.checkpoint import about, check, exact_name, find, folder_of, is_run, load_model
+from models.checkpoint import (
+    check_loadable,
+    checkpoints_folder,
+    find_step,
+    is_run,
+    load_model,
+    read_about,
+    resolve_step,
+)
 from models.generate import Completions, Generator
 from models.hf_weights import split
 from models.qwen3 import Qwen3
@@ -115,7 +123,7 @@ def generate(config: GenerateConfig) -> list[Row]:
     """
     with setup_errors():
         check_out(config.out, config.data, several=True)
-        check(config.checkpoint)  # first: of a wrong name, that there is no tokenizer is half the story
+        check_loadable(config.checkpoint)  # first: of a wrong name, that there is no tokenizer is half the story
         layout = make_layout_for(config.mesh, config.batch_prompts)
         chat = config.chat or trained_chat(config.checkpoint)
         tokenizer = Tokenizer(tokenizer_path(config.checkpoint), chat.enable_thinking)
@@ -155,7 +163,7 @@ def load_policy(config: PolicySettings, tokenizer: Tokenizer, layout: Layout) ->
     model = load_model(config.checkpoint, mesh=layout, dtype=config.dtype)
     if not isinstance(model, Qwen3):
         raise ValueError(f"{config.checkpoint}: expected a policy, got a reward model")
-    tokenizer.check_fits(model.config.vocab_size, config.checkpoint)
+    tokenizer.check_vocab_size(model.config.vocab_size, config.checkpoint)
     graphdef, params = split(model)
     generator = Generator(
         graphdef,
@@ -166,7 +174,7 @@ def load_policy(config: PolicySettings, tokenizer: Tokenizer, layout: Layout) ->
         top_k=config.top_k,
         top_p=config.top_p,
     )
-    return generator, generator.prepared(params)
+    return generator, generator.sampling_weights(params)
 
 
 def draw_all(
@@ -174,13 +182,13 @@ def draw_all(
 ) -> None:
     """Draw what is not in the file yet, batch by batch."""
     key = stream_key(config.seed, EVALUATION, 0)
-    origin = {"seed": config.seed, "checkpoint": exact_name(config.checkpoint)}
+    origin = {"seed": config.seed, "checkpoint": resolve_step(config.checkpoint)}
     total = len(rows) * len(config.temperatures) * config.n
     done = skipped(config, file.rows, len(rows))
     file.keep(sum(size for _, _, size in islice(batches(config, len(rows)), done)))
     if file.rows:
         console.print(f"{config.out}: goes on behind {file.rows} of {total} completions", markup=False)
-    ways = generator.layout.ways("prompt")
+    ways = generator.layout.shard_count("prompt")
     size = min(config.batch_prompts, -(-len(rows) // ways) * ways)  # no room for prompts that do not exist
     began, tokens, cut, first = time.perf_counter(), 0, 0, file.rows
     with progress_bar() as bar:
@@ -243,7 +251,7 @@ def trained_chat(checkpoint: str) -> ChatConfig:
     """How the prompts of a run were rendered."""
     if not is_run(checkpoint):
         return ChatConfig()
-    return ChatConfig(**about(checkpoint)["run"].get("chat", {}))
+    return ChatConfig(**read_about(checkpoint)["run"].get("chat", {}))
 
 
 def load_prompts(config: GenerateConfig, tokenizer: Tokenizer, chat: ChatConfig) -> list[tuple[int, Row]]:
@@ -274,7 +282,7 @@ def settings_of(config: GenerateConfig, chat: ChatConfig, rows: Sequence[tuple[i
     for i, row in rows:
         digest.update(as_line({"prompt_id": i} | row).encode())
     return {
-        "checkpoint": exact_name(config.checkpoint),
+        "checkpoint": resolve_step(config.checkpoint),
         "weights": weights_hash(config.checkpoint),
         "data": digest.hexdigest(),
         "chat": asdict(chat),
@@ -285,8 +293,8 @@ def settings_of(config: GenerateConfig, chat: ChatConfig, rows: Sequence[tuple[i
 def weights_hash(checkpoint: str) -> str | None:
     """Tells a model from one that has taken its place, by a few bytes of its files; None of a name on the Hub."""
     if is_run(checkpoint):  # Orbax notes when it wrote a step
-        run, step = find(checkpoint)
-        ends = [(folder_of(run) / str(step) / "_CHECKPOINT_METADATA").read_bytes()]
+        run, step = find_step(checkpoint)
+        ends = [(checkpoints_folder(run) / str(step) / "_CHECKPOINT_METADATA").read_bytes()]
     elif Path(checkpoint).is_dir():
         files = sorted(file for file in Path(checkpoint).iterdir() if re.search(r"\.(json|safetensors)$", file.name))
         ends = [part for file in files for part in _both_ends(file)]

@@ -26,7 +26,7 @@ from eval.texts.rows import check_out, write_json
 from eval.theory.plots import pictures
 from eval.theory.tabular import Problem, trained_exactly, training
 from gopo_jax.theory import expected_advantage, expected_gradient, rlhf_policy, stationary_policy
-from gopo_jax.theory.games import Name, enumerable
+from gopo_jax.theory.games import AdvantageName, enumerable
 from train.console import console, progress_bar
 from train.parse import parse, take
 from train.run.files import write_whole
@@ -99,7 +99,7 @@ def listed(values: Sequence[float]) -> str:
 class Case(NamedTuple):
     """What is trained to its end."""
 
-    advantage: Name
+    advantage: AdvantageName
     group_size: int
     beta: float
     kl: str = "k3"  # the estimator in the loss; "none": no penalty
@@ -158,7 +158,7 @@ def solvable() -> Iterator[None]:
 def cases(config: TheoryConfig) -> list[Case]:
     """Each once: all advantages, G and betas; noise; what RLHF asks for; the estimators of the penalty."""
     found: list[Case] = []
-    both: tuple[Name, Name] = ("gopo", "grpo")
+    both: tuple[AdvantageName, AdvantageName] = ("gopo", "grpo")
     for advantage in both:
         sizes = [*config.group_sizes, config.at_group_size]
         found += [Case(advantage, G, beta) for G in config.group_sizes for beta in config.beta]
@@ -217,7 +217,7 @@ def predicted(config: TheoryConfig, case: Case) -> np.ndarray:
 
 
 def stationary(
-    config: TheoryConfig, advantage: Name, group_size: float, beta: float, noise: float = 0.0, kl: str = "k3"
+    config: TheoryConfig, advantage: AdvantageName, group_size: float, beta: float, noise: float = 0.0, kl: str = "k3"
 ) -> jax.Array:
     """With the advantages that train: GRPO's standard deviation has ddof 1 and, without noise, an epsilon."""
     return stationary_policy(
@@ -327,7 +327,7 @@ def gradients(config: TheoryConfig, done: Callable[[], None]) -> dict[str, Any]:
 
 
 def ratios(policy_O: jax.Array, rewards_O: jax.Array, sizes: Sequence[int]) -> list[float]:
-    def norm(advantage: Name, size: int) -> float:
+    def norm(advantage: AdvantageName, size: int) -> float:
         advantage_O = expected_advantage(policy_O, rewards_O, advantage=advantage, group_size=size, ddof=1)
         return float(jnp.linalg.norm(expected_gradient(policy_O, advantage_O)))
 

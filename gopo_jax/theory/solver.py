@@ -1,8 +1,8 @@
-"""Stationary policies of a game with a penalty: along a path from the reference, or where training leads.
+"""Stationary policies of a game with a penalty: by continuation from the reference, or as the limit of training.
 
-Everything here is float64. The path: at 1/beta = 0 the reference itself is stationary; from there the curve of
-stationary policies in (logits, 1/beta) is followed by its arc length, through whatever bends and folds it has. Small
-reference entries make it turn sharply, which steps in 1/beta itself would not get through.
+All arrays are float64. Continuation: at 1/beta = 0 the reference is stationary; from there the solver follows the curve
+of stationary policies in (logits, 1/beta) by arc length, through its folds. Small reference entries bend the curve so
+sharply that steps in 1/beta would lose it.
 """
 
 from typing import NamedTuple
@@ -12,65 +12,69 @@ import jax.numpy as jnp
 
 from gopo_jax.theory.games import Game
 
-TOLERANCE = 1e-12  # of the residual, which is relative to the size of what is subtracted in it
-MOST_STEPS = 400  # along the path
+TOLERANCE = 1e-12  # of the residual, relative to its largest terms
+MAX_STEPS = 400  # along the path
+
+NewtonState = tuple[jax.Array, jax.Array, jax.Array, jax.Array]  # point, error, slope, iterations left
 
 
-State = tuple[jax.Array, jax.Array, jax.Array, jax.Array]  # of Newton: point, error, slope, iterations left
-
-
-class Problem(NamedTuple):
-    """What is solved. A point of the path is [O + 1]: the logits, and 1/beta in units of the advantage's size."""
+class StationaryProblem(NamedTuple):
+    """A game, a reference and the advantages' size. A point of the path is [O + 1]: the logits, and size / beta."""
 
     game: Game
     reference_O: jax.Array
     size: jax.Array
 
-    def end(self, beta: float) -> jax.Array:
+    def path_end(self, beta: float) -> jax.Array:
+        """Returns the last coordinate of the points that have this beta."""
         return self.size / beta
 
 
-def problem_of(game: Game, reference_O: jax.Array) -> Problem:
+def make_problem(game: Game, reference_O: jax.Array) -> StationaryProblem:
+    """Makes the problem whose size is the reference's largest expected advantage (1 if that is 0)."""
     size = jnp.abs(game.expected(reference_O)).max()
-    return Problem(game, reference_O, jnp.where(size > 0, size, 1))
+    return StationaryProblem(game, reference_O, jnp.where(size > 0, size, 1))
 
 
-def _residual(point: jax.Array, problem: Problem, kl: str) -> jax.Array:
-    """[O], zero at a stationary policy; each entry over the largest terms in it, so that rounding leaves some 1e-16."""
+def _residual(point: jax.Array, problem: StationaryProblem, kl: str) -> jax.Array:
+    """Returns [O], zero at a stationary policy, relative to each entry's largest terms: rounding leaves about 1e-16."""
     logs_O = jax.nn.log_softmax(point[:-1])
     policy_O = jnp.exp(logs_O)
-    pull_O = problem.game.expected(policy_O, logs_O)
-    pull_O = (pull_O - policy_O @ pull_O) * point[-1] / problem.size
-    most = jnp.abs(pull_O).max()
+    advantage_O = problem.game.expected(policy_O, logs_O)
+    advantage_O = (advantage_O - policy_O @ advantage_O) * point[-1] / problem.size  # over beta
+    largest = jnp.abs(advantage_O).max()
     if kl == "k3":
-        return (policy_O * (1 - pull_O) - problem.reference_O) / (problem.reference_O + policy_O * (1 + most))
-    return (logs_O - jax.nn.log_softmax(jnp.log(problem.reference_O) + pull_O)) / (1 + most)
+        return (policy_O * (1 - advantage_O) - problem.reference_O) / (problem.reference_O + policy_O * (1 + largest))
+    return (logs_O - jax.nn.log_softmax(jnp.log(problem.reference_O) + advantage_O)) / (1 + largest)
 
 
 @jax.jit(static_argnames="kl")
-def _newton(start: jax.Array, normal: jax.Array, problem: Problem, kl: str) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Newton's iterations with halved steps in the plane through `start`, to where no step gets nearer.
+def _newton(
+    start: jax.Array, normal: jax.Array, problem: StationaryProblem, kl: str
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Damped Newton iterations in the plane through `start`, until no step lowers the residual.
 
     Returns the point, the largest entry of its residual, and the path's direction there on the side of `normal`.
     """
 
-    def residual(point: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def plane_residual(point: jax.Array) -> tuple[jax.Array, jax.Array]:
         off_plane = normal @ (point - start) / (1 + jnp.abs(start).max())
-        now = jnp.append(_residual(point, problem, kl), off_plane)
-        return now, now
+        residual = jnp.append(_residual(point, problem, kl), off_plane)
+        return residual, residual
 
-    def iterate(state: State) -> State:
-        point, _, _, left = state
-        slope, now = jax.jacfwd(residual, has_aux=True)(point)
-        # Logits are known up to a constant, and the residuals' slopes are dependent, with weights above 0: the sum of
-        # the logits, which is to stay, goes to each row.
+    def iterate(state: NewtonState) -> NewtonState:
+        point, _, _, iterations_left = state
+        slope, residual = jax.jacfwd(plane_residual, has_aux=True)(point)
+        # Logits matter up to a constant, and the rows of the slope are dependent, with positive weights. Adding the sum
+        # of the logits' changes to each row makes the system regular and keeps that sum.
         slope = slope.at[:-1, :-1].add(1)
-        tried_C = point + 0.5 ** jnp.arange(12.0)[:, None] * jnp.linalg.solve(slope, -now)
-        there_C = jax.vmap(residual)(tried_C)[0]
-        norms_C = jnp.where(jnp.isfinite(there_C).all(-1), jnp.square(there_C).sum(-1), jnp.inf)
-        best = norms_C.argmin()
-        better = norms_C[best] < jnp.square(now).sum()
-        return jnp.where(better, tried_C[best], point), jnp.abs(now).max(), slope, (left - 1) * better
+        candidates_I = point + 0.5 ** jnp.arange(12.0)[:, None] * jnp.linalg.solve(slope, -residual)
+        residuals_I = jax.vmap(plane_residual)(candidates_I)[0]
+        norms_I = jnp.where(jnp.isfinite(residuals_I).all(-1), jnp.square(residuals_I).sum(-1), jnp.inf)
+        best = norms_I.argmin()
+        improves = norms_I[best] < jnp.square(residual).sum()
+        point = jnp.where(improves, candidates_I[best], point)
+        return point, jnp.abs(residual).max(), slope, (iterations_left - 1) * improves
 
     state = (start, jnp.asarray(jnp.inf), jnp.zeros((start.size, start.size)), jnp.asarray(50))
     point, error, slope, _ = jax.lax.while_loop(lambda state: state[3] > 0, iterate, state)
@@ -78,22 +82,23 @@ def _newton(start: jax.Array, normal: jax.Array, problem: Problem, kl: str) -> t
     return point, error, direction / jnp.linalg.norm(direction)
 
 
-def continued(problem: Problem, beta: float, kl: str) -> jax.Array | None:
-    """The logits at the first place with this beta on the path from the reference; None if it was not reached."""
-    end, point = problem.end(beta), jnp.append(jnp.log(problem.reference_O), 0.0)
+def continue_from_reference(problem: StationaryProblem, beta: float, kl: str) -> jax.Array | None:
+    """Returns the logits of the first point with this beta on the path from the reference; None if the path is lost."""
+    end, point = problem.path_end(beta), jnp.append(jnp.log(problem.reference_O), 0.0)
     last_axis = jnp.zeros_like(point).at[-1].set(1)
     tangent, stride = _newton(point, last_axis, problem, kl=kl)[2], 1.0
-    for _ in range(MOST_STEPS):
-        aim = point + stride * tangent
-        there, error, direction = _newton(aim, tangent, problem, kl=kl)
-        if error < TOLERANCE and jnp.linalg.norm(there - aim) < stride / 2:  # not thrown onto another branch
-            if there[-1] < end:
-                point, tangent, stride = there, direction, 2 * stride
+    for _ in range(MAX_STEPS):
+        predicted = point + stride * tangent
+        corrected, error, direction = _newton(predicted, tangent, problem, kl=kl)
+        if error < TOLERANCE and jnp.linalg.norm(corrected - predicted) < stride / 2:  # the same branch
+            if corrected[-1] < end:
+                point, tangent, stride = corrected, direction, 2 * stride
                 continue
-            aim = (point + (end - point[-1]) / (there[-1] - point[-1]) * (there - point)).at[-1].set(end)
-            there, error, _ = _newton(aim, last_axis, problem, kl=kl)
-            if error < TOLERANCE and jnp.linalg.norm(there - aim) < stride:
-                return there[:-1]
+            fraction = (end - point[-1]) / (corrected[-1] - point[-1])
+            predicted = (point + fraction * (corrected - point)).at[-1].set(end)
+            corrected, error, _ = _newton(predicted, last_axis, problem, kl=kl)
+            if error < TOLERANCE and jnp.linalg.norm(corrected - predicted) < stride:
+                return corrected[:-1]
         stride /= 4
         if stride < 1e-10:
             break
@@ -101,8 +106,8 @@ def continued(problem: Problem, beta: float, kl: str) -> jax.Array | None:
 
 
 @jax.jit(static_argnames="kl")
-def _flow(logits_O: jax.Array, problem: Problem, beta: jax.Array, kl: str) -> jax.Array:
-    """The logits after a long gradient flow of training itself, in small Euler steps."""
+def _flow(logits_O: jax.Array, problem: StationaryProblem, beta: jax.Array, kl: str) -> jax.Array:
+    """Returns the logits after a long gradient flow of the training objective, in small Euler steps."""
 
     def step(_: int, logits_O: jax.Array) -> jax.Array:
         logs_O = jax.nn.log_softmax(logits_O)
@@ -117,9 +122,11 @@ def _flow(logits_O: jax.Array, problem: Problem, beta: jax.Array, kl: str) -> ja
     return jax.lax.fori_loop(0, 20_000, step, logits_O)
 
 
-def followed(problem: Problem, start_O: jax.Array, beta: float, kl: str) -> tuple[jax.Array, float]:
-    """The logits where training from a start leads, made exact by Newton, and the largest entry of their residual."""
+def follow_to_fixed_point(
+    problem: StationaryProblem, start_O: jax.Array, beta: float, kl: str
+) -> tuple[jax.Array, float]:
+    """Trains from a start to its limit and refines that by Newton; returns the logits and their largest residual."""
     logits_O = _flow(jnp.log(start_O), problem, jnp.asarray(beta, float), kl=kl)
-    point = jnp.append(logits_O, problem.end(beta))
+    point = jnp.append(logits_O, problem.path_end(beta))
     point, error, _ = _newton(point, jnp.zeros_like(point).at[-1].set(1), problem, kl=kl)
     return point[:-1], float(error)

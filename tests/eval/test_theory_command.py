@@ -150,7 +150,7 @@ def test_noise_has_the_limits_that_it_must_have(float64: None) -> None:
     far = [float(np.abs(at(1.0, size) - at(1.0, np.inf)).max()) for size in (2, 5)]
     assert far[0] > 1.5 * far[1]
     lengths = jnp.array([0.1, 1.0, 5.0, 50.0])
-    np.testing.assert_allclose(games.aligned(lengths, 1), jax.lax.erf(lengths / np.sqrt(2)), rtol=1e-12)
+    np.testing.assert_allclose(games.expected_cosine(lengths, 1), jax.lax.erf(lengths / np.sqrt(2)), rtol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ def instance(seed: int) -> tuple[np.ndarray, np.ndarray, int]:
     return rng.dirichlet(np.ones(count)), rewards_O, 3 + seed % 2
 
 
-@pytest.mark.parametrize("name", games.NAMES)
+@pytest.mark.parametrize("name", games.ADVANTAGE_NAMES)
 @pytest.mark.parametrize(("ddof", "epsilon"), [(0, 0.0), (1, 1e-4)])
 def test_expectations_are_those_of_every_group(name: Any, ddof: int, epsilon: float) -> None:
     for seed in range(4):

@@ -16,7 +16,7 @@ from flax import nnx
 from models.checkpoint import load_model
 from models.config import REWARD_MODEL, Qwen3Config
 from models.hf_weights import abstract_model, flatten, load_pretrained, split
-from models.lora import PROJECTIONS, Lora, is_adapter, join, merge, pairs, separate
+from models.lora import PROJECTIONS, Lora, adapter_names, is_adapter, merge_adapters, merge_trainable, split_trainable
 from models.qwen3 import Backbone
 from models.sharding import RULES, parameter_axes
 from models.tokenizer import Tokenizer
@@ -63,10 +63,10 @@ def test_fresh_ones_change_nothing_and_merged_equals_unmerged(
     graphdef, params = adapted(model, lora)
     unmerged = logprobs(graphdef, params)
     assert float(jnp.abs(unmerged - plain).max()) > 1e-2
-    merged = merge(params, lora)
+    merged = merge_adapters(params, lora)
     assert flatten(merged).keys() == flatten(split(model)[1]).keys()
     np.testing.assert_allclose(logprobs(split(model)[0], merged), unmerged, atol=1e-5)
-    untouched = [name for name in flatten(merged) if name.removeprefix("layers.") not in pairs(lora)]
+    untouched = [name for name in flatten(merged) if name.removeprefix("layers.") not in adapter_names(lora)]
     assert len(untouched) == len(flatten(merged)) - len(targets)
     for name in untouched:
         assert flatten(merged)[name] is flatten(params)[name]
@@ -79,14 +79,14 @@ def test_gradients_are_those_of_the_merged_matrix(
     """dA = s dW B^T and dB = s A^T dW, with dW of the network whose W is the merged one."""
     model = make_model(tiny_config)
     graphdef, params = adapted(model)
-    trained, frozen = separate(params)
+    trained, frozen = split_trainable(params)
     weight = jax.random.normal(jax.random.key(0), logprobs(graphdef, params).shape)
-    of_trained = jax.grad(lambda trained: (weight * logprobs(graphdef, join(trained, frozen))).mean())
+    of_trained = jax.grad(lambda trained: (weight * logprobs(graphdef, merge_trainable(trained, frozen))).mean())
     found = jax.jit(of_trained)(trained)["layers"]
     plain = split(model)[0]
     of_all = jax.grad(lambda params: (weight * logprobs(plain, params)).mean())
-    whole = jax.jit(of_all)(merge(params, LORA))["layers"]
-    for name, pair in pairs(LORA).items():
+    whole = jax.jit(of_all)(merge_adapters(params, LORA))["layers"]
+    for name, pair in adapter_names(LORA).items():
         a, b = (params["layers"][part] for part in pair)
         L, A = len(a), LORA.rank
         dw = whole[name].reshape(L, a.reshape(L, -1, A).shape[1], -1)
@@ -116,7 +116,7 @@ def test_the_base_starts_as_it_does_without_adapters(tiny_config: Qwen3Config) -
     config = replace(tiny_config, tie_word_embeddings=False)
     build = abstract_model(config).__class__
     plain = split(build(config, nnx.Rngs(params=3)))[1]
-    _, frozen = separate(split(build(config, nnx.Rngs(params=3, lora=3), lora=LORA))[1])
+    _, frozen = split_trainable(split(build(config, nnx.Rngs(params=3, lora=3), lora=LORA))[1])
     jax.tree.map(np.testing.assert_array_equal, frozen, plain)
 
 
@@ -140,7 +140,7 @@ def test_a_policy_run_leaves_its_base_alone_and_goes_on_exactly(
     run, found = tmp_path / "whole" / "run", split(load_model(tmp_path / "whole" / "run"))[1]
     assert flatten(found).keys() == flatten(base).keys()
     for name, value in flatten(found).items():  # what no adapter changes is the base's, bit for bit
-        if name.removeprefix("layers.") not in pairs(LORA):
+        if name.removeprefix("layers.") not in adapter_names(LORA):
             np.testing.assert_array_equal(value, flatten(base)[name])
         else:
             assert 0 < float(jnp.abs(value - flatten(base)[name]).max()) < 0.1

@@ -11,9 +11,9 @@ import pytest
 from flax import nnx
 
 from models.checkpoint import Checkpoints
-from models.config import ACTIVATIONS, POLICY, REWARD_MODEL, Qwen3Config
+from models.config import ACTIVATION_NAMES, POLICY, REWARD_MODEL, Qwen3Config
 from models.hf_weights import INDEX_FILE, load_pretrained, save_pretrained, split
-from models.lora import Lora, is_adapter, merge, separate
+from models.lora import Lora, is_adapter, merge_adapters, split_trainable
 from models.peft import save_adapters
 from models.qwen3 import Qwen3, rotary_frequencies
 from models.reward_model import Qwen3RewardModel
@@ -46,7 +46,7 @@ def draw(seed: int) -> dict[str, Any]:
         "tie_word_embeddings": bool(rng.integers(2)),
         "attention_bias": bool(rng.integers(2)),
         "rms_norm_eps": float(rng.choice([1e-6, 1e-5, 1e-2])),
-        "hidden_act": str(rng.choice(["silu", "silu", *ACTIVATIONS])),
+        "hidden_act": str(rng.choice(["silu", "silu", *ACTIVATION_NAMES])),
         "dtype": str(rng.choice(["float32", "bfloat16", "float16"])),
     }
     rope = {"rope_type": str(rng.choice(["default", "linear", "yarn", "yarn"])), "rope_theta": 10_000.0}
@@ -237,13 +237,13 @@ def test_peft_loads_our_adapters(architecture: str, tmp_path: Path) -> None:
             params["layers"][name] = jax.numpy.asarray(rng.normal(0, 0.3, value.shape), "float32")
     if architecture == REWARD_MODEL:
         params["score_D"] = params["score_D"] + 1  # trained beside the adapters: the base has another
-    save_adapters(separate(params)[0], lora, config, tmp_path / "adapters", base=str(tmp_path / "base"))
+    save_adapters(split_trainable(params)[0], lora, config, tmp_path / "adapters", base=str(tmp_path / "base"))
 
     kind = "AutoModelForCausalLM" if architecture == POLICY else "AutoModelForSequenceClassification"
     options = {"num_labels": 1} if architecture == REWARD_MODEL else {}
     theirs = getattr(transformers, kind).from_pretrained(tmp_path / "base", dtype="float32", **options)
     tokens_BS, lengths_B = rng.integers(1, VOCABULARY, (2, 9)), np.array([9, 9])
-    ours = nnx.merge(split(base)[0], merge(params, lora))(tokens_BS, lengths_B)
+    ours = nnx.merge(split(base)[0], merge_adapters(params, lora))(tokens_BS, lengths_B)
     with torch.no_grad():
         plain = theirs(torch.tensor(tokens_BS)).logits.numpy()
         found = PeftModel.from_pretrained(theirs, tmp_path / "adapters")(torch.tensor(tokens_BS)).logits.numpy()

@@ -75,7 +75,7 @@ def test_shared_prefix_equals_whole_sequences(model: Qwen3) -> None:
 
 @pytest.mark.parametrize("chunk", [64, 3])  # of one piece; of pieces that do not divide the length
 def test_one_token_at_a_time_equals_all_at_once(model: Qwen3, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models.attention, "CHUNK", chunk)
+    monkeypatch.setattr(models.attention, "CACHE_CHUNK", chunk)
     prompt_PS, tokens_PGT = tokens(0, P, S), tokens(1, P, G, T)
     _, prefix = model.prefill(prompt_PS, LENGTHS_P)
     expected_PGTD, _ = model.extend(tokens_PGT, prefix)
@@ -100,8 +100,8 @@ def test_blocks_of_queries_change_nothing(monkeypatch: pytest.MonkeyPatch) -> No
         )
 
     expected = jax.value_and_grad(value)(params)
-    monkeypatch.setattr(models.attention, "SHORTEST_BLOCK", 1)
-    monkeypatch.setattr(models.attention, "BLOCKS", 3)
+    monkeypatch.setattr(models.attention, "MIN_QUERY_BLOCK", 1)
+    monkeypatch.setattr(models.attention, "QUERY_BLOCKS", 3)
     blocks = jax.value_and_grad(value)(params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4), blocks, expected)
 

@@ -288,8 +288,8 @@ def test_what_has_ended_is_not_computed_and_nothing_else_changes(fewest: int, mo
     options = SamplingParams(np.float32(1), np.int32(0), np.float32(1), np.int32(0), np.array([3], np.int32))
 
     def draw_all(fewest: int) -> tuple[Rollout, int]:
-        monkeypatch.setattr("models.sampler.FEWEST", fewest)
-        monkeypatch.setattr("models.sampler.LONG", 1)
+        monkeypatch.setattr("models.sampler.MIN_ROWS", fewest)
+        monkeypatch.setattr("models.sampler.MIN_SHRINKING_LENGTH", 1)
         chain = Chain(logits_VV)
         call = jax.jit(
             lambda params: sample(

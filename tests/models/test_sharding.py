@@ -129,7 +129,7 @@ def test_an_axis_that_does_not_divide_is_named() -> None:
     odd = Qwen3Config(63, 32, 64, 2, 4, 2, 16)
 
     class ThreeWays(type(three)):  # a mesh of one device cannot fail to divide
-        def ways(self, meaning: str) -> int:
+        def shard_count(self, meaning: str) -> int:
             return 2 if meaning == "vocab" else 1
 
     with pytest.raises(ValueError, match="embed_VD.*'vocab' of size 63 cannot be split over 2 devices"):
@@ -154,13 +154,15 @@ def test_sampled_from_is_whole_where_prompts_are_shared() -> None:
     model = abstract_model(CONFIG, dtype="bfloat16", layout=layout)
     (graphdef, _), params = split(model), abstract_params(model, layout)
     copy = SamplingCopy(graphdef, params, layout)
-    assert all(copy.copied)
+    assert all(copy.is_copied)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float32"}
-    assert {leaf.dtype.name for leaf in jax.tree.leaves(copy.wanted)} == {"bfloat16"}
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(copy.targets)} == {"bfloat16"}
     exact = abstract_model(CONFIG, layout=layout)  # float32 on one device: nothing to copy
     params = abstract_params(exact, layout)
-    assert not any(SamplingCopy(split(exact)[0], params, layout).copied)
+    assert not any(SamplingCopy(split(exact)[0], params, layout).is_copied)
     adapted = abstract_model(CONFIG, dtype="bfloat16", param_dtype="bfloat16", layout=layout, lora=Lora(rank=2))
     params = abstract_params(adapted, layout)
     copy = SamplingCopy(split(adapted)[0], params, layout)  # adapters are float32: they alone are copied
-    assert len(copy.part(params)) == 14 and {leaf.dtype.name for leaf in copy.part(params)} == {"float32"}
+    assert len(copy.copied_leaves(params)) == 14 and {leaf.dtype.name for leaf in copy.copied_leaves(params)} == {
+        "float32"
+    }

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from models.checkpoint import check
+from models.checkpoint import check_loadable
 from models.tokenizer import Tokenizer, bucket, pad, train_bpe
 from models.weight_files import could_be_on_hub
 
@@ -96,7 +96,7 @@ def test_what_cannot_be_padded_is_refused(small: Tokenizer) -> None:
     with pytest.raises(FileNotFoundError, match="no such directory"):
         Tokenizer("nowhere")
     with pytest.raises(ValueError, match=f"vocab_size is 10, but the tokenizer .* has {small.size} ids"):
-        small.check_fits(10, "model")
+        small.check_vocab_size(10, "model")
 
 
 @pytest.mark.parametrize("name", ["runs/nowhere", "./nowhere", "~/nowhere", "a/b/c"])
@@ -105,12 +105,12 @@ def test_what_cannot_be_on_the_hub_is_not_looked_for_there(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("runs").mkdir()
-    monkeypatch.setattr("models.tokenizer._read", lambda _: pytest.fail("the Hub was asked"))
+    monkeypatch.setattr("models.tokenizer._load_hf", lambda _: pytest.fail("the Hub was asked"))
     assert not could_be_on_hub(name) and could_be_on_hub("org/nowhere")
     with pytest.raises(FileNotFoundError, match=f"^{name}: no such directory"):
         Tokenizer(name)
     with pytest.raises(FileNotFoundError, match=f"^{name}: no such directory; expected a run directory"):
-        check(name)
+        check_loadable(name)
 
 
 @pytest.mark.parametrize("model", ["tiny_qwen3", "hf_tied_causal", "hf_reward_seqcls"])

@@ -156,6 +156,6 @@ def test_show_prints_what_the_models_see(
     assert "number 2" not in shown
     flat = " ".join(shown.split())
     for token in tokenizer.encode(["[policy] number 1<|im_end|>[answer]"])[0]:
-        assert f"{token} {tokenizer.piece(token)}".replace("  ", " ") in flat
+        assert f"{token} {tokenizer.token_text(token)}".replace("  ", " ") in flat
     assert f"{tokenizer.eos_ids[0]} <|im_end|>" in shown
     assert not (tmp_path / "run").exists()

@@ -16,7 +16,7 @@ import yaml
 
 import train.run.directory
 from eval.report.compare import last_change
-from models.checkpoint import Checkpoints, find, folder_of, load_model
+from models.checkpoint import Checkpoints, checkpoints_folder, find_step, load_model
 from models.hf_weights import split
 from models.sharding import make_layout, to_device, to_host
 from train.build import make_optimizer, make_tokenizer
@@ -105,22 +105,22 @@ def test_checkpoints_elsewhere(policy_config: MakeConfig, tmp_path: Path, monkey
     train_policy(outside)
     run = tmp_path / "outside" / "run"
     assert (run / "checkpoints").is_file() and {"1", "2"} <= {p.name for p in (tmp_path / "far" / "away").iterdir()}
-    assert find(run) == (run, 2) and last_change(str(run)) > 0
+    assert find_step(run) == (run, 2) and last_change(str(run)) > 0
     ends = [split(load_model(f"{folder}@2"))[1] for folder in (run, tmp_path / "inside" / "run")]
     jax.tree.map(np.testing.assert_array_equal, *ends)
     train_policy(replace(outside, max_steps=3, checkpoint=CheckpointConfig(every=1)))  # it remembers where they are
-    assert find(run) == (run, 3)
+    assert find_step(run) == (run, 3)
     with pytest.raises(SetupError, match="checkpoint.directory: elsewhere, but the checkpoints of .* are in .*away"):
         train_policy(replace(outside, max_steps=3, checkpoint=CheckpointConfig(directory="elsewhere")))
     shutil.rmtree(tmp_path / "far")
     with pytest.raises(FileNotFoundError, match="not a checkpoint"):
-        find(run)
+        find_step(run)
 
 
 def test_a_bucket_is_a_place_for_checkpoints(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("gs://bucket/name\n")
-    assert str(folder_of(tmp_path)) == "gs://bucket/name"
-    assert str(folder_of(tmp_path) / "3" / "params") == "gs://bucket/name/3/params"
+    assert str(checkpoints_folder(tmp_path)) == "gs://bucket/name"
+    assert str(checkpoints_folder(tmp_path) / "3" / "params") == "gs://bucket/name/3/params"
 
 
 def test_processes_that_do_not_share_a_directory_are_told(

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.checkpoint import Checkpoints, find
+from models.checkpoint import Checkpoints, find_step
 from train.config import (
     CheckpointConfig,
     DataConfig,
@@ -82,9 +82,9 @@ def test_the_newest_are_kept_and_the_best(tmp_path: Path) -> None:
         if step == 5:
             assert steps_of(tmp_path) == [2, 4, 5]
     assert steps_of(tmp_path) == [4, 5, 6]
-    checkpoints.drop_after(4)
+    checkpoints.delete_after(4)
     checkpoints.close()
-    assert steps_of(tmp_path) == [4] and find(tmp_path)[1] == 4
+    assert steps_of(tmp_path) == [4] and find_step(tmp_path)[1] == 4
 
 
 def steps_of(run: Path) -> list[int]:
@@ -122,7 +122,7 @@ def what_is_there(run: Path) -> dict[str, Any]:
     """All of a run that is not a time."""
     rows = [{k: v for k, v in row.items() if not k.startswith("timing_s/")} for row in read_metrics(run)]
     files = {name: (run / name).read_text() for name in (STOPPED, "calibration.json")}
-    return {"rows": rows, "steps": steps_of(run), "newest": find(run)[1], **files}
+    return {"rows": rows, "steps": steps_of(run), "newest": find_step(run)[1], **files}
 
 
 @pytest.mark.slow
@@ -176,7 +176,7 @@ def test_a_run_that_is_killed_anywhere_ends_in_the_same_state(
     assert killed_in(Run, "save", 3, False) == expected  # of step 6, at which it stops
     assert killed_in(Run, "wait", 1, True) == expected  # all is saved, nothing said
     assert killed_in(stopping, "write_whole", 1, True) == expected  # said, nothing removed
-    assert killed_in(Run, "drop_after", 1, True) == expected
+    assert killed_in(Run, "delete_after", 1, True) == expected
 
     (run / STOPPED).unlink()
     train_reward_model(replace(config, early_stopping=EarlyStoppingConfig(patience=3)))

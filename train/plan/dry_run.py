@@ -19,7 +19,7 @@ from rich.table import Table
 
 from models.config import REWARD_MODEL, Qwen3Config
 from models.hf_weights import abstract_model, abstract_params
-from models.lora import separate
+from models.lora import split_trainable
 from models.sharding import Layout
 from models.tokenizer import Tokenizer
 from train.build import make_layout_for, make_optimizer, policy_layout
@@ -271,7 +271,7 @@ def describe_networks(config: TrainingConfig, columns: Collection[str] | None) -
     tokenizer = None
     if Path(config.model.tokenizer_path).is_dir() or config.model.tokenizer_path.count("/") != 1:
         tokenizer = Tokenizer(config.model.tokenizer_path, config.chat.enable_thinking)
-        tokenizer.check_fits(network.vocab_size, config.model.path or "model.architecture")
+        tokenizer.check_vocab_size(network.vocab_size, config.model.path or "model.architecture")
         print_plain(f"tokenizer {tokenizer.path}: {tokenizer.size:,} ids")
     else:
         print_plain(f"tokenizer {config.model.tokenizer_path}: on the Hub, not read")
@@ -333,7 +333,7 @@ def abstract_state(config: TrainingConfig, layout: Layout, network: Qwen3Config)
     """Returns trained parameters, frozen parameters and optimizer state as ShapeDtypeStructs."""
     dtypes = {"dtype": config.model.dtype, "param_dtype": config.model.param_dtype}
     model = abstract_model(network, lora=config.lora, remat=config.model.remat, layout=layout, **dtypes)
-    trained, frozen = separate(abstract_params(model, layout))
+    trained, frozen = split_trainable(abstract_params(model, layout))
     optimizer, _ = make_optimizer(config.optimizer, config.max_steps)
     return trained, frozen, abstract_opt_state(trained, optimizer, layout)
 

@@ -14,15 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models import checkpoint
-from models.attention import CHUNK
+from models.attention import CACHE_CHUNK
+from models.checkpoint import is_run, read_about
 from models.config import Qwen3Config, read_config
 from models.generate import SamplingCopy, sampling_program
 from models.hf_weights import abstract_model, abstract_params, split
-from models.lora import separate
+from models.lora import split_trainable
 from models.published import PUBLISHED
 from models.sampler import SamplingParams
-from models.sharding import Layout, placed
+from models.sharding import Layout, with_sharding
 from models.weight_files import find_directory
 from train.build import make_optimizer
 from train.config import PlanConfig
@@ -64,8 +64,8 @@ def resident_bytes(arrays: Mapping[str, float], beside: Sequence[str]) -> float:
 
 def network_config(path: str) -> Qwen3Config:
     """Returns the config of a model, given as a run, a directory, a published name (offline), or a name on the Hub."""
-    if checkpoint.is_run(path):
-        return Qwen3Config.from_hf(checkpoint.about(path)["model"], source=path)
+    if is_run(path):
+        return Qwen3Config.from_hf(read_about(path)["model"], source=path)
     return PUBLISHED[path] if path in PUBLISHED and not Path(path).is_dir() else read_config(find_directory(path))
 
 
@@ -101,10 +101,10 @@ def sampling_parts(config: PlanConfig, layout: Layout, graphdef: Any, params: An
     arrays: dict[str, float] = {}
     during: tuple[str, ...] = ()
     copy = SamplingCopy(graphdef, params, layout) if config.mesh.sampling_copy else None
-    if copy is not None and any(copy.copied):
-        programs.append(StepProgram("copy", 1, copy.program, (copy.part(params),), {}))
-        arrays, during = {"sampling copy": bytes_per_device(copy.part(copy.wanted))}, ("sampling copy",)
-        params = copy.wanted
+    if copy is not None and any(copy.is_copied):
+        programs.append(StepProgram("copy", 1, copy.program, (copy.copied_leaves(params),), {}))
+        arrays, during = {"sampling copy": bytes_per_device(copy.copied_leaves(copy.targets))}, ("sampling copy",)
+        params = copy.targets
     prompts = [
         abstract_array(layout, (P, S), jnp.int32, ("prompt", None)),
         *[abstract_array(layout, (P,), jnp.int32, ("prompt",))] * 2,
@@ -137,14 +137,14 @@ def updating_parts(config: PlanConfig, layout: Layout, graphdef: Any, params: An
     """Returns parameters, reference, optimizer state and gradient, and the programs of the update."""
     P, G, S, T = axis_sizes(config)
     optimizer, _ = make_optimizer(config.optimizer, config.max_steps * config.updates_per_step)
-    trained, frozen = separate(params)
+    trained, frozen = split_trainable(params)
     opt_state = abstract_opt_state(trained, optimizer, layout)
     scalar: Any = abstract_array(layout, (), jnp.int32, ())
     state = TrainState(trained, frozen, opt_state, scalar)
     reference = trained if config.loss.beta else None
     update = Update(graphdef, optimizer, config, layout, state).programs
     gradient = jax.tree.map(
-        lambda leaf, like: placed(leaf, like.sharding), jax.eval_shape(update.zero_grads, trained), trained
+        lambda leaf, like: with_sharding(leaf, like.sharding), jax.eval_shape(update.zero_grads, trained), trained
     )
     micro = abstract_microbatch(config.microbatch_prompts, S, G, T, layout)
     denominator = abstract_array(layout, (), jnp.float32, ())
@@ -186,8 +186,8 @@ def bytes_per_device(tree: Any) -> float:
 
 def cache_bytes(network: Qwen3Config, P: int, G: int, S: int, T: int, layout: Layout, size: int) -> float:
     """Returns the bytes of keys and values on each device; they are among the temporaries of the sampling program."""
-    prompts, heads = P / layout.ways("prompt"), network.num_key_value_heads / layout.ways("kv_heads")
-    positions = prompts * (S + G / layout.ways("group") * T)
+    prompts, heads = P / layout.shard_count("prompt"), network.num_key_value_heads / layout.shard_count("kv_heads")
+    positions = prompts * (S + G / layout.shard_count("group") * T)
     return 2 * positions * network.num_hidden_layers * heads * network.head_dim * size
 
 
@@ -196,7 +196,7 @@ def sampling_trips(T: int) -> Trips:
 
     Each token reads those chunks of its cache that are filled by then, half of them on average.
     """
-    return lambda depth, index: (T if index == 0 else 0) if depth == 0 else (T / min(CHUNK, T) + 1) / 2
+    return lambda depth, index: (T if index == 0 else 0) if depth == 0 else (T / min(CACHE_CHUNK, T) + 1) / 2
 
 
 def compiled_cost(program: StepProgram, layout: Layout, size: float) -> Cost:

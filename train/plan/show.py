@@ -25,7 +25,7 @@ def show_rows(config: SupervisedConfig | RewardModelConfig | PolicyConfig, count
     """
     with setup_errors():
         tokenizer = make_tokenizer(config.model, config.chat)
-        ends = ", ".join(f"{i} {tokenizer.piece(i)}" for i in tokenizer.eos_ids)
+        ends = ", ".join(f"{i} {tokenizer.token_text(i)}" for i in tokenizer.eos_ids)
         print_plain(f"tokenizer {tokenizer.path}: a sequence ends with {ends}; padding {tokenizer.pad_id}")
         if isinstance(config, PolicyConfig):
             show_policy(config, tokenizer, count)
@@ -58,5 +58,5 @@ def show_tokens(title: str, ids: Sequence[int], tokenizer: Tokenizer) -> None:
     """Prints the text, then every id with its piece."""
     console.rule(f"{title}: {len(ids)} tokens", align="left")
     print_plain(tokenizer.hf.decode(ids, clean_up_tokenization_spaces=False))
-    pieces = [Text(str(i), style="dim").append(f" {tokenizer.piece(i)}", style="bold") for i in ids]
+    pieces = [Text(str(i), style="dim").append(f" {tokenizer.token_text(i)}", style="bold") for i in ids]
     console.print(Text("  ").join(pieces), highlight=False)

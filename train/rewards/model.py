@@ -34,7 +34,7 @@ class RewardModelScorer:
         if not isinstance(model, Qwen3RewardModel):
             raise ValueError(f"{path}: expected a reward model ({Qwen3RewardModel.__name__}), got a policy")
         self.tokenizer = Tokenizer(tokenizer_path(path))
-        self.tokenizer.check_fits(model.config.vocab_size, path)
+        self.tokenizer.check_vocab_size(model.config.vocab_size, path)
         self.layout, self.max_length, self.batch_prompts = layout, max_length, batch_prompts
         graphdef, params = split(model)
         self.params = to_host(params) if offload else params

@@ -19,7 +19,7 @@ import numpy as np
 import yaml
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from models.checkpoint import Checkpoints, about, folder_of
+from models.checkpoint import Checkpoints, checkpoints_folder, read_about
 from models.tokenizer import Tokenizer
 from train.config import RunConfig, resolved
 from train.console import console
@@ -79,7 +79,7 @@ class Run:
         if not is_distributed():
             return
         number = gather(np.random.default_rng().integers(2**31, size=1, dtype=np.int32))[0]
-        probe = folder_of(self.path) / f"shared-{number}.tmp"
+        probe = checkpoints_folder(self.path) / f"shared-{number}.tmp"
         if is_first():
             probe.write_text("all processes see this")
         gather(np.zeros(1))  # barrier: the file is written
@@ -89,17 +89,18 @@ class Run:
             probe.unlink()
         if not seen:
             raise ValueError(
-                f"{folder_of(self.path)}: process {jax.process_index()} does not see what process 0 writes there; "
-                f"expected one directory for all: a shared output_dir, or checkpoint.directory on one (gs:// too)"
+                f"{checkpoints_folder(self.path)}: process {jax.process_index()} does not see what process 0 writes "
+                f"there; expected one directory for all: a shared output_dir, or checkpoint.directory on one "
+                f"(gs:// too)"
             )
 
     def resume(self, state: TrainState) -> TrainState:
         """Restores the newest checkpoint, if there is one, into `state`; cuts metrics.jsonl back to its step."""
         if state.frozen:
-            state = state._replace(frozen=self._checkpoints.keep_base(state.frozen))
+            state = state._replace(frozen=self._checkpoints.restore_or_save_base(state.frozen))
         latest = self._checkpoints.latest()
         if latest is not None and self.config.checkpoint.directory is not None:
-            self._refuse_another(about(f"{self.path}@{latest}")["run"], folder_of(self.path))
+            self._refuse_another(read_about(f"{self.path}@{latest}")["run"], checkpoints_folder(self.path))
         if latest is not None:
             params, train = self._checkpoints.restore(latest, state.params, _optimizer_items(state))
             state = state._replace(params=params, **train)
@@ -184,9 +185,9 @@ class Run:
         """Keeps this step's checkpoint, whatever `checkpoint.keep` is, until the next call."""
         self._checkpoints.best = step
 
-    def drop_after(self, step: int) -> None:
+    def delete_after(self, step: int) -> None:
         """Removes the checkpoints of later steps."""
-        self._checkpoints.drop_after(step)
+        self._checkpoints.delete_after(step)
 
     def wait(self) -> None:
         """Waits for the checkpoint in flight."""

@@ -15,7 +15,7 @@ import optax
 from gopo_jax.losses import Metrics
 from models.config import POLICY
 from models.hf_weights import split
-from models.lora import join
+from models.lora import merge_trainable
 from models.sharding import Layout, fetch
 from models.tokenizer import Tokenizer
 from train.build import make_layout_for, make_model, make_optimizer, make_tokenizer
@@ -201,7 +201,7 @@ def make_supervised_update(
 
     @partial(jax.jit, donate_argnums=0, out_shardings=(tree_shardings(state), None))
     def update(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-        loss = lambda params: objective(join(params, state.frozen), batch)  # noqa: E731
+        loss = lambda params: objective(merge_trainable(params, state.frozen), batch)  # noqa: E731
         (_, aux), gradient = jax.value_and_grad(loss, has_aux=True)(state.params)
         metrics = aux.metrics | {"grad_norm": (optax.tree.norm(gradient), jnp.ones(()))}
         return apply_gradient(optimizer, state, gradient), metrics

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from models.checkpoint import folder_of
+from models.checkpoint import checkpoints_folder
 from train.config import EarlyStoppingConfig
 from train.console import console
 from train.processes import gather, is_first
@@ -60,7 +60,7 @@ class EarlyStopping:
         validations = [(row["step"], sign * row.get(key, math.nan)) for row in rows if "timing_s/validation" in row]
         for step, value in gather(np.array(validations if is_first() else [], np.float32).reshape(-1, 2)):
             self._update(int(step), value)
-        if self.best_step and not (folder_of(run.path) / str(self.best_step)).exists():
+        if self.best_step and not (checkpoints_folder(run.path) / str(self.best_step)).exists():
             raise ValueError(
                 f"{run.path}: by these early_stopping settings its best step is {self.best_step}, whose checkpoint was "
                 f"not kept; go on with the settings it had, or start over in another output_dir"
@@ -113,7 +113,7 @@ def has_stopped(run: Run) -> bool:
 
 def close_at_best(run: Run, step: int, best: int) -> None:
     """Removes the checkpoints after the best step, closes the run, and prints how to train on."""
-    run.drop_after(best)
+    run.delete_after(best)
     run.close(f"ended at step {step}; the run is its best step, {best}")
     console.print(
         f"{run.path}: to train on from there, delete {STOPPED} in it and raise what ended it, early_stopping.patience "
