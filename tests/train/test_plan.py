@@ -219,11 +219,12 @@ from models.generate import SamplingCopy, sampling_program
 from models.hf_weights import abstract_model, split
 from models.sampler import SamplingParams
 from models.sharding import make_layout, parameter_shardings
-from train.config import PlanConfig
+from train.batch import Batch
 from train.build import make_optimizer
+from train.config import PlanConfig
 from train.parse import parse
-from train.update import Update
 from train.state import copy_tree, make_state
+from train.update import Update
 
 config = parse(PlanConfig, sys.argv[1:])
 network, mesh = config.model.architecture, config.mesh
@@ -258,8 +259,8 @@ def step():
     tokens_PGT, logprobs_PGT, lengths_PG, _ = map(np.asarray, rollout)
     assert lengths_PG.min() == T
     del rollout
-    batch = {"prompt_PS": prompt_PS, "lengths_P": lengths_P, "tokens_PGT": tokens_PGT, "sampled_PGT": logprobs_PGT,
-             "mask_PGT": np.ones((P, G, T), bool), "advantages_PG": np.ones((P, G), np.float32)}
+    mask_PGT, advantages_PG = np.ones((P, G, T), bool), np.ones((P, G), np.float32)
+    batch = Batch(prompt_PS, lengths_P, tokens_PGT, logprobs_PGT, mask_PGT, advantages_PG)
     jax.block_until_ready(update(state, ref, batch, 0)[0])
 
 step()  # compiles
