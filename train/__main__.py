@@ -92,9 +92,9 @@ def number(name: str, value: str | None) -> int | None:
 def program(task: str) -> Callable[..., None]:
     """The function behind it, imported when it is needed."""
     if task == "show":
-        from train.plan.show import show
+        from train.plan.show import show_rows
 
-        return show
+        return show_rows
     if task == "dry_run":
         from train.plan.dry_run import dry_run
 

@@ -1,4 +1,4 @@
-"""Builds what a run is made of from its config: the mesh, the tokenizer, the network, the optimizer."""
+"""Builds a run from its config: the mesh, the tokenizer, the network, the optimizer."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -23,7 +23,16 @@ from train.state import INIT, stream_key
 def make_layout_for(
     mesh: MeshConfig, *batches: int, groups: Sequence[int] = (), devices: Sequence[jax.Device] | None = None
 ) -> Layout:
-    """The mesh of a run; refuses one that does not divide the given numbers of rows and sizes of groups."""
+    """Returns the layout of a mesh.
+
+    Args:
+      batches: numbers of rows that are sharded over the axis "prompt".
+      groups: numbers of completions per prompt that are sharded over the axis "group".
+      devices: default: all devices of JAX.
+
+    Raises:
+      ValueError: a mesh that does not divide the batches or the groups.
+    """
     layout = make_layout(data=mesh.data, fsdp=mesh.fsdp, tensor=mesh.tensor, rules=mesh.rules, devices=devices)
     for rows in batches:
         if rows % layout.shard_count("prompt"):
@@ -41,7 +50,11 @@ def make_layout_for(
 
 
 def policy_layout(config: PolicyConfig, devices: Sequence[jax.Device] | None = None) -> Layout:
-    """The mesh of a run of `train policy`; refuses one that does not divide everything that is put on it."""
+    """Returns the layout of a run of `train policy`.
+
+    Raises:
+      ValueError: a mesh that does not divide the batches of policy, reward models and validation, or their groups.
+    """
     batches = [spec.batch_prompts for spec in config.rewards if spec.model]
     batches += [config.prompts_per_step, config.microbatch_prompts, config.validation.batch_prompts]
     groups = (config.num_generations, config.validation.num_generations)
@@ -49,22 +62,24 @@ def policy_layout(config: PolicyConfig, devices: Sequence[jax.Device] | None = N
 
 
 def make_tokenizer(model: ModelConfig, chat: ChatConfig) -> Tokenizer:
-    """The tokenizer of a run.
+    """Returns the tokenizer of a run.
 
     Raises:
-      FileNotFoundError: no model, or no tokenizer, where the config says.
+      FileNotFoundError: there is no model, or no tokenizer, at the config's path.
     """
     if model.path is not None:
-        check_loadable(model.path)  # first: of a wrong path, that there is no tokenizer is half the story
+        check_loadable(
+            model.path
+        )  # first: of a wrong path, "no tokenizer" alone would hide that the model is missing too
     return Tokenizer(model.tokenizer_path, chat.enable_thinking)
 
 
 def make_model(
     model: ModelConfig, lora: Lora, layout: Layout, seed: int, tokenizer: Tokenizer, architecture: str = POLICY
 ) -> Backbone:
-    """The network a run starts from: pretrained, or random, as a policy or as a reward model.
+    """Returns the network that a run starts from: pretrained or random, a policy or a reward model.
 
-    A reward model may start from a policy's backbone; its head is then new. Adapters are always new.
+    A reward model may start from a policy's backbone; its head is then initialised anew, as adapters always are.
 
     Raises:
       ValueError: a vocabulary smaller than the tokenizer's, or a reward model where a policy is needed.
@@ -81,35 +96,38 @@ def make_model(
         if config.architecture != architecture:
             pad_id = tokenizer.pad_id if config.pad_token_id is None else config.pad_token_id
             config = dataclasses.replace(config, architecture=architecture, pad_token_id=pad_id)
-        given = flatten(split(loaded)[1])
+        pretrained = flatten(split(loaded)[1])
     else:
         assert model.architecture is not None  # ModelConfig has checked it
         tokenizer.check_vocab_size(model.architecture.vocab_size, "model.architecture")
         ids: dict[str, Any] = {"pad_token_id": tokenizer.pad_id, "eos_token_id": tokenizer.eos_ids}
-        config, given = dataclasses.replace(model.architecture, architecture=architecture, **ids), {}
+        config, pretrained = dataclasses.replace(model.architecture, architecture=architecture, **ids), {}
     options |= {"layout": layout, "lora": lora}
     abstract = abstract_model(config, **options)
     graphdef, _ = split(abstract)
-    shardings = {k: v for k, v in flatten(parameter_shardings(abstract, layout)).items() if k not in given}
+    shardings = {k: v for k, v in flatten(parameter_shardings(abstract, layout)).items() if k not in pretrained}
 
-    def new(key: jax.Array) -> dict[str, jax.Array]:
-        whole = flatten(split(type(abstract)(config, nnx.Rngs(params=key, lora=key), **options))[1])
-        return {name: whole[name] for name in shardings}
+    def init_missing(key: jax.Array) -> dict[str, jax.Array]:
+        params = flatten(split(type(abstract)(config, nnx.Rngs(params=key, lora=key), **options))[1])
+        return {name: params[name] for name in shardings}
 
     init = jax.jit(
-        new,
+        init_missing,
         out_shardings=shardings,
-        # it runs once: on a CPU compiling it well takes longer than running it
+        # The program runs once: on a CPU, optimising it takes longer than running it unoptimised.
         compiler_options={"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None,
     )
-    values = given | init(stream_key(seed, INIT, 0))
+    values = pretrained | init(stream_key(seed, INIT, 0))
     return nnx.merge(graphdef, nest({name: values[name] for name in flatten(split(abstract)[1])}))
 
 
 def make_optimizer(config: OptimizerConfig, max_steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """AdamW behind a clip of the global norm; the schedule warms up linearly from 0."""
+    """Returns AdamW behind a clip of the gradient's global norm, and its learning rate's schedule.
+
+    The schedule warms up linearly from 0.
+    """
     rate, decay = config.learning_rate, max(max_steps - config.warmup_steps, 1)
-    after = {
+    after = {  # the warm-up
         "constant": optax.constant_schedule(rate),
         "linear": optax.linear_schedule(rate, 0.0, decay),
         "cosine": optax.cosine_decay_schedule(rate, decay),
@@ -124,26 +142,28 @@ def make_optimizer(config: OptimizerConfig, max_steps: int) -> tuple[optax.Gradi
 
 
 class MasterWeights(NamedTuple):
+    """The state of an optimizer with master weights."""
+
     master: Any  # the parameters in float32
-    inner: Any
+    inner: Any  # the wrapped optimizer's state
 
 
 def with_master_weights(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """An optimizer on float32 copies of the parameters, which are the copies' rounded to what they are stored in.
+    """Wraps an optimizer: it updates float32 master weights; the parameters are the master weights in their own dtype.
 
-    A bfloat16 parameter has 8 bits: an update below 1/512 of it would be lost, every time.
+    A bfloat16 parameter has 8 bits: an update below 1/512 of the parameter would be lost, every time.
     """
 
-    def exact(tree: Any) -> Any:
+    def to_float32(tree: Any) -> Any:
         return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 
     def init(params: Any) -> MasterWeights:
-        return MasterWeights(exact(params), optimizer.init(exact(params)))
+        return MasterWeights(to_float32(params), optimizer.init(to_float32(params)))
 
     def update(gradient: Any, state: Any, params: Any = None) -> tuple[Any, MasterWeights]:
-        updates, inner = optimizer.update(exact(gradient), state.inner, state.master)
+        updates, inner = optimizer.update(to_float32(gradient), state.inner, state.master)
         master = optax.apply_updates(state.master, updates)
         rounded = jax.tree.map(lambda m, p: m.astype(p.dtype), master, params)
-        return jax.tree.map(jnp.subtract, exact(rounded), exact(params)), MasterWeights(master, inner)
+        return jax.tree.map(jnp.subtract, to_float32(rounded), to_float32(params)), MasterWeights(master, inner)
 
     return optax.GradientTransformation(init, update)

@@ -265,7 +265,9 @@ class LossConfig:
         _at_least(self, 0, "beta", "clip_low", "clip_high", "importance_sampling_clip_min")
         _at_least(self, self.importance_sampling_clip_min, "importance_sampling_clip_max")
         _at_least(self, 1, "logprob_chunk")
-        known = [name for name in dotted.options(SURROGATES[self.surrogate]) if name not in ("clip_low", "clip_high")]
+        known = [
+            name for name in dotted.option_names(SURROGATES[self.surrogate]) if name not in ("clip_low", "clip_high")
+        ]
         dotted.check_options(self.surrogate_options, known, "loss.surrogate_options", self.surrogate)
         for name, value in self.surrogate_options.items():
             if not isinstance(value, int | float) or (name == "dual_clip" and not value > 1):
@@ -345,7 +347,7 @@ class PolicyConfig(RunConfig):
         _divides("minibatch_prompts", self.update_prompts, "prompts_per_step", self.prompts_per_step)
         whole = "prompts_per_step" if self.minibatch_prompts is None else "minibatch_prompts"
         _divides("microbatch_prompts", self.microbatch_prompts, whole, self.update_prompts)
-        known = [name for name in dotted.options(self.advantage_function) if name != "weights_R"]
+        known = [name for name in dotted.option_names(self.advantage_function) if name != "weights_R"]
         dotted.check_options(self.advantage_options, known, "advantage_options", self.advantage)
         if self.loss.kl_in == "reward" and self.takes_every_reward:
             raise ValueError(f"loss.kl_in: reward is taken off one reward; {self.advantage} takes every reward apart")
@@ -364,7 +366,7 @@ class PolicyConfig(RunConfig):
                 f"advantage: expected one of {', '.join(ADVANTAGES)}, or the dotted path of a function, "
                 f"got {self.advantage!r}"
             )
-        return dotted.load(self.advantage, "advantage")
+        return dotted.import_function(self.advantage, "advantage")
 
     @property
     def takes_every_reward(self) -> bool:

@@ -1,4 +1,4 @@
-"""Where the programs print; `quiet` in all processes but the first."""
+"""The console that all programs print to; it is quiet in every process but the first."""
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -6,7 +6,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 console = Console(soft_wrap=True)
 
 
+def print_plain(text: str) -> None:
+    """Prints text as it is: brackets are no markup, numbers get no colour."""
+    console.print(text, markup=False, highlight=False)
+
+
 def progress_bar() -> Progress:
+    """Returns a progress bar with count, elapsed and remaining time; it shows nothing where there is no terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn())
     times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
     return Progress(*columns, *times, console=console, disable=console.quiet or not console.is_terminal)

@@ -1,4 +1,4 @@
-"""Functions of other people's code, named in a config by their dotted path."""
+"""Imports functions that a config names by their dotted path, and checks the options that it gives them."""
 
 import importlib
 import inspect
@@ -6,11 +6,11 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 
-def load(dotted: str, setting: str) -> Callable[..., Any]:
-    """The function at a dotted path such as my_package.my_module.my_function.
+def import_function(dotted: str, setting: str) -> Callable[..., Any]:
+    """Returns the function at a dotted path such as my_package.my_module.my_function.
 
     Raises:
-      ValueError: no such module or function; the message names the setting it comes from.
+      ValueError: there is no such module or function; the message names `setting`.
     """
     module, _, name = dotted.rpartition(".")
     try:
@@ -22,17 +22,17 @@ def load(dotted: str, setting: str) -> Callable[..., Any]:
     return function
 
 
-def options(function: Callable[..., Any]) -> list[str]:
-    """The names of what may be given by keyword alone: the options of an advantage or a surrogate."""
+def option_names(function: Callable[..., Any]) -> list[str]:
+    """Returns the names of the keyword-only parameters: the options of a reward, an advantage or a surrogate."""
     parameters = inspect.signature(function).parameters.values()
     return [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
 
 
 def check_options(given: Mapping[str, Any], known: Collection[str], setting: str, owner: str) -> None:
-    """Refuse an option that a function does not have.
+    """Refuses an option that a function does not have.
 
     Raises:
-      ValueError: with the options that it has.
+      ValueError: an unknown option; the message lists the known ones.
     """
     if unknown := given.keys() - set(known):
         raise ValueError(

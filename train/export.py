@@ -1,4 +1,4 @@
-"""`python -m train export`: a checkpoint as a Hugging Face directory that transformers, vLLM and SGLang load.
+"""`python -m train export`: writes a checkpoint as a Hugging Face directory that transformers, vLLM and SGLang load.
 
 Adapters are merged into their base or, with `--adapters true`, written alone, as PEFT loads them.
 """
@@ -20,10 +20,10 @@ from train.running import setup_errors
 
 
 def export(config: ExportConfig) -> None:
-    """Write config.json, safetensors, tokenizer and generation_config.json to `config.out`, or nothing at all.
+    """Writes config.json, safetensors, tokenizer and generation_config.json to `config.out`, or nothing at all.
 
     Raises:
-      SetupError: no such checkpoint, a tokenizer of another model, or a directory with something in it.
+      SetupError: no such checkpoint, a tokenizer of another model, or an output directory that is not empty.
     """
     out = Path(config.out).absolute()
     with setup_errors():
@@ -32,37 +32,37 @@ def export(config: ExportConfig) -> None:
         check_loadable(config.checkpoint)
         tokenizer = Tokenizer(tokenizer_path(config.checkpoint))
         partial = out.with_name(f"{out.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
+        shutil.rmtree(partial, ignore_errors=True)  # left by an export that was killed
         write = write_adapters if config.adapters else write_model
-        what, dtype = write(config, tokenizer, partial)
+        weights, dtype = write(config, tokenizer, partial)
     tokenizer.save(partial)
     if out.is_dir():
         out.rmdir()
     partial.rename(out)
     files = [file.stat().st_size for file in out.glob("*.safetensors")]
     console.print(
-        f"{out}: {what} of {resolve_step(config.checkpoint)}, {dtype}, "
+        f"{out}: {weights} of {resolve_step(config.checkpoint)}, {dtype}, "
         f"{decimal(sum(files))} in {len(files)} {'file' if len(files) == 1 else 'files'}",
         soft_wrap=True,
     )
 
 
 def write_model(config: ExportConfig, tokenizer: Tokenizer, out: Path) -> tuple[str, str]:
-    """The whole network; returns what it is, and its dtype."""
+    """Writes the whole network; returns its architecture and its dtype."""
     model = load_model(config.checkpoint, dtype=config.dtype)
     tokenizer.check_vocab_size(model.config.vocab_size, config.checkpoint)
-    if model.config.pad_token_id is None:  # transformers would score a reward model's texts one by one only
+    if model.config.pad_token_id is None:  # without it transformers scores a reward model's texts one at a time only
         model.config = dataclasses.replace(model.config, pad_token_id=tokenizer.pad_id)
     save_pretrained(model, out, max_shard_bytes=config.max_shard_bytes)
     return model.config.architecture, str(stored_dtype(out))
 
 
 def write_adapters(config: ExportConfig, tokenizer: Tokenizer, out: Path) -> tuple[str, str]:
-    """The adapters; returns what they are, and their dtype."""
+    """Writes the adapters alone; returns a description of them, and their dtype."""
     params, lora, network = load_adapters(config.checkpoint)
     tokenizer.check_vocab_size(network.vocab_size, config.checkpoint)
     base = read_about(config.checkpoint)["run"]["model"]["path"]
-    if base is not None and is_run(base):  # which PEFT cannot read
+    if base is not None and is_run(base):  # PEFT cannot read a run
         console.print(f"PEFT must be told where its base is: python -m train export --checkpoint {base} --out BASE")
         base = None
     dtype = "float32" if config.dtype == "auto" else config.dtype

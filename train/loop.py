@@ -37,7 +37,7 @@ from train.rewards.functions import completion_ids
 from train.run.directory import Run
 from train.run.metrics import Timer, require_finite, rollout_metrics, throughput
 from train.running import setup_errors
-from train.state import TRAIN, VALIDATION, TrainState, copy, make_state, stream_key
+from train.state import TRAIN, VALIDATION, TrainState, copy_tree, make_state, stream_key
 from train.update import Update
 
 
@@ -62,7 +62,7 @@ def train_policy(config: PolicyConfig) -> None:
         run = Run(config, model.config.to_hf(), tokenizer)
         optimizer, schedule = make_optimizer(config.optimizer, config.max_steps * config.updates_per_step)
         initial = make_state(params, optimizer, layout)
-        ref_params = copy(initial.params) if config.loss.beta else None  # adapters: fresh ones change nothing
+        ref_params = copy_tree(initial.params) if config.loss.beta else None  # adapters: fresh ones change nothing
         ref_params = to_host(ref_params) if config.loss.offload_reference else ref_params
         state = run.resume(initial)
         del model, params, initial  # a resumed run has other arrays: free these

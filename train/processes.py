@@ -1,8 +1,8 @@
-"""Several processes as one program: how they find each other, who does what on the host, what all of them know.
+"""Several processes as one program: how they connect, what each does on the host, how they exchange host data.
 
-Every process runs the same lines. What lives on devices is sharded over all of them (`models.sharding`). On the host
-each process decodes and scores its share of a step's prompts, and `gather` gives every process the whole; the first
-process alone writes metrics, logs and texts, and all of them write their part of a checkpoint.
+Every process runs the same lines. Device arrays are sharded over all processes (`models.sharding`). On the host each
+process decodes and scores its share of a step's prompts, and `gather` gives every process the rows of all. The first
+process alone writes metrics, logs and texts; every process writes its part of a checkpoint.
 """
 
 import importlib.util
@@ -18,28 +18,30 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-ADDRESS, COUNT, INDEX = VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-JOIN_SECONDS, HEARTBEAT_SECONDS = 300, 30  # until all have come; until one that does not answer is given up
+ADDRESS, COUNT, INDEX = LAUNCH_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+JOIN_SECONDS, HEARTBEAT_SECONDS = 300, 30  # wait for all to connect; give up a process that does not answer
 
 
 class JoinError(RuntimeError):
-    """The processes of a program cannot find each other. The message is the whole story."""
+    """The processes of a program could not connect. The user sees the message alone."""
 
 
-def start() -> None:
-    """Join the other processes of this program, if it has any; before anything is computed.
+def connect() -> None:
+    """Connects the processes of this program, if it has several; to be called before anything is computed.
 
-    TPU pods, Slurm and Open MPI say by themselves who there is. Elsewhere three environment variables do:
+    TPU pods, Slurm and Open MPI tell JAX which processes there are. Elsewhere three environment variables do:
     JAX_COORDINATOR_ADDRESS (host:port of the first process), JAX_NUM_PROCESSES and JAX_PROCESS_ID (from 0).
 
     Raises:
-      JoinError: some of the three variables, but not all; numbers that cannot be; the others did not come in time.
+      JoinError: only some of the three variables are set; invalid numbers; the other processes did not come in time.
     """
-    given = {name: os.environ[name] for name in VARIABLES if os.environ.get(name)}
-    if given and len(given) < len(VARIABLES):
-        missing = ", ".join(name for name in VARIABLES if name not in given)
-        raise JoinError(f"{', '.join(given)}: set, but not {missing}; expected all of {', '.join(VARIABLES)} or none")
-    if not given and not _announced():
+    settings = {name: os.environ[name] for name in LAUNCH_VARIABLES if os.environ.get(name)}
+    if settings and len(settings) < len(LAUNCH_VARIABLES):
+        missing = ", ".join(name for name in LAUNCH_VARIABLES if name not in settings)
+        raise JoinError(
+            f"{', '.join(settings)}: set, but not {missing}; expected all of {', '.join(LAUNCH_VARIABLES)} or none"
+        )
+    if not settings and not _has_launcher():
         return
     join = partial(
         jax.distributed.initialize,
@@ -47,10 +49,10 @@ def start() -> None:
         heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
     )
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    if not given:
+    if not settings:
         join()
         return
-    address, count, index = (given[name] for name in VARIABLES)
+    address, count, index = (settings[name] for name in LAUNCH_VARIABLES)
     if not (count.isdigit() and index.isdigit() and int(index) < int(count)):
         raise JoinError(f"{COUNT}, {INDEX}: expected a number and one from 0 below it, got {count!r} and {index!r}")
     try:
@@ -62,26 +64,28 @@ def start() -> None:
         ) from error
 
 
-def _announced() -> bool:
-    """Whether this is one of several tasks of Slurm or Open MPI, or a machine with TPUs."""
+def _has_launcher() -> bool:
+    """Returns whether this is one of several tasks of Slurm or Open MPI, or a machine with TPUs."""
     tasks = (os.environ.get("SLURM_STEP_NUM_TASKS", "1"), os.environ.get("OMPI_COMM_WORLD_SIZE", "1"))
     chips = any(Path("/dev").glob("accel[0-9]*")) or any(Path("/dev/vfio").glob("[0-9]*"))
     return any(int(number) > 1 for number in tasks) or (chips and importlib.util.find_spec("libtpu") is not None)
 
 
-def are_several() -> bool:
+def is_distributed() -> bool:
+    """Returns whether the program runs in several processes."""
     return jax.process_count() > 1
 
 
 def is_first() -> bool:
+    """Returns whether this is the process that writes metrics, logs and texts."""
     return jax.process_index() == 0
 
 
 def share(count: int) -> slice:
-    """Which of so many rows are this process's.
+    """Slice of `count` rows that this process owns.
 
     Raises:
-      ValueError: fewer rows than processes.
+      ValueError: there are fewer rows than processes.
     """
     index, processes = jax.process_index(), jax.process_count()
     if count < processes:
@@ -89,38 +93,37 @@ def share(count: int) -> slice:
     return slice(count * index // processes, count * (index + 1) // processes)
 
 
-def gather(mine: np.ndarray) -> np.ndarray:
-    """The rows of all processes on every one of them, in the processes' order; the other axes are of one size."""
-    if not are_several():
-        return mine
-    sizes = np.asarray(multihost_utils.process_allgather(np.array(len(mine)))).tolist()
-    padded = np.pad(mine, [(0, max(sizes) - len(mine)), *[(0, 0)] * (mine.ndim - 1)])
+def gather(rows: np.ndarray) -> np.ndarray:
+    """All-gathers rows: returns those of all processes, in the processes' order; the other axes must agree."""
+    if not is_distributed():
+        return rows
+    sizes = np.asarray(multihost_utils.process_allgather(np.array(len(rows)))).tolist()
+    padded = np.pad(rows, [(0, max(sizes) - len(rows)), *[(0, 0)] * (rows.ndim - 1)])
     stacked = np.asarray(multihost_utils.process_allgather(padded))
-    return np.concatenate([rows[:size] for rows, size in zip(stacked, sizes, strict=True)])
+    return np.concatenate([part[:size] for part, size in zip(stacked, sizes, strict=True)])
 
 
-def gather_lists(mine: Sequence[Sequence[int]]) -> list[list[int]]:
-    """The same for lists of whole numbers, of any lengths."""
-    if not are_several():
-        return [list(row) for row in mine]
-    lengths = gather(np.array([len(row) for row in mine], np.int32))
-    padded = np.zeros((len(mine), int(lengths.max(initial=0))), np.int32)
-    for row, numbers in zip(padded, mine, strict=True):
+def gather_lists(lists: Sequence[Sequence[int]]) -> list[list[int]]:
+    """All-gathers lists of integers, as `gather`; they may differ in length."""
+    if not is_distributed():
+        return [list(numbers) for numbers in lists]
+    lengths = gather(np.array([len(numbers) for numbers in lists], np.int32))
+    padded = np.zeros((len(lists), int(lengths.max(initial=0))), np.int32)
+    for row, numbers in zip(padded, lists, strict=True):
         row[: len(numbers)] = numbers
     return [row[:length].tolist() for row, length in zip(gather(padded), lengths, strict=True)]
 
 
-def first_says(ask: Callable[[], Any]) -> Any:
-    """The first process' answer, in JSON's types, on all of them; only it is asked."""
-    answer = ask() if is_first() else None
-    said = gather_lists([list(json.dumps(answer).encode())])[0]
-    return json.loads(bytes(said))
+def broadcast_from_first(compute: Callable[[], Any]) -> Any:
+    """Calls a function on the first process alone and returns its value, of JSON's types, on every process."""
+    value = compute() if is_first() else None
+    return json.loads(bytes(gather_lists([list(json.dumps(value).encode())])[0]))
 
 
-def leave(code: int) -> NoReturn:
-    """End this process at once, after an error: one that left in good order would wait for the others to end too.
+def abort(code: int) -> NoReturn:
+    """Ends this process at once, after an error: an orderly exit would wait for the other processes to end too.
 
-    They see it gone and fail: in the middle of a collective at once, else within HEARTBEAT_SECONDS.
+    The others then fail as well: at once if they are in a collective, else within HEARTBEAT_SECONDS.
     """
     print(f"process {jax.process_index()} of {jax.process_count()} has failed and ends", file=sys.stderr)
     sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""A program of the command line, from its start to its exit code."""
+"""Runs a program of the command line: connects processes, prints a user's mistake in one line, returns an exit code."""
 
 import contextlib
 import sys
@@ -9,12 +9,12 @@ from train.console import console
 
 
 class SetupError(ValueError):
-    """A user's mistake, found before anything is computed. The message is the whole story."""
+    """A user's mistake, found before anything is computed. The user sees the message alone."""
 
 
 @contextlib.contextmanager
 def setup_errors() -> Iterator[None]:
-    """Turn what the checks of a run's set-up raise into one clear error; the operating system's with its file."""
+    """Turns the exceptions of a run's set-up into SetupErrors; one of the operating system names its file."""
     try:
         yield
     except OSError as error:
@@ -24,14 +24,15 @@ def setup_errors() -> Iterator[None]:
 
 
 def exit_code(program: Callable[[], object], *, own_devices: bool = False, several: bool = True) -> int:
-    """Run it; a user's mistake is one line on the standard error.
+    """Runs a program and returns its exit code; a user's mistake is printed as one line on the standard error.
 
     Args:
-      own_devices: it makes its own, so nothing is set up for it.
-      several: it may be one of several processes, which then find each other first and end together.
+      own_devices: the program makes devices of its own, so that neither cache nor processes are set up.
+      several: the program may run in several processes, which connect first and fail together.
 
     Returns:
-      0; 2 for a mistake; 1 for numbers that are none, and, of several processes, for a failure.
+      0 for success; 2 for a user's mistake; 1 for numbers that are not finite, and for any failure where there are
+      several processes.
     """
     from models.compile_cache import enable_compile_cache
     from train import processes
@@ -40,19 +41,19 @@ def exit_code(program: Callable[[], object], *, own_devices: bool = False, sever
         if not own_devices:
             enable_compile_cache()
         if several and not own_devices:
-            processes.start()
+            processes.connect()
             console.quiet = not processes.is_first()
         program()
     except (SetupError, processes.JoinError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         code = 1 if isinstance(error, FloatingPointError) else 2
     except (Exception, KeyboardInterrupt):
-        if not processes.are_several():
+        if not processes.is_distributed():
             raise
         traceback.print_exc()
         code = 1
     else:
         return 0
-    if processes.are_several():
-        processes.leave(code)
+    if processes.is_distributed():
+        processes.abort(code)
     return code

@@ -1,4 +1,4 @@
-"""What a training step carries on, and the keys of its random numbers."""
+"""The state that training steps carry on, and the keys of their random numbers."""
 
 from typing import Any, NamedTuple
 
@@ -13,10 +13,12 @@ TRAIN, VALIDATION, EVALUATION, INIT = range(4)  # streams of random numbers
 
 
 class TrainState(NamedTuple):
-    params: dict[str, Any]  # what is trained
-    frozen: dict[str, Any]  # what is not: under adapters the base, else nothing
+    """Parameters, optimizer state and the number of updates: all that a step replaces."""
+
+    params: dict[str, Any]  # the trained ones
+    frozen: dict[str, Any]  # the base of adapters; empty without adapters
     opt_state: Any
-    step: jax.Array  # updates done
+    step: jax.Array  # optimizer updates done
 
     @property
     def all_params(self) -> dict[str, Any]:
@@ -24,7 +26,7 @@ class TrainState(NamedTuple):
 
 
 def stream_key(seed: int, stream: int, step: int, attempt: int = 0) -> jax.Array:
-    """The key of a stream at a step. Rows fold their number in (see `models.sampler.sample`)."""
+    """Returns the key of a stream at a step; each row folds its number in (see `models.sampler.sample`)."""
     key = jax.random.key(seed)
     for part in (stream, step, attempt):
         key = jax.random.fold_in(key, part)
@@ -32,15 +34,19 @@ def stream_key(seed: int, stream: int, step: int, attempt: int = 0) -> jax.Array
 
 
 def make_state(params: dict[str, Any], optimizer: optax.GradientTransformation, layout: Layout) -> TrainState:
-    """Parameters, those of adapters apart from their base, and a fresh optimizer state of those that are trained."""
+    """Returns the state before step 0: adapters apart from their base, a fresh optimizer state for what is trained."""
     trained, frozen = split_trainable(params)
-    where = shardings(abstract_opt_state(trained, optimizer, layout))
-    opt_state = jax.jit(optimizer.init, out_shardings=where)(trained)
+    opt_shardings = tree_shardings(abstract_opt_state(trained, optimizer, layout))
+    opt_state = jax.jit(optimizer.init, out_shardings=opt_shardings)(trained)
     return TrainState(trained, frozen, opt_state, layout.put(jnp.zeros((), jnp.int32), ()))
 
 
 def abstract_opt_state(params: Any, optimizer: optax.GradientTransformation, layout: Layout) -> Any:
-    """The shapes of an optimizer's state and its shardings: those of the parameters (which may be shapes too)."""
+    """Returns the optimizer state as ShapeDtypeStructs, its moments sharded as their parameters.
+
+    Args:
+      params: arrays, or ShapeDtypeStructs with shardings.
+    """
     return optax.tree_utils.tree_map_params(
         optimizer,
         lambda leaf, parameter: with_sharding(leaf, parameter.sharding),
@@ -50,18 +56,18 @@ def abstract_opt_state(params: Any, optimizer: optax.GradientTransformation, lay
     )
 
 
-def apply(optimizer: optax.GradientTransformation, state: TrainState, gradient: Any) -> TrainState:
-    """The state after one optimizer step with the gradient of `state.params`."""
+def apply_gradient(optimizer: optax.GradientTransformation, state: TrainState, gradient: Any) -> TrainState:
+    """Returns the state after one optimizer step with the gradient of `state.params`."""
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     return state._replace(params=params, opt_state=opt_state, step=state.step + 1)
 
 
-def shardings(tree: Any) -> Any:
-    """The sharding of every array: a jitted update returns its state where it was."""
+def tree_shardings(tree: Any) -> Any:
+    """Returns the sharding of every array, so that a jitted update can return its state where it was."""
     return jax.tree.map(lambda array: array.sharding, tree)
 
 
-def copy(tree: Any) -> Any:
-    """New buffers with the same values: what is donated later stays readable here."""
+def copy_tree(tree: Any) -> Any:
+    """Copies every array into a new buffer, which stays readable when the original is donated."""
     return jax.tree.map(lambda array: jnp.array(array, copy=True), tree)

@@ -16,8 +16,8 @@ from train.batch import Batch, minibatches
 from train.config import PolicyConfig
 from train.objective import completion_logprobs, policy_objective
 from train.packing import microbatches
-from train.run.metrics import divide
-from train.state import TrainState, apply, shardings
+from train.run.metrics import mean_metrics
+from train.state import TrainState, apply_gradient, tree_shardings
 
 
 class Programs(NamedTuple):
@@ -38,7 +38,7 @@ def make_programs(
     objective = partial(policy_objective, graphdef=graphdef, config=config)
     loss_and_gradient = jax.value_and_grad(objective, has_aux=True)
     parts = config.update_prompts // config.microbatch_prompts
-    placement = shardings(state)
+    placement = tree_shardings(state)
 
     @partial(jax.jit, out_shardings=placement.params)
     def zero_grads(params: Any) -> Any:
@@ -56,7 +56,7 @@ def make_programs(
 
     @partial(jax.jit, donate_argnums=0, out_shardings=(placement, None))
     def apply_gradients(state: TrainState, gradient: Any) -> tuple[TrainState, Metrics]:
-        return apply(optimizer, state, gradient), {"grad_norm": (optax.tree.norm(gradient), jnp.ones(()))}
+        return apply_gradient(optimizer, state, gradient), {"grad_norm": (optax.tree.norm(gradient), jnp.ones(()))}
 
     return Programs(zero_grads, accumulate, apply_gradients, jax.jit(partial(completion_logprobs, graphdef, config)))
 
@@ -111,7 +111,7 @@ class Update:
         for part in minibatches(batch, config.update_prompts, config.num_iterations, config.seed, step):
             state, of_part = self.optimizer_step(state, ref_params, part)
             metrics.append(of_part)
-        return state, divide(add_metrics(*metrics))
+        return state, mean_metrics(add_metrics(*metrics))
 
     def optimizer_step(self, state: TrainState, ref_params: Any, batch: Batch) -> tuple[TrainState, Metrics]:
         """One optimizer step on the gradient of the whole batch, summed over its micro-batches."""

@@ -1,8 +1,8 @@
-"""Make comparisons and tokenizers of the shipped data: `python data/preferences/prepare.py runs/preferences`.
+"""Prepares comparisons and tokenizers from the shipped data: `python data/preferences/prepare.py runs/preferences`.
 
-    hh     human choices between two answers to a question: pairs, as they are
-    tldr   posts: a group of four summaries each, the writer's own (score 1) and three of other posts (score 0)
-           of the same split
+    hh     pairs: human choices between two answers to a question, unchanged
+    tldr   groups of four summaries of a post: the writer's own (score 1) and those of three other posts of the same
+           split (score 0)
 
 The splits are those of the files. Tokenizers (byte-level BPE) are trained on the train splits alone.
 """
@@ -21,13 +21,13 @@ from train.data.rows import load_rows
 from train.run.files import write_jsonl
 
 HERE = Path(__file__).parent
-SPLITS = {"train": "train", "val": "validation", "test": "test"}  # in the files -> of the run
+SPLITS = {"train": "train", "val": "validation", "test": "test"}  # name in the files -> name of the run's file
 VOCABULARY, OTHERS = 2048, 3
 Row = dict[str, Any]
 
 
 def main(directory: Path, tldr: Path) -> None:
-    hh = read(HERE / "hh_helpful_mini.jsonl.gz")
+    hh = read_gzip(HERE / "hh_helpful_mini.jsonl.gz")
     for split, name in SPLITS.items():
         rows = [
             {"prompt": f"{row['prompt']}\n\n", "chosen": row["chosen"], "rejected": row["rejected"]}
@@ -41,11 +41,11 @@ def main(directory: Path, tldr: Path) -> None:
         directory / "hh" / "tokenizer",
         VOCABULARY,
     )
-    posts = read(tldr)
+    posts = read_gzip(tldr)
     rng = np.random.default_rng(0)
     for split, name in SPLITS.items():
-        mine = [row for row in posts if row["split"] == split]
-        write_jsonl(directory / "tldr" / f"{name}.jsonl", groups(mine, OTHERS, rng))
+        split_posts = [row for row in posts if row["split"] == split]
+        write_jsonl(directory / "tldr" / f"{name}.jsonl", summary_groups(split_posts, OTHERS, rng))
     train = [row for row in posts if row["split"] == "train"]
     train_bpe(
         [text for row in train for text in (row["post"], row["reference"])],
@@ -54,11 +54,11 @@ def main(directory: Path, tldr: Path) -> None:
     )
     test = load_rows(str(directory / "tldr" / "test.jsonl"))
     print(f"{directory}: {len(hh)} pairs of hh, {len(posts)} posts of tldr; of the {len(test)} of the test split")
-    print(f"the summary that shares most words with its post is the right one for {by_words(test):.1%}")
+    print(f"the summary that shares most words with its post is the right one for {word_overlap_accuracy(test):.1%}")
 
 
-def groups(posts: list[Row], others: int, rng: np.random.Generator) -> list[Row]:
-    """Each post with its own summary and so many of other posts."""
+def summary_groups(posts: list[Row], others: int, rng: np.random.Generator) -> list[Row]:
+    """Returns a group for each post: its own summary, and `others` summaries of other posts."""
     rows = []
     for i, post in enumerate(posts):
         drawn = rng.choice(len(posts) - 1, others, replace=False)
@@ -68,9 +68,12 @@ def groups(posts: list[Row], others: int, rng: np.random.Generator) -> list[Row]
     return rows
 
 
-def by_words(rows: list[Row]) -> float:
-    """How often the right summary, the first, has the largest share of words that are in the post; of k that have it,
-    each is chosen once in k times. A baseline without a model."""
+def word_overlap_accuracy(rows: list[Row]) -> float:
+    """Returns the accuracy of choosing the summary with the largest share of words that are in the post.
+
+    The first summary is the right one. Where k summaries tie, each is chosen with probability 1 / k. This is a baseline
+    without a model.
+    """
 
     def words(text: str) -> set[str]:
         return set(re.findall(r"[a-z']+", text.lower()))
@@ -79,7 +82,8 @@ def by_words(rows: list[Row]) -> float:
     return float(np.mean([(share[0] == max(share)) / share.count(max(share)) for share in shares]))
 
 
-def read(file: Path) -> list[Row]:
+def read_gzip(file: Path) -> list[Row]:
+    """Reads a gzipped JSONL file."""
     with gzip.open(file, "rt", encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]
 

@@ -1,13 +1,13 @@
-"""Cut the review sentences into what the demo needs: `python data/reviews/prepare.py runs/demo`.
+"""Prepares the demo's data from the review sentences: `python data/reviews/prepare.py runs/demo`.
 
-Who sees what, sentences without repeats:
+Duplicate sentences are dropped; the others are split:
 
-    held out  700   prompts are their first three words: 500 to train on, 200 to validate on
-    half A   ~1,140  supervised training, and pairs for the reward model that is optimised
-    half B   ~1,140  supervised training, and pairs for the judge, which is never optimised against
+    held out  700   prompts, their first three words: 500 to train on, 200 to validate on
+    half A   ~1,140  supervised training, and pairs for the reward model that the policy is trained against
+    half B   ~1,140  supervised training, and pairs for the judge, which no policy is trained against
 
-A pair is a positive sentence over a negative one of the same half. The reward models' accuracy is measured on
-pairs of held-out sentences. A tokenizer (byte-level BPE) is trained on the two halves.
+A pair is a positive sentence (chosen) and a negative one (rejected) of the same half. The reward models' accuracy is
+measured on pairs of held-out sentences. A tokenizer (byte-level BPE) is trained on the two halves.
 """
 
 import gzip
@@ -34,11 +34,11 @@ def main(directory: Path) -> None:
     rng = np.random.default_rng(0)
     order = rng.permutation(len(sentences))
     shuffled = [sentences[i] for i in order]
-    # a prompt of three words leaves at least two to write
+    # a prompt of three words leaves at least two words of the sentence
     long = [s for s in shuffled if len(s["text"].split()) >= PROMPT_WORDS + 2]
     held_out = long[:HELD_OUT]
-    seen = {s["text"] for s in held_out}
-    rest = [s for s in shuffled if s["text"] not in seen]
+    held_out_texts = {s["text"] for s in held_out}
+    rest = [s for s in shuffled if s["text"] not in held_out_texts]
     half_a, half_b = rest[: len(rest) // 2], rest[len(rest) // 2 :]
 
     prompts = [{"prompt": " ".join(s["text"].split()[:PROMPT_WORDS])} for s in held_out]
@@ -59,7 +59,7 @@ def main(directory: Path) -> None:
 
 
 def pairs(sentences: list[Sentence], partners: int, rng: np.random.Generator) -> list[Sentence]:
-    """Each positive sentence over so many random negative ones."""
+    """Returns pairs of each positive sentence (chosen) with `partners` random negative ones (rejected)."""
     positive = [s["text"] for s in sentences if s["label"] == 1]
     negative = [s["text"] for s in sentences if s["label"] == 0]
     return [

@@ -44,8 +44,8 @@ from models.tokenizer import Tokenizer, tokenizer_path
 from train.build import make_layout_for
 from train.config import ChatConfig, MeshConfig
 from train.console import console, progress_bar
-from train.data.chats import conversations
-from train.data.prompts import fitting
+from train.data.chats import normalize_prompts
+from train.data.prompts import fitting_indices
 from train.data.rows import Row, load_rows
 from train.parse import parse
 from train.running import setup_errors
@@ -250,8 +250,8 @@ def load_prompts(config: GenerateConfig, tokenizer: Tokenizer, chat: ChatConfig)
     """The rows whose prompt fits, with their number in the data; the prompt as it is asked is in column "prompt"."""
     column = config.prompt_column
     loaded = load_rows(config.data, config.split, config.columns, "columns")[: config.limit]
-    rows = conversations(loaded, config.data, column, chat, "--prompt_column")
-    fit = fitting(rows, config.data, column, tokenizer, config.max_prompt_length)
+    rows = normalize_prompts(loaded, config.data, column, chat, "--prompt_column")
+    fit = fitting_indices(rows, config.data, column, tokenizer, config.max_prompt_length)
     if len(fit) < len(rows):
         longer = f"longer than {config.max_prompt_length} tokens"
         console.print(f"{config.data}: {len(rows) - len(fit)} of {len(rows)} prompts left out, {longer}", markup=False)

@@ -29,7 +29,7 @@ class GrowingFile:
         self.partial = self.out.with_name(f"{self.out.name}.partial")
         self.settings_file = self.out.with_name(f"{self.out.name}.settings.json")
         self._settings = json.loads(json.dumps(settings))  # as they will be read again
-        found = processes.first_says(self._new if overwrite else self._found)
+        found = processes.broadcast_from_first(self._new if overwrite else self._found)
         if found["refused"]:
             raise ValueError(found["refused"])
         self.complete: bool = found["complete"]

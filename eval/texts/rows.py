@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from train.data.rows import Row
-from train.processes import first_says
+from train.processes import broadcast_from_first
 from train.run.files import write_whole
 
 
@@ -25,7 +25,7 @@ def check_out(out: str, *others: str, several: bool = False) -> None:
     Raises:
       ValueError: see above.
     """
-    refused = first_says(lambda: _refused(out, others)) if several else _refused(out, others)
+    refused = broadcast_from_first(lambda: _refused(out, others)) if several else _refused(out, others)
     if refused:
         raise ValueError(refused)
 

@@ -22,7 +22,7 @@ from models.lora import Lora
 from train.config import PolicyConfig
 from train.data.rows import load_rows
 from train.loop import train_policy
-from train.processes import VARIABLES
+from train.processes import LAUNCH_VARIABLES
 from train.run.files import write_jsonl
 from train.running import SetupError, setup_errors
 
@@ -300,7 +300,9 @@ def start(
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}",
     }
-    several = dict(zip(VARIABLES, (f"localhost:{port}", str(count), str(index)), strict=True)) if count > 1 else {}
+    several = (
+        dict(zip(LAUNCH_VARIABLES, (f"localhost:{port}", str(count), str(index)), strict=True)) if count > 1 else {}
+    )
     line, pipe = [sys.executable, "-m", "eval", command, *map(str, arguments)], subprocess.PIPE
     return subprocess.Popen(line, cwd=ROOT, env=environment | several, stdout=pipe, stderr=pipe, text=True)
 

@@ -20,7 +20,7 @@ from eval.runs import PolicyRun
 from eval.sheets import Sheet
 from eval.stats import mean_and_error, paired_gain
 from train.run.files import write_jsonl
-from train.supervised.calibration import reliability
+from train.supervised.calibration import reliability_bins
 
 STEPS, P = (0, 5, 10), 40
 PROMPTS = [f"prompt <{i}> & co" for i in range(P)]
@@ -90,7 +90,7 @@ def make_all() -> None:
     for name, accuracy in (("reward", 0.8125), ("judge", 0.7321)):
         row = {"validation/accuracy": accuracy, "validation/length_baseline_accuracy": 0.4567, "validation/ece": 0.0375}
         Path("runs", name).mkdir()
-        bins = reliability(np.random.default_rng(0).normal(1, 2, size=90))
+        bins = reliability_bins(np.random.default_rng(0).normal(1, 2, size=90))
         sets = {"validation": bins} | ({"validation/other": bins[::2]} if name == "judge" else {})
         Path("runs", name, "calibration.json").write_text(json.dumps({"step": 20, "sets": sets}))
         write_jsonl(Path("runs", name, "metrics.jsonl"), [{"step": 0} | row, {"step": 20} | row, {"step": 21}])

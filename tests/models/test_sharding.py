@@ -38,7 +38,7 @@ from models.sharding import make_layout
 from flax import nnx
 from train.config import *
 from train.batch import Groups, make_batch
-from train.state import copy, make_state
+from train.state import copy_tree, make_state
 from train.update import Update
 
 directory, meshes = sys.argv[1], json.loads(sys.argv[2])
@@ -56,7 +56,7 @@ advantages_PG = rng.normal(size=(P, G)).astype(np.float32)
 def compute(layout):
     graphdef, params = split(load_pretrained(directory, mesh=layout))
     sgd = optax.sgd(1.0)
-    state = make_state(copy(params), sgd, layout)
+    state = make_state(copy_tree(params), sgd, layout)
     batch = make_batch(Groups([], prompt_PS, lengths_P, rollout, advantages_PG[..., None]), config)
     batch = batch._replace(advantages_PG=advantages_PG)
     reference = jax.tree.map(lambda p: p * 1.1, params)

@@ -9,7 +9,7 @@ import pytest
 from gopo_jax import gopo_advantages
 from models.sampler import Rollout
 from train.batch import Batch, Groups, choose, completion_table, has_signal, is_enough, make_batch, minibatches
-from train.data.rows import shuffled
+from train.data.rows import batch_indices
 
 G, T, R = 3, 4, 2
 
@@ -86,10 +86,10 @@ def test_a_completion_counts_when_any_of_its_rewards_is_there() -> None:
 
 @pytest.mark.parametrize("attempt", [0, 1, 2])
 def test_each_attempt_has_an_order_of_its_own_and_always_the_same(attempt: int) -> None:
-    orders = [shuffled(20, 20, 3, 5, attempt) for _ in range(2)]
+    orders = [batch_indices(20, 20, 3, 5, attempt) for _ in range(2)]
     assert orders[0] == orders[1] and sorted(orders[0]) == list(range(20))
-    assert all(orders[0] != shuffled(20, 20, 3, 5, other) for other in range(3) if other != attempt)
-    assert shuffled(20, 20, 3, 5) == shuffled(20, 20, 3, 5, 0)
+    assert all(orders[0] != batch_indices(20, 20, 3, 5, other) for other in range(3) if other != attempt)
+    assert batch_indices(20, 20, 3, 5) == batch_indices(20, 20, 3, 5, 0)
 
 
 def test_every_prompt_is_in_one_minibatch_of_each_pass() -> None:

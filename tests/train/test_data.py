@@ -16,13 +16,13 @@ from scipy.stats import spearmanr
 
 from models.tokenizer import Tokenizer
 from train.config import ChatConfig, DataConfig, PolicyConfig, RewardSpec, SupervisedConfig, resolved
-from train.data.chats import as_chat, conversations, prompt_and_answer
+from train.data.chats import as_chat, normalize_prompts, prompt_and_answer
 from train.data.prompts import Prompts, load_prompts
-from train.data.rows import load_rows, require_columns, shuffled
+from train.data.rows import batch_indices, load_rows, require_columns
 from train.parse import parse
 from train.run.directory import read_metrics
 from train.run.files import write_jsonl
-from train.run.metrics import divide, rollout_metrics
+from train.run.metrics import mean_metrics, rollout_metrics
 from train.supervised import reward_model, sft
 
 # Order
@@ -30,7 +30,7 @@ from train.supervised import reward_model, sft
 
 @pytest.mark.parametrize(("size", "count"), [(12, 4), (10, 4), (7, 7), (3, 8), (1, 2)])
 def test_each_epoch_is_a_permutation(size: int, count: int) -> None:
-    steps = [shuffled(size, count, seed=0, step=step) for step in range(5 * size)]
+    steps = [batch_indices(size, count, seed=0, step=step) for step in range(5 * size)]
     assert all(len(step) == count for step in steps)
     stream = np.array(steps).reshape(-1, size)  # size divides 5 * size * count
     np.testing.assert_array_equal(np.sort(stream, 1), np.tile(np.arange(size), (len(stream), 1)))
@@ -40,14 +40,14 @@ def test_the_order_depends_on_seed_and_epoch_and_on_nothing_else() -> None:
     size, count = 30, 10
 
     def epoch(number: int, seed: int) -> list[int]:
-        return [i for step in range(3 * number, 3 * number + 3) for i in shuffled(size, count, seed, step)]
+        return [i for step in range(3 * number, 3 * number + 3) for i in batch_indices(size, count, seed, step)]
 
     orders = [epoch(number, seed) for number in range(3) for seed in range(3)]
     assert len({tuple(order) for order in orders}) == len(orders)
     assert [epoch(number, seed) for number in range(3) for seed in range(3)] == orders
     for step in (5, 0, 2):  # in any order, and alone
-        assert shuffled(size, count, 1, step) == epoch(step // 3, 1)[step % 3 * count :][:count]
-    finer = [i for step in range(6) for i in shuffled(size, 5, 1, step)]
+        assert batch_indices(size, count, 1, step) == epoch(step // 3, 1)[step % 3 * count :][:count]
+    finer = [i for step in range(6) for i in batch_indices(size, 5, 1, step)]
     assert finer == epoch(0, 1), "the batch size cuts the same stream"
 
 
@@ -114,7 +114,7 @@ def test_prompts_that_fit_are_kept_in_order_and_the_others_counted(
     assert prompts.too_long == len(rows) - len(fitting)
 
     batch = prompts.batch(seed=3, step=4, count=5)
-    assert batch == [fitting[i] for i in shuffled(len(fitting), 5, 3, 4)]
+    assert batch == [fitting[i] for i in batch_indices(len(fitting), 5, 3, 4)]
     assert prompts.prompts(batch) == [row["question"] for row in batch]
     columns = {name: [row.get(name) for row in batch] for name in ("extra", "number")}
     assert prompts.columns(batch) == columns, "what a row does not have is None"
@@ -203,7 +203,7 @@ def test_a_last_line_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
 
 
 def test_divide_has_no_mean_of_nothing() -> None:
-    means = divide({"a": (jnp.float32(6), jnp.float32(4)), "b": (jnp.float32(0), jnp.float32(0))})
+    means = mean_metrics({"a": (jnp.float32(6), jnp.float32(4)), "b": (jnp.float32(0), jnp.float32(0))})
     assert means["a"] == 6 / 4 and math.isnan(means["b"])
 
 
@@ -292,7 +292,9 @@ def test_a_system_prompt_or_none_and_text_in_a_users_message() -> None:
 )
 def test_a_system_prompt_that_has_no_place_is_refused(prompt: Any, named: str) -> None:
     with pytest.raises(ValueError, match=named):
-        conversations([{"x": ASKED}, {"x": ASKED}, {"x": prompt}], "file", "x", ChatConfig(system_prompt="Be brief."))
+        normalize_prompts(
+            [{"x": ASKED}, {"x": ASKED}, {"x": prompt}], "file", "x", ChatConfig(system_prompt="Be brief.")
+        )
 
 
 def test_all_programs_see_the_same_conversation(
@@ -309,11 +311,11 @@ def test_all_programs_see_the_same_conversation(
     asked = "system:Be brief.<|im_end|>user:Good food?<|im_end|>"
     assert chatty.render(prompt) == asked + "assistant:"
     row = {"prompt": "Good food?", "completion": "Yes<|im_end|>", "chosen": "Yes", "rejected": "No", "margin": 0.5}
-    ((ids, learned_from),) = sft.encode([row], chatty, "file", chat)
+    ((ids, learned_from),) = sft.encode_examples([row], chatty, "file", chat)
     assert chatty.encode([asked + "assistant:"]) == [ids[:learned_from]]
     assert ids.count(chatty.eos_ids[0]) == 3, "the template's two and the one that is learned"
     assert chatty.hf.decode(ids[learned_from:]) == "Yes<|im_end|><|im_end|>"
-    (((chosen, rejected), scores, margin),) = reward_model.encode([row], chatty, "file", chat)
+    (((chosen, rejected), scores, margin),) = reward_model.encode_comparisons([row], chatty, "file", chat)
     assert scores[0] > scores[1]
     assert chatty.hf.decode(chosen) == asked + "assistant:Yes<|im_end|>" and margin == 0.5
     assert chatty.hf.decode(rejected) == asked + "assistant:No<|im_end|>"
@@ -321,24 +323,24 @@ def test_all_programs_see_the_same_conversation(
 
 def test_text_that_is_learned_whole_has_no_system_prompt(chatty: Tokenizer) -> None:
     with pytest.raises(ValueError, match="the column 'text' is learned as it is"):
-        sft.encode([{"text": "Good food."}], chatty, "file", ChatConfig(system_prompt="Be brief."))
+        sft.encode_examples([{"text": "Good food."}], chatty, "file", ChatConfig(system_prompt="Be brief."))
 
 
 def test_whole_texts_of_a_comparison_keep_their_special_tokens(chatty: Tokenizer) -> None:
     row = {"chosen": "user:Q<|im_end|>assistant:A<|im_end|>", "rejected": "user:Q<|im_end|>assistant:B<|im_end|>"}
-    (((chosen, _), _, _),) = reward_model.encode([row], chatty, "file", ChatConfig())
+    (((chosen, _), _, _),) = reward_model.encode_comparisons([row], chatty, "file", ChatConfig())
     assert chosen.count(chatty.eos_ids[0]) == 2
 
 
 def test_a_completion_of_several_messages_is_learned_at_its_end(chatty: Tokenizer) -> None:
     turns = [{"role": "assistant", "content": "A"}, {"role": "user", "content": "B"}]
     row = {"prompt": ASKED, "completion": [*turns, {"role": "assistant", "content": "C"}]}
-    ((ids, learned_from),) = sft.encode([row], chatty, "file", ChatConfig())
+    ((ids, learned_from),) = sft.encode_examples([row], chatty, "file", ChatConfig())
     asked = "user:Good food?<|im_end|>assistant:A<|im_end|>user:B<|im_end|>assistant:"
     assert chatty.hf.decode(ids[:learned_from]) == asked and chatty.hf.decode(ids[learned_from:]) == "C<|im_end|>"
     for encode, rows in (
-        (sft.encode, [{"prompt": ASKED, "completion": turns}]),
-        (reward_model.encode, [{"prompt": ASKED, "chosen": turns, "rejected": turns}]),
+        (sft.encode_examples, [{"prompt": ASKED, "completion": turns}]),
+        (reward_model.encode_comparisons, [{"prompt": ASKED, "chosen": turns, "rejected": turns}]),
     ):
         with pytest.raises(ValueError, match="file: row 1: .* end with the assistant's, got 'user'"):
             encode(rows, chatty, "file", ChatConfig())
@@ -354,4 +356,4 @@ def test_a_completion_of_several_messages_is_learned_at_its_end(chatty: Tokenize
 )
 def test_a_comparison_that_cannot_be_asked_is_refused(chatty: Tokenizer, row: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=named):
-        reward_model.encode([row], chatty, "file", ChatConfig(text_as_chat=True))
+        reward_model.encode_comparisons([row], chatty, "file", ChatConfig(text_as_chat=True))

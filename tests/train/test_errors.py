@@ -35,7 +35,7 @@ def no_compute(monkeypatch: pytest.MonkeyPatch) -> None:
         raise Computing
 
     monkeypatch.setattr("train.loop.Generator", refuse)
-    monkeypatch.setattr("train.supervised.program.make_update", refuse)
+    monkeypatch.setattr("train.supervised.program.make_supervised_update", refuse)
 
 
 @pytest.fixture(autouse=True)

@@ -47,7 +47,7 @@ from train.objective import completion_logprobs, make_advantages, policy_objecti
 from train.packing import MicroBatch, microbatches
 from train.run.directory import read_metrics
 from train.run.metrics import require_finite, throughput
-from train.state import copy, make_state
+from train.state import copy_tree, make_state
 from train.update import Update
 
 ROOT = Path(__file__).parents[2]
@@ -86,7 +86,7 @@ def test_the_cut_into_micro_batches_changes_nothing(aggregate: Any, policy_confi
     after = {}
     for microbatch_prompts in (4, 1):
         config = replace(base, microbatch_prompts=microbatch_prompts)
-        state = make_state(copy(params), sgd, layout)
+        state = make_state(copy_tree(params), sgd, layout)
         state, metrics = Update(graphdef, sgd, config, layout, state)(state, ref_params, batch, 0)
         after[microbatch_prompts] = (state.params, metrics)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), after[4][0], after[1][0])
@@ -226,7 +226,7 @@ def test_the_penalty_in_the_reward_and_the_mean_of_micro_batches(policy_config: 
     sgd = optax.sgd(1.0)
 
     def update(config: PolicyConfig) -> Any:
-        state = make_state(copy(params), sgd, layout)
+        state = make_state(copy_tree(params), sgd, layout)
         return Update(graphdef, sgd, config, layout, state), state
 
     # the penalty is the sum over the tokens that count of log p - log p_ref, and is taken off the reward

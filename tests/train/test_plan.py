@@ -22,7 +22,7 @@ from train import processes
 from train.__main__ import main
 from train.config import PlanConfig
 from train.parse import parse
-from train.plan.hlo import work
+from train.plan.hlo import program_work
 from train.plan.programs import parameter_count
 
 ROOT = Path(__file__).parents[2]
@@ -47,8 +47,8 @@ def test_a_loop_counts_as_often_as_it_runs() -> None:
 
     shapes = ((8, 16), (5, 16, 16))
     once = 2 * 8 * 16 * 16
-    assert work(compiled(unrolled, *shapes)).flops == work(compiled(scanned, *shapes)).flops == 5 * once
-    assert work(compiled(nested, *shapes)).flops == 15 * once
+    assert program_work(compiled(unrolled, *shapes)).flops == program_work(compiled(scanned, *shapes)).flops == 5 * once
+    assert program_work(compiled(nested, *shapes)).flops == 15 * once
 
 
 def test_a_loop_of_unknown_length_is_asked_for() -> None:
@@ -66,7 +66,7 @@ def test_a_loop_of_unknown_length_is_asked_for() -> None:
         asked.append((depth, index))
         return {(0, 0): 7, (1, 0): 3, (0, 1): 2}[depth, index]
 
-    assert work(text, trips).flops == 7 * 3 * once + 2 * 2 * once
+    assert program_work(text, trips).flops == 7 * 3 * once + 2 * 2 * once
     assert sorted(asked) == [(0, 0), (0, 1), (1, 0)]
 
 
@@ -74,7 +74,7 @@ def test_of_branches_the_one_with_the_most_counts() -> None:
     def branched(x: jax.Array, w: jax.Array) -> jax.Array:
         return jax.lax.cond(x.sum() > 0, lambda x: x @ w @ w, lambda x: x @ w, x)
 
-    assert work(compiled(branched, (8, 8), (8, 8))).flops == 2 * 2 * 8 * 8 * 8
+    assert program_work(compiled(branched, (8, 8), (8, 8))).flops == 2 * 2 * 8 * 8 * 8
 
 
 def test_the_scanned_network_is_the_unrolled_one_and_the_closed_form() -> None:
@@ -98,7 +98,7 @@ def test_the_scanned_network_is_the_unrolled_one_and_the_closed_form() -> None:
         return outer.logits(hidden) + total
 
     tokens = jax.ShapeDtypeStruct((B, S), jnp.int32)
-    counts = [work(jax.jit(f).lower(params, tokens).compile().as_text()).flops for f in (scanned, unrolled)]
+    counts = [program_work(jax.jit(f).lower(params, tokens).compile().as_text()).flops for f in (scanned, unrolled)]
     expected = 2 * B * S * (layer_weights(config) + 32 * 64) + 4 * B * S * S * 4 * 16 * 3
     assert counts == [expected, expected]
 
@@ -129,7 +129,7 @@ def test_what_is_sent_and_over_which_axes(groups: str, axes: str) -> None:
     ]
     n = {"tensor": 2, "fsdp": 2, "data": 2}
     size = math.prod(n[axis] for axis in axes.split("+"))
-    sent = work("\n".join(lines)).by_axis({"data": 2, "fsdp": 2, "tensor": 2})
+    sent = program_work("\n".join(lines)).by_axis({"data": 2, "fsdp": 2, "tensor": 2})
     assert sent["all-gather", axes] == 4 * 16 * 4 * (size - 1)
     assert sent["all-reduce", axes] == pytest.approx(2 * 10 * 2 * (size - 1) / size)
     assert sent["collective-permute", "data"] == 4 * 16 * 4
@@ -221,10 +221,12 @@ from models.generate import SamplingCopy, sampling_program
 from models.hf_weights import abstract_model, split
 from models.sampler import SamplingParams
 from models.sharding import make_layout, parameter_shardings
+from train.batch import Batch
+from train.build import make_optimizer
 from train.config import PlanConfig
 from train.parse import parse
+from train.state import copy_tree, make_state
 from train.update import Update
-from train.state import copy, make_optimizer, make_state
 
 config = parse(PlanConfig, sys.argv[1:])
 network, mesh = config.model.architecture, config.mesh
@@ -247,7 +249,7 @@ def settle():
 
 def step():
     state = make_state(init(), optimizer, layout)
-    ref = copy(state.params)
+    ref = copy_tree(state.params)
     copying = programs.setdefault("copy", SamplingCopy(graphdef, state.params, layout))
     sampler = programs.setdefault("sample", sampling_program(graphdef, T, 0))
     update = programs.setdefault("update", Update(graphdef, optimizer, config, layout, state))
@@ -259,8 +261,8 @@ def step():
     tokens_PGT, logprobs_PGT, lengths_PG, _ = map(np.asarray, rollout)
     assert lengths_PG.min() == T
     del rollout
-    batch = {"prompt_PS": prompt_PS, "lengths_P": lengths_P, "tokens_PGT": tokens_PGT, "sampled_PGT": logprobs_PGT,
-             "mask_PGT": np.ones((P, G, T), bool), "advantages_PG": np.ones((P, G), np.float32)}
+    mask_PGT, advantages_PG = np.ones((P, G, T), bool), np.ones((P, G), np.float32)
+    batch = Batch(prompt_PS, lengths_P, tokens_PGT, logprobs_PGT, mask_PGT, advantages_PG)
     jax.block_until_ready(update(state, ref, batch, 0)[0])
 
 step()  # compiles
@@ -299,7 +301,7 @@ def test_shipped_recipes_can_be_read() -> None:
     launch = ROOT / "configs" / "launch"
     jobset = yaml.safe_load((launch / "jobset.yaml").read_text())
     pod = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"][0]
-    assert set(processes.VARIABLES) < {item["name"] for item in pod["env"]}
+    assert set(processes.LAUNCH_VARIABLES) < {item["name"] for item in pod["env"]}
     command = [*pod["command"], *pod["args"]]
     assert parse(PlanConfig, command[command.index("--config") :]).mesh.data == 2
     for script in (launch / "one_host.sh", launch / "tpu_pod.sh", launch / "slurm.sbatch"):

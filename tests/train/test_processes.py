@@ -58,10 +58,10 @@ def test_one_process_has_everything() -> None:
 def test_processes_that_cannot_find_each_other_are_told_why(
     given: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in zip(processes.VARIABLES, given, strict=True):
+    for name, value in zip(processes.LAUNCH_VARIABLES, given, strict=True):
         monkeypatch.setenv(name, value)
     with pytest.raises(processes.JoinError, match=message):
-        processes.start()
+        processes.connect()
 
 
 def launch(config: PolicyConfig, folder: Path, count: int, devices: int) -> list[subprocess.Popen[str]]:
@@ -79,7 +79,7 @@ def launch(config: PolicyConfig, folder: Path, count: int, devices: int) -> list
     command = [sys.executable, "-m", "train", "policy", "--config", str(file)]
     started = []
     for index in range(count):
-        names = dict(zip(processes.VARIABLES, (f"localhost:{port}", str(count), str(index)), strict=True))
+        names = dict(zip(processes.LAUNCH_VARIABLES, (f"localhost:{port}", str(count), str(index)), strict=True))
         own = environment | (names if count > 1 else {})
         with open(folder / f"{count}-{index}.log", "w") as out:
             started.append(

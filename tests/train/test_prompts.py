@@ -24,13 +24,13 @@ from train.config import (
     resolved,
 )
 from train.data import token_cache
-from train.data.chats import conversations, prompt_and_answer
-from train.data.prompts import in_common, load_prompts, load_splits
-from train.data.rows import hold_out, load_rows, sampled
-from train.plan.dry_run import SCHEMAS, from_card, look_up
+from train.data.chats import normalize_prompts, prompt_and_answer
+from train.data.prompts import load_prompts, load_splits, overlapping_rows
+from train.data.rows import hold_out, load_rows, sample_indices
+from train.plan.dry_run import SCHEMAS, look_up_schema, schema_from_card
 from train.run.files import write_jsonl
 from train.supervised import sft
-from train.supervised.program import Task, load_examples
+from train.supervised.program import SupervisedTask, load_examples
 
 USER, ANSWER = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -79,9 +79,9 @@ def test_what_is_for_policies_is_refused_elsewhere(policy_config: Callable[..., 
 def test_a_conversation_is_asked_without_its_answer() -> None:
     turns = [USER, ANSWER, USER]
     for prompt in (turns, [*turns, ANSWER]):
-        assert conversations([{"x": prompt}], "file", "x", ChatConfig())[0]["x"] == turns
+        assert normalize_prompts([{"x": prompt}], "file", "x", ChatConfig())[0]["x"] == turns
     with pytest.raises(ValueError, match="file: row 1: .* the assistant's alone"):
-        conversations([{"x": [ANSWER]}], "file", "x", ChatConfig())
+        normalize_prompts([{"x": [ANSWER]}], "file", "x", ChatConfig())
 
 
 @pytest.mark.parametrize("prompt", ["Why?", " Why?\n", [USER], None])
@@ -109,15 +109,17 @@ def test_system_messages_come_first_and_once(prompt: Any, before: list[dict[str,
 def test_a_whole_conversation_is_learned_from_its_last_message(tiny_tokenizer_dir: Path, tmp_path: Path) -> None:
     tokenizer = Tokenizer(tiny_tokenizer_dir)
     tokenizer.hf.chat_template = "{% for m in messages %}{{ m.content }}|{% endfor %}"
-    expected = sft.encode([{"prompt": [USER, ANSWER, USER], "completion": "So."}], tokenizer, "file", ChatConfig())
+    expected = sft.encode_examples(
+        [{"prompt": [USER, ANSWER, USER], "completion": "So."}], tokenizer, "file", ChatConfig()
+    )
     for extra in ({}, {"prompt": "Why?"}):
         write_jsonl(tmp_path / "x.jsonl", [{"messages": [USER, ANSWER, USER, ANSWER]} | extra])
         told = [{"messages": [USER, ANSWER, USER, ANSWER], "prompt": "something else"}]
-        assert sft.encode(told, tokenizer, "file", ChatConfig()) == expected
+        assert sft.encode_examples(told, tokenizer, "file", ChatConfig()) == expected
         rows = load_rows(str(tmp_path / "x.jsonl"), columns={"completion": "messages"})
-        assert sft.encode(rows, tokenizer, "file", ChatConfig()) == expected
+        assert sft.encode_examples(rows, tokenizer, "file", ChatConfig()) == expected
     with pytest.raises(ValueError, match="row 2 has no 'prompt'"):
-        sft.encode([{"completion": [USER, ANSWER]}, {"completion": "So."}], tokenizer, "file", ChatConfig())
+        sft.encode_examples([{"completion": [USER, ANSWER]}, {"completion": "So."}], tokenizer, "file", ChatConfig())
 
 
 # What is held out
@@ -137,7 +139,7 @@ def test_what_is_held_out_is_not_kept_and_depends_on_the_seed_alone(count: int, 
 def test_more_than_there_is_cannot_be_held_out() -> None:
     with pytest.raises(ValueError, match="data.validation_rows: expected fewer than the 5 rows that there are, got 5"):
         hold_out(5, 5, 0)
-    assert sampled(5, 5, 0) == sampled(5, 9, 1) == list(range(5)), "where all are taken, in their order"
+    assert sample_indices(5, 5, 0) == sample_indices(5, 9, 1) == list(range(5)), "where all are taken, in their order"
 
 
 def test_validation_is_cut_off_train_or_sampled(
@@ -154,10 +156,10 @@ def test_validation_is_cut_off_train_or_sampled(
     train, validation = parts(validation_rows=6)
     kept, out = hold_out(len(rows), 6, 0)
     assert train == [rows[i] for i in kept]
-    assert validation == [rows[out[i]] for i in sampled(6, 4, 0)]
+    assert validation == [rows[out[i]] for i in sample_indices(6, 4, 0)]
     assert parts(validation_rows=6) == (train, validation) != parts(validation_rows=6, split_seed=1)
     train, validation = parts(validation=str(prompts_file))
-    assert train == rows and validation == [rows[i] for i in sampled(len(rows), 4, 0)] != rows[:4]
+    assert train == rows and validation == [rows[i] for i in sample_indices(len(rows), 4, 0)] != rows[:4]
 
 
 def test_supervised_rows_are_held_out_before_any_is_left_out(
@@ -174,7 +176,7 @@ def test_supervised_rows_are_held_out_before_any_is_left_out(
     def encode(rows: Any, *_: Any) -> list[tuple[int, int]]:
         return [(number, len(row["text"])) for number, row in enumerate(rows)]
 
-    task = Task(encode, lambda example: example[1], None, None, None)  # type: ignore[arg-type]
+    task = SupervisedTask(encode, lambda example: example[1], None, None, None)  # type: ignore[arg-type]
     train, held_out = load_examples(config, task, Tokenizer(tiny_tokenizer_dir))
     for examples, numbers in zip((train, held_out["validation"]), hold_out(20, 8, 2), strict=True):
         assert examples == [(i, lengths[i]) for i in numbers if lengths[i] <= 5]
@@ -186,8 +188,8 @@ def test_supervised_rows_are_held_out_before_any_is_left_out(
 def test_prompts_in_common_are_found_whatever_their_case_and_white_space() -> None:
     chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "WHY \n not?"}]
     rows = [{"x": "why not?"}, {"x": "Why not"}, {"x": chat}, {"x": " Why\tnot? "}]
-    assert in_common(rows, [{"x": "Why not?"}], "x") == [0, 2, 3]
-    assert in_common(rows, [], "x") == []
+    assert overlapping_rows(rows, [{"x": "Why not?"}], "x") == [0, 2, 3]
+    assert overlapping_rows(rows, [], "x") == []
 
 
 @pytest.mark.parametrize("drop", [False, True])
@@ -218,8 +220,8 @@ def test_prompts_in_common_are_counted_and_left_out_if_wanted(
 @pytest.fixture
 def tokenizer(tiny_tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tokenizer]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(token_cache, "SMALL", 0)
-    monkeypatch.setattr(token_cache, "CHUNK", 7)
+    monkeypatch.setattr(token_cache, "MIN_CACHED_PROMPTS", 0)
+    monkeypatch.setattr(token_cache, "CHUNK_PROMPTS", 7)
     yield Tokenizer(tiny_tokenizer_dir)
 
 
@@ -246,7 +248,7 @@ def test_other_prompts_settings_or_tokenizers_have_ids_of_their_own(
     tokenizer: Tokenizer, sentences: list[str], tiny_tokenizer_dir: Path
 ) -> None:
     def key(prompts: Any, tokenizer: Tokenizer) -> str:
-        return token_cache.key(prompts, str(tokenizer.fingerprint))
+        return token_cache.cache_key(prompts, str(tokenizer.fingerprint))
 
     templated = Tokenizer(tiny_tokenizer_dir)
     templated.hf.chat_template = "{{ messages }}"
@@ -426,7 +428,7 @@ def test_a_dry_run_needs_no_key_and_knows_packed_rows(
     packed = SftConfig(output_dir="x", model=config.model, data=data, max_steps=3, batch_size=2, packing=True)
     _, out, _ = run(packed, "--dry_run", command=("sft",))
     assert "3 steps of 2 rows; 6.00 epochs of 1 rows" in out
-    monkeypatch.setattr("train.plan.dry_run.MANY", 11)
+    monkeypatch.setattr("train.plan.dry_run.MAX_TOKENIZED_ROWS", 11)
     _, out, _ = run(packed, "--dry_run", command=("sft",))
     assert "tokens: not counted" in out and "epochs" not in out
 
@@ -457,8 +459,8 @@ def test_the_card_of_a_data_set_is_read() -> None:
     info = {"features": features, "splits": [{"name": "train", "num_bytes": 1, "num_examples": 7}]}
     columns = {"prompt": "string", "messages": "list of {content: string, role: string}", "tags": "list of string"}
     for given in (info, [info, {"features": []}]):
-        assert from_card({"dataset_info": given}) == {"splits": {"train": 7}, "columns": columns}
-    assert from_card({}) is from_card({"dataset_info": []}) is None
+        assert schema_from_card({"dataset_info": given}) == {"splits": {"train": 7}, "columns": columns}
+    assert schema_from_card({}) is schema_from_card({"dataset_info": []}) is None
 
 
 def test_the_hub_is_asked_first(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -476,20 +478,20 @@ def test_the_hub_is_asked_first(monkeypatch: pytest.MonkeyPatch) -> None:
             return SimpleNamespace(card_data=given and SimpleNamespace(to_dict=lambda: given))
 
         monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
-        look_up.cache_clear()
+        look_up_schema.cache_clear()
 
     info = {"features": [{"name": "a", "dtype": "string"}], "splits": [{"name": "b", "num_examples": 3}]}
     kept = yaml.safe_load(SCHEMAS.read_text())["google/IFEval"]
     answer({"dataset_info": info})
-    assert look_up("google/IFEval") == ({"splits": {"b": 3}, "columns": {"a": "string"}}, "from the Hub")
+    assert look_up_schema("google/IFEval") == ({"splits": {"b": 3}, "columns": {"a": "string"}}, "from the Hub")
     for given, origin in ((None, "not on its card"), (OSError(), "the Hub was not reached")):
         answer(given)
-        assert look_up("google/IFEval") == (kept, f"{origin}: as train/plan/schemas.yaml had it")
-    assert look_up("some/thing")[0] is None
+        assert look_up_schema("google/IFEval") == (kept, f"{origin}: as train/plan/schemas.yaml had it")
+    assert look_up_schema("some/thing")[0] is None
     answer(Gone())
     with pytest.raises(FileNotFoundError, match="some/thing: neither a .jsonl or .parquet file nor a data set"):
-        look_up("some/thing")
-    look_up.cache_clear()
+        look_up_schema("some/thing")
+    look_up_schema.cache_clear()
 
 
 def test_inspection_measures_and_shows(

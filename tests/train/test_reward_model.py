@@ -17,9 +17,16 @@ from models.qwen3 import Backbone
 from models.tokenizer import Tokenizer
 from train.config import ChatConfig, DataConfig, EarlyStoppingConfig, ModelConfig, RewardModelConfig
 from train.supervised import reward_model
-from train.supervised.calibration import expected_calibration_error, reliability
-from train.supervised.program import fill
-from train.supervised.reward_model import Comparison, collate, comparison_loss, encode, length_baseline, objective
+from train.supervised.calibration import expected_calibration_error, reliability_bins
+from train.supervised.program import fill_batch
+from train.supervised.reward_model import (
+    Comparison,
+    collate_comparisons,
+    comparison_loss,
+    comparison_objective,
+    encode_comparisons,
+    length_baseline,
+)
 
 
 def config(**settings: Any) -> RewardModelConfig:
@@ -60,12 +67,12 @@ SAID = [f"{ASKED}assistant:A<|im_end|>", f"{ASKED}assistant:B<|im_end|>"]
 )
 def test_formats(chatty: Tokenizer, row: dict[str, Any], expected: list[str]) -> None:
     extra = {"score_chosen": 3.0, "score_rejected": 9.0}  # other columns say nothing
-    (example,) = encode([row | extra], chatty, "file", ChatConfig())
+    (example,) = encode_comparisons([row | extra], chatty, "file", ChatConfig())
     assert [chatty.hf.decode(ids) for ids in example.rows] == expected
     assert example.scores == [float(x) for x in row.get("scores", [1, 0])]
     assert example.margin == 0
     if "chosen" in row:
-        assert encode([row | {"margin": 0.5}], chatty, "file", ChatConfig())[0].margin == 0.5
+        assert encode_comparisons([row | {"margin": 0.5}], chatty, "file", ChatConfig())[0].margin == 0.5
 
 
 @pytest.mark.parametrize(
@@ -85,17 +92,17 @@ def test_formats(chatty: Tokenizer, row: dict[str, Any], expected: list[str]) ->
 )
 def test_rows_that_are_refused(chatty: Tokenizer, row: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=named):
-        encode([row], chatty, "file", ChatConfig())
+        encode_comparisons([row], chatty, "file", ChatConfig())
 
 
 def test_something_has_to_be_compared(chatty: Tokenizer) -> None:
     """In the whole data set; a part of it, such as its first rows, may be without."""
     rows: list[dict[str, Any]] = [{"completions": ["A", "B"], "scores": scores} for scores in ([1, 1], [1, 2])]
-    examples = encode(rows, chatty, "file", ChatConfig())
-    pack = reward_model.task(config()).pack
+    examples = encode_comparisons(rows, chatty, "file", ChatConfig())
+    pack = reward_model.reward_model_task(config()).pack
     assert pack(examples, "file") == examples
     with pytest.raises(ValueError, match="file: nothing is compared"):
-        pack(encode(rows[:1], chatty, "file", ChatConfig()), "file")
+        pack(encode_comparisons(rows[:1], chatty, "file", ChatConfig()), "file")
 
 
 # The loss
@@ -131,19 +138,19 @@ def test_a_shared_prefix_is_a_repeated_prompt(
     graphdef, params = split(make_model(architecture, seed=1))
     settings = config(center_rewards_coefficient=0.1)
     program = jax.jit(
-        jax.value_and_grad(lambda p, b: objective(p, b, graphdef=graphdef, config=settings), has_aux=True)
+        jax.value_and_grad(lambda p, b: comparison_objective(p, b, graphdef=graphdef, config=settings), has_aux=True)
     )
-    shared = collate(GROUPS, tokenizer, 64)
-    monkeypatch.setattr(reward_model, "WORTHWHILE", 0)
-    whole = collate(GROUPS, tokenizer, 64)
+    shared = collate_comparisons(GROUPS, tokenizer, 64)
+    monkeypatch.setattr(reward_model, "PREFIX_WORTHWHILE", 0)
+    whole = collate_comparisons(GROUPS, tokenizer, 64)
     assert "prefix_PS" in shared and "prefix_PS" not in whole
     assert shared["tokens_PGT"].shape == (3, 4, 8) and whole["tokens_PGT"].shape == (3, 4, 32)
-    assert_same(program(params, fill(shared, 3)), program(params, fill(whole, 3)))
+    assert_same(program(params, fill_batch(shared, 3)), program(params, fill_batch(whole, 3)))
 
 
 def evaluated(examples: list[Comparison], tokenizer: Tokenizer, settings: RewardModelConfig, size: int = 0) -> Any:
     """(loss, metrics) and gradient of a small stand-in for the network: a weight for each token and place."""
-    batch = fill(collate(examples, tokenizer, 32), size or len(examples))
+    batch = fill_batch(collate_comparisons(examples, tokenizer, 32), size or len(examples))
     tokens_PGT, T = batch["tokens_PGT"], 32
     assert "prefix_PS" not in batch and tokens_PGT.shape[-1] == T
     real_PGT = np.arange(T) < batch["lengths_PG"][..., None]
@@ -157,7 +164,7 @@ def evaluated(examples: list[Comparison], tokenizer: Tokenizer, settings: Reward
 
 
 def test_texts_without_a_shared_prefix_are_rows_of_their_own(tokenizer: Tokenizer) -> None:
-    batch = collate([group(0, [30, 28], [1, 0]), group(1, [20, 31], [1, 0])], tokenizer, 40)
+    batch = collate_comparisons([group(0, [30, 28], [1, 0]), group(1, [20, 31], [1, 0])], tokenizer, 40)
     assert "prefix_PS" not in batch and batch["tokens_PGT"].shape == (2, 2, 32)
 
 
@@ -216,7 +223,7 @@ def test_a_calibrated_model_has_no_error_and_a_sure_one_has_what_it_misses() -> 
 @pytest.mark.parametrize("bins", [1, 4, 10])
 def test_the_bins_are_a_histogram(bins: int) -> None:
     differences = np.random.default_rng(1).normal(size=300) * 3
-    rows = reliability(differences, bins)
+    rows = reliability_bins(differences, bins)
     assert sum(row["count"] for row in rows) == 300 and len(rows) == bins
     weights = [row["count"] for row in rows if row["count"]]
     mean = lambda key: np.average([row[key] for row in rows if row["count"]], weights=weights)  # noqa: E731
@@ -232,7 +239,7 @@ def test_which_answer_is_named_first_does_not_matter(tokenizer: Tokenizer) -> No
     found = []
     for turn in (False, True):
         examples = [Comparison(e.rows[::-1], e.scores[::-1]) if turn else e for e in GROUPS]
-        batch, rewards = fill(collate(examples, tokenizer, 64), 3), rewards_PG.copy()
+        batch, rewards = fill_batch(collate_comparisons(examples, tokenizer, 64), 3), rewards_PG.copy()
         for p, example in enumerate(examples):
             size = len(example.scores)
             rewards[p, :size] = rewards[p, :size][::-1] if turn else rewards[p, :size]

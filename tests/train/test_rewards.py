@@ -21,7 +21,7 @@ from train.config import PolicyConfig, RewardSpec
 from train.loop import train_policy
 from train.rewards import Rewards
 from train.rewards.functions import BUILT_IN, completion_ids, function_scorer, load_function
-from train.rewards.model import RewardModelScorer, common_prefix
+from train.rewards.model import RewardModelScorer, common_prefix_length
 
 G, LONGEST = 3, 8  # every text has at most as many tokens, one bucket: one compilation for each number of prompts
 GROUPS: dict[str, tuple[str, Sequence[str]]] = {
@@ -103,12 +103,12 @@ def test_common_prefix() -> None:
     for _ in range(300):
         shared = rng.integers(0, 3, rng.integers(0, 4)).tolist()
         rows = [shared + rng.integers(0, 3, rng.integers(0, 4)).tolist() + [0] for _ in range(rng.integers(1, 4))]
-        n, shortest = common_prefix(rows), min(map(len, rows))
+        n, shortest = common_prefix_length(rows), min(map(len, rows))
         found.add(n)
         assert n < shortest, "every row keeps a token of its own"
         assert all(row[:n] == rows[0][:n] for row in rows)
         assert n == shortest - 1 or len({row[n] for row in rows}) > 1, "and no more than it must"
-        assert common_prefix(rows[::-1]) == n
+        assert common_prefix_length(rows[::-1]) == n
     assert found >= {0, 1, 2, 3}
 
 

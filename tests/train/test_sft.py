@@ -12,8 +12,16 @@ from models.hf_weights import split
 from models.qwen3 import Backbone
 from models.tokenizer import Tokenizer
 from train.config import ChatConfig, DataConfig, EarlyStoppingConfig, ModelConfig, SftConfig
-from train.supervised.program import fill
-from train.supervised.sft import Example, collate, collate_packed, encode, objective, pack, padding
+from train.supervised.program import fill_batch
+from train.supervised.sft import (
+    Example,
+    collate_examples,
+    collate_packed,
+    encode_examples,
+    pack_examples,
+    padding_share,
+    sft_objective,
+)
 
 
 def config(**settings: Any) -> SftConfig:
@@ -42,7 +50,7 @@ USER, ANSWER = {"role": "user", "content": "Q"}, {"role": "assistant", "content"
     ],
 )
 def test_formats(chatty: Tokenizer, row: dict[str, Any], prompt: str, learned: str) -> None:
-    ((ids, learned_from),) = encode([row], chatty, "file", ChatConfig())
+    ((ids, learned_from),) = encode_examples([row], chatty, "file", ChatConfig())
     assert chatty.hf.decode(ids[:learned_from]) == prompt
     assert chatty.hf.decode(ids[learned_from:]) == learned + "<|im_end|>"
 
@@ -57,7 +65,7 @@ def test_formats(chatty: Tokenizer, row: dict[str, Any], prompt: str, learned: s
 )
 def test_messages_that_are_refused(chatty: Tokenizer, messages: Any, named: str) -> None:
     with pytest.raises(ValueError, match=named):
-        encode([{"messages": messages}], chatty, "file", ChatConfig())
+        encode_examples([{"messages": messages}], chatty, "file", ChatConfig())
 
 
 def examples(count: int, seed: int = 0) -> list[Example]:
@@ -69,8 +77,8 @@ def examples(count: int, seed: int = 0) -> list[Example]:
 @pytest.mark.parametrize("seed", range(5))
 def test_every_example_is_in_one_row_and_the_same_every_time(seed: int) -> None:
     given, settings = examples(50, seed), config(packing=True)
-    rows = pack(given, "file", config=settings)
-    assert rows == pack(given, "file", config=settings)
+    rows = pack_examples(given, "file", config=settings)
+    assert rows == pack_examples(given, "file", config=settings)
     flat = [example for row in rows for example in row]
     assert sorted(flat) == sorted(given)
     used = [sum(len(ids) for ids, _ in row) for row in rows]
@@ -78,7 +86,7 @@ def test_every_example_is_in_one_row_and_the_same_every_time(seed: int) -> None:
     total = sum(used)
     # a row is begun only where no other has room: there are no two that would fit into one
     assert sorted(used)[0] + sorted(used)[1] > 32 and len(rows) <= 2 * -(-total // 32)
-    assert 1 - total / (32 * len(rows)) < padding([len(ids) for ids, _ in given], settings)
+    assert 1 - total / (32 * len(rows)) < padding_share([len(ids) for ids, _ in given], settings)
 
 
 def test_packed_is_not_packed(
@@ -86,13 +94,13 @@ def test_packed_is_not_packed(
 ) -> None:
     """Loss and gradient of all parameters; an example's first token is never learned, whatever stands before it."""
     tokenizer, given = Tokenizer(tiny_tokenizer_dir), examples(9)
-    rows = pack(given, "file", config=config(packing=True))
+    rows = pack_examples(given, "file", config=config(packing=True))
     assert len(rows) <= 4 and max(map(len, rows)) >= 3
     graphdef, params = split(make_model(tiny_config))
-    program = jax.jit(jax.value_and_grad(lambda p, b: objective(p, b, graphdef=graphdef), has_aux=True))
-    packed = fill(collate_packed(rows, tokenizer, 32), 5)
+    program = jax.jit(jax.value_and_grad(lambda p, b: sft_objective(p, b, graphdef=graphdef), has_aux=True))
+    packed = fill_batch(collate_packed(rows, tokenizer, 32), 5)
     (found, outcome), gradient = program(params, packed)
-    (expected, other), expected_gradient = program(params, fill(collate(given, tokenizer, 32), 9))
+    (expected, other), expected_gradient = program(params, fill_batch(collate_examples(given, tokenizer, 32), 9))
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), gradient, expected_gradient)
     assert outcome.metrics["nll"][1] == other.metrics["nll"][1] == sum(len(ids) - max(n, 1) for ids, n in given)

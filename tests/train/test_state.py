@@ -24,7 +24,7 @@ from train.config import CheckpointConfig, LossConfig, MeshConfig, OptimizerConf
 from train.loop import train_policy
 from train.run.directory import Run, read_metrics
 from train.running import SetupError
-from train.state import apply, make_state
+from train.state import apply_gradient, make_state
 
 MakeConfig = Callable[..., PolicyConfig]
 numbers = partial(read_metrics, clock=False)
@@ -37,7 +37,7 @@ def test_master_weights_keep_what_bfloat16_loses(master: bool) -> None:
     optimizer, _ = make_optimizer(config, 1000)
     start = jax.device_put(jnp.ones(8, jnp.bfloat16), make_layout().sharding((None,)))
     state = make_state({"layers": {"x": start}}, optimizer, make_layout())
-    step = jax.jit(lambda state: apply(optimizer, state, {"layers": {"x": jnp.ones(8, jnp.bfloat16)}}))
+    step = jax.jit(lambda state: apply_gradient(optimizer, state, {"layers": {"x": jnp.ones(8, jnp.bfloat16)}}))
     for _ in range(1000):
         state = step(state)
         if master:
@@ -126,7 +126,7 @@ def test_a_bucket_is_a_place_for_checkpoints(tmp_path: Path) -> None:
 def test_processes_that_do_not_share_a_directory_are_told(
     policy_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train.run.directory, "are_several", lambda: True)
+    monkeypatch.setattr(train.run.directory, "is_distributed", lambda: True)
     monkeypatch.setattr(train.run.directory, "gather", lambda mine: mine)
     config = policy_config(tmp_path)
     tokenizer = make_tokenizer(config.model, config.chat)

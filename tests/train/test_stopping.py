@@ -52,7 +52,7 @@ def test_it_stops_where_it_would_by_hand(patience: int, min_delta: float, metric
         best, stops = by_hand([v if metric == "loss" else -v for v in values], patience, min_delta)
         seen = EarlyStopping(EarlyStoppingConfig(patience=patience, min_delta=min_delta, metric=metric))
         for step, value in enumerate(values, 1):
-            improved = seen.see(step, {f"validation/{metric}": value})
+            improved = seen.observe(step, {f"validation/{metric}": value})
             assert improved == (seen.best_step == step)
             if seen.exhausted:
                 break
@@ -61,14 +61,16 @@ def test_it_stops_where_it_would_by_hand(patience: int, min_delta: float, metric
 
 def test_a_number_that_does_not_exist_is_no_improvement_and_off_is_off() -> None:
     seen = EarlyStopping(EarlyStoppingConfig(patience=2))
-    assert [seen.see(i, m) for i, m in enumerate([{"validation/loss": 1.0}, {}, {"validation/loss": np.nan}], 1)] == [
+    assert [
+        seen.observe(i, m) for i, m in enumerate([{"validation/loss": 1.0}, {}, {"validation/loss": np.nan}], 1)
+    ] == [
         True,
         False,
         False,
     ]
     assert seen.exhausted and seen.best_step == 1
     off = EarlyStopping(EarlyStoppingConfig())
-    assert not off.see(1, {"validation/loss": 1.0}) and not off.exhausted
+    assert not off.observe(1, {"validation/loss": 1.0}) and not off.exhausted
 
 
 def test_the_newest_are_kept_and_the_best(tmp_path: Path) -> None:
@@ -184,7 +186,7 @@ def test_a_run_that_is_killed_anywhere_ends_in_the_same_state(
     write_jsonl(run / "metrics.jsonl", [{"step": 1, "timing_s/validation": 0.0, "validation/loss": -1.0}])
     stands_at = SimpleNamespace(path=run, start=1)
     with pytest.raises(ValueError, match="its best step is 1, whose checkpoint was not kept"):
-        EarlyStopping(config.early_stopping).recall(stands_at)  # type: ignore[arg-type]
+        EarlyStopping(config.early_stopping).replay(stands_at)  # type: ignore[arg-type]
 
 
 @pytest.mark.slow

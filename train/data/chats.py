@@ -1,4 +1,4 @@
-"""Rows as conversations: what is asked, and what is answered."""
+"""Splits rows into the prompt that is asked and the answer, and applies the config's chat settings."""
 
 from collections.abc import Mapping, Sequence
 
@@ -8,13 +8,13 @@ from train.data.rows import Row, require_columns
 
 
 def prompt_and_answer(row: Row, column: str, where: str) -> tuple[Prompt, str]:
-    """What precedes the answer in `column`, and its text; an answer in chat messages ends with the assistant's.
+    """Returns the prompt that precedes the answer in `column`, and the answer's text.
 
-    Some data sets have the prompt twice, as a column and as the beginning of the answer's messages; it is asked once.
-    System messages come first, wherever they stood.
+    An answer in chat messages is the last message, which must be the assistant's. Some data sets have the prompt twice,
+    as a column and as the beginning of the answer's messages; it is taken once. System messages are moved to the front.
 
     Raises:
-      ValueError: it ends with another's message.
+      ValueError: the last message is not the assistant's.
     """
     prompt, answer = row.get("prompt") or "", row[column]
     if isinstance(answer, str):
@@ -23,31 +23,31 @@ def prompt_and_answer(row: Row, column: str, where: str) -> tuple[Prompt, str]:
         raise ValueError(
             f"{where}: {column!r}: expected messages that end with the assistant's, got {answer[-1]['role']!r}"
         )
-    system, asked = _system_apart(
+    system, asked = _split_system(
         [{"role": "user", "content": prompt}] if isinstance(prompt, str) and prompt else prompt
     )
-    more, before = _system_apart(answer[:-1])
-    twice = [_said(message) for message in before[: len(asked)]] == [_said(message) for message in asked]
-    new = [message for message in more if _said(message) not in map(_said, system)]
-    return [*system, *new, *([] if twice else asked), *before], answer[-1]["content"]
+    answer_system, turns = _split_system(answer[:-1])
+    is_repeated = [*map(_role_and_text, turns[: len(asked)])] == [*map(_role_and_text, asked)]
+    new_system = [message for message in answer_system if _role_and_text(message) not in map(_role_and_text, system)]
+    return [*system, *new_system, *([] if is_repeated else asked), *turns], answer[-1]["content"]
 
 
-def _system_apart(messages: Prompt) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """The system messages at the beginning, and the others."""
-    listed: list[dict[str, str]] = list(messages) if isinstance(messages, list) else []
-    count = next((i for i, message in enumerate(listed) if message["role"] != "system"), len(listed))
-    return listed[:count], listed[count:]
+def _split_system(messages: Prompt) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """Returns the leading system messages, and all others."""
+    turns: list[dict[str, str]] = list(messages) if isinstance(messages, list) else []
+    count = next((i for i, message in enumerate(turns) if message["role"] != "system"), len(turns))
+    return turns[:count], turns[count:]
 
 
-def _said(message: Mapping[str, str]) -> tuple[str, str]:
+def _role_and_text(message: Mapping[str, str]) -> tuple[str, str]:
     return message["role"], message["content"].strip()
 
 
 def as_chat(prompt: Prompt, chat: ChatConfig, where: str) -> Prompt:
-    """The prompt as it is asked: text in a user's message if that is wanted, the system prompt before it.
+    """Applies the chat settings to a prompt: text becomes a user's message, the system prompt goes before it.
 
     Raises:
-      ValueError: a system prompt for plain text, or for messages that have one.
+      ValueError: a system prompt for plain text, or for messages that have one of their own.
     """
     if isinstance(prompt, str) and chat.text_as_chat:
         if not prompt:
@@ -68,30 +68,37 @@ def as_chat(prompt: Prompt, chat: ChatConfig, where: str) -> Prompt:
     return [{"role": "system", "content": chat.system_prompt}, *prompt]
 
 
-def asked_and_answered(
+def prompts_and_answers(
     rows: Sequence[Row], source: str, column: str, chat: ChatConfig
 ) -> tuple[list[Prompt], list[str]]:
-    """What precedes each row's answer, as it is asked, and the answers in `column`."""
-    wheres = [f"{source}: row {number}" for number in range(1, len(rows) + 1)]
-    pairs = [prompt_and_answer(row, column, where) for row, where in zip(rows, wheres, strict=True)]
-    prompts = [as_chat(prompt, chat, where) for (prompt, _), where in zip(pairs, wheres, strict=True)]
+    """Returns each row's prompt, with the chat settings applied, and each row's answer in `column`."""
+    places = [f"{source}: row {number}" for number in range(1, len(rows) + 1)]
+    pairs = [prompt_and_answer(row, column, where) for row, where in zip(rows, places, strict=True)]
+    prompts = [as_chat(prompt, chat, where) for (prompt, _), where in zip(pairs, places, strict=True)]
     return prompts, [answer for _, answer in pairs]
 
 
-def conversations(
+def normalize_prompts(
     rows: Sequence[Row], source: str, column: str, chat: ChatConfig, setting: str = "the config"
 ) -> list[Row]:
-    """The rows with the column's prompts as they are asked: see `as_chat`, `without_answer`, `require_columns`."""
+    """Returns the rows with the prompts in `column` checked, cut before a final answer, and the chat settings applied.
+
+    See `require_columns`, `without_answer` and `as_chat`.
+    """
     require_columns(rows, source, column, setting=setting)
-    wheres = [f"{source}: row {number}" for number in range(1, len(rows) + 1)]
+    places = [f"{source}: row {number}" for number in range(1, len(rows) + 1)]
     return [
         row | {column: as_chat(without_answer(row[column], where), chat, where)}
-        for row, where in zip(rows, wheres, strict=True)
+        for row, where in zip(rows, places, strict=True)
     ]
 
 
 def without_answer(prompt: Prompt, where: str) -> Prompt:
-    """Messages that end with the assistant's are a conversation with its answer: the prompt is what precedes that."""
+    """Drops a final message of the assistant's: it is the answer, and the prompt is the messages before it.
+
+    Raises:
+      ValueError: there is no message before it.
+    """
     if isinstance(prompt, str) or prompt[-1]["role"] != "assistant":
         return prompt
     if len(prompt) == 1:

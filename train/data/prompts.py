@@ -1,4 +1,4 @@
-"""The prompts of a policy's run, tokenized once, and its splits into train, validation and test."""
+"""Loads a policy's prompts, split into train, validation and test; tokenizes them once and draws batches of them."""
 
 import hashlib
 from collections.abc import Sequence
@@ -9,40 +9,47 @@ import numpy as np
 from models.tokenizer import Prompt, Tokenizer, pad
 from train.config import PolicyConfig
 from train.console import console
-from train.data.chats import conversations
-from train.data.rows import Row, hold_out, load_rows, sampled, shuffled
+from train.data.chats import normalize_prompts
+from train.data.rows import Row, batch_indices, hold_out, load_rows, sample_indices
 from train.data.token_cache import prompt_ids
 
 
-def fitting(rows: Sequence[Row], source: str, column: str, tokenizer: Tokenizer, max_length: int) -> list[int]:
-    """The numbers of the rows whose rendered prompt has 1 to max_length tokens.
+def fitting_indices(rows: Sequence[Row], source: str, column: str, tokenizer: Tokenizer, max_length: int) -> list[int]:
+    """Returns the indices of the rows whose rendered prompt has 1 to max_length tokens.
 
     Raises:
       ValueError: no prompt fits.
     """
-    return _fitting(prompt_ids([row[column] for row in rows], tokenizer), source, max_length)
+    return _within_limit(prompt_ids([row[column] for row in rows], tokenizer), source, max_length)
 
 
-def _fitting(ids: Sequence[np.ndarray], source: str, max_length: int) -> list[int]:
-    kept = [i for i, row in enumerate(ids) if 0 < len(row) <= max_length]
-    if ids and not kept:
+def _within_limit(ids: Sequence[np.ndarray], source: str, max_length: int) -> list[int]:
+    indices = [i for i, row in enumerate(ids) if 0 < len(row) <= max_length]
+    if ids and not indices:
         raise ValueError(
             f"{source}: none of the {len(ids)} prompts has at most max_prompt_length = {max_length} tokens "
             f"(the shortest has {min(map(len, ids))}); raise the limit or use other data"
         )
-    return kept
+    return indices
 
 
 class Prompts:
-    """Rows with a prompt that fits, in an order that depends on (seed, step) alone; `rows` are as they are asked."""
+    """Tokenized rows whose prompt is not too long; `batch` draws them in an order that depends on (seed, step) alone.
+
+    Attributes:
+      rows: the rows, their prompts with the chat settings applied.
+      lengths: tokens of every prompt, those that are too long included.
+      too_long: how many rows are left out, with a prompt of no token or of more than `max_length`.
+      other_columns: names of all columns but the prompt's.
+    """
 
     def __init__(self, rows: Sequence[Row], source: str, config: PolicyConfig, tokenizer: Tokenizer) -> None:
         self.column, self.source, self.max_length = config.data.prompt_column, source, config.max_prompt_length
         ids = prompt_ids([row[self.column] for row in rows], tokenizer)
-        self._pad_id, self.lengths = tokenizer.pad_id, [len(row) for row in ids]  # of all rows
-        kept = _fitting(ids, source, self.max_length)
-        self.rows, self._ids = [rows[i] for i in kept], [ids[i] for i in kept]
-        self.too_long = len(rows) - len(kept)
+        self._pad_id, self.lengths = tokenizer.pad_id, [len(row) for row in ids]
+        indices = _within_limit(ids, source, self.max_length)
+        self.rows, self._ids = [rows[i] for i in indices], [ids[i] for i in indices]
+        self.too_long = len(rows) - len(indices)
         self._number = {id(row): number for number, row in enumerate(self.rows)}
         self.other_columns = sorted({name for row in self.rows for name in row} - {self.column})
 
@@ -50,76 +57,87 @@ class Prompts:
         return len(self.rows)
 
     def batch(self, seed: int, step: int, count: int, attempt: int = 0) -> list[Row]:
-        """The `count` rows of a step: a pure function of (seed, step, attempt)."""
-        return [self.rows[i] for i in shuffled(len(self.rows), count, seed, step, attempt)]
+        """Returns the `count` rows of a step: a pure function of (seed, step, attempt)."""
+        return [self.rows[i] for i in batch_indices(len(self.rows), count, seed, step, attempt)]
 
     def encode(self, rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray]:
-        """Right-padded `prompt_PS` and `lengths_P` of some of `self.rows` themselves, which were tokenized once."""
+        """Returns right-padded `prompt_PS` and `lengths_P`.
+
+        Args:
+          rows: elements of `self.rows`, the objects and not copies: their tokens are looked up by identity.
+        """
         return pad([self._ids[self._number[id(row)]] for row in rows], self._pad_id, self.max_length)
 
     def sample(self, count: int, seed: int) -> None:
-        """Keep that many rows, in their order."""
-        kept = sampled(len(self.rows), count, seed)
-        self.rows, self._ids = [self.rows[i] for i in kept], [self._ids[i] for i in kept]
+        """Keeps a random sample of `count` rows, in their order."""
+        indices = sample_indices(len(self.rows), count, seed)
+        self.rows, self._ids = [self.rows[i] for i in indices], [self._ids[i] for i in indices]
         self._number = {id(row): number for number, row in enumerate(self.rows)}
 
     def prompts(self, rows: Sequence[Row]) -> list[Prompt]:
+        """Returns the prompts of some of the rows."""
         return [row[self.column] for row in rows]
 
     def columns(self, rows: Sequence[Row], part: slice = slice(None)) -> dict[str, list[Any]]:
-        """The other columns of some of the rows, which reward functions get by name; None where a row has none."""
+        """Returns the other columns of some of the rows, for reward functions; None where a row lacks a column."""
         return {name: [row.get(name) for row in rows[part]] for name in self.other_columns}
 
 
 class Splits(NamedTuple):
-    """A policy's data, prompts as they are asked."""
+    """A policy's data, the chat settings applied to its prompts."""
 
     train: list[Row]
     validation: list[Row]
     test: list[Row]
-    duplicates: int  # rows of train whose prompt is in validation or test too; data.drop_duplicates takes them out
+    duplicates: int  # rows of train whose prompt is in validation or test too; data.drop_duplicates removes them
 
 
 def load_splits(config: PolicyConfig) -> Splits:
-    """The rows of train, validation and test, as `config.data` says."""
+    """Loads the rows of train, validation and test, as `config.data` says.
+
+    Raises:
+      ValueError: with drop_duplicates, no row of train is left.
+    """
     data = config.data
 
     def load(source: str, split: str) -> list[Row]:
-        return conversations(load_rows(source, split, data.columns), source, data.prompt_column, config.chat)
+        return normalize_prompts(load_rows(source, split, data.columns), source, data.prompt_column, config.chat)
 
     train, validation = load(data.train, data.split), []
     if data.validation_rows:
-        kept, out = hold_out(len(train), data.validation_rows, data.split_seed)
-        train, validation = [train[i] for i in kept], [train[i] for i in out]
+        remaining, held_out = hold_out(len(train), data.validation_rows, data.split_seed)
+        train, validation = [train[i] for i in remaining], [train[i] for i in held_out]
     elif config.validation.prompts:
         validation = load(data.validation or data.train, data.validation_split)
     test = load(data.test, data.test_split) if data.test else []
-    both = set(in_common(train, [*validation, *test], data.prompt_column))
+    duplicates = set(overlapping_rows(train, [*validation, *test], data.prompt_column))
     if data.drop_duplicates:
-        train = [row for number, row in enumerate(train) if number not in both]
+        train = [row for number, row in enumerate(train) if number not in duplicates]
         if not train:
             raise ValueError(f"{data.train}: every prompt is in validation or test too; expected others to train on")
-    return Splits(train, validation, test, len(both))
+    return Splits(train, validation, test, len(duplicates))
 
 
-def in_common(rows: Sequence[Row], others: Sequence[Row], column: str) -> list[int]:
-    """The numbers of the rows whose prompt is among the others' too, whatever its case and its white space."""
-    seen = {prompt_key(row[column]) for row in others}
-    return [number for number, row in enumerate(rows) if prompt_key(row[column]) in seen]
+def overlapping_rows(rows: Sequence[Row], others: Sequence[Row], column: str) -> list[int]:
+    """Returns the indices of the rows whose prompt is in `others` too, ignoring case and white space."""
+    keys = {prompt_key(row[column]) for row in others}
+    return [i for i, row in enumerate(rows) if prompt_key(row[column]) in keys]
 
 
 def prompt_key(prompt: Prompt) -> bytes:
-    """A hash of what is asked, without the system prompt; of a long text it is what one keeps."""
-    asked = [prompt] if isinstance(prompt, str) else [m["content"] for m in prompt if m["role"] != "system"]
-    return hashlib.blake2b(" ".join(" ".join(asked).split()).casefold().encode(), digest_size=16).digest()
+    """Hashes a prompt without its system messages, ignoring case and white space; 16 bytes stand for a long text."""
+    texts = [prompt] if isinstance(prompt, str) else [m["content"] for m in prompt if m["role"] != "system"]
+    return hashlib.blake2b(" ".join(" ".join(texts).split()).casefold().encode(), digest_size=16).digest()
 
 
 def load_prompts(config: PolicyConfig, tokenizer: Tokenizer) -> tuple[Prompts, Prompts]:
-    """What is trained on and what is validated on; prompts that they have in common are counted and printed."""
+    """Returns the prompts to train on and those to validate on; prints how many prompts they share."""
     data, splits = config.data, load_splits(config)
     if splits.duplicates:
-        done = "left out" if data.drop_duplicates else "kept; data.drop_duplicates: true leaves them out"
-        console.print(f"{data.train}: {splits.duplicates} prompts are in validation or test too: {done}", markup=False)
+        action = "left out" if data.drop_duplicates else "kept; data.drop_duplicates: true leaves them out"
+        console.print(
+            f"{data.train}: {splits.duplicates} prompts are in validation or test too: {action}", markup=False
+        )
     prompts = Prompts(splits.train, data.train, config, tokenizer)
     validation = Prompts(splits.validation, data.validation or data.train, config, tokenizer)
     validation.sample(config.validation.prompts, data.split_seed)

@@ -1,4 +1,4 @@
-"""Rows of data: read from a file or the Hub, and chosen as a pure function of a seed."""
+"""Reads rows of data from a file or the Hub, checks and renames their columns, and selects rows by seed."""
 
 import gzip
 import json
@@ -15,17 +15,18 @@ Row = dict[str, Any]
 
 
 def is_file_name(source: str) -> bool:
-    """Whether a source of rows is a file; else it is a name on the Hub."""
+    """Returns whether a source of rows is a file; otherwise it is a data set's name on the Hub."""
     return source.removesuffix(".gz").endswith((".jsonl", ".json", ".parquet"))
 
 
 def load_rows(
     source: str, split: str = "train", columns: Mapping[str, str] | None = None, setting: str = "data.columns"
 ) -> list[Row]:
-    """The rows of a JSONL file (.gz too), a parquet file, or a data set on the Hub; `columns` renames: ours -> theirs.
+    """Reads the rows of a JSONL file (.gz too), a parquet file, or a data set on the Hub.
 
     Args:
-      setting: what the user knows `columns` by, for an error.
+      columns: new name -> name in the data, for columns that are renamed.
+      setting: the user's name for `columns`, for an error.
 
     Raises:
       FileNotFoundError: no such file.
@@ -43,11 +44,11 @@ def load_rows(
         raise ValueError(f"{source}: cannot be read ({error}); was it downloaded whole?") from error
     if not rows:
         raise ValueError(f"{source}: expected at least one row, got an empty data set")
-    return renamed(rows, source, columns, setting) if columns else rows
+    return rename_columns(rows, source, columns, setting) if columns else rows
 
 
-def renamed(rows: Sequence[Row], source: str, columns: Mapping[str, str], setting: str) -> list[Row]:
-    """The rows with their columns under our names; a column that had the name already gives way."""
+def rename_columns(rows: Sequence[Row], source: str, columns: Mapping[str, str], setting: str) -> list[Row]:
+    """Renames columns (new name -> name in the data); a column that had the new name already is dropped."""
     for number, row in enumerate(rows, 1):
         for ours, theirs in columns.items():
             if theirs not in row:
@@ -55,19 +56,22 @@ def renamed(rows: Sequence[Row], source: str, columns: Mapping[str, str], settin
                     f"{source}: row {number} has no {theirs!r}, which {setting} takes as {ours!r}; its columns are "
                     f"{', '.join(row) or '(none)'}"
                 )
-    taken = set(columns.values())
+    renamed = set(columns.values())
     return [
-        {name: value for name, value in row.items() if name not in taken}
+        {name: value for name, value in row.items() if name not in renamed}
         | {ours: row[theirs] for ours, theirs in columns.items()}
         for row in rows
     ]
 
 
 def require_columns(rows: Sequence[Row], source: str, *columns: str, setting: str = "the config") -> None:
-    """Refuse data in which a row lacks a column, or has neither text nor chat messages in it.
+    """Refuses data in which a row lacks a column, or has neither text nor chat messages in it.
 
     Args:
       setting: where the user names the columns, for an error.
+
+    Raises:
+      ValueError: the first such row.
     """
     for number, row in enumerate(rows, 1):
         for column in columns:
@@ -82,10 +86,10 @@ def require_columns(rows: Sequence[Row], source: str, *columns: str, setting: st
                 raise ValueError(f"{source}: row {number}: {column!r}: {error}") from error
 
 
-def shuffled(size: int, count: int, seed: int, step: int, attempt: int = 0) -> list[int]:
-    """The indices of batch number `step` of `count`: epochs of one permutation each, a new one every epoch.
+def batch_indices(size: int, count: int, seed: int, step: int, attempt: int = 0) -> list[int]:
+    """Returns the `count` row indices of batch number `step`; each epoch is a new permutation of the `size` rows.
 
-    Each attempt has an order of its own.
+    Each attempt has permutations of its own.
     """
     positions = range(step * count, (step + 1) * count)
     keys = {epoch: [seed, epoch, attempt] if attempt else [seed, epoch] for epoch in {i // size for i in positions}}
@@ -94,26 +98,26 @@ def shuffled(size: int, count: int, seed: int, step: int, attempt: int = 0) -> l
 
 
 def hold_out(count: int, rows: int, seed: int) -> tuple[list[int], list[int]]:
-    """Which of `count` rows are kept and which `rows` are held out, both in order: a pure function of the arguments.
+    """Holds `rows` of `count` rows out: returns the indices that remain and those held out, both sorted.
 
     Raises:
-      ValueError: nothing would be kept.
+      ValueError: no row would remain.
     """
     if rows >= count:
         raise ValueError(f"data.validation_rows: expected fewer than the {count} rows that there are, got {rows}")
-    out = np.random.default_rng(seed).choice(count, rows, replace=False)
-    return np.setdiff1d(np.arange(count), out).tolist(), np.sort(out).tolist()
+    held_out = np.random.default_rng(seed).choice(count, rows, replace=False)
+    return np.setdiff1d(np.arange(count), held_out).tolist(), np.sort(held_out).tolist()
 
 
-def sampled(count: int, wanted: int, seed: int) -> list[int]:
-    """Which `wanted` of `count` rows are taken, in order; all of them if there are no more."""
-    return hold_out(count, wanted, seed)[1] if wanted < count else list(range(count))
+def sample_indices(count: int, rows: int, seed: int) -> list[int]:
+    """Returns the sorted indices of a random sample of `rows` of `count` rows; of all, if there are no more."""
+    return hold_out(count, rows, seed)[1] if rows < count else list(range(count))
 
 
 def _read_jsonl(path: Path) -> list[Row]:
     rows = []
     opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8-sig") as lines:  # Windows' programs begin a file with a mark
+    with opener(path, "rt", encoding="utf-8-sig") as lines:  # skips the byte-order mark of Windows' programs
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue

@@ -1,7 +1,7 @@
-"""Token ids of prompts, kept between runs: to tokenize 100,000 posts takes longer than everything else before step 1.
+"""Caches the token ids of prompts: tokenizing 100,000 posts takes longer than everything else before step 1.
 
-One file per data set in XDG_CACHE_HOME (or ~/.cache) / gopo_jax / tokens, named by a hash of the tokenizer, the chat
-settings and the prompts themselves, so it is never out of date. It may be deleted at any time.
+There is one file per data set in XDG_CACHE_HOME (or ~/.cache) / gopo_jax / tokens, named by a hash of the tokenizer,
+the chat settings and the prompts, so that it is never out of date. It may be deleted at any time.
 """
 
 import hashlib
@@ -16,20 +16,20 @@ import numpy as np
 from models.tokenizer import Prompt, Tokenizer
 from train.console import console
 
-VERSION = 1  # of what is kept, and of how this code renders prompts
-SMALL = 1_000  # prompts that are tokenized faster than a tokenizer is hashed
-CHUNK = 4_096  # prompts whose ids are Python numbers (36 bytes each) at a time
+CACHE_VERSION = 1  # of the files' format, and of how this code renders prompts
+MIN_CACHED_PROMPTS = 1_000  # fewer are tokenized faster than the tokenizer is hashed
+CHUNK_PROMPTS = 4_096  # prompts tokenized at a time: their ids are Python numbers, 36 bytes each
 
 
 def prompt_ids(prompts: Sequence[Prompt], tokenizer: Tokenizer) -> list[np.ndarray]:
-    """int32 token ids of each rendered prompt; from the cache where it has them."""
-    if len(prompts) < SMALL or tokenizer.fingerprint is None:
+    """Returns the int32 token ids of each rendered prompt, from the cache where it has them."""
+    if len(prompts) < MIN_CACHED_PROMPTS or tokenizer.fingerprint is None:
         return _tokenize(prompts, tokenizer)
-    file = directory() / f"{key(prompts, tokenizer.fingerprint)}.npz"
+    file = cache_directory() / f"{cache_key(prompts, tokenizer.fingerprint)}.npz"
     if file.is_file():
         try:
             return _read(file, len(prompts))
-        except Exception as error:  # whatever the readers of zip and npy stumble over
+        except Exception as error:  # the readers of zip and npy raise many kinds
             console.print(f"{file}: damaged ({error}); the prompts are tokenized again", markup=False)
     ids = _tokenize(prompts, tokenizer)
     try:
@@ -39,26 +39,27 @@ def prompt_ids(prompts: Sequence[Prompt], tokenizer: Tokenizer) -> list[np.ndarr
     return ids
 
 
-def directory() -> Path:
+def cache_directory() -> Path:
+    """Returns the directory of all cached token ids."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return Path(home) / "gopo_jax" / "tokens"
 
 
-def key(prompts: Sequence[Prompt], fingerprint: str) -> str:
-    """A prompt is hashed as it is asked: which column it came from and what the chat settings added are in it."""
-    digest = hashlib.sha256(f"{VERSION} {fingerprint}\n".encode())
+def cache_key(prompts: Sequence[Prompt], fingerprint: str) -> str:
+    """Returns the name of a data set's file: a hash of tokenizer and prompts, with the chat settings applied."""
+    digest = hashlib.sha256(f"{CACHE_VERSION} {fingerprint}\n".encode())
     for prompt in prompts:
         digest.update(json.dumps(prompt).encode() + b"\n")
     return digest.hexdigest()
 
 
 def _tokenize(prompts: Sequence[Prompt], tokenizer: Tokenizer) -> list[np.ndarray]:
-    chunks = (tokenizer.prompt_ids(prompts[i : i + CHUNK]) for i in range(0, len(prompts), CHUNK))
+    chunks = (tokenizer.prompt_ids(prompts[i : i + CHUNK_PROMPTS]) for i in range(0, len(prompts), CHUNK_PROMPTS))
     return [np.array(ids, np.int32) for chunk in chunks for ids in chunk]
 
 
 def _read(file: Path, count: int) -> list[np.ndarray]:
-    with file.open("rb") as opened, np.load(opened) as arrays:  # a zip file: its checksums are compared
+    with file.open("rb") as opened, np.load(opened) as arrays:  # a zip file, whose checksums are verified
         ids, lengths = arrays["ids"], arrays["lengths"]
     if ids.dtype != np.int32 or lengths.shape != (count,) or lengths.sum() != len(ids):
         raise ValueError("lengths and ids do not belong together")
@@ -66,7 +67,7 @@ def _read(file: Path, count: int) -> list[np.ndarray]:
 
 
 def _write(file: Path, ids: Sequence[np.ndarray]) -> None:
-    """At once: a process that is killed, or another that writes the same, leaves no half file behind."""
+    """Writes the file atomically: a process that is killed, or another that writes it too, leaves no half file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f"{file.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     with temporary.open("wb") as out:

@@ -1,1 +1,1 @@
-"""Look before you run: what a run's data, programs and memory would be. Trains nothing."""
+"""Shows, before a run, its data, its programs and the memory it needs; nothing is trained."""

@@ -1,4 +1,4 @@
-"""The devices that a plan is for: their memory, and stand-ins to compile for."""
+"""Memory of the devices that a plan is for, and simulated devices to compile for."""
 
 import importlib.util
 import math
@@ -12,27 +12,35 @@ from train.config import PlanConfig
 from train.console import console
 
 GIB = 2**30
-HBM = {  # bytes of one device, as its maker states them
+HBM = {  # bytes of one device's memory, as its maker states them
     **{"v4": 32 * GIB, "v5e": 16 * GIB, "v5p": 95 * GIB, "v6e": 32 * GIB},
     **{"A100": 80 * GIB, "H100": 80 * GIB, "H200": 141 * 10**9, "B200": 180 * 10**9},
 }
-TPUS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2}  # dimensions of their networks
-FULL = 0.95  # of the memory; the rest is the runtime's and fragmentation's
+TPUS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2}  # dimensions of the network between chips
+USABLE_SHARE = 0.95  # of the memory; runtime and fragmentation take the rest
 
 
-def simulate(config: PlanConfig) -> list[jax.Device]:
-    """As many CPU devices as the plan is for, to stand for them."""
+def plan_devices(config: PlanConfig) -> list[jax.Device]:
+    """Returns simulated devices, as many as the plan is for.
+
+    Raises:
+      ValueError: no number of devices, or --suggest without a chip.
+    """
     sizes = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     count = config.devices or (math.prod(sizes) if min(sizes) > 0 else 0)
     if count < 1:
         raise ValueError("plan: for how many devices? Give --devices, or a --mesh without -1")
     if config.suggest and config.chip is None:
         raise ValueError(f"--suggest: for which chip? Give --chip, one of {', '.join(HBM)}")
-    return simulated(count)
+    return simulated_devices(count)
 
 
-def simulated(count: int) -> list[jax.Device]:
-    """So many CPU devices; before JAX has made others."""
+def simulated_devices(count: int) -> list[jax.Device]:
+    """Returns `count` CPU devices; must run before JAX has created its devices.
+
+    Raises:
+      ValueError: JAX has created fewer.
+    """
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", count)
     devices = jax.devices()
@@ -42,7 +50,7 @@ def simulated(count: int) -> list[jax.Device]:
 
 
 def tpu_devices(chip: str | None, count: int) -> Sequence[Any] | None:
-    """A topology of so many TPUs, None where there is none to be had."""
+    """Returns the devices of a topology of `count` TPUs; None for other chips, or where libtpu cannot describe it."""
     if chip not in TPUS or importlib.util.find_spec("libtpu") is None:
         return None
     from jax.experimental import topologies
@@ -56,6 +64,6 @@ def tpu_devices(chip: str | None, count: int) -> Sequence[Any] | None:
         if math.prod(sides) != count:
             raise ValueError(f"{count} is not a power of two")
         return topologies.get_topology_desc(f"{chip}:{shape}", platform="tpu").devices
-    except Exception as error:  # whatever libtpu says: there is the other compiler
+    except Exception as error:  # libtpu raises many kinds; the CPU compiler estimates instead
         console.print(f"libtpu has no {chip}:{shape} ({str(error).splitlines()[0]}): estimated instead")
         return None

@@ -1,7 +1,7 @@
-"""What a compiled program does, read from its text: arithmetic and communication, loops counted as often as they run.
+"""Counts the arithmetic and communication of a compiled program, read from its text.
 
-XLA's own cost analysis counts the body of a loop once, and layers are a loop. Here a body counts as often as XLA says
-that its loop runs (`known_trip_count`); of a loop whose end is only known when it runs, the caller says how often.
+XLA's own cost analysis counts the body of a loop once, and layers are a loop. This count multiplies a body by its
+loop's `known_trip_count`; where XLA does not know it, because the end depends on the data, the caller gives the number.
 """
 
 import math
@@ -26,11 +26,13 @@ _CALLED = re.compile(r"(?:calls|to_apply|called_computations)=\{?%?([\w.\-]+)")
 
 Route = tuple[str, tuple[int, ...]]  # a kind of collective and a group of devices
 
-# (how many loops of unknown length enclose it, its number among those beside it) -> how often it runs
+# (number of enclosing loops of unknown length, index of the loop among those beside it) -> number of its iterations
 Trips = Callable[[int, int], float]
 
 
 class Instruction(NamedTuple):
+    """One instruction of HLO text: NAME = SHAPE OPCODE(OPERANDS), ATTRIBUTES."""
+
     name: str
     shape: str
     opcode: str
@@ -40,39 +42,44 @@ class Instruction(NamedTuple):
 
 @dataclass
 class Work:
-    """Of one device: floating point operations of matrix products (a multiply-add is two), and what it sends."""
+    """What one device does: FLOPs of matrix products (a multiply-add is two), and bytes that it sends."""
 
     flops: float = 0.0
     sent: dict[Route, float] = field(default_factory=lambda: defaultdict(float))  # bytes
 
     def add(self, other: "Work", times: float = 1.0) -> None:
+        """Adds other work, done `times` times."""
         self.flops += times * other.flops
         for key, count in other.sent.items():
             self.sent[key] += times * count
 
     def by_axis(self, sizes: Mapping[str, int]) -> dict[tuple[str, str], float]:
-        """Bytes sent by kind and by the mesh axes over which it goes ("fsdp", "data+fsdp")."""
-        found: dict[tuple[str, str], float] = {}
+        """Returns the bytes sent, by kind of collective and by the mesh axes that it spans ("fsdp", "data+fsdp")."""
+        by_axis: dict[tuple[str, str], float] = {}
         for (kind, group), count in self.sent.items():
             places = np.stack(np.unravel_index(np.array(group), tuple(sizes.values())))
             axes = "+".join(name for name, place in zip(sizes, places, strict=True) if len(set(place)) > 1)
-            found[kind, axes] = found.get((kind, axes), 0.0) + count
-        return found
+            by_axis[kind, axes] = by_axis.get((kind, axes), 0.0) + count
+        return by_axis
 
 
-def work(text: str, trips: Trips = lambda depth, index: 1.0) -> Work:
-    """The work of one device in one run of a compiled program, given as `compiled.as_text()`.
+def program_work(text: str, trips: Trips = lambda depth, index: 1.0) -> Work:
+    """Returns the work of one device in one run of a compiled program.
 
-    Collectives count what a device sends when they run around a ring of n: (n - 1) / n of the whole for all-gather,
-    reduce-scatter and all-to-all, twice that for all-reduce; all of it for a permutation.
+    A collective counts the bytes that a device sends around a ring of n devices: (n - 1) / n of the full array for
+    all-gather, reduce-scatter and all-to-all, twice that for all-reduce; the whole operand for a permutation.
+
+    Args:
+      text: `compiled.as_text()`.
+      trips: number of iterations of the loops that XLA does not know.
     """
     computations = dict(_computations(text))
     entry = next(name for name, (is_entry, _) in computations.items() if is_entry)
-    found: dict[tuple[str, int], Work] = {}
+    memo: dict[tuple[str, int], Work] = {}
 
-    def of(name: str, depth: int) -> Work:
-        if (name, depth) not in found:
-            found[name, depth] = total = Work()
+    def computation_work(name: str, depth: int) -> Work:
+        if (name, depth) not in memo:
+            memo[name, depth] = total = Work()
             _, instructions = computations[name]
             shapes = {item.name: item.shape for item in instructions}
             unknown = 0
@@ -86,20 +93,22 @@ def work(text: str, trips: Trips = lambda depth, index: 1.0) -> Work:
                     assert body is not None
                     times = float(known[1]) if known else trips(depth, unknown)
                     unknown += not known
-                    total.add(of(body[1], depth + (not known)), times)
+                    total.add(computation_work(body[1], depth + (not known)), times)
                 elif item.opcode == "conditional":
-                    branches = [of(branch, depth) for branch in _branches(item.attributes) if branch in computations]
+                    names = [name for name in _branches(item.attributes) if name in computations]
+                    branches = [computation_work(name, depth) for name in names]
                     total.add(max(branches, key=lambda branch: branch.flops, default=Work()))
                 elif item.opcode in ("fusion", "call", "async-start", "custom-call"):
                     called = _CALLED.search(item.attributes)
                     if called and called[1] in computations:
-                        total.add(of(called[1], depth))
-        return found[name, depth]
+                        total.add(computation_work(called[1], depth))
+        return memo[name, depth]
 
-    return of(entry, 0)
+    return computation_work(entry, 0)
 
 
 def _computations(text: str) -> Iterator[tuple[str, tuple[bool, list[Instruction]]]]:
+    """Yields (name, (whether it is the entry, instructions)) of every computation."""
     name, is_entry = "", False
     instructions: list[Instruction] = []
     for line in text.splitlines():
@@ -113,7 +122,7 @@ def _computations(text: str) -> Iterator[tuple[str, tuple[bool, list[Instruction
 
 
 def _instruction(name: str, rest: str) -> Instruction:
-    """Of "SHAPE OPCODE(OPERANDS), ATTRIBUTES"; a shape may be a tuple, and layouts hold brackets too."""
+    """Parses "SHAPE OPCODE(OPERANDS), ATTRIBUTES"; a shape may be a tuple, and layouts contain brackets too."""
     end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
     shape, rest = rest[:end], rest[end:].lstrip()
     start = rest.index("(")
@@ -123,6 +132,7 @@ def _instruction(name: str, rest: str) -> Instruction:
 
 
 def _closing(text: str, start: int) -> int:
+    """Returns the position of the bracket that closes the one at `start`."""
     depth = 0
     for position in range(start, len(text)):
         depth += (text[position] == "(") - (text[position] == ")")
@@ -159,7 +169,7 @@ def _flops(item: Instruction, shapes: Mapping[str, str]) -> float:
 
 
 def _sent(item: Instruction, shapes: Mapping[str, str]) -> tuple[Route, float] | None:
-    """((kind, a group of devices), bytes) of a collective."""
+    """Returns ((kind, a group of devices), bytes sent) of a collective; None for other instructions."""
     kind = item.opcode.removesuffix("-start")
     if kind not in COLLECTIVES:
         return None
@@ -176,10 +186,10 @@ def _sent(item: Instruction, shapes: Mapping[str, str]) -> tuple[Route, float] |
 
 
 def _group(attributes: str) -> tuple[int, ...]:
-    """The first group of devices, in any of the three ways in which XLA writes it.
+    """Returns the first group of devices, from any of XLA's three notations.
 
-    {{0,1},{2,3}}; [groups, size]<=[dims]T(order) of the devices' numbers; mesh['a'=4,'b'=2] {'a'} with 'a':(1)2 for the
-    part of size 2 of an axis that has 1 before it.
+    {{0,1},{2,3}} lists the groups; [groups, size]<=[dims]T(order) reshapes and transposes the devices' numbers;
+    mesh['a'=4,'b'=2] {'a'} names mesh axes, and 'a':(1)2 the part of size 2 of axis 'a' after a part of size 1.
     """
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
         return tuple(int(n) for n in listed[1].split(","))
@@ -196,13 +206,14 @@ def _group(attributes: str) -> tuple[int, ...]:
 
 
 def _numbers(dims: str, order: str | None) -> np.ndarray:
-    """The devices' numbers in the shape "4,16", its axes put in the order "1,0"."""
+    """Returns the devices' numbers in the shape "4,16", with its axes in the order "1,0"."""
     shape = [int(n) for n in dims.split(",")]
     numbers = np.arange(math.prod(shape)).reshape(shape)
     return numbers.transpose([int(n) for n in order.split(",")]) if order else numbers
 
 
 def _mesh_group(sizes: Mapping[str, int], numbers: np.ndarray, over: str) -> tuple[int, ...]:
+    """Returns the device numbers of the first group over mesh axes such as "'a','b':(1)2"."""
     index: list[np.ndarray] = [np.zeros(1, int) for _ in sizes]
     for name, before, size in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", over):
         stride = sizes[name] // (int(before) * int(size)) if size else 1

@@ -1,4 +1,7 @@
-"""The arrays and the programs of a policy's step, as shapes, and what the compiler says of them."""
+"""The arrays and programs of a policy's step, from shapes alone, and what they cost by the compiler's analysis.
+
+Names and sizes of arrays are bytes on each device; a program's arguments are ShapeDtypeStructs with shardings.
+"""
 
 import functools
 import math
@@ -11,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models import checkpoint
 from models.attention import CACHE_CHUNK
+from models.checkpoint import is_run, read_about
 from models.config import Qwen3Config, read_config
 from models.generate import SamplingCopy, sampling_program
 from models.hf_weights import abstract_model, abstract_params, split
@@ -24,110 +27,119 @@ from models.weight_files import find_directory
 from train.build import make_optimizer
 from train.config import PlanConfig
 from train.packing import abstract_microbatch
-from train.plan.hlo import Trips, work
+from train.plan.hlo import Trips, program_work
 from train.rewards.model import SCORED_AXES, scoring_program
 from train.state import TrainState, abstract_opt_state
 from train.update import Update
 
-ALWAYS = ("parameters", "base of adapters", "reference", "optimizer", "reward models")
+RESIDENT = ("parameters", "base of adapters", "reference", "optimizer", "reward models")
 
 
-class Program(NamedTuple):
+class StepProgram(NamedTuple):
     """One compiled part of a step."""
 
     name: str
-    calls: int  # in a step
+    calls: int  # per step
     jitted: Any
     arguments: tuple[Any, ...]
     options: dict[str, Any]
-    beside: tuple[str, ...] = ()  # which arrays that are not always there are, while it runs
-    trips: Trips = lambda depth, index: math.nan
+    beside: tuple[str, ...] = ()  # arrays beside the RESIDENT ones that are in memory while it runs
+    trips: Trips = lambda depth, index: math.nan  # of loops whose length XLA does not know
 
 
 class Cost(NamedTuple):
-    """Of one call, on each device."""
+    """Cost of one call of a program, on each device."""
 
-    temporaries: float  # bytes, with those outputs that do not take an input's place
-    estimate: float  # the same by the compiler for CPUs
+    temporaries: float  # bytes of temporaries, and of outputs that do not reuse an input's buffer
+    estimate: float  # the same by the CPU compiler
     flops: float
-    sent: dict[tuple[str, str], float]  # bytes by kind and mesh axes
-    seconds: float  # that compiling took
+    sent: dict[tuple[str, str], float]  # (kind of collective, mesh axes) -> bytes
+    seconds: float  # compile time
 
 
-def held(arrays: Mapping[str, float], beside: Sequence[str]) -> float:
-    """Bytes of what is always there, and of what stands beside it."""
-    return sum(arrays.get(name, 0.0) for name in {*ALWAYS, *beside})
+def resident_bytes(arrays: Mapping[str, float], beside: Sequence[str]) -> float:
+    """Returns the bytes of the RESIDENT arrays and those in `beside`."""
+    return sum(arrays.get(name, 0.0) for name in {*RESIDENT, *beside})
 
 
 def network_config(path: str) -> Qwen3Config:
-    """The shape of a model: of a run, of a directory, of a published name, or of what the Hub has."""
-    if checkpoint.is_run(path):
-        return Qwen3Config.from_hf(checkpoint.read_about(path)["model"], source=path)
+    """Returns the config of a model, given as a run, a directory, a published name (offline), or a name on the Hub."""
+    if is_run(path):
+        return Qwen3Config.from_hf(read_about(path)["model"], source=path)
     return PUBLISHED[path] if path in PUBLISHED and not Path(path).is_dir() else read_config(find_directory(path))
 
 
-Parts = tuple[dict[str, float], list[Program]]  # arrays, as bytes on each device, and programs
+StepParts = tuple[dict[str, float], list[StepProgram]]  # name -> bytes on each device, and programs
 
 
-def describe(config: PlanConfig, layout: Layout, network: Qwen3Config, rewards: Sequence[Qwen3Config]) -> Parts:
-    """The arrays of a run and its programs; all of them shapes alone."""
+def step_parts(config: PlanConfig, layout: Layout, network: Qwen3Config, rewards: Sequence[Qwen3Config]) -> StepParts:
+    """Returns the arrays and the programs of a run's step."""
     dtypes = {"dtype": config.model.dtype, "param_dtype": config.model.param_dtype}
     model = abstract_model(network, lora=config.lora, remat=config.model.remat, layout=layout, **dtypes)
     (graphdef, _), params = split(model), abstract_params(model, layout)
-    arrays, programs = updating(config, layout, graphdef, params)
-    for more_arrays, more_programs in (scoring(config, layout, rewards), sampling(config, layout, graphdef, params)):
+    arrays, programs = updating_parts(config, layout, graphdef, params)
+    for more_arrays, more_programs in (
+        scoring_parts(config, layout, rewards),
+        sampling_parts(config, layout, graphdef, params),
+    ):
         arrays, programs = more_arrays | arrays, more_programs + programs
-    P, G, S, T = sizes(config)
+    P, G, S, T = axis_sizes(config)
     size = jnp.dtype(config.model.dtype).itemsize
     return arrays | {"cache of keys and values": cache_bytes(network, P, G, S, T, layout, size)}, programs
 
 
-def sizes(config: PlanConfig) -> tuple[int, int, int, int]:
-    """P, G, S, T."""
+def axis_sizes(config: PlanConfig) -> tuple[int, int, int, int]:
+    """Returns the sizes P, G, S, T."""
     lengths = (config.max_prompt_length, config.max_completion_length)
     return config.prompts_per_step, config.num_generations, *lengths
 
 
-def sampling(config: PlanConfig, layout: Layout, graphdef: Any, params: Any) -> Parts:
-    P, G, S, T = sizes(config)
-    programs: list[Program] = []
+def sampling_parts(config: PlanConfig, layout: Layout, graphdef: Any, params: Any) -> StepParts:
+    """Returns the sampling copy, and the programs that make it and sample from it."""
+    P, G, S, T = axis_sizes(config)
+    programs: list[StepProgram] = []
     arrays: dict[str, float] = {}
     during: tuple[str, ...] = ()
     copy = SamplingCopy(graphdef, params, layout) if config.mesh.sampling_copy else None
     if copy is not None and any(copy.is_copied):
-        programs.append(Program("copy", 1, copy.program, (copy.copied_leaves(params),), {}))
-        arrays, during = {"sampling copy": on_device(copy.copied_leaves(copy.targets))}, ("sampling copy",)
+        programs.append(StepProgram("copy", 1, copy.program, (copy.copied_leaves(params),), {}))
+        arrays, during = {"sampling copy": bytes_per_device(copy.copied_leaves(copy.targets))}, ("sampling copy",)
         params = copy.targets
-    prompts = [shape(layout, (P, S), jnp.int32, ("prompt", None)), *[shape(layout, (P,), jnp.int32, ("prompt",))] * 2]
+    prompts = [
+        abstract_array(layout, (P, S), jnp.int32, ("prompt", None)),
+        *[abstract_array(layout, (P,), jnp.int32, ("prompt",))] * 2,
+    ]
     settings = SamplingParams(config.temperature, config.top_k, config.top_p, config.min_tokens, np.zeros(2, np.int32))
     arguments = (params, *prompts, jax.eval_shape(lambda: jax.random.key(0)), settings)
     jitted = sampling_program(graphdef, T, 0)
-    programs.append(Program("sample", 1, jitted, arguments, {"num_generations": G}, during, sampling_trips(T)))
+    programs.append(StepProgram("sample", 1, jitted, arguments, {"num_generations": G}, during, sampling_trips(T)))
     return arrays, programs
 
 
-def scoring(config: PlanConfig, layout: Layout, rewards: Sequence[Qwen3Config]) -> Parts:
-    P, G, S, T = sizes(config)
+def scoring_parts(config: PlanConfig, layout: Layout, rewards: Sequence[Qwen3Config]) -> StepParts:
+    """Returns the reward models, and the programs that score with them."""
+    P, G, S, T = axis_sizes(config)
     arrays: dict[str, float] = {"reward models": 0.0}
     programs = []
     for spec, network in zip((spec for spec in config.rewards if spec.model), rewards, strict=True):
         scorer = abstract_model(network, dtype=config.model.dtype, param_dtype=config.model.dtype, layout=layout)
         params, n = abstract_params(scorer, layout), spec.batch_prompts
         shapes = ((n, S), (n,), (n, G, T), (n, G))
-        texts = [shape(layout, dims, jnp.int32, axes) for dims, axes in zip(shapes, SCORED_AXES, strict=True)]
+        texts = [abstract_array(layout, dims, jnp.int32, axes) for dims, axes in zip(shapes, SCORED_AXES, strict=True)]
         place = f"offloaded {spec.label}" if spec.offload else "reward models"
-        arrays[place] = arrays.get(place, 0.0) + on_device(params)
+        arrays[place] = arrays.get(place, 0.0) + bytes_per_device(params)
         jitted, during = scoring_program(split(scorer)[0]), (place,) if spec.offload else ()
-        programs.append(Program(f"score {spec.label}", -(-P // n), jitted, (params, *texts), {}, during))
+        programs.append(StepProgram(f"score {spec.label}", -(-P // n), jitted, (params, *texts), {}, during))
     return arrays, programs
 
 
-def updating(config: PlanConfig, layout: Layout, graphdef: Any, params: Any) -> Parts:
-    P, G, S, T = sizes(config)
+def updating_parts(config: PlanConfig, layout: Layout, graphdef: Any, params: Any) -> StepParts:
+    """Returns parameters, reference, optimizer state and gradient, and the programs of the update."""
+    P, G, S, T = axis_sizes(config)
     optimizer, _ = make_optimizer(config.optimizer, config.max_steps * config.updates_per_step)
     trained, frozen = split_trainable(params)
     opt_state = abstract_opt_state(trained, optimizer, layout)
-    scalar: Any = shape(layout, (), jnp.int32, ())
+    scalar: Any = abstract_array(layout, (), jnp.int32, ())
     state = TrainState(trained, frozen, opt_state, scalar)
     reference = trained if config.loss.beta else None
     update = Update(graphdef, optimizer, config, layout, state).programs
@@ -135,68 +147,80 @@ def updating(config: PlanConfig, layout: Layout, graphdef: Any, params: Any) -> 
         lambda leaf, like: with_sharding(leaf, like.sharding), jax.eval_shape(update.zero_grads, trained), trained
     )
     micro = abstract_microbatch(config.microbatch_prompts, S, G, T, layout)
-    denominator = shape(layout, (), jnp.float32, ())
+    denominator = abstract_array(layout, (), jnp.float32, ())
     parts = P // config.microbatch_prompts
     place = "offloaded reference" if config.loss.offload_reference else "reference"
     arrays = {
-        "parameters": on_device(trained),
-        "base of adapters": on_device(frozen),
-        "optimizer": on_device(opt_state),
-        "gradient": on_device(gradient),
-        place: on_device(reference),
+        "parameters": bytes_per_device(trained),
+        "base of adapters": bytes_per_device(frozen),
+        "optimizer": bytes_per_device(opt_state),
+        "gradient": bytes_per_device(gradient),
+        place: bytes_per_device(reference),
     }
     programs = [
-        Program("optimizer", config.updates_per_step, update.apply_gradients, (state, gradient), {}, ("gradient",))
+        StepProgram("optimizer", config.updates_per_step, update.apply_gradients, (state, gradient), {}, ("gradient",))
     ]
     beside: tuple[str, ...] = ("gradient", place)
     if config.logprobs_before_update:  # then the update reads them, and no reference policy
         policies = 2 if reference else 1
-        programs.append(Program("logprobs", policies * parts, update.logprobs, (params, micro), {}, (place,)))
+        programs.append(StepProgram("logprobs", policies * parts, update.logprobs, (params, micro), {}, (place,)))
         like = micro.sampled_PGT
         micro = micro._replace(old_PGT=like, ref_PGT=like if reference else None)
         reference, beside = None, ("gradient",)
     arguments = (gradient, state, reference, micro, denominator)
-    programs.append(Program("gradient", config.num_iterations * parts, update.accumulate, arguments, {}, beside))
+    programs.append(StepProgram("gradient", config.num_iterations * parts, update.accumulate, arguments, {}, beside))
     return arrays, programs
 
 
-def shape(layout: Layout, dims: tuple[int, ...], dtype: Any, axes: Sequence[str | None]) -> jax.ShapeDtypeStruct:
+def abstract_array(
+    layout: Layout, dims: tuple[int, ...], dtype: Any, axes: Sequence[str | None]
+) -> jax.ShapeDtypeStruct:
+    """Returns a ShapeDtypeStruct, sharded by logical axes."""
     return jax.ShapeDtypeStruct(dims, dtype, sharding=layout.sharding(axes))
 
 
-def on_device(tree: Any) -> float:
-    """Bytes of a tree of sharded arrays on each device."""
+def bytes_per_device(tree: Any) -> float:
+    """Returns the bytes of a tree of sharded arrays on each device."""
     return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)))
 
 
 def cache_bytes(network: Qwen3Config, P: int, G: int, S: int, T: int, layout: Layout, size: int) -> float:
-    """Keys and values of prompts and completions on each device; part of what is temporary while sampling."""
+    """Returns the bytes of keys and values on each device; they are among the temporaries of the sampling program."""
     prompts, heads = P / layout.shard_count("prompt"), network.num_key_value_heads / layout.shard_count("kv_heads")
     positions = prompts * (S + G / layout.shard_count("group") * T)
     return 2 * positions * network.num_hidden_layers * heads * network.head_dim * size
 
 
 def sampling_trips(T: int) -> Trips:
-    """T tokens, all with every completion going on; each reads the chunks of its cache that are filled by then."""
+    """Returns the trips of the sampler's loops when no completion ends before T tokens.
+
+    Each token reads those chunks of its cache that are filled by then, half of them on average.
+    """
     return lambda depth, index: (T if index == 0 else 0) if depth == 0 else (T / min(CACHE_CHUNK, T) + 1) / 2
 
 
-def measure(program: Program, layout: Layout, size: float) -> Cost:
-    """Compiled for CPUs, quickly rather than well; bytes are counted `size` times."""
+def compiled_cost(program: StepProgram, layout: Layout, size: float) -> Cost:
+    """Compiles a program for CPUs, without optimisation, and returns its cost.
+
+    Args:
+      size: factor of all bytes, the compute dtype's size over that of float32.
+    """
     began = time.perf_counter()
     lowered = program.jitted.lower(*program.arguments, **program.options)
     compiled = lowered.compile(compiler_options={"xla_backend_optimization_level": 0})
-    done = work(compiled.as_text(), program.trips)
-    sent = {key: size * count for key, count in done.by_axis(dict(layout.mesh.shape)).items()}
-    needed = size * temporaries(compiled)
-    return Cost(needed, needed, done.flops, sent, time.perf_counter() - began)
+    work = program_work(compiled.as_text(), program.trips)
+    sent = {key: size * count for key, count in work.by_axis(dict(layout.mesh.shape)).items()}
+    temporaries = size * temporary_bytes(compiled)
+    return Cost(temporaries, temporaries, work.flops, sent, time.perf_counter() - began)
 
 
-def temporaries(compiled: Any) -> float:
+def temporary_bytes(compiled: Any) -> float:
+    """Returns the bytes of temporaries, and of outputs that do not reuse an input's buffer, on each device."""
     analysis = compiled.memory_analysis()
     return float(analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes)
 
 
 @functools.cache
 def parameter_count(network: Qwen3Config) -> int:
+    """Returns the number of a network's parameters."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(split(abstract_model(network))[1]))

@@ -1,24 +1,24 @@
-"""`--show`: the first prompts as the models see them, text and token ids, before any weight is read."""
+"""`--show`: prints the first rows as the models see them, text and token ids, before any weight is read."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from rich.text import Text
 
 from models.tokenizer import Tokenizer, tokenizer_path
 from train.build import make_tokenizer
 from train.config import PolicyConfig, RewardModelConfig, SupervisedConfig
-from train.console import console
+from train.console import console, print_plain
 from train.data.prompts import load_prompts
 from train.data.rows import load_rows
 from train.running import setup_errors
-from train.supervised import reward_model, sft
+from train.supervised.reward_model import encode_comparisons
+from train.supervised.sft import encode_examples
 
 STAND_IN = "(the completion)"
 
 
-def show(config: SupervisedConfig | RewardModelConfig | PolicyConfig, count: int) -> None:
-    """Print the first `count` rows of `data.train`.
+def show_rows(config: SupervisedConfig | RewardModelConfig | PolicyConfig, count: int) -> None:
+    """Prints the first `count` rows of `data.train`.
 
     Raises:
       SetupError: a mistake in the config or the data.
@@ -26,21 +26,22 @@ def show(config: SupervisedConfig | RewardModelConfig | PolicyConfig, count: int
     with setup_errors():
         tokenizer = make_tokenizer(config.model, config.chat)
         ends = ", ".join(f"{i} {tokenizer.token_text(i)}" for i in tokenizer.eos_ids)
-        line(f"tokenizer {tokenizer.path}: a sequence ends with {ends}; padding {tokenizer.pad_id}")
+        print_plain(f"tokenizer {tokenizer.path}: a sequence ends with {ends}; padding {tokenizer.pad_id}")
         if isinstance(config, PolicyConfig):
             show_policy(config, tokenizer, count)
             return
         rows = load_rows(config.data.train, config.data.split, config.data.columns)[:count]
         if isinstance(config, RewardModelConfig):
-            for i, group in enumerate(reward_model.encode(rows, tokenizer, config.data.train, config.chat), 1):
+            for i, group in enumerate(encode_comparisons(rows, tokenizer, config.data.train, config.chat), 1):
                 for answer, score in sorted(zip(group.rows, group.scores, strict=True), key=lambda pair: -pair[1]):
                     show_tokens(f"row {i}, score {score:g}, margin {group.margin:g}", answer, tokenizer)
             return
-        for i, (ids, learned_from) in enumerate(sft.encode(rows, tokenizer, config.data.train, config.chat)):
+        for i, (ids, learned_from) in enumerate(encode_examples(rows, tokenizer, config.data.train, config.chat)):
             show_tokens(f"row {i + 1}, learned from token {learned_from} on", ids, tokenizer)
 
 
 def show_policy(config: PolicyConfig, tokenizer: Tokenizer, count: int) -> None:
+    """Prints the first prompts as the policy and as each reward model sees them."""
     prompts, _ = load_prompts(config, tokenizer)
     first = prompts.prompts(prompts.rows[:count])
     for i, ids in enumerate(tokenizer.prompt_ids(first)):
@@ -48,18 +49,14 @@ def show_policy(config: PolicyConfig, tokenizer: Tokenizer, count: int) -> None:
     for spec in config.rewards:
         if spec.model is None:
             continue
-        reader = Tokenizer(tokenizer_path(spec.model))
-        for i, ids in enumerate(reader.conversation_ids(first, [STAND_IN] * len(first))):
-            show_tokens(f"prompt {i + 1} with its completion, as reward {spec.label} reads it", ids, reader)
+        reward_tokenizer = Tokenizer(tokenizer_path(spec.model))
+        for i, ids in enumerate(reward_tokenizer.conversation_ids(first, [STAND_IN] * len(first))):
+            show_tokens(f"prompt {i + 1} with its completion, as reward {spec.label} reads it", ids, reward_tokenizer)
 
 
 def show_tokens(title: str, ids: Sequence[int], tokenizer: Tokenizer) -> None:
-    """The text, then every id with its piece."""
+    """Prints the text, then every id with its piece."""
     console.rule(f"{title}: {len(ids)} tokens", align="left")
-    line(tokenizer.hf.decode(ids, clean_up_tokenization_spaces=False))
+    print_plain(tokenizer.hf.decode(ids, clean_up_tokenization_spaces=False))
     pieces = [Text(str(i), style="dim").append(f" {tokenizer.token_text(i)}", style="bold") for i in ids]
     console.print(Text("  ").join(pieces), highlight=False)
-
-
-def line(text: Any) -> None:
-    console.print(text, markup=False, highlight=False)

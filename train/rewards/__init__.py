@@ -1,7 +1,7 @@
-"""Rewards: a reward model or a Python function scores completions; several are weighed and combined.
+"""Scores completions with one or more rewards, each a reward model or a Python function, and combines them by weight.
 
-NaN means unscorable. With one reward such a completion leaves the ranks and the loss; with several, a missing one
-leaves only its own part, and a completion that misses all is NaN.
+NaN means unscorable. A completion without any reward is NaN and leaves the ranks and the loss. Where only some of its
+rewards are NaN, the others are combined.
 """
 
 import math
@@ -32,10 +32,14 @@ class Rewards:
         combination: str = "sum",
         columns: Collection[str] | None = None,
     ) -> None:
-        """`columns`: those of the data, which functions may ask for; None: not known yet, and not checked."""
+        """
+        Args:
+          dtype: of the reward models' weights and computation.
+          columns: columns of the data, which functions may ask for; None: not known yet, so not checked.
+        """
         self.weights_R = np.array([spec.weight for spec in specs], np.float32)
         self.combination = combination
-        functions = {  # first: what is wrong with one is said before any weight is read
+        functions = {  # first: a mistake in one is reported before any weight is read
             spec.label: function_scorer(spec.function, spec.options, columns)
             for spec in specs
             if spec.function is not None
@@ -55,7 +59,7 @@ class Rewards:
         }
 
     def check(self, prompt: Prompt) -> None:
-        """Refuse, before anything is drawn, reward models that cannot read such a prompt.
+        """Refuses reward models that cannot read such a prompt, before anything is sampled.
 
         Raises:
           ValueError: no chat template for chat messages, or no room for a single token of a completion.
@@ -76,20 +80,23 @@ class Rewards:
         columns: dict[str, list[Any]],
         completion_ids_PG: TokenIds | None = None,
     ) -> np.ndarray:
-        """float32 `rewards_PGR`, every reward apart; NaN = unscorable.
+        """Returns float32 `rewards_PGR`, every reward apart; NaN = unscorable.
 
-        Where there are several processes each gives its share of the prompts, and all get the rewards of the whole.
+        Where there are several processes, each passes its share of the prompts and gets the rewards of all prompts.
         """
-        given = (prompts, completions_PG, columns, completion_ids_PG)
-        return np.stack([score(*given) for score in self.scorers.values()], -1)
+        arguments = (prompts, completions_PG, columns, completion_ids_PG)
+        return np.stack([score(*arguments) for score in self.scorers.values()], -1)
 
     def combine(self, rewards_PGR: np.ndarray) -> np.ndarray:
-        """float32 `rewards_PG`: the weighted rewards that are there, combined; NaN where none is."""
+        """Returns float32 `rewards_PG`: see the function `combine`."""
         return combine(rewards_PGR, self.weights_R, self.combination)
 
     def metrics(self, rewards_PGR: np.ndarray) -> dict[str, float]:
-        """rewards/NAME/mean, rewards/NAME/std and rewards/NAME/unscorable, a count; rm/truncated_frac, the share of
-        completions, over all reward models, that were longer than a model's max_length: unscorable, not cut."""
+        """Returns the metrics of every reward.
+
+        These are rewards/NAME/mean, rewards/NAME/std and rewards/NAME/unscorable (a count), and rm/truncated_frac: the
+        share of completions, over all reward models, longer than a model's max_length. They are unscorable, not cut.
+        """
         metrics = {}
         is_model_R = [isinstance(scorer, RewardModelScorer) for scorer in self.scorers.values()]
         if any(is_model_R):
@@ -103,7 +110,10 @@ class Rewards:
 
 
 def combine(rewards_PGR: np.ndarray, weights_R: np.ndarray, combination: str) -> np.ndarray:
-    """float32 `rewards_PG`: the weighted rewards that are there, combined; NaN where none is."""
+    """Returns float32 `rewards_PG`: the sum, mean or minimum over R of the weighted rewards that are not NaN.
+
+    A completion whose rewards are all NaN is NaN.
+    """
     weighted_PGR = rewards_PGR * weights_R
     missing_PG = np.all(np.isnan(weighted_PGR), axis=-1)
     combined_PG = COMBINATIONS[combination](np.where(np.expand_dims(missing_PG, -1), 0, weighted_PGR), axis=-1)

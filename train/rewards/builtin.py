@@ -1,16 +1,16 @@
-"""Built-in rewards: each a function f(prompts, completions, **columns) -> list[float | None], TRL's signature.
+"""Built-in rewards: functions f(prompts, completions, **columns) -> list[float | None], TRL's signature.
 
 Keyword-only parameters are settings and come from `options` in the config; every other name is a column of the data.
-None means unscorable. docs/rewards.md has them in one table. Needs nothing but the standard library, `rouge` apart.
+None means unscorable. docs/rewards.md has all rewards in one table. Only `rouge` needs more than the standard library.
 """
 
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-UNITS: dict[str, Callable[[str], list[str]]] = {"words": str.split, "characters": list}
-# One block of thoughts, at the very beginning, and no other such tag behind it.
-THINK = r"<think>((?!</?think>).)*</think>((?!</?think>).)*"
+LENGTH_UNITS: dict[str, Callable[[str], list[str]]] = {"words": str.split, "characters": list}
+# One block of thoughts at the very beginning, and no other such tag after it.
+THINK_PATTERN = r"<think>((?!</?think>).)*</think>((?!</?think>).)*"
 
 
 def length(
@@ -22,29 +22,29 @@ def length(
     ceiling: bool = False,
     **columns: Any,
 ) -> list[float | None]:
-    """How far a completion's length n is from the wanted one.
+    """Penalizes the distance of a completion's length n from a target.
 
-    r = -|n - target| / target, or with `ceiling`, where shorter is as good, r = -max(0, n - target) / target.
+    r = -|n - target| / target; with `ceiling`, which allows any shorter length, r = -max(0, n - target) / target.
 
     Args:
-      target: the wanted length, or the longest that costs nothing.
-      unit: "words" (between white space) or "characters".
+      target: the target length; with `ceiling` the greatest length without a penalty.
+      unit: "words" (separated by white space) or "characters".
     """
     _at_least("length", "target", target, 1)
-    if unit not in UNITS:
-        raise ValueError(f"length: unit: expected one of {', '.join(UNITS)}, got {unit!r}")
-    excess = [len(UNITS[unit](text)) - target for text in completions]
+    if unit not in LENGTH_UNITS:
+        raise ValueError(f"length: unit: expected one of {', '.join(LENGTH_UNITS)}, got {unit!r}")
+    excess = [len(LENGTH_UNITS[unit](text)) - target for text in completions]
     return [-(max(0, n) if ceiling else abs(n)) / target for n in excess]
 
 
 def format_match(
-    prompts: Sequence[Any], completions: Sequence[str], *, pattern: str = THINK, **columns: Any
+    prompts: Sequence[Any], completions: Sequence[str], *, pattern: str = THINK_PATTERN, **columns: Any
 ) -> list[float | None]:
-    """1 for a completion that is, from its first to its last character, of a form; else 0.
+    """Returns 1 for a completion that matches a pattern from its first to its last character, else 0.
 
     Args:
       pattern: a regular expression of `re` in which "." is any character, line ends too. Default: thoughts between
-        <think> and </think>, then the answer, which is what TRL's think_format_reward asks for.
+        <think> and </think>, then the answer, as TRL's think_format_reward requires.
     """
     try:
         form = re.compile(pattern, re.DOTALL)
@@ -56,7 +56,7 @@ def format_match(
 def repetition_penalty(
     prompts: Sequence[Any], completions: Sequence[str], *, ngram: int = 3, max_penalty: float = 1.0, **columns: Any
 ) -> list[float | None]:
-    """The share of a completion's n-grams that are repetitions, as a penalty.
+    """Penalizes the share of a completion's n-grams that are repetitions.
 
     r = -(1 - distinct / all) * max_penalty over the n-grams of its lower-cased words; 0 if it has fewer than n words.
 
@@ -84,10 +84,10 @@ def soft_overlong_punishment(
     cache: int,
     **columns: Any,
 ) -> list[float | None]:
-    """A penalty for completions that come near their limit of tokens, or reach it.
+    """Penalizes completions that come near their limit of tokens, or reach it.
 
-    With n tokens, L = max_completion_length and C = cache:
-    r = 0 for n <= L - C;  r = (L - C - n) / C for L - C < n <= L;  r = -1 for n > L.
+    With n tokens, l = max_completion_length and c = cache:
+    r = 0 for n <= l - c;  r = (l - c - n) / c for l - c < n <= l;  r = -1 for n > l.
 
     Args:
       completion_ids: the tokens of each completion, the end-of-text token included.
@@ -112,15 +112,15 @@ def rouge(
     reference_column: str = "completion",
     **columns: Sequence[str | None],
 ) -> list[float | None]:
-    """ROUGE's F-measure against a reference text: 2 P R / (P + R) of the overlap's precision and recall.
+    """Returns ROUGE's F-measure against a reference text: 2 p r / (p + r), of the overlap's precision p and recall r.
 
     Args:
       rouge_type: rouge1 to rouge9 (n-grams), rougeL (longest common subsequence), or rougeLsum (line by line).
-      reference_column: the column with the references; None where one is missing or empty.
+      reference_column: the column with the references; the reward is None where one is missing or empty.
 
     References:
-      Lin, ROUGE: A Package for Automatic Evaluation of Summaries, https://aclanthology.org/W04-1013, computed by the
-      package rouge-score without stemming.
+      Lin, ROUGE: A Package for Automatic Evaluation of Summaries, https://aclanthology.org/W04-1013, computed by
+      the package rouge-score without stemming.
     """
     from rouge_score.rouge_scorer import RougeScorer
 

@@ -1,4 +1,4 @@
-"""Python functions as rewards: found by name, given what they have parameters for."""
+"""Python functions as rewards: imports them by name and calls them with the arguments that their signature asks for."""
 
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 
 from models.tokenizer import Prompt
-from train import dotted
+from train.dotted import check_options, import_function, option_names
 from train.processes import gather
 
-# (prompts, completions_PG, columns, completion_ids_PG) of a process' share -> rewards_PG of all
+# (prompts, completions_PG, columns, completion_ids_PG) of this process -> rewards_PG of all processes
 Scorer = Callable[..., np.ndarray]
-TokenIds = Sequence[Sequence[list[int]]]  # of each completion, [P, G]
-GIVEN = ("prompts", "completions", "completion_ids")  # what every reward function may ask for
-# Names without a dot. They are texts, so that a reward's packages are imported only where it is used.
+TokenIds = Sequence[Sequence[list[int]]]  # [P, G] lists of a completion's tokens
+STANDARD_ARGUMENTS = ("prompts", "completions", "completion_ids")  # known for any data
+# Dotted paths by the names that a config may use. They are strings, so that a reward's packages are imported on use.
 BUILT_IN = {
     "length": "train.rewards.builtin.length",
     "format_match": "train.rewards.builtin.format_match",
@@ -24,11 +24,11 @@ BUILT_IN = {
     "judge": "train.rewards.judge.judge",
     "ifeval": "train.rewards.ifeval.strict",
 }
-OF_MACHINE = ("judge", "ifeval")  # need a key in the environment, or data that are downloaded
+MACHINE_DEPENDENT = ("judge", "ifeval")  # they need a key in the environment, or downloaded data
 
 
 def completion_ids(tokens_PGT: np.ndarray, lengths_PG: np.ndarray) -> list[list[list[int]]]:
-    """The tokens of each completion, the end-of-text token included, as lists."""
+    """Returns the tokens of each completion as lists, the end-of-text token included."""
     return [
         [row[:length].tolist() for row, length in zip(*group, strict=True)]
         for group in zip(np.asarray(tokens_PGT), np.asarray(lengths_PG), strict=True)
@@ -36,7 +36,7 @@ def completion_ids(tokens_PGT: np.ndarray, lengths_PG: np.ndarray) -> list[list[
 
 
 def load_function(name: str) -> Callable[..., Any]:
-    """A built-in reward, or the function at a dotted path.
+    """Returns a built-in reward, or the function at a dotted path.
 
     Raises:
       ValueError: no such module or function.
@@ -45,23 +45,37 @@ def load_function(name: str) -> Callable[..., Any]:
         raise ValueError(
             f"rewards.function: {name}: cannot be imported; expected a dotted path, or one of {', '.join(BUILT_IN)}"
         )
-    return dotted.load(BUILT_IN.get(name, name), "rewards.function")
+    return import_function(BUILT_IN.get(name, name), "rewards.function")
 
 
-class Wanted:
-    """What a reward function has parameters for."""
+class RewardSignature:
+    """The arguments that a reward function takes.
+
+    Attributes:
+      options: parameters that are settings, never columns: those given in the config, and keyword-only ones with a
+        default.
+      accepted: all other named parameters.
+      columns: parameters without a default that only a column of the data can fill.
+      takes_all: whether the function has **, and so gets every column but those named like an option.
+    """
 
     def __init__(self, name: str, function: Callable[..., Any], options: Mapping[str, Any]) -> None:
-        """Refuses options that the function does not have."""
+        """
+        Raises:
+          ValueError: an option that the function does not have.
+        """
         self.name, parameters = name, inspect.signature(function).parameters.values()
         self.takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
         named = [p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
-        dotted.check_options(options, dotted.options(function), "rewards.options", name)
+        check_options(options, option_names(function), "rewards.options", name)
         self.options = options.keys() | {p.name for p in named if p.kind is p.KEYWORD_ONLY and p.default is not p.empty}
         self.accepted = {p.name for p in named} - self.options
-        self.columns = [p.name for p in named if p.default is p.empty and p.name not in {*self.options, *GIVEN}]
+        self.columns = [
+            p.name for p in named if p.default is p.empty and p.name not in {*self.options, *STANDARD_ARGUMENTS}
+        ]
 
     def check_columns(self, data_columns: Collection[str]) -> None:
+        """Refuses data without a column that the function needs."""
         for column in self.columns:
             if column not in data_columns:
                 raise ValueError(
@@ -69,12 +83,12 @@ class Wanted:
                     f"({', '.join(data_columns) or 'it has none beside the prompt'}) nor among its options"
                 )
 
-    def chosen(self, known: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-        """What it gets of all that is known."""
+    def select_kwargs(self, columns: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+        """Returns those columns, standard arguments among them, that the function takes."""
         return {
-            key: values
-            for key, values in known.items()
-            if key in self.accepted or (self.takes_all and key not in self.options)
+            name: values
+            for name, values in columns.items()
+            if name in self.accepted or (self.takes_all and name not in self.options)
         }
 
 
@@ -85,29 +99,28 @@ def function_scorer(
     *,
     runs_here: bool = True,
 ) -> Scorer:
-    """A reward function f(prompts, completions, **columns) -> list[float | None] (TRL's signature).
+    """Returns a scorer that calls a reward function f(prompts, completions, **columns) -> list[float | None].
 
-    It is called with one entry per completion: a prompt and its columns are repeated G times. It gets what it has
-    parameters for; with ** all columns. Keyword-only parameters are its options, those with a default never columns.
+    This is TRL's signature. The function gets one entry per completion: a prompt and its columns are repeated G times.
+    It gets the columns that it has parameters for, with ** all columns; see `RewardSignature`.
 
     Args:
-      name: of a built-in reward, or a dotted path.
-      data_columns: names that the data has; None: not known.
-      runs_here: whether it is to run on this machine, which then must have what `OF_MACHINE` need.
+      name: name of a built-in reward, or a dotted path.
+      data_columns: names of the data's columns; None: not known.
+      runs_here: whether the function will run on this machine, so that those in `MACHINE_DEPENDENT` are tried too.
 
     Raises:
       ValueError: no such function or option, or a parameter without a value.
     """
     function, options = load_function(name), dict(options or {})
-    wanted = Wanted(name, function, options)
+    signature = RewardSignature(name, function, options)
     if data_columns is not None:
-        wanted.check_columns(data_columns)
-        if name in BUILT_IN and (
-            runs_here or name not in OF_MACHINE
-        ):  # without completions it says what it lacks: a package, a key, a sensible option
-            nothing: dict[str, list[Any]] = {column: [] for column in [*data_columns, *GIVEN]}
+        signature.check_columns(data_columns)
+        if name in BUILT_IN and (runs_here or name not in MACHINE_DEPENDENT):
+            # A call without completions finds a missing package, a missing key or a bad option.
+            no_rows: dict[str, list[Any]] = {column: [] for column in [*data_columns, *STANDARD_ARGUMENTS]}
             try:
-                function(**wanted.chosen(nothing), **options)
+                function(**signature.select_kwargs(no_rows), **options)
             except ImportError as error:
                 raise ValueError(f"rewards.function: {name}: {error}; pip install -e '.[eval]'") from error
 
@@ -118,15 +131,15 @@ def function_scorer(
         completion_ids_PG: TokenIds | None = None,
     ) -> np.ndarray:
         P, G = len(prompts), len(completions_PG[0])
-        of_prompts = dict.fromkeys(wanted.columns, [None] * P) | columns | {"prompts": prompts}
-        known = {key: [value for value in values for _ in range(G)] for key, values in of_prompts.items()}
-        known["completions"] = [text for group in completions_PG for text in group]
+        per_prompt = dict.fromkeys(signature.columns, [None] * P) | columns | {"prompts": prompts}
+        values = {key: [value for value in column for _ in range(G)] for key, column in per_prompt.items()}
+        values["completions"] = [text for group in completions_PG for text in group]
         if completion_ids_PG is not None:
-            known["completion_ids"] = [ids for group in completion_ids_PG for ids in group]
-        values = function(**wanted.chosen(known), **options)
-        if len(values) != P * G:
-            raise ValueError(f"{name}: expected {P * G} rewards, one per completion, got {len(values)}")
-        rewards = np.array([np.nan if value is None else value for value in values], np.float32)
+            values["completion_ids"] = [ids for group in completion_ids_PG for ids in group]
+        scores = function(**signature.select_kwargs(values), **options)
+        if len(scores) != P * G:
+            raise ValueError(f"{name}: expected {P * G} rewards, one per completion, got {len(scores)}")
+        rewards = np.array([np.nan if score is None else score for score in scores], np.float32)
         if np.isinf(rewards).any():
             raise ValueError(f"{name}: expected finite rewards, or None for what cannot be scored, got an infinite one")
         return gather(rewards.reshape(P, G))

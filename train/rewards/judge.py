@@ -1,4 +1,4 @@
-"""The reward `judge`: a language model behind an OpenAI-compatible server gives each completion a whole number."""
+"""The reward `judge`: a language model behind an OpenAI-compatible server scores each completion from 1 to 10."""
 
 import json
 import logging
@@ -27,20 +27,20 @@ def judge(
     max_retries: int = 3,
     **columns: Any,
 ) -> list[float | None]:
-    """The score, from 1 to 10, that a language model gives a completion at temperature 0.
+    """Returns the whole-number score, 1 to 10, that a language model gives each completion at temperature 0.
 
-    None, and one line in the log, for replies that are not exactly what was asked for and for requests that fail.
+    A reply that is not exactly the requested JSON, or a failed request, gives None; one line in the log counts them.
 
     Args:
-      model: its name on the server.
+      model: the model's name on the server.
       base_url: e.g. http://localhost:8000/v1; default: OPENAI_BASE_URL of the environment, else OpenAI's own.
       concurrency: requests at a time.
-      timeout: seconds until a request has failed.
-      max_retries: after a failure of the connection, a time-out, too many requests (429) or an error of the server.
+      timeout: seconds after which a request has failed.
+      max_retries: after a failed connection, a time-out, too many requests (429) or an error of the server.
 
     Raises:
-      ValueError: no key in OPENAI_API_KEY (a server given by base_url may do without), or the server refuses key or
-        model, or the request (400: an option it does not have, or a text longer than its model reads).
+      ValueError: no key in OPENAI_API_KEY (needless with base_url); or the server refuses the key, the model, or the
+        request (400: an option that the server does not have, or a text longer than the model's context).
     """
     import openai
 
@@ -50,8 +50,8 @@ def judge(
     refused = (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError, openai.BadRequestError)
 
     def score(client: openai.OpenAI, prompt: Any, completion: str) -> tuple[float | None, str]:
-        asked = json.dumps({"conversation": prompt, "answer": completion}, ensure_ascii=False)
-        messages: Any = [{"role": "system", "content": INSTRUCTIONS}, {"role": "user", "content": asked}]
+        question = json.dumps({"conversation": prompt, "answer": completion}, ensure_ascii=False)
+        messages: Any = [{"role": "system", "content": INSTRUCTIONS}, {"role": "user", "content": question}]
         try:
             reply = client.chat.completions.create(model=model, messages=messages, temperature=0)
         except refused as error:
@@ -74,9 +74,9 @@ def judge(
 
 
 def parse_score(text: str) -> float | None:
-    """N of a reply that is {"score": N} and nothing else, N a whole number from 1 to 10; of any other, None."""
+    """Returns the whole number from 1 to 10 of a reply that is {"score": NUMBER} and nothing else; otherwise None."""
     try:
-        pairs = json.loads(text, object_pairs_hook=list)  # pairs, so that a second score is seen
+        pairs = json.loads(text, object_pairs_hook=list)  # pairs keep a second "score"
     except (ValueError, RecursionError):
         return None
     if not (isinstance(pairs, list) and len(pairs) == 1 and isinstance(pairs[0], tuple) and pairs[0][0] == "score"):

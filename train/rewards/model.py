@@ -1,4 +1,4 @@
-"""A reward model as a reward: what the renderings of a group's completions share is computed once."""
+"""A reward model as a reward: scores groups of completions, computing their common prefix once per group."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -18,7 +18,7 @@ from train.rewards.functions import TokenIds
 
 
 class RewardModelScorer:
-    """A reward model with its own tokenizer; what the texts of a group have in common is computed once."""
+    """Scores completions with a reward model and the model's own tokenizer and chat template."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class RewardModelScorer:
         columns: dict[str, list[Any]] | None = None,
         completion_ids_PG: TokenIds | None = None,
     ) -> np.ndarray:
-        """float32 rewards [P, G]; NaN for a text longer than max_length, which is neither cut nor given a value."""
+        """Returns float32 rewards [P, G]; a text longer than max_length is not cut: its reward is NaN."""
         G = len(completions_PG[0])
         repeated = [prompt for prompt in prompts for _ in range(G)]
         rows = self.tokenizer.conversation_ids(repeated, [text for group in completions_PG for text in group])
@@ -61,10 +61,10 @@ class RewardModelScorer:
         P, G = len(groups), len(groups[0])
         too_long_PG = np.array([[not 0 < len(row) <= self.max_length for row in group] for group in groups])
         groups = [[row[: self.max_length] or [self.tokenizer.pad_id] for row in group] for group in groups]
-        shared_P = [common_prefix(group) for group in groups]
+        shared_P = [common_prefix_length(group) for group in groups]
         prefix = [group[0][:n] for group, n in zip(groups, shared_P, strict=True)]
         suffix = [row[n:] for group, n in zip(groups, shared_P, strict=True) for row in group]
-        # whole batches, always: fewer prompts are filled up, so that their number compiles nothing new
+        # The last batch is filled up, so that its number of prompts compiles nothing new.
         filler = self.batch_prompts - P
         prefix_PS, prefix_lengths_P = self._pad(prefix + prefix[-1:] * filler)
         suffix_BT, suffix_lengths_B = self._pad(suffix + suffix[-G:] * filler)
@@ -89,7 +89,7 @@ SCORED_AXES = (("prompt", None), ("prompt",), ("prompt", "group", None), ("promp
 
 
 def scoring_program(graphdef: Any) -> Any:
-    """The jitted (params, prefix_PS, prefix_lengths_P, suffix_PGT, suffix_lengths_PG) -> rewards_PG."""
+    """Returns the jitted (params, prefix_PS, prefix_lengths_P, suffix_PGT, suffix_lengths_PG) -> rewards_PG."""
     return jax.jit(partial(_score_group, graphdef))
 
 
@@ -97,11 +97,11 @@ def _score_group(graphdef: Any, params: Any, *arrays: jax.Array) -> jax.Array:
     return nnx.merge(graphdef, params).score_group(*arrays)
 
 
-def common_prefix(rows: Sequence[Sequence[int]]) -> int:
-    """How many leading tokens all rows share, leaving each row at least one token of its own.
+def common_prefix_length(rows: Sequence[Sequence[int]]) -> int:
+    """Returns the number of leading tokens that all rows share, leaving each row at least one token of its own.
 
-    Texts, not tokens, are joined (a template may strip a completion's leading newlines, a tokenizer may merge
-    across the seam), so what a group shares is found out, not assumed.
+    The prefix is compared, not assumed to be the prompt: prompt and completion are joined as texts, so a template may
+    strip a completion's leading newlines, and a tokenizer may merge tokens across the boundary.
     """
     shortest = min(len(row) for row in rows)
     for i in range(shortest - 1):

@@ -1,1 +1,1 @@
-"""What a run leaves on disk, and the numbers in it."""
+"""A run's directory on disk, and the metrics that are logged to it."""

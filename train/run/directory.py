@@ -1,4 +1,4 @@
-"""A run's directory and what is written into it: config.yaml, metrics.jsonl, tensorboard/, completions/.
+"""A run's directory: what is written into it, read from it, and checked when a run is resumed.
 
     runs/NAME/{config.yaml, metrics.jsonl, tensorboard/, checkpoints/STEP/, tokenizer/, completions/}
 
@@ -23,18 +23,23 @@ from models.checkpoint import Checkpoints, checkpoints_folder, read_about
 from models.tokenizer import Tokenizer
 from train.config import RunConfig, resolved
 from train.console import console
-from train.processes import are_several, gather, is_first
+from train.processes import gather, is_distributed, is_first
 from train.run.files import write_jsonl, write_whole
 from train.state import TrainState
 
 METRICS, CONFIG, COMPLETIONS, CALIBRATION = "metrics.jsonl", "config.yaml", "completions", "calibration.json"
-# What may differ between a run and its continuation: it changes no number that is already written.
+# Settings that may differ between a run and its continuation: they change no number that is already written.
 _MAY_CHANGE = ("max_steps", "log", "checkpoint", "mesh", "output_dir", "early_stopping")
-_WHERE = ("offload", "offload_reference", "logprob_chunk", "batch_prompts")  # of parts: where and how much at a time
+# So may these, in any section: they say where arrays lie and how much is computed at a time.
+_PLACEMENT = ("offload", "offload_reference", "logprob_chunk", "batch_prompts")
 
 
 class Run:
-    """An open run directory."""
+    """An open run directory.
+
+    Attributes:
+      start: the step that the run starts or goes on from, known after `resume`.
+    """
 
     def __init__(self, config: RunConfig, model: Mapping[str, Any], tokenizer: Tokenizer) -> None:
         self.path = Path(config.output_dir)
@@ -54,30 +59,34 @@ class Run:
         self._started = time.perf_counter()
         self.start = 0
 
-    def _refuse_another(self, before: dict[str, Any], place: Any) -> None:
-        """Refuse to go on with a run of another config; what an older one did not say was as is the default now."""
-        plain, before = json.loads(json.dumps(resolved(self.config))), _with_defaults(before, self.config)
-        changed = [key for key in plain if key not in _MAY_CHANGE and _what(plain[key]) != _what(before.get(key))]
+    def _refuse_another(self, saved: dict[str, Any], place: Any) -> None:
+        """Refuses to go on with a run of another config; a setting that the saved one lacks has its default."""
+        plain, saved = json.loads(json.dumps(resolved(self.config))), _with_defaults(saved, self.config)
+        changed = [
+            key
+            for key in plain
+            if key not in _MAY_CHANGE and _without_placement(plain[key]) != _without_placement(saved.get(key))
+        ]
         if changed:
             key = changed[0]
             raise ValueError(
-                f"{place}: holds a run with another config ({key}: {before.get(key)!r}, now {plain[key]!r}); "
+                f"{place}: holds a run with another config ({key}: {saved.get(key)!r}, now {plain[key]!r}); "
                 f"choose another place, or delete that directory to start over"
             )
 
     def _check_shared(self) -> None:
-        """Refuse, where there are several processes, checkpoints in a place that not all of them see."""
-        if not are_several():
+        """Refuses a checkpoint directory that not every process sees."""
+        if not is_distributed():
             return
         number = gather(np.random.default_rng().integers(2**31, size=1, dtype=np.int32))[0]
-        sign = checkpoints_folder(self.path) / f"shared-{number}.tmp"
+        probe = checkpoints_folder(self.path) / f"shared-{number}.tmp"
         if is_first():
-            sign.write_text("all processes see this")
-        gather(np.zeros(1))  # by now it is written
-        seen = sign.exists()
-        gather(np.zeros(1))  # by now all have looked
+            probe.write_text("all processes see this")
+        gather(np.zeros(1))  # barrier: the file is written
+        seen = probe.exists()
+        gather(np.zeros(1))  # barrier: all processes have looked
         if is_first():
-            sign.unlink()
+            probe.unlink()
         if not seen:
             raise ValueError(
                 f"{checkpoints_folder(self.path)}: process {jax.process_index()} does not see what process 0 writes "
@@ -86,14 +95,14 @@ class Run:
             )
 
     def resume(self, state: TrainState) -> TrainState:
-        """The newest checkpoint if there is one, else `state`; metrics.jsonl is cut back to its step."""
+        """Restores the newest checkpoint, if there is one, into `state`; cuts metrics.jsonl back to its step."""
         if state.frozen:
             state = state._replace(frozen=self._checkpoints.restore_or_save_base(state.frozen))
         latest = self._checkpoints.latest()
         if latest is not None and self.config.checkpoint.directory is not None:
             self._refuse_another(read_about(f"{self.path}@{latest}")["run"], checkpoints_folder(self.path))
         if latest is not None:
-            params, train = self._checkpoints.restore(latest, state.params, _trained(state))
+            params, train = self._checkpoints.restore(latest, state.params, _optimizer_items(state))
             state = state._replace(params=params, **train)
             self.start = latest
             console.print(f"{self.path}: going on from step {latest} of {self.config.max_steps}")
@@ -119,7 +128,7 @@ class Run:
             self._trackers.append(wandb.init(**settings, resume="allow", config=resolved(self.config)))
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """One row of metrics; a number that does not exist (NaN) is left out."""
+        """Appends one row of metrics to metrics.jsonl and the trackers; NaN, a metric without a value, is left out."""
         if not is_first():
             return
         row = {name: float(value) for name, value in values.items()}
@@ -136,7 +145,7 @@ class Run:
                 tracker.log(row, step=step)
 
     def write_completions(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """completions/NAME.jsonl."""
+        """Writes completions/NAME.jsonl."""
         if is_first():
             write_jsonl(self.path / COMPLETIONS / f"{name}.jsonl", rows)
 
@@ -145,7 +154,7 @@ class Run:
         return bool(every) and step % every == 0
 
     def write_table(self, step: int, table: Mapping[str, Sequence[Any]]) -> None:
-        """completions/train_STEP.parquet, and a table in each tracker."""
+        """Writes completions/train_STEP.parquet, and a table to each tracker."""
         if not is_first():
             return
         import pyarrow
@@ -170,22 +179,22 @@ class Run:
         return step % self.config.checkpoint.every == 0 or step == self.config.max_steps
 
     def save(self, step: int, state: TrainState) -> None:
-        self._checkpoints.save(step, state.params, _trained(state), self._about)
+        self._checkpoints.save(step, state.params, _optimizer_items(state), self._about)
 
     def keep_best(self, step: int) -> None:
-        """Keep this step's checkpoint, whatever `checkpoint.keep`, until it is called again."""
+        """Keeps this step's checkpoint, whatever `checkpoint.keep` is, until the next call."""
         self._checkpoints.best = step
 
     def delete_after(self, step: int) -> None:
-        """Remove the checkpoints of later steps."""
+        """Removes the checkpoints of later steps."""
         self._checkpoints.delete_after(step)
 
     def wait(self) -> None:
-        """Wait for the checkpoint in flight."""
+        """Waits for the checkpoint in flight."""
         self._checkpoints.wait()
 
     def steps(self) -> Iterator[int]:
-        """The steps that are left, with a progress bar; what `show` was told stands beside it."""
+        """Iterates over the remaining steps behind a progress bar, which also shows the values passed to `show`."""
         columns = (
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -204,7 +213,7 @@ class Run:
                 self._progress.update(task, completed=step + 1)
 
     def show(self, step: int, values: Mapping[str, float]) -> None:
-        """Numbers beside the progress bar; without a terminal, a line now and then."""
+        """Shows metrics beside the progress bar; without a terminal, prints a line ten times in a run."""
         text = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if not math.isnan(value))
         if self._progress is None or not self.config.log.progress:
             return
@@ -212,25 +221,25 @@ class Run:
         if not console.is_terminal and step % max(1, self.config.max_steps // 10) == 0:
             console.print(f"{self.path.name} {step}/{self.config.max_steps}  {text}")
 
-    def close(self, how: str | None = None) -> None:
-        """Wait for the checkpoint in flight, close the trackers, and say how the run ended."""
+    def close(self, ending: str | None = None) -> None:
+        """Waits for the checkpoint in flight, closes the trackers, and prints how the run ended."""
         self._checkpoints.close()
         for tracker in self._trackers:
             tracker.close() if hasattr(tracker, "close") else tracker.finish()
-        how = how or f"{self.config.max_steps} steps"
-        console.print(f"{self.path}: done, {how}, {time.perf_counter() - self._started:.0f} s")
+        ending = ending or f"{self.config.max_steps} steps"
+        console.print(f"{self.path}: done, {ending}, {time.perf_counter() - self._started:.0f} s")
 
 
-def _with_defaults(before: Any, config: Any) -> Any:
-    """A saved config with what was not yet a setting when it was saved."""
-    if isinstance(config, list) and isinstance(before, list) and len(config) == len(before):
-        return [_with_defaults(old, new) for old, new in zip(before, config, strict=True)]
-    if not dataclasses.is_dataclass(config) or not isinstance(before, dict):
-        return before
-    filled = dict(before)
+def _with_defaults(saved: Any, config: Any) -> Any:
+    """Fills a saved config up with the defaults of settings that did not exist when it was saved."""
+    if isinstance(config, list) and isinstance(saved, list) and len(config) == len(saved):
+        return [_with_defaults(old, new) for old, new in zip(saved, config, strict=True)]
+    if not dataclasses.is_dataclass(config) or not isinstance(saved, dict):
+        return saved
+    filled = dict(saved)
     for item in dataclasses.fields(config):
-        if item.name in before:
-            filled[item.name] = _with_defaults(before[item.name], getattr(config, item.name))
+        if item.name in saved:
+            filled[item.name] = _with_defaults(saved[item.name], getattr(config, item.name))
         elif item.default is not dataclasses.MISSING:
             filled[item.name] = item.default
         elif item.default_factory is not dataclasses.MISSING:
@@ -239,21 +248,23 @@ def _with_defaults(before: Any, config: Any) -> Any:
     return json.loads(json.dumps(filled))
 
 
-def _what(value: Any) -> Any:
-    """A part of a config without what says only where things are, or how much at a time."""
+def _without_placement(value: Any) -> Any:
+    """Returns a section of a config without the settings in `_PLACEMENT`."""
     if isinstance(value, list):
-        return [_what(item) for item in value]
-    return {k: v for k, v in value.items() if k not in _WHERE} if isinstance(value, dict) else value
+        return [_without_placement(item) for item in value]
+    return {k: v for k, v in value.items() if k not in _PLACEMENT} if isinstance(value, dict) else value
 
 
-def _trained(state: TrainState) -> dict[str, Any]:
+def _optimizer_items(state: TrainState) -> dict[str, Any]:
     return {"opt_state": state.opt_state, "step": state.step}
 
 
 def read_metrics(run: str | Path, *, clock: bool = True) -> list[dict[str, float]]:
-    """The rows of a run's metrics.jsonl; a last line that a kill cut short is left out.
+    """Reads the rows of a run's metrics.jsonl; a last line that a kill cut short is left out.
 
-    Without the clock's fields they are the same, bit for bit, for every run of a config on a machine.
+    Args:
+      clock: with False, the fields that depend on the clock are left out; the rows are then the same, bit for bit, for
+        every run of a config on a machine.
     """
     file = Path(run) / METRICS
     rows: list[dict[str, float]] = []

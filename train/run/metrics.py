@@ -1,4 +1,4 @@
-"""The numbers of a step: what rollouts, sampler and clock say, by TRL's names."""
+"""The metrics of a step, by TRL's names: of rollouts, sampler and clock."""
 
 import contextlib
 import math
@@ -17,7 +17,7 @@ from train.config import PolicyConfig
 
 
 class Timer:
-    """Seconds spent in named parts of a step, as metrics "timing_s/NAME"."""
+    """Measures the seconds spent in named parts of a step: `seconds` holds them as metrics "timing_s/NAME"."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -30,14 +30,14 @@ class Timer:
         self.seconds[f"timing_s/{name}"] = spent + time.perf_counter() - began
 
 
-def divide(metrics: Mapping[str, tuple[jax.Array, jax.Array]]) -> dict[str, float]:
-    """(sum, count) pairs as means; NaN where nothing was counted."""
+def mean_metrics(metrics: Mapping[str, tuple[jax.Array, jax.Array]]) -> dict[str, float]:
+    """Divides (sum, count) pairs into means; NaN where the count is 0."""
     pairs = {name: (float(total), float(count)) for name, (total, count) in jax.device_get(dict(metrics)).items()}
     return {name: total / count if count else math.nan for name, (total, count) in pairs.items()}
 
 
 def require_finite(step: int, metrics: Mapping[str, float]) -> None:
-    """Stop a run that has diverged: nothing it would write from here on means anything.
+    """Stops a run that has diverged: whatever it wrote from here on would mean nothing.
 
     Raises:
       FloatingPointError: the loss or the gradient's norm is not a number.
@@ -53,48 +53,48 @@ def require_finite(step: int, metrics: Mapping[str, float]) -> None:
 def sampling_metrics(
     old_PGT: jax.Array, sampled_PGT: jax.Array, mask_PGT: jax.Array, weights_PGT: jax.Array | None
 ) -> Metrics:
-    """How far sampler and trainer are apart, TRL's sampling/*: |difference of log-probabilities|, and its weights."""
-    count, found = mask_PGT.sum(dtype=jnp.float32), mask_PGT.any().astype(jnp.float32)
+    """Returns TRL's sampling/*: |log-probability of trainer - of sampler| per token, and the importance weights."""
+    count, any_token = mask_PGT.sum(dtype=jnp.float32), mask_PGT.any().astype(jnp.float32)
     drift_PGT = jnp.where(mask_PGT, jnp.abs(old_PGT - sampled_PGT), 0)
     metrics: Metrics = {
         "sampling/sampling_logp_difference/mean": (drift_PGT.sum(), count),
-        "sampling/sampling_logp_difference/max": (drift_PGT.max(), found),
+        "sampling/sampling_logp_difference/max": (drift_PGT.max(), any_token),
     }
     if weights_PGT is not None:
         name = "sampling/importance_sampling_ratio"
-        metrics[f"{name}/mean"] = (weights_PGT.sum(), count)  # 0 where nothing counts
-        metrics[f"{name}/min"] = (jnp.where(mask_PGT, weights_PGT, jnp.inf).min(), found)
-        metrics[f"{name}/max"] = (weights_PGT.max(), found)
+        metrics[f"{name}/mean"] = (weights_PGT.sum(), count)  # weights are 0 where the mask is
+        metrics[f"{name}/min"] = (jnp.where(mask_PGT, weights_PGT, jnp.inf).min(), any_token)
+        metrics[f"{name}/max"] = (weights_PGT.max(), any_token)
     return metrics
 
 
 def throughput(config: PolicyConfig, network: Qwen3Config, drawn: Sequence[Groups], seconds: float) -> dict[str, float]:
-    """perf/tokens_per_s, completion tokens; perf/mfu, on devices whose peak is known (`models.flops.PEAK_FLOPS`).
+    """Returns perf/tokens_per_s, of completion tokens, and perf/mfu on devices in `models.flops.PEAK_FLOPS`.
 
-    MFU: the least arithmetic that sampling, the passes over the batch and a reference policy need, every prompt once
-    per group and remat not counted, over what the devices could have done in the whole step (reward models, validation
-    and waiting take time and add nothing).
+    MFU is the least arithmetic that sampling, the passes over the batch and a reference policy need (every prompt once
+    per group, remat not counted) over what the devices could have computed in the whole step. Reward models, validation
+    and waiting take time and add no arithmetic.
     """
     tokens = sum(int(groups.rollout.lengths_PG.sum()) for groups in drawn)
-    found = {"perf/tokens_per_s": tokens / seconds}
+    metrics = {"perf/tokens_per_s": tokens / seconds}
     peak = peak_flops(jax.devices()[0].device_kind)
     if peak is not None:
         forward = [forward_flops(network, g.lengths_P.tolist(), g.rollout.lengths_PG.tolist()) for g in drawn]
-        one = sum(forward) / len(forward)  # as many prompts are learned from as one attempt has
-        flops = step_flops(one, reference=config.loss.beta > 0, iterations=config.num_iterations)
-        found["perf/mfu"] = (sum(forward) + flops["update"]) / (seconds * peak * jax.device_count())
-    return found
+        per_batch = sum(forward) / len(forward)  # a batch has as many prompts as one attempt
+        flops = step_flops(per_batch, reference=config.loss.beta > 0, iterations=config.num_iterations)
+        metrics["perf/mfu"] = (sum(forward) + flops["update"]) / (seconds * peak * jax.device_count())
+    return metrics
 
 
 def rollout_metrics(rewards_PG: np.ndarray, lengths_PG: np.ndarray, finished_PG: np.ndarray) -> dict[str, float]:
-    """TRL's reward/* and completions/* names, and rank/*: how much order the rewards have.
+    """Returns TRL's reward* and completions/*, and rank/*: how far the rewards order a group's completions.
 
-    rank/tie_frac is the share of pairs within a group with equal rewards, rank/all_tied_frac the share of groups
-    without any order, rank/length_corr the mean rank correlation of reward and length within a group.
+    rank/tie_frac is the share of pairs within a group with equal rewards, rank/all_tied_frac the share of groups whose
+    rewards are all equal, rank/length_corr the mean Spearman correlation of reward and length within a group.
     """
     valid_PG = ~np.isnan(rewards_PG)
     usable = [(r[v], n[v]) for r, n, v in zip(rewards_PG, lengths_PG, valid_PG, strict=True) if v.sum() >= 2]
-    ties = [(_pairs_equal(r) / (len(r) * (len(r) - 1) / 2)) for r, _ in usable]
+    ties = [(_tied_pairs(r) / (len(r) * (len(r) - 1) / 2)) for r, _ in usable]
     flat = [float(np.ptp(r) == 0) for r, _ in usable]
     correlations = [c for r, n in usable if not math.isnan(c := _spearman(r, n))]
     mean = lambda values: float(np.mean(values)) if len(values) else math.nan  # noqa: E731
@@ -114,7 +114,7 @@ def rollout_metrics(rewards_PG: np.ndarray, lengths_PG: np.ndarray, finished_PG:
     }
 
 
-def _pairs_equal(values: np.ndarray) -> float:
+def _tied_pairs(values: np.ndarray) -> float:
     counts = np.unique(values, return_counts=True)[1]
     return float((counts * (counts - 1) / 2).sum())
 

@@ -1,1 +1,1 @@
-"""Supervised programs: fine-tuning and reward models, and the loop that they share."""
+"""Trains by supervision: fine-tuning, reward models, and the loop that they share."""

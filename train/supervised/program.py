@@ -21,42 +21,42 @@ from models.tokenizer import Tokenizer
 from train.build import make_layout_for, make_model, make_optimizer, make_tokenizer
 from train.config import ChatConfig, SupervisedConfig
 from train.console import console
-from train.data.rows import Row, hold_out, load_rows, shuffled
+from train.data.rows import Row, batch_indices, hold_out, load_rows
 from train.processes import is_first
 from train.run.directory import CALIBRATION, Run
 from train.run.files import write_whole
-from train.run.metrics import Timer, divide
+from train.run.metrics import Timer, mean_metrics
 from train.running import setup_errors
-from train.state import TrainState, apply, make_state, shardings
-from train.supervised.calibration import expected_calibration_error, reliability
-from train.supervised.stopping import EarlyStopping, is_over
+from train.state import TrainState, apply_gradient, make_state, tree_shardings
+from train.supervised.calibration import expected_calibration_error, reliability_bins
+from train.supervised.stopping import EarlyStopping, has_stopped
 
-Batch = dict[str, np.ndarray]
+TokenBatch = dict[str, np.ndarray]
 
 
-class Outcome(NamedTuple):
-    """What an objective finds beside the loss."""
+class LossAux(NamedTuple):
+    """What an objective returns beside the loss."""
 
     metrics: Metrics  # "loss" among them
-    differences: jax.Array  # of comparisons: the better answer's score minus the other's; NaN where there is none
+    differences: jax.Array  # for each comparison, the better answer's score minus the other's; NaN: no comparison
 
 
-class Task(NamedTuple):
-    """What differs between the two: how a row becomes tokens, and the loss of a batch."""
+class SupervisedTask(NamedTuple):
+    """What differs between `train sft` and `train reward`: how rows become tokens, and the loss of a batch."""
 
     encode: Callable[[Sequence[Row], Tokenizer, str, ChatConfig], list[Any]]  # (.., source, chat) -> examples
-    length: Callable[[Any], int]  # the longest token row of an example
-    collate: Callable[[Sequence[Any], Tokenizer, int], Batch]  # (examples, tokenizer, max_length) -> arrays
-    objective: Callable[..., tuple[jax.Array, Outcome]]  # (params, batch, graphdef) -> loss, outcome
-    baselines: Callable[[Sequence[Any]], dict[str, float]]  # of the validation examples
+    length: Callable[[Any], int]  # tokens of the longest row of an example
+    collate: Callable[[Sequence[Any], Tokenizer, int], TokenBatch]  # (examples, tokenizer, max_length) -> arrays
+    objective: Callable[..., tuple[jax.Array, LossAux]]  # (params, batch, graphdef) -> loss, aux
+    baselines: Callable[[Sequence[Any]], dict[str, float]]  # validation examples -> metrics
     architecture: str = POLICY
     pack: Callable[[list[Any], str], list[Any]] = lambda examples, source: (
         examples
     )  # examples that fit -> rows of a batch
 
 
-def train_supervised(config: SupervisedConfig, task: Task) -> None:
-    """Run, or go on with, the run in `config.output_dir`.
+def train_supervised(config: SupervisedConfig, task: SupervisedTask) -> None:
+    """Starts or resumes the run in `config.output_dir`.
 
     Raises:
       SetupError: a mistake in the config or the data, before anything is computed.
@@ -68,28 +68,28 @@ def train_supervised(config: SupervisedConfig, task: Task) -> None:
         model = make_model(config.model, config.lora, layout, config.seed, tokenizer, task.architecture)
         graphdef, params = split(model)
         run, stopping = Run(config, model.config.to_hf(), tokenizer), EarlyStopping(config.early_stopping)
-        if is_over(run):
+        if has_stopped(run):
             return
         optimizer, schedule = make_optimizer(config.optimizer, config.max_steps)
         state = run.resume(make_state(params, optimizer, layout))
-        stopping.recall(run)
-        del model, params  # a resumed run has others
+        stopping.replay(run)
+        del model, params  # a resumed run has its own
 
     objective = partial(task.objective, graphdef=graphdef)
-    update = make_update(objective, optimizer, state)
-    judge = jax.jit(lambda params, batch: objective(params, batch)[1])
+    update = make_supervised_update(objective, optimizer, state)
+    evaluate_batch = jax.jit(lambda params, batch: objective(params, batch)[1])
 
     def arrays(batch: Sequence[Any]) -> dict[str, jax.Array]:
-        return put(layout, fill(task.collate(batch, tokenizer, config.max_length), config.batch_size))
+        return put_batch(layout, fill_batch(task.collate(batch, tokenizer, config.max_length), config.batch_size))
 
-    def evaluate(state: TrainState) -> Judged:
-        judged = Judged({}, {})
-        for name, held in held_out.items():
-            metrics, bins = validate(held, partial(judge, state.all_params), arrays, config.batch_size)
-            metrics |= task.baselines(held)
-            judged.metrics.update({f"{name}/{key}": value for key, value in metrics.items()})
-            judged.bins.update({name: bins} if bins else {})
-        return judged
+    def evaluate(state: TrainState) -> Evaluation:
+        evaluation = Evaluation({}, {})
+        for name, rows in held_out.items():
+            metrics, bins = evaluate_set(rows, partial(evaluate_batch, state.all_params), arrays, config.batch_size)
+            metrics |= task.baselines(rows)
+            evaluation.metrics.update({f"{name}/{key}": value for key, value in metrics.items()})
+            evaluation.bins.update({name: bins} if bins else {})
+        return evaluation
 
     if run.start == 0 and held_out:
         run.write(0, evaluate(state).metrics)
@@ -97,19 +97,19 @@ def train_supervised(config: SupervisedConfig, task: Task) -> None:
         if stopping.exhausted:
             break
         began, timer = time.perf_counter(), Timer()
-        batch = [examples[i] for i in shuffled(len(examples), config.batch_size, config.seed, step)]
+        batch = [examples[i] for i in batch_indices(len(examples), config.batch_size, config.seed, step)]
         with timer("update"):
-            state, learned = update(state, arrays(batch))
-            metrics = divide(learned)
+            state, sums = update(state, arrays(batch))
+            metrics = mean_metrics(sums)
         done, best = step + 1, False
         metrics |= {"learning_rate": schedule(step), "epoch": done * config.batch_size / len(examples)}
         if held_out and (done % config.eval_steps == 0 or done == config.max_steps):
             with timer("validation"):
-                judged = evaluate(state)
-            metrics |= judged.metrics
-            best = stopping.see(done, judged.metrics)
-            if best or not stopping.on:
-                write_calibration(run, done, judged)
+                evaluation = evaluate(state)
+            metrics |= evaluation.metrics
+            best = stopping.observe(done, evaluation.metrics)
+            if best or not stopping.enabled:
+                write_calibration(run, done, evaluation)
         run.write(done, metrics | timer.seconds | {"timing_s/step": time.perf_counter() - began})
         run.show(done, {name: metrics[name] for name in ("loss", "accuracy") if name in metrics})
         if best:
@@ -119,28 +119,33 @@ def train_supervised(config: SupervisedConfig, task: Task) -> None:
     stopping.finish(run)
 
 
-class Judged(NamedTuple):
-    """What is measured on held-out data."""
+class Evaluation(NamedTuple):
+    """What is measured on the held-out data."""
 
     metrics: dict[str, float]
-    bins: dict[str, list[dict[str, Any]]]  # of each set of comparisons, see `train.supervised.calibration.reliability`
+    bins: dict[
+        str, list[dict[str, Any]]
+    ]  # of each set of comparisons, see `train.supervised.calibration.reliability_bins`
 
 
-def write_calibration(run: Run, step: int, judged: Judged) -> None:
-    """calibration.json: of the last validation, or of the best where early stopping looks for it."""
-    if judged.bins and is_first():
-        write_whole(run.path / CALIBRATION, json.dumps({"step": step, "sets": judged.bins}, indent=1) + "\n")
+def write_calibration(run: Run, step: int, evaluation: Evaluation) -> None:
+    """Writes calibration.json, which holds the last validation or, with early stopping, the best one."""
+    if evaluation.bins and is_first():
+        write_whole(run.path / CALIBRATION, json.dumps({"step": step, "sets": evaluation.bins}, indent=1) + "\n")
 
 
-def validate(
-    examples: Sequence[Any], judge: Callable[[Any], Outcome], arrays: Callable[[Sequence[Any]], Any], batch_size: int
+def evaluate_set(
+    examples: Sequence[Any],
+    evaluate_batch: Callable[[Any], LossAux],
+    arrays: Callable[[Sequence[Any]], Any],
+    batch_size: int,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Means over all examples; of comparisons also the calibration error, and the bins that it is made of."""
+    """Returns metrics averaged over all examples; for comparisons also the calibration error, and its bins."""
     totals: dict[str, list[tuple[float, float]]] = {}
     differences = []
     for start in range(0, len(examples), batch_size):
-        metrics, apart = judge(arrays(examples[start : start + batch_size]))
-        differences.append(fetch(apart).ravel())
+        metrics, batch_differences = evaluate_batch(arrays(examples[start : start + batch_size]))
+        differences.append(fetch(batch_differences).ravel())
         for key, pair in jax.device_get(metrics).items():
             totals.setdefault(key, []).append(pair)
     sums = {key: np.sum(pairs, 0) for key, pairs in totals.items()}
@@ -149,32 +154,39 @@ def validate(
     compared = compared[~np.isnan(compared)]
     if not compared.size:
         return means, []
-    return means | {"ece": expected_calibration_error(compared)}, reliability(compared)
+    return means | {"ece": expected_calibration_error(compared)}, reliability_bins(compared)
 
 
-def load_examples(config: SupervisedConfig, task: Task, tokenizer: Tokenizer) -> tuple[list[Any], dict[str, list[Any]]]:
-    """Encoded rows to train on, and those of each validation set by the beginning of its metrics' names; those that fit
-    into max_length, how many did not is printed."""
+def load_examples(
+    config: SupervisedConfig, task: SupervisedTask, tokenizer: Tokenizer
+) -> tuple[list[Any], dict[str, list[Any]]]:
+    """Loads and encodes the rows to train on, and each validation set by its metrics' prefix.
+
+    Rows that do not fit into max_length are left out; their number is printed.
+
+    Raises:
+      ValueError: no row of a data set fits.
+    """
     data = config.data
 
     def load(source: str, split_name: str) -> list[Any]:
         return task.encode(load_rows(source, split_name, data.columns), tokenizer, source, config.chat)
 
     def fitting(examples: Sequence[Any], source: str) -> list[Any]:
-        kept = [example for example in examples if 2 <= task.length(example) <= config.max_length]
+        short = [example for example in examples if 2 <= task.length(example) <= config.max_length]
         limits = f"2 to {config.max_length} tokens"
-        console.print(f"{source}: {len(kept)} rows ({len(examples) - len(kept)} left out, not of {limits})")
-        if not kept:
+        console.print(f"{source}: {len(short)} rows ({len(examples) - len(short)} left out, not of {limits})")
+        if not short:
             raise ValueError(
                 f"{source}: none of the {len(examples)} rows has 2 to max_length = {config.max_length} tokens"
             )
-        return task.pack(kept, source)
+        return task.pack(short, source)
 
     train, held_out = load(data.train, data.split), {}
     if data.validation_rows:
-        kept, out = hold_out(len(train), data.validation_rows, data.split_seed)
-        held_out["validation"] = fitting([train[i] for i in out], f"{data.train}, held out")
-        train = [train[i] for i in kept]
+        remaining, validation = hold_out(len(train), data.validation_rows, data.split_seed)
+        held_out["validation"] = fitting([train[i] for i in validation], f"{data.train}, held out")
+        train = [train[i] for i in remaining]
     elif data.validation is not None:
         held_out["validation"] = fitting(load(data.validation, data.validation_split), data.validation)
     for name, source in data.held_out.items():
@@ -182,27 +194,28 @@ def load_examples(config: SupervisedConfig, task: Task, tokenizer: Tokenizer) ->
     return fitting(train, data.train), held_out
 
 
-def make_update(
-    objective: Callable[..., tuple[jax.Array, Outcome]], optimizer: optax.GradientTransformation, state: TrainState
+def make_supervised_update(
+    objective: Callable[..., tuple[jax.Array, LossAux]], optimizer: optax.GradientTransformation, state: TrainState
 ) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
-    """One optimizer step on a batch, jitted; the state's buffers are reused, its shardings kept."""
+    """Returns the jitted (state, batch) -> state, metrics: one optimizer step, which donates the state's buffers."""
 
-    @partial(jax.jit, donate_argnums=0, out_shardings=(shardings(state), None))
+    @partial(jax.jit, donate_argnums=0, out_shardings=(tree_shardings(state), None))
     def update(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-        of_trained = lambda params: objective(merge_trainable(params, state.frozen), batch)  # noqa: E731
-        (_, found), gradient = jax.value_and_grad(of_trained, has_aux=True)(state.params)
-        metrics = found.metrics | {"grad_norm": (optax.tree.norm(gradient), jnp.ones(()))}
-        return apply(optimizer, state, gradient), metrics
+        loss = lambda params: objective(merge_trainable(params, state.frozen), batch)  # noqa: E731
+        (_, aux), gradient = jax.value_and_grad(loss, has_aux=True)(state.params)
+        metrics = aux.metrics | {"grad_norm": (optax.tree.norm(gradient), jnp.ones(()))}
+        return apply_gradient(optimizer, state, gradient), metrics
 
     return update
 
 
-def fill(batch: Batch, size: int) -> Batch:
-    """Rows up to the batch size, masked out: one shape, nothing new to compile."""
+def fill_batch(batch: TokenBatch, size: int) -> TokenBatch:
+    """Fills a batch up to `size` with rows that `real_B` masks out: every batch has the shape that is compiled."""
     missing = size - len(next(iter(batch.values())))
     batch = {name: np.concatenate([array, np.repeat(array[-1:], missing, 0)]) for name, array in batch.items()}
     return batch | {"real_B": np.arange(size) < size - missing}
 
 
-def put(layout: Layout, batch: Batch) -> dict[str, jax.Array]:
+def put_batch(layout: Layout, batch: TokenBatch) -> dict[str, jax.Array]:
+    """Puts the arrays of a batch on the devices, their first axis sharded as prompts are."""
     return {name: layout.put(array, ("prompt", *(None,) * (array.ndim - 1))) for name, array in batch.items()}

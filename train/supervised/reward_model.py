@@ -1,10 +1,10 @@
-"""Reward model training: Bradley-Terry or Plackett-Luce on comparisons of answers to one prompt.
+"""Trains reward models with the Bradley-Terry or Plackett-Luce loss on comparisons of answers to one prompt.
 
 A row is a pair, {"chosen": ..., "rejected": ...} with an optional "prompt" that both answers share and an optional
 "margin"; or a group, {"prompt": ..., "completions": [...], "scores": [...]}, in which the higher score is the better
 answer and equal scores are not compared. Prompts and answers are text or chat messages (TRL's explicit and implicit
-prompts). A pair is a group of two. What the answers of a group share, the longest common prefix of their tokens, is
-computed once. Accuracy is always printed beside what the longer answer alone would get.
+prompts). A pair is a group of two. The longest common prefix of a group's tokens is computed once. Accuracy is always
+logged beside the accuracy of "the longer answer is better".
 """
 
 import math
@@ -21,65 +21,77 @@ from models.config import REWARD_MODEL
 from models.reward_model import Qwen3RewardModel
 from models.tokenizer import Prompt, Tokenizer, bucket, pad
 from train.config import ChatConfig, RewardModelConfig
-from train.data.chats import asked_and_answered
+from train.data.chats import prompts_and_answers
 from train.data.rows import Row, require_columns
-from train.rewards.model import common_prefix
-from train.supervised.program import Batch, Outcome, Task, train_supervised
+from train.rewards.model import common_prefix_length
+from train.supervised.program import LossAux, SupervisedTask, TokenBatch, train_supervised
 
-WORTHWHILE = 0.75  # of the slots of whole rows: with more, what is shared is computed for each answer
+PREFIX_WORTHWHILE = 0.75  # share of the unsplit slots above which the prefix is not split off
 
 
 class Comparison(NamedTuple):
-    """The answers to one prompt."""
+    """The answers to one prompt, and the scores that order them."""
 
     rows: list[list[int]]  # token ids of prompt and answer
-    scores: list[float]  # the higher the better; equal: not compared
-    margin: float = 0.0  # of a pair: how much better the first is
+    scores: list[float]  # higher is better; equal scores are not compared
+    margin: float = 0.0  # of a pair: how much better the first answer is
 
     def pairs(self) -> list[tuple[int, int]]:
-        """(better, worse) of all that are compared."""
+        """Returns (better, worse), the indices of the answers of every comparison."""
         numbers = range(len(self.scores))
         return [(i, j) for i in numbers for j in numbers if self.scores[i] > self.scores[j]]
 
 
 def train_reward_model(config: RewardModelConfig) -> None:
-    train_supervised(config, task(config))
+    """Starts or resumes a run of `train reward`."""
+    train_supervised(config, reward_model_task(config))
 
 
-def task(config: RewardModelConfig) -> Task:
-    def loss(params: Any, batch: dict[str, jax.Array], *, graphdef: Any) -> tuple[jax.Array, Outcome]:
-        return objective(params, batch, graphdef=graphdef, config=config)
+def reward_model_task(config: RewardModelConfig) -> SupervisedTask:
+    """Returns the task that `train_supervised` runs."""
 
-    def checked(*arguments: Any) -> list[Comparison]:
-        examples, source = encode(*arguments), arguments[2]
+    def loss(params: Any, batch: dict[str, jax.Array], *, graphdef: Any) -> tuple[jax.Array, LossAux]:
+        return comparison_objective(params, batch, graphdef=graphdef, config=config)
+
+    def encode(*arguments: Any) -> list[Comparison]:
+        examples, source = encode_comparisons(*arguments), arguments[2]
         if config.loss == "plackett_luce" and any(example.margin for example in examples):
             raise ValueError(f"{source}: the column 'margin' is for loss: bradley_terry; leave one of the two out")
         return examples
 
-    return Task(checked, lambda e: max(map(len, e.rows)), collate, loss, length_baseline, REWARD_MODEL, compared)
+    return SupervisedTask(
+        encode,
+        lambda e: max(map(len, e.rows)),
+        collate_comparisons,
+        loss,
+        length_baseline,
+        REWARD_MODEL,
+        require_comparisons,
+    )
 
 
-def compared(examples: list[Comparison], source: str) -> list[Comparison]:
-    """The examples; refused if nothing in them is compared."""
+def require_comparisons(examples: list[Comparison], source: str) -> list[Comparison]:
+    """Returns the examples; refuses them if none has a comparison."""
     if not any(example.pairs() for example in examples):
         raise ValueError(f"{source}: nothing is compared: in every row all 'scores' are equal")
     return examples
 
 
-def encode(rows: Sequence[Row], tokenizer: Tokenizer, source: str, chat: ChatConfig) -> list[Comparison]:
-    check_rows(rows, source)
+def encode_comparisons(rows: Sequence[Row], tokenizer: Tokenizer, source: str, chat: ChatConfig) -> list[Comparison]:
+    """Tokenizes rows, pairs or groups."""
+    check_comparison_rows(rows, source)
     if "completions" in rows[0]:
         return encode_groups(rows, tokenizer, source, chat)
     sides = [
-        tokenizer.conversation_ids(*asked_and_answered(rows, source, side, chat)) for side in ("chosen", "rejected")
+        tokenizer.conversation_ids(*prompts_and_answers(rows, source, side, chat)) for side in ("chosen", "rejected")
     ]
     margins = [float(row.get("margin") or 0.0) for row in rows]
     return [Comparison([c, r], [1.0, 0.0], m) for c, r, m in zip(*sides, margins, strict=True)]
 
 
-def check_rows(rows: Sequence[Row], source: str) -> None:
-    """Refuse rows that are no comparisons."""
-    require_columns([{"prompt": row.get("prompt") or "-"} for row in rows], source, "prompt")  # it may be missing
+def check_comparison_rows(rows: Sequence[Row], source: str) -> None:
+    """Refuses rows that are neither pairs nor groups."""
+    require_columns([{"prompt": row.get("prompt") or "-"} for row in rows], source, "prompt")  # optional
     if "completions" in rows[0]:
         check_groups(rows, source)
         return
@@ -88,7 +100,7 @@ def check_rows(rows: Sequence[Row], source: str) -> None:
 
 
 def check_margins(rows: Sequence[Row], source: str) -> None:
-    """Refuse margins that are not numbers; a row may have none."""
+    """Refuses margins that are not numbers; a row may have none."""
     for number, row in enumerate(rows, 1):
         margin = row.get("margin")
         if margin is not None and not (isinstance(margin, int | float) and math.isfinite(margin)):
@@ -96,7 +108,7 @@ def check_margins(rows: Sequence[Row], source: str) -> None:
 
 
 def check_groups(rows: Sequence[Row], source: str) -> None:
-    """Refuse rows whose completions and scores are not lists of the same length, of numbers the second."""
+    """Refuses rows whose completions and scores are not lists of one length, or whose scores are not numbers."""
     for number, row in enumerate(rows, 1):
         completions, scores = row.get("completions"), row.get("scores")
         sizes = [len(x) if isinstance(x, list) else None for x in (completions, scores)]
@@ -111,29 +123,33 @@ def check_groups(rows: Sequence[Row], source: str) -> None:
 
 
 def encode_groups(rows: Sequence[Row], tokenizer: Tokenizer, source: str, chat: ChatConfig) -> list[Comparison]:
-    asked: list[Prompt] = []
+    """Tokenizes groups, all answers of all rows in one call of the tokenizer."""
+    prompts: list[Prompt] = []
     answers: list[str] = []
     for number, row in enumerate(rows, 1):
         group, where = [{"prompt": row.get("prompt"), "answer": c} for c in row["completions"]], f"row {number}"
         require_columns(group, f"{source}: {where}: 'completions'", "answer")
-        found = asked_and_answered(group, f"{source}: {where}: 'completions'", "answer", chat)
-        asked += found[0]
-        answers += found[1]
-    ids = iter(tokenizer.conversation_ids(asked, answers))
+        group_prompts, group_answers = prompts_and_answers(group, f"{source}: {where}: 'completions'", "answer", chat)
+        prompts += group_prompts
+        answers += group_answers
+    ids = iter(tokenizer.conversation_ids(prompts, answers))
     return [Comparison([next(ids) for _ in row["scores"]], list(map(float, row["scores"]))) for row in rows]
 
 
-def collate(examples: Sequence[Comparison], tokenizer: Tokenizer, max_length: int) -> Batch:
-    """Groups of one size, filled up with answers that are masked; split into prefix and rest where that is less."""
-    G = 1 << (max(len(example.rows) for example in examples) - 1).bit_length()  # few shapes: a power of two
+def collate_comparisons(examples: Sequence[Comparison], tokenizer: Tokenizer, max_length: int) -> TokenBatch:
+    """Returns the arrays of a batch of groups of one size, which `mask_PG` fills up.
+
+    The common prefix is split off where that saves a quarter of the slots or more (`PREFIX_WORTHWHILE`).
+    """
+    G = 1 << (max(len(example.rows) for example in examples) - 1).bit_length()  # a power of two: few shapes
     filler = [[tokenizer.pad_id]]
-    shared_P = [common_prefix(example.rows) for example in examples]
+    shared_P = [common_prefix_length(example.rows) for example in examples]
 
     def grid(array: np.ndarray) -> np.ndarray:
         return array.reshape(len(examples), G, *array.shape[1:])
 
     def answers(first_P: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """From the given token of each group on."""
+        """Returns padded answers, each group's from its token number first_P on, and their lengths."""
         groups = [[row[n:] for row in e.rows] for e, n in zip(examples, first_P, strict=True)]
         rows = [row for group in groups for row in group + filler * (G - len(group))]
         return pad(rows, tokenizer.pad_id, max_length)
@@ -142,7 +158,7 @@ def collate(examples: Sequence[Comparison], tokenizer: Tokenizer, max_length: in
         return [*values, *[fill] * (G - len(values))]
 
     def ranks(scores: Sequence[float]) -> list[float]:
-        """0 for the worst; in float32, scores that differ could be equal."""
+        """Returns ranks, 0 for the worst; scores that differ could be equal in float32, ranks cannot."""
         return np.unique(scores, return_inverse=True)[1].tolist()
 
     whole, lengths = answers([0] * len(examples))
@@ -155,7 +171,7 @@ def collate(examples: Sequence[Comparison], tokenizer: Tokenizer, max_length: in
     }
     S = bucket(max(1, *shared_P), max_length)
     rest, rest_lengths = answers(shared_P)
-    if S + G * rest.shape[1] > WORTHWHILE * G * whole.shape[1]:
+    if S + G * rest.shape[1] > PREFIX_WORTHWHILE * G * whole.shape[1]:
         return batch
     prefix_PS = np.full((len(examples), S), tokenizer.pad_id, np.int32)
     for p, (example, n) in enumerate(zip(examples, shared_P, strict=True)):
@@ -164,8 +180,8 @@ def collate(examples: Sequence[Comparison], tokenizer: Tokenizer, max_length: in
     return batch | prefix | {"tokens_PGT": grid(rest), "lengths_PG": grid(rest_lengths)}
 
 
-def rewards_of(model: Qwen3RewardModel, batch: dict[str, jax.Array]) -> jax.Array:
-    """float32 [P, G]."""
+def batch_rewards(model: Qwen3RewardModel, batch: dict[str, jax.Array]) -> jax.Array:
+    """Returns the model's float32 rewards [P, G]."""
     tokens_PGT, lengths_PG = batch["tokens_PGT"], batch["lengths_PG"]
     if "prefix_PS" in batch:
         return model.score_group(batch["prefix_PS"], batch["prefix_lengths_P"], tokens_PGT, lengths_PG)
@@ -173,18 +189,19 @@ def rewards_of(model: Qwen3RewardModel, batch: dict[str, jax.Array]) -> jax.Arra
     return model(tokens_PGT.reshape(P * G, T), lengths_PG.reshape(P * G)).reshape(P, G)
 
 
-def objective(
+def comparison_objective(
     params: Any, batch: dict[str, jax.Array], *, graphdef: Any, config: RewardModelConfig
-) -> tuple[jax.Array, Outcome]:
-    return comparison_loss(rewards_of(nnx.merge(graphdef, params), batch), batch, config)
+) -> tuple[jax.Array, LossAux]:
+    """Returns the loss of the model's rewards, see `comparison_loss`."""
+    return comparison_loss(batch_rewards(nnx.merge(graphdef, params), batch), batch, config)
 
 
 def comparison_loss(
     rewards_PG: jax.Array, batch: dict[str, jax.Array], config: RewardModelConfig
-) -> tuple[jax.Array, Outcome]:
-    """The mean loss over the real comparisons of a batch: pairs (Bradley-Terry), or groups (Plackett-Luce).
+) -> tuple[jax.Array, LossAux]:
+    """Returns the mean loss over the real comparisons of a batch: pairs (Bradley-Terry) or groups (Plackett-Luce).
 
-    A group's pairs are all those with different scores, so it counts as its pairs would as rows.
+    All pairs of a group with different scores are compared, so a group counts as its pairs would in rows of their own.
     """
     rank_PG, mask_PG = batch["rank_PG"], batch["mask_PG"] & batch["real_B"][:, None]
     pairs_PGG = mask_PG[:, :, None] & mask_PG[:, None, :] & (rank_PG[:, :, None] > rank_PG[:, None, :])
@@ -196,17 +213,17 @@ def comparison_loss(
     loss, metrics = preference_loss(better_PGG, worse_PGG, margin=margin_PGG, center=center, mask=pairs_PGG)
     count = metrics["accuracy"][1]
     if config.loss == "plackett_luce":
-        loss, more = listwise_loss(rewards_PG, rank_PG, mask_PG)
-        count = more["top_accuracy"][1]
-        metrics |= more
+        loss, listwise_metrics = listwise_loss(rewards_PG, rank_PG, mask_PG)
+        count = listwise_metrics["top_accuracy"][1]
+        metrics |= listwise_metrics
     metrics["loss"] = (jax.lax.stop_gradient(loss) * count, count)
-    return loss, Outcome(metrics, jnp.where(pairs_PGG, better_PGG - worse_PGG, jnp.nan))
+    return loss, LossAux(metrics, jnp.where(pairs_PGG, better_PGG - worse_PGG, jnp.nan))
 
 
 def length_baseline(examples: Sequence[Comparison]) -> dict[str, float]:
-    """The accuracy of "the longer answer is better", in tokens; ties count one half."""
-    won = []
+    """Returns the accuracy of "the longer answer is better", in tokens; equal lengths count one half."""
+    wins = []
     for example in examples:
         lengths = [len(row) for row in example.rows]
-        won += [0.5 * (1 + np.sign(lengths[i] - lengths[j])) for i, j in example.pairs()]
-    return {"length_baseline_accuracy": float(np.mean(won))} if won else {}
+        wins += [0.5 * (1 + np.sign(lengths[i] - lengths[j])) for i, j in example.pairs()]
+    return {"length_baseline_accuracy": float(np.mean(wins))} if wins else {}

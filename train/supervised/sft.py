@@ -1,11 +1,11 @@
 """Supervised fine-tuning: the mean negative log-likelihood of the completion's tokens.
 
-A row is {"text": ...}, all of which is learned; {"prompt": ..., "completion": ...}, of which the completion is; or
-{"messages": [...]}, of which the last message, the assistant's, is. Prompt and completion may be chat messages, which
+A row is {"text": ...}: the whole text is learned; {"prompt": ..., "completion": ...}: the completion is learned; or
+{"messages": [...]}: the last message, the assistant's, is learned. Prompt and completion may be chat messages, which
 are rendered as the config's `chat` says. The end-of-text token is learned too.
 
-With `packing` the examples lie one behind the other in rows of max_length tokens, packed once for the whole data set.
-None sees another and each begins at position 0, so that loss and gradient are those of the examples in rows of their
+With `packing`, examples follow one another in rows of max_length tokens, packed once for the whole data set. No example
+attends to another and each begins at position 0, so that loss and gradient are those of the examples in rows of their
 own (`models.attention.group_attention`, `offset_PGT`).
 """
 
@@ -23,40 +23,51 @@ from gopo_jax.losses import Metrics
 from models.tokenizer import Tokenizer, bucket, pad
 from train.config import ChatConfig, SftConfig
 from train.console import console
-from train.data.chats import asked_and_answered
-from train.data.rows import Row, require_columns, shuffled
-from train.supervised.program import Batch, Outcome, Task, train_supervised
+from train.data.chats import prompts_and_answers
+from train.data.rows import Row, batch_indices, require_columns
+from train.supervised.program import LossAux, SupervisedTask, TokenBatch, train_supervised
 
-LOGPROB_CHUNK = 4096  # tokens whose logits exist at a time on each device
-Example = tuple[list[int], int]  # token ids, how many of them are prompt
+LOGPROB_CHUNK = 4096  # tokens whose logits are in memory at a time, on each device
+Example = tuple[list[int], int]  # token ids, number of prompt tokens
 
 
 def train_sft(config: SftConfig) -> None:
-    train_supervised(config, task(config))
+    """Starts or resumes a run of `train sft`."""
+    train_supervised(config, sft_task(config))
 
 
-def task(config: SftConfig) -> Task:
+def sft_task(config: SftConfig) -> SupervisedTask:
+    """Returns the task that `train_supervised` runs, with or without packing."""
+
     def length(example: Example) -> int:
         return len(example[0])
 
     if config.packing:
-        return Task(encode, length, collate_packed, objective, lambda _: {}, pack=partial(pack, config=config))
-    return Task(encode, length, collate, objective, lambda _: {})
+        return SupervisedTask(
+            encode_examples,
+            length,
+            collate_packed,
+            sft_objective,
+            lambda _: {},
+            pack=partial(pack_examples, config=config),
+        )
+    return SupervisedTask(encode_examples, length, collate_examples, sft_objective, lambda _: {})
 
 
-def encode(rows: Sequence[Row], tokenizer: Tokenizer, source: str, chat: ChatConfig) -> list[Example]:
-    rows = check_rows(rows, source, chat)
+def encode_examples(rows: Sequence[Row], tokenizer: Tokenizer, source: str, chat: ChatConfig) -> list[Example]:
+    """Tokenizes rows into prompt, completion and an end-of-text token."""
+    rows = check_sft_rows(rows, source, chat)
     if "text" in rows[0]:
         prompts: list[list[int]] = [[] for _ in rows]
         completions = tokenizer.encode([row["text"] for row in rows])
     else:
-        asked, answers = asked_and_answered(rows, source, "completion", chat)
+        asked, answers = prompts_and_answers(rows, source, "completion", chat)
         prompts, completions = tokenizer.prompt_ids(asked), tokenizer.encode_literally(answers)
     return [(p + c + [tokenizer.eos_ids[0]], len(p)) for p, c in zip(prompts, completions, strict=True)]
 
 
-def check_rows(rows: Sequence[Row], source: str, chat: ChatConfig) -> Sequence[Row]:
-    """The rows, a column 'messages' under the name of 'completion'; refuses what cannot be learned from."""
+def check_sft_rows(rows: Sequence[Row], source: str, chat: ChatConfig) -> Sequence[Row]:
+    """Refuses rows that cannot be learned from; returns the others, a column 'messages' renamed to 'completion'."""
     if "text" in rows[0]:
         require_columns(rows, source, "text")
         if chat.system_prompt is not None or chat.text_as_chat:
@@ -66,15 +77,15 @@ def check_rows(rows: Sequence[Row], source: str, chat: ChatConfig) -> Sequence[R
             )
         return rows
     if "completion" not in rows[0] and "messages" in rows[0]:
-        rows = [conversation(row, f"{source}: row {number}") for number, row in enumerate(rows, 1)]
+        rows = [messages_as_completion(row, f"{source}: row {number}") for number, row in enumerate(rows, 1)]
     require_columns(rows, source, "completion")
-    # a conversation needs no prompt of its own
+    # chat messages as the completion need no prompt of their own
     require_columns([row if isinstance(row["completion"], str) else {"prompt": "-"} for row in rows], source, "prompt")
     return rows
 
 
-def conversation(row: Row, where: str) -> Row:
-    """A row of messages as one whose completion is the whole conversation.
+def messages_as_completion(row: Row, where: str) -> Row:
+    """Returns a row whose completion is the whole conversation in the row's 'messages'.
 
     Raises:
       ValueError: no messages, or none before the last.
@@ -85,10 +96,11 @@ def conversation(row: Row, where: str) -> Row:
             f"{where}: 'messages': expected a list of at least 2 chat messages, the last of which is learned, got "
             f"{str(messages)[:60]!r}"
         )
-    return {"completion": messages}  # a column 'prompt' says it again
+    return {"completion": messages}  # without the column 'prompt', which repeats the first message
 
 
-def collate(examples: Sequence[Example], tokenizer: Tokenizer, max_length: int) -> Batch:
+def collate_examples(examples: Sequence[Example], tokenizer: Tokenizer, max_length: int) -> TokenBatch:
+    """Returns the arrays of a batch, one example in each row; `used_B` counts the tokens that are not padding."""
     tokens_BS, lengths_B = pad([ids for ids, _ in examples], tokenizer.pad_id, max_length)
     position_S = np.arange(tokens_BS.shape[1])
     prompt_B = np.array([n for _, n in examples])
@@ -96,8 +108,8 @@ def collate(examples: Sequence[Example], tokenizer: Tokenizer, max_length: int) 
     return {"tokens_BS": tokens_BS, "learned_BS": learned_BS, "used_B": lengths_B}
 
 
-def collate_packed(rows: Sequence[Sequence[Example]], tokenizer: Tokenizer, max_length: int) -> Batch:
-    """Rows of several examples; `offset_BS` is a token's place in its own."""
+def collate_packed(rows: Sequence[Sequence[Example]], tokenizer: Tokenizer, max_length: int) -> TokenBatch:
+    """Returns the arrays of a batch of packed rows; `offset_BS` is a token's position in its example."""
     shape = (len(rows), max_length)
     tokens_BS, offset_BS = np.full(shape, tokenizer.pad_id, np.int32), np.zeros(shape, np.int32)
     learned_BS, used_B = np.zeros(shape, bool), np.zeros(len(rows), np.int32)
@@ -110,15 +122,15 @@ def collate_packed(rows: Sequence[Sequence[Example]], tokenizer: Tokenizer, max_
     return {"tokens_BS": tokens_BS, "offset_BS": offset_BS, "learned_BS": learned_BS, "used_B": used_B}
 
 
-def pack(examples: Sequence[Example], source: str, *, config: SftConfig) -> list[list[Example]]:
-    """The examples in rows of at most max_length tokens: the longest first, each into the fullest row with room.
+def pack_examples(examples: Sequence[Example], source: str, *, config: SftConfig) -> list[list[Example]]:
+    """Packs examples into rows of at most max_length tokens: the longest first, each into the fullest row with room.
 
-    Packed once, in an order that depends on the lengths alone, so that rows and batches are functions of the data.
+    The order depends on the lengths alone, so that rows and batches are functions of the data.
     """
     lengths = [len(ids) for ids, _ in examples]
     rows: list[list[Example]] = []
-    with_room: dict[int, list[int]] = {}  # tokens left -> rows
-    rooms: list[int] = []  # its keys, sorted
+    rows_by_room: dict[int, list[int]] = {}  # tokens left -> rows
+    rooms: list[int] = []  # the keys of rows_by_room, sorted
     for i in np.argsort(-np.array(lengths), kind="stable"):
         at = bisect.bisect_left(rooms, lengths[i])
         if at == len(rooms):
@@ -126,15 +138,15 @@ def pack(examples: Sequence[Example], source: str, *, config: SftConfig) -> list
             rows.append([])
         else:
             room = rooms[at]
-            row = with_room[room].pop()
-            if not with_room[room]:
-                del with_room[room], rooms[at]
+            row = rows_by_room[room].pop()
+            if not rows_by_room[room]:
+                del rows_by_room[room], rooms[at]
         rows[row].append(examples[i])
         left = room - lengths[i]
-        if left not in with_room:
+        if left not in rows_by_room:
             bisect.insort(rooms, left)
-        with_room.setdefault(left, []).append(row)
-    before, after = padding(lengths, config), 1 - sum(lengths) / (len(rows) * config.max_length)
+        rows_by_room.setdefault(left, []).append(row)
+    before, after = padding_share(lengths, config), 1 - sum(lengths) / (len(rows) * config.max_length)
     console.print(
         f"{source}: packed into {len(rows)} rows of {config.max_length} tokens; {after:.1%} is padding, without "
         f"packing {before:.1%}"
@@ -142,17 +154,20 @@ def pack(examples: Sequence[Example], source: str, *, config: SftConfig) -> list
     return rows
 
 
-def padding(lengths: Sequence[int], config: SftConfig) -> float:
-    """The share of padding in an epoch of batches that are not packed."""
+def padding_share(lengths: Sequence[int], config: SftConfig) -> float:
+    """Returns the share of padding in an epoch of batches that are not packed."""
     slots = used = 0
     for step in range(max(len(lengths) // config.batch_size, 1)):
-        batch = [lengths[i] for i in shuffled(len(lengths), config.batch_size, config.seed, step)]
+        batch = [lengths[i] for i in batch_indices(len(lengths), config.batch_size, config.seed, step)]
         slots, used = slots + len(batch) * bucket(max(batch), config.max_length), used + sum(batch)
     return 1 - used / slots
 
 
-def objective(params: Any, batch: dict[str, jax.Array], *, graphdef: Any) -> tuple[jax.Array, Outcome]:
-    """-sum log p(token) / learned tokens; the first token of an example has nothing to be predicted from."""
+def sft_objective(params: Any, batch: dict[str, jax.Array], *, graphdef: Any) -> tuple[jax.Array, LossAux]:
+    """Returns the loss and its metrics: the mean of -log p(token) over learned tokens.
+
+    The first token of an example is not learned: no token before it predicts it.
+    """
     model = nnx.merge(graphdef, params)
     tokens_BS, real_B = batch["tokens_BS"], batch["real_B"]
     hidden_BSD = model.hidden(tokens_BS, batch.get("offset_BS"))[:, :-1]
@@ -164,4 +179,4 @@ def objective(params: Any, batch: dict[str, jax.Array], *, graphdef: Any) -> tup
     slots = real_B.sum(dtype=jnp.float32) * tokens_BS.shape[1]
     used = jnp.where(real_B, batch["used_B"], 0).sum(dtype=jnp.float32)
     metrics: Metrics = {"loss": nll, "nll": nll, "padding_frac": (slots - used, slots)}
-    return total / jnp.maximum(count, 1), Outcome(metrics, jnp.zeros(0))
+    return total / jnp.maximum(count, 1), LossAux(metrics, jnp.zeros(0))

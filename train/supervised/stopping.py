@@ -1,8 +1,8 @@
-"""Early stopping: a run that no longer improves on its validation set ends, and is then its best step.
+"""Early stopping: a run that no longer improves on its validation set ends, and its best step stands for the run.
 
-What is known is a function of the rows of metrics.jsonl, so a run that was killed and started again stops where it
-would have stopped. At the end, in this order: STOPPED is written, the checkpoints behind the best are removed. A run
-in which STOPPED is found only removes what is still there.
+The decision is a function of the rows of metrics.jsonl, so a run that was killed and started again stops at the same
+step. At the end STOPPED is written, and then the checkpoints after the best are removed. A run that has STOPPED only
+removes those that are still there.
 """
 
 import json
@@ -23,32 +23,32 @@ STOPPED = "stopped.json"
 
 
 class EarlyStopping:
-    """The best validation so far, and how many there have been since.
+    """Tracks the best validation so far, and the number of validations since.
 
-    A validation is an improvement if it is better than the best one by more than `min_delta`; the first is one. The
-    untrained start, step 0, does not take part.
+    A validation improves on the best one if it is better by more than `min_delta`; the first always does. The untrained
+    start, step 0, does not count.
     """
 
     def __init__(self, config: EarlyStoppingConfig) -> None:
-        self.config, self.on = config, config.patience is not None
+        self.config, self.enabled = config, config.patience is not None
         self.best_step, self.last_step, self.since = 0, 0, 0
-        self._best = np.float32(math.inf)  # float32: what a restart reads from the file compares the same everywhere
+        self._best = np.float32(math.inf)  # float32: values that a restart reads compare alike on every process
 
-    def see(self, step: int, metrics: Mapping[str, float]) -> bool:
-        """Take a validation into account; returns whether early stopping is on and this is its best step so far."""
-        if not self.on:
+    def observe(self, step: int, metrics: Mapping[str, float]) -> bool:
+        """Takes a validation into account; returns whether it is the best so far, and early stopping is enabled."""
+        if not self.enabled:
             return False
         value = np.float32(metrics.get(f"validation/{self.config.metric}", math.nan))
-        self._take(step, value if self.config.metric == "loss" else -value)
+        self._update(step, value if self.config.metric == "loss" else -value)
         return self.best_step == step
 
-    def recall(self, run: Run) -> None:
-        """Take all validations up to the step that `run` goes on from into account.
+    def replay(self, run: Run) -> None:
+        """Takes all validations up to the step that `run` goes on from into account.
 
         Raises:
-          ValueError: metrics.jsonl does not reach to that step, or the best step's checkpoint is gone.
+          ValueError: metrics.jsonl does not reach that step, or the best step's checkpoint is gone.
         """
-        if not self.on or not run.start:
+        if not self.enabled or not run.start:
             return
         rows, sign = read_metrics(run.path), 1 if self.config.metric == "loss" else -1
         if is_first() and (not rows or rows[-1]["step"] < run.start):
@@ -57,10 +57,9 @@ class EarlyStopping:
                 f"needs them: put the file back, or start over in another output_dir"
             )
         key = f"validation/{self.config.metric}"
-        seen = [(row["step"], sign * row.get(key, math.nan)) for row in rows if "timing_s/validation" in row]
-        mine = np.array(seen if is_first() else [], np.float32).reshape(-1, 2)
-        for step, value in gather(mine):
-            self._take(int(step), value)
+        validations = [(row["step"], sign * row.get(key, math.nan)) for row in rows if "timing_s/validation" in row]
+        for step, value in gather(np.array(validations if is_first() else [], np.float32).reshape(-1, 2)):
+            self._update(int(step), value)
         if self.best_step and not (checkpoints_folder(run.path) / str(self.best_step)).exists():
             raise ValueError(
                 f"{run.path}: by these early_stopping settings its best step is {self.best_step}, whose checkpoint was "
@@ -68,8 +67,8 @@ class EarlyStopping:
             )
         run.keep_best(self.best_step)
 
-    def _take(self, step: int, value: np.float32) -> None:
-        """`value` is the better the lower; NaN is never an improvement."""
+    def _update(self, step: int, value: np.float32) -> None:
+        """Updates the best step; a lower `value` is better, NaN never is."""
         self.last_step = step
         if not self.best_step or value < self._best - np.float32(self.config.min_delta):
             self.best_step, self.since = step, 0
@@ -82,37 +81,38 @@ class EarlyStopping:
         return self.config.patience is not None and self.since >= self.config.patience
 
     def finish(self, run: Run) -> None:
-        """End the run: from now on RUN is its best step."""
-        if not self.on:
+        """Ends the run: from now on RUN names its best step."""
+        if not self.enabled:
             run.close()
             return
         run.wait()
         if is_first():
-            said = {"step": self.last_step, "best_step": self.best_step, "metric": self.config.metric}
-            write_whole(run.path / STOPPED, json.dumps(said) + "\n")
-        close_at(run, self.last_step, self.best_step)
+            record = {"step": self.last_step, "best_step": self.best_step, "metric": self.config.metric}
+            write_whole(run.path / STOPPED, json.dumps(record) + "\n")
+        close_at_best(run, self.last_step, self.best_step)
 
 
 def best_step(run: str | Path) -> int | None:
-    """The step that a run which has ended by early stopping is; None if it has not."""
+    """Returns the best step of a run that ended by early stopping; None for any other run."""
     file = Path(run) / STOPPED
     return int(json.loads(file.read_text(encoding="utf-8"))["best_step"]) if file.is_file() else None
 
 
-def is_over(run: Run) -> bool:
-    """Whether the run has ended by early stopping; what a kill left undone is then done."""
+def has_stopped(run: Run) -> bool:
+    """Returns whether the run has ended by early stopping; if so, first removes the checkpoints that a kill left."""
     file = run.path / STOPPED
-    found = np.zeros((0, 2), np.int32)
+    steps = np.zeros((0, 2), np.int32)
     if is_first() and file.is_file():
-        said = json.loads(file.read_text(encoding="utf-8"))
-        found = np.array([[said["step"], said["best_step"]]], np.int32)
-    for step, best in gather(found):
-        close_at(run, int(step), int(best))
+        record = json.loads(file.read_text(encoding="utf-8"))
+        steps = np.array([[record["step"], record["best_step"]]], np.int32)
+    for step, best in gather(steps):
+        close_at_best(run, int(step), int(best))
         return True
     return False
 
 
-def close_at(run: Run, step: int, best: int) -> None:
+def close_at_best(run: Run, step: int, best: int) -> None:
+    """Removes the checkpoints after the best step, closes the run, and prints how to train on."""
     run.delete_after(best)
     run.close(f"ended at step {step}; the run is its best step, {best}")
     console.print(
