@@ -23,7 +23,7 @@ USAGE = """usage: python -m eval COMMAND ...
 COMMANDS = {  # the module, imported when it is needed, with its parser of the command line and its program
     "generate": ("eval.texts.generate", "parse_generate", "generate"),
     "reward": ("eval.texts.score", "parse_reward", "reward"),
-    "judge": ("eval.judges.command", "parse_judge", "judge"),
+    "judge": ("eval.judges.command", "parse_judge", "judge_policies"),
     "ifeval": ("eval.texts.ifeval", "parse_ifeval", "ifeval"),
     "summaries": ("eval.texts.summaries", "parse_summaries", "summaries"),
     "chat": ("eval.texts.chat", "parse_chat", "chat"),

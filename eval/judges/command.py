@@ -21,9 +21,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from eval.judges.pairs import Judged, Pair, read_pairs
-from eval.judges.results import JUDGEMENTS, WITHOUT, gold_of, read_judgements, results, row_of, step_of
-from eval.judges.task import Task, load_task
+from eval.judges.pairs import CompletionPair, Judgement, read_pairs
+from eval.judges.results import JUDGEMENTS, NO_OUTCOME, gold_of, read_judgements, results, row_of, step_of
+from eval.judges.task import JudgeTask, load_task
 from eval.runs import Arguments
 from eval.stats import without_nan
 from train.config import MeshConfig
@@ -31,7 +31,7 @@ from train.console import console
 from train.run.files import write_jsonl, write_whole
 from train.running import setup_errors
 
-RESULT = "judge.json"
+JUDGE_JSON = "judge.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +111,7 @@ def parse_judge(arguments: list[str]) -> JudgeConfig:
     return JudgeConfig(**vars(parser.parse_args(arguments)))
 
 
-def judge(config: JudgeConfig) -> dict[str, Any]:
+def judge_policies(config: JudgeConfig) -> dict[str, Any]:
     """Write the judgements to `config.out`; returns what judge.json holds.
 
     Raises:
@@ -125,25 +125,25 @@ def judge(config: JudgeConfig) -> dict[str, Any]:
         earlier = {name: read_judgements(name) for name in config.agree_with}
         differing = [pair for pair in pairs if pair.a != pair.b]
         try:
-            judged, usage = ask(config, task, differing)
+            judged, usage = ask_judge(config, task, differing)
         except KeyboardInterrupt:
             console.print("stopped; what has come is kept, and the same command goes on from there")
             raise SystemExit(130) from None
-    of_pair = dict(zip((pair.where for pair in differing), judged, strict=True))
-    rows = [row_of(pair, of_pair.get(pair.where)) for pair in pairs]
+    of_pair = dict(zip((pair.key for pair in differing), judged, strict=True))
+    rows = [row_of(pair, of_pair.get(pair.key)) for pair in pairs]
     out = Path(config.out)
     write_jsonl(out / JUDGEMENTS, [without_nan(row) for row in rows])
-    result = without_nan(about(config, pairs) | results(rows, config.seed, gold, earlier) | usage)
-    write_whole(out / RESULT, json.dumps(result, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
-    show(result)
-    console.print(f"{out / RESULT}")
+    result = without_nan(provenance(config, pairs) | results(rows, config.seed, gold, earlier) | usage)
+    write_whole(out / JUDGE_JSON, json.dumps(result, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+    print_judgements(result)
+    console.print(f"{out / JUDGE_JSON}")
     if result["failed"]:
         console.print(f"{result['failed']} pairs have failed; the same command asks for them again, and for no other")
         raise SystemExit(1)
     return result
 
 
-def about(config: JudgeConfig, pairs: Sequence[Pair]) -> dict[str, Any]:
+def provenance(config: JudgeConfig, pairs: Sequence[CompletionPair]) -> dict[str, Any]:
     """What was judged, and by whom."""
     return {
         "a": config.a,
@@ -161,13 +161,15 @@ def about(config: JudgeConfig, pairs: Sequence[Pair]) -> dict[str, Any]:
 # The judge
 
 
-def ask(config: JudgeConfig, task: Task, pairs: Sequence[Pair]) -> tuple[list[Judged], dict[str, Any]]:
+def ask_judge(
+    config: JudgeConfig, task: JudgeTask, pairs: Sequence[CompletionPair]
+) -> tuple[list[Judgement], dict[str, Any]]:
     """What the judge says of each pair, and what it took."""
     nothing = {"requests": 0, "cached": 0, "tokens": {"prompt": 0, "completion": 0}, "cost": None}
     if config.backend != "server":
         return local_judge(config, task).judge(pairs) if pairs else [], nothing
     from eval.judges.cache import Cache
-    from eval.judges.questions import Asked
+    from eval.judges.questions import ServerJudge
     from eval.judges.server import Server
 
     file = Path(config.cache) if config.cache else Path(config.out) / "cache.sqlite"
@@ -175,7 +177,7 @@ def ask(config: JudgeConfig, task: Task, pairs: Sequence[Pair]) -> tuple[list[Ju
         options = {"concurrency": config.concurrency, "timeout": config.timeout, "max_retries": config.max_retries}
         server = Server(config.model, cache, config.base_url, temperature=config.temperature, **options)  # type: ignore[arg-type]
         with closing(server):
-            asked = Asked(server, task)
+            asked = ServerJudge(server, task)
             judged = asked.judge(pairs)
     prompt = sum(reply.prompt_tokens for reply in asked.replies.values())
     completion = sum(reply.completion_tokens for reply in asked.replies.values())
@@ -186,9 +188,9 @@ def ask(config: JudgeConfig, task: Task, pairs: Sequence[Pair]) -> tuple[list[Ju
     return judged, {"requests": server.requests, "cached": server.cached, "tokens": tokens, "cost": cost}
 
 
-def local_judge(config: JudgeConfig, task: Task) -> Any:
-    from eval.judges.likelihood import Likelihood
-    from eval.judges.reward_model import RewardModel
+def local_judge(config: JudgeConfig, task: JudgeTask) -> Any:
+    from eval.judges.likelihood import LikelihoodJudge
+    from eval.judges.reward_model import RewardModelJudge
     from train.build import make_layout_for
 
     options: dict[str, Any] = {
@@ -198,34 +200,36 @@ def local_judge(config: JudgeConfig, task: Task) -> Any:
         "batch_prompts": config.batch_prompts,
     }
     if config.backend == "reward_model":
-        return RewardModel(config.model, **options)
-    return Likelihood(config.model, task, **options)
+        return RewardModelJudge(config.model, **options)
+    return LikelihoodJudge(config.model, task, **options)
 
 
 # On the terminal
 
 
-def show(result: Mapping[str, Any]) -> None:
+def print_judgements(result: Mapping[str, Any]) -> None:
     """The result as a table."""
     from rich.table import Table
 
     table = Table("", "", title=f"{result['name_a']} against {result['name_b']}, judged by {result['model']}")
-    for name, value in lines(result):
+    for name, value in judgement_lines(result):
         table.add_row(name, value)
     console.print(table)
 
 
-def lines(result: Mapping[str, Any]) -> list[tuple[str, str]]:
-    shown = [("win rate", interval(result["win_rate"]))]
-    shown += [(f"  at temperature {key}", interval(value)) for key, value in result["temperatures"].items()]
+def judgement_lines(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    shown = [("win rate", interval_text(result["win_rate"]))]
+    shown += [(f"  at temperature {key}", interval_text(value)) for key, value in result["temperatures"].items()]
     if result["length_controlled"]:
-        shown.append(("  at equal length", interval(result["length_controlled"])))
-    shown += [(f"  {key}", interval(value)) for key, value in result["aspects"].items() if len(result["aspects"]) > 1]
+        shown.append(("  at equal length", interval_text(result["length_controlled"])))
+    shown += [
+        (f"  {key}", interval_text(value)) for key, value in result["aspects"].items() if len(result["aspects"]) > 1
+    ]
     shown.append(("wins, ties, losses", f"{result['wins']}, {result['ties']}, {result['losses']}"))
     if result["position_bias"]:
-        shown.append(("wins of the answer shown first", interval(result["position_bias"])))
+        shown.append(("wins of the answer shown first", interval_text(result["position_bias"])))
         shown.append(("both orders agree", f"{result['consistent']:.1%}"))
-    without = [f"{result[kind]} {kind.replace('_', ' ')}" for kind in ("identical", *WITHOUT) if result[kind]]
+    without = [f"{result[kind]} {kind.replace('_', ' ')}" for kind in ("identical", *NO_OUTCOME) if result[kind]]
     shown.append(("pairs", ", ".join([f"{result['judged']} of {result['pairs']} judged", *without])))
     if result["backend"] == "server":
         tokens = result["tokens"]
@@ -243,7 +247,7 @@ def lines(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     return shown
 
 
-def interval(found: Mapping[str, Any]) -> str:
+def interval_text(found: Mapping[str, Any]) -> str:
     mean = found.get("mean", found.get("share"))
     return "-" if mean is None else f"{mean:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
 

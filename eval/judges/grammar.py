@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from functools import lru_cache
 
-from eval.judges.task import TIE, Task
+from eval.judges.task import TIE, JudgeTask
 
 LONGEST_STATEMENT = 400  # characters of a sentence that may be a verdict
 FIRST, SECOND = "first", "second"
@@ -17,7 +17,7 @@ UNDECIDED = "undecided"  # a sentence that is conclusive, but not which answer i
 NOUNS = "response|answer|output|option|completion|candidate|summary|reply|text|choice"
 WHO_ANSWERED = "|model|assistant|chatbot"  # not where they are other ones than the answers, as in a debate
 # The space behind a sentence; a semicolon before "therefore" ends one.
-ENDS = (
+SENTENCE_BREAK = (
     r"(?<=[.!?])\s+|(?<=[.!?][)\"'*”’])\s+|(?<=[.!?][)\"'*”’][)\"'*”’])\s+|(?<=;)\s+(?=(?:therefore|thus|hence)\b)|"
     r"(?<=[。！？])\s*"
 )
@@ -212,7 +212,7 @@ class Grammar:
 
     def claims(self, text: str) -> set[str]:
         """What the sentences of a text say, and its lines, taken one by one."""
-        parts = re.split(rf"{ENDS}|\n+", text)
+        parts = re.split(rf"{SENTENCE_BREAK}|\n+", text)
         return {said for part in parts if (said := self.statement(re.sub(r"\A[ \t]*(?:[-*•>]|#+)[ \t]+", "", part)))}
 
     def leaning(self, sentence: str) -> str | None:
@@ -248,14 +248,14 @@ def _grammar(labels: tuple[str, str], ties: bool) -> Grammar:
     return Grammar(labels, ties)
 
 
-def grammar_of(task: Task) -> Grammar:
+def grammar_of(task: JudgeTask) -> Grammar:
     return _grammar(task.labels, task.ties)
 
 
 def sentences(text: str) -> Iterator[str]:
     """The sentences of a text; a line or paragraph that stops short of its end goes on in the next one."""
     pending = ""
-    for part in re.split(rf"{ENDS}|\n+", text):
+    for part in re.split(rf"{SENTENCE_BREAK}|\n+", text):
         part = part.strip()
         if not part:
             continue

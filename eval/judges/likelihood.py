@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from eval.judges.pairs import Judged, Pair, winner_of
-from eval.judges.task import Task, readable
+from eval.judges.pairs import CompletionPair, Judgement, winner_of
+from eval.judges.task import JudgeTask, readable
 from models.checkpoint import load_model
 from models.hf_weights import split
 from models.qwen3 import Qwen3
@@ -28,11 +28,11 @@ from models.tokenizer import Prompt, Tokenizer, pad, tokenizer_path
 INSTRUCTION = "Which one is better, all in all? Reply with {0} or {1} and nothing else."
 
 
-class Likelihood:
+class LikelihoodJudge:
     """A policy that says how likely each label is."""
 
     def __init__(
-        self, path: str, task: Task, *, layout: Layout, dtype: str, max_length: int, batch_prompts: int
+        self, path: str, task: JudgeTask, *, layout: Layout, dtype: str, max_length: int, batch_prompts: int
     ) -> None:
         """Of a run, RUN@STEP, a Hugging Face directory or Hub name.
 
@@ -52,7 +52,7 @@ class Likelihood:
         graphdef, self.params = split(model)
         self._score = label_program(graphdef)
 
-    def judge(self, pairs: Sequence[Pair]) -> list[Judged]:
+    def judge(self, pairs: Sequence[CompletionPair]) -> list[Judgement]:
         """Both orders of each pair."""
         questions = [self.question(pair.prompt, *pair.shown(order)) for pair in pairs for order in ("ab", "ba")]
         rows = self.tokenizer.prompt_ids(questions)
@@ -84,7 +84,7 @@ class Likelihood:
             found |= {row: (float(one), float(two)) for row, (one, two) in zip(batch, logprobs_P2, strict=False)}
         return [found.get(tuple(row)) for row in rows]
 
-    def _judged(self, both: Sequence[tuple[float, float] | None]) -> Judged:
+    def _judged(self, both: Sequence[tuple[float, float] | None]) -> Judgement:
         orders: list[dict[str, Any]] = []
         for order, logprobs in zip(("ab", "ba"), both, strict=True):
             if logprobs is None:
@@ -97,10 +97,10 @@ class Likelihood:
             shown = {"shown": order, "winner": winner, "kind": "likelihood", "aspects": {"overall": winner}}
             orders.append(shown | {"p_first": p_first, "label_mass": mass})
         if None in both:
-            return Judged(orders)
+            return Judgement(orders)
         # the difference of both orders, not two rounded shares that nearly cancel: swapping A and B mirrors it exactly
         p = 0.5 + (orders[0]["p_first"] - orders[1]["p_first"]) / 2
-        return Judged(orders, p=p)
+        return Judgement(orders, p=p)
 
     def _label_ids(self) -> tuple[int, int]:
         ids = self.tokenizer.encode(list(self.task.labels))

@@ -10,10 +10,10 @@ from models.tokenizer import check_text
 from train.console import console
 from train.data.rows import Row, load_rows
 
-KEPT = 20_000  # characters of a reply in judgements.jsonl; longer ones are cut there
+LONGEST_WRITTEN = 20_000  # characters of a reply in judgements.jsonl; longer ones are cut there
 
 
-class Where(NamedTuple):
+class PairKey(NamedTuple):
     """A pair's place: the k-th completion of a prompt at a temperature."""
 
     prompt_id: Any
@@ -22,10 +22,10 @@ class Where(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Pair:
+class CompletionPair:
     """The k-th completions of both policies."""
 
-    where: Where
+    key: PairKey
     prompt: Any
     a: str
     b: str
@@ -38,7 +38,7 @@ class Pair:
 
 
 @dataclass
-class Judged:
+class Judgement:
     """What a judge said of a pair: a verdict for each order, or each answer's score.
 
     An order: {"shown": "ab" or "ba", "winner": "a", "b", "tie" or None, "kind", "aspects", ...}. `kind` is "strict",
@@ -58,12 +58,12 @@ def winner_of(order: str, winner: str | None) -> str | None:
     return order[winner == "second"]
 
 
-def cut(text: str) -> str:
+def shortened(text: str) -> str:
     """A reply as judgements.jsonl keeps it."""
-    return text if len(text) <= KEPT else f"{text[:KEPT]} [... cut: {len(text)} characters]"
+    return text if len(text) <= LONGEST_WRITTEN else f"{text[:LONGEST_WRITTEN]} [... cut: {len(text)} characters]"
 
 
-def read_pairs(file_a: str, file_b: str, *, common: bool = False, limit: int | None = None) -> list[Pair]:
+def read_pairs(file_a: str, file_b: str, *, common: bool = False, limit: int | None = None) -> list[CompletionPair]:
     """The pairs of two files, in the order of the prompts' ids, temperatures and samples.
 
     Args:
@@ -73,7 +73,7 @@ def read_pairs(file_a: str, file_b: str, *, common: bool = False, limit: int | N
     Raises:
       FileNotFoundError, ValueError: files that are not completions of the same prompts; the message says where.
     """
-    groups = [grouped(file) for file in (file_a, file_b)]
+    groups = [load_groups(file) for file in (file_a, file_b)]
     ids = [dict.fromkeys(prompt_id for prompt_id, _ in groups[side]) for side in (0, 1)]
     shared = [prompt_id for prompt_id in ids[0] if prompt_id in ids[1]]
     if not shared:
@@ -87,12 +87,12 @@ def read_pairs(file_a: str, file_b: str, *, common: bool = False, limit: int | N
             )
         if lonely:
             console.print(f"{one}: {len(lonely)} of {len(mine)} prompts left out, {other} does not have them")
-    kept = set(sorted(shared, key=_in_order)[:limit])
+    kept = set(sorted(shared, key=_sort_key)[:limit])
     pairs = [
         pair
-        for key in sorted({**groups[0], **groups[1]}, key=lambda key: (_in_order(key[0]), _in_order(key[1])))
+        for key in sorted({**groups[0], **groups[1]}, key=lambda key: (_sort_key(key[0]), _sort_key(key[1])))
         if key[0] in kept
-        for pair in _of_group(key, groups, (file_a, file_b))
+        for pair in _pairs_of_group(key, groups, (file_a, file_b))
     ]
     samples = [(pair.row_a.get("sample"), pair.row_b.get("sample")) for pair in pairs]
     if unlike := [both for both in samples if None not in both and both[0] != both[1]]:
@@ -103,7 +103,7 @@ def read_pairs(file_a: str, file_b: str, *, common: bool = False, limit: int | N
     return pairs
 
 
-def grouped(file: str) -> dict[tuple[Any, float | None], list[Row]]:
+def load_groups(file: str) -> dict[tuple[Any, float | None], list[Row]]:
     """The rows of a file by (prompt_id, temperature), in the order of their samples.
 
     Raises:
@@ -137,10 +137,12 @@ def grouped(file: str) -> dict[tuple[Any, float | None], list[Row]]:
         if not samples:
             continue
         if len(samples) < len(rows) or not all(type(sample) is int for sample in samples):
-            raise ValueError(f"{file}: {_at(key)}: expected a whole number in 'sample' of every row, or of none")
+            raise ValueError(
+                f"{file}: {_group_text(key)}: expected a whole number in 'sample' of every row, or of none"
+            )
         if len(set(samples)) < len(samples):
             double = next(sample for sample in samples if samples.count(sample) > 1)
-            raise ValueError(f"{file}: {_at(key)}: two completions are sample {double}; expected each once")
+            raise ValueError(f"{file}: {_group_text(key)}: two completions are sample {double}; expected each once")
         rows.sort(key=lambda row: row["sample"])
     return groups
 
@@ -149,28 +151,30 @@ def is_number(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
 
 
-def _of_group(
+def _pairs_of_group(
     key: tuple[Any, float | None], groups: Sequence[dict[tuple[Any, float | None], list[Row]]], files: tuple[str, str]
-) -> list[Pair]:
+) -> list[CompletionPair]:
     rows = [groups[side].get(key, []) for side in (0, 1)]
     prompt_id, temperature = key
     if len(rows[0]) != len(rows[1]):
         raise ValueError(
-            f"{_at(key)}: {len(rows[0])} completions in {files[0]}, {len(rows[1])} in {files[1]}; "
+            f"{_group_text(key)}: {len(rows[0])} completions in {files[0]}, {len(rows[1])} in {files[1]}; "
             f"expected as many of both"
         )
     pairs = []
     for k, (a, b) in enumerate(zip(*rows, strict=True)):
         if a["prompt"] != b["prompt"]:
             raise ValueError(f"prompt_id {prompt_id} stands for one prompt in {files[0]} and another one in {files[1]}")
-        pairs.append(Pair(Where(prompt_id, temperature, k), a["prompt"], a["completion"], b["completion"], a, b))
+        pairs.append(
+            CompletionPair(PairKey(prompt_id, temperature, k), a["prompt"], a["completion"], b["completion"], a, b)
+        )
     return pairs
 
 
-def _at(key: tuple[Any, float | None]) -> str:
+def _group_text(key: tuple[Any, float | None]) -> str:
     return f"prompt_id {key[0]}" + ("" if key[1] is None else f" at temperature {key[1]}")
 
 
-def _in_order(value: Any) -> tuple[bool, Any]:
+def _sort_key(value: Any) -> tuple[bool, Any]:
     """Numbers before texts, and no number (None) first of all."""
     return (isinstance(value, str), -1.0 if value is None else value)

@@ -11,18 +11,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from eval.judges.cache import is_cut_off
-from eval.judges.pairs import Judged, Pair, is_number
+from eval.judges.pairs import CompletionPair, Judgement, is_number
 from eval.stats import cohen_kappa, length_controlled, position_bias, prompt_means, summary
 from train.data.rows import Row, load_rows
 
 JUDGEMENTS = "judgements.jsonl"
-WITHOUT = ("unparsable", "failed", "too_long")  # why a pair has no outcome
+NO_OUTCOME = ("unparsable", "failed", "too_long")  # why a pair has no outcome
 
 
 # From verdicts to outcomes
 
 
-def row_of(pair: Pair, judged: Judged | None) -> Row:
+def row_of(pair: CompletionPair, judged: Judgement | None) -> Row:
     """The row of a pair in judgements.jsonl; `judged` is None for equal texts."""
     kind = "identical" if judged is None else None
     outcome: float | None = 0.5
@@ -34,7 +34,7 @@ def row_of(pair: Pair, judged: Judged | None) -> Row:
             aspects = {name: mean_of_orders(order["aspects"].get(name) for order in judged.orders) for name in names}
     lengths = lengths_of(pair)
     return {
-        **pair.where._asdict(),
+        **pair.key._asdict(),
         "prompt": pair.prompt,
         "a": pair.a,
         "b": pair.b,
@@ -49,7 +49,7 @@ def row_of(pair: Pair, judged: Judged | None) -> Row:
     }
 
 
-def outcome_of(judged: Judged) -> tuple[str, float | None]:
+def outcome_of(judged: Judgement) -> tuple[str, float | None]:
     """ "judged" and the outcome for A; or why there is none."""
     if judged.scores is not None:
         a, b = judged.scores
@@ -72,7 +72,7 @@ def mean_of_orders(winners: Iterable[str | None]) -> float | None:
     return sum(known) / len(known) if known and len(known) == len(values) else None
 
 
-def lengths_of(pair: Pair) -> tuple[float, float]:
+def lengths_of(pair: CompletionPair) -> tuple[float, float]:
     """Tokens where both rows say so, else characters."""
     lengths = (pair.row_a.get("length"), pair.row_b.get("length"))
     if all(type(length) is int for length in lengths):
@@ -107,7 +107,9 @@ def results(
     names = dict.fromkeys(name for row in rows for name in row["aspects"])
     temperatures = dict.fromkeys(row["temperature"] for row in rows if row["temperature"] is not None)
     both = [row for row in rows if row["kind"] == "judged" and row["scores"] is None]
-    first = [{"first": 1.0, "tie": 0.5, "second": 0.0}[place(order)] for row in both for order in row["orders"]]
+    first = [
+        {"first": 1.0, "tie": 0.5, "second": 0.0}[winner_position(order)] for row in both for order in row["orders"]
+    ]
     agree = [order_winners(row) for row in both]
     lengths = [np.array([row[f"length_{side}"] for row in rows]) for side in "ab"]
     _, prompt_N = np.unique([str(row["prompt_id"]) for row in rows], return_inverse=True)
@@ -119,22 +121,22 @@ def results(
         "pairs": len(rows),
         "judged": kinds["judged"],
         "identical": kinds["identical"],
-        **{kind: kinds[kind] for kind in WITHOUT},
+        **{kind: kinds[kind] for kind in NO_OUTCOME},
         "fallback": sum(order["kind"] == "fallback" for row in rows for order in row["orders"]),
         "cut_off": sum(is_cut_off(order.get("finish_reason") or "") for row in rows for order in row["orders"]),
         "wins": int((outcomes > 0.5).sum()),
         "ties": int((outcomes == 0.5).sum()),
         "losses": int((outcomes < 0.5).sum()),
-        "win_rate": rate(rows, lambda row: row["outcome"], seed),
+        "win_rate": prompt_summary(rows, lambda row: row["outcome"], seed),
         "length_controlled": by_length,
         "position_bias": position_bias(np.array(first)) if first else None,
         "consistent": sum(one == other for one, other in agree) / len(agree) if agree else None,
-        "aspects": {name: rate(rows, partial(aspect, name=name), seed) for name in names},
+        "aspects": {name: prompt_summary(rows, partial(aspect_outcome, name=name), seed) for name in names},
         "temperatures": {
-            f"{temperature:g}": rate([r for r in rows if r["temperature"] == temperature], _outcome, seed)
+            f"{temperature:g}": prompt_summary([r for r in rows if r["temperature"] == temperature], _outcome, seed)
             for temperature in temperatures
         },
-        "agreement": [{"with": name} | agreement(rows, other) for name, other in (earlier or {}).items()],
+        "agreement": [{"with": name} | kappa_with(rows, other) for name, other in (earlier or {}).items()],
         "accuracy": accuracy(rows, gold) if gold is not None else None,
     }
 
@@ -143,7 +145,7 @@ def _outcome(row: Row) -> float | None:
     return row["outcome"]
 
 
-def aspect(row: Row, name: str) -> float | None:
+def aspect_outcome(row: Row, name: str) -> float | None:
     """The outcome in one aspect; equal texts tie in all."""
     return 0.5 if row["kind"] == "identical" else row["aspects"].get(name)
 
@@ -152,7 +154,7 @@ def outcomes_of(rows: Sequence[Row]) -> np.ndarray:
     return np.array([math.nan if row["outcome"] is None else row["outcome"] for row in rows])
 
 
-def rate(rows: Sequence[Row], value: Callable[[Row], float | None], seed: int) -> dict[str, Any]:
+def prompt_summary(rows: Sequence[Row], value: Callable[[Row], float | None], seed: int) -> dict[str, Any]:
     """The summary over prompts of their pairs' mean."""
     of_prompt: dict[Any, list[float | None]] = {}
     for row in rows:
@@ -160,7 +162,7 @@ def rate(rows: Sequence[Row], value: Callable[[Row], float | None], seed: int) -
     return summary(prompt_means(list(of_prompt.values())), seed)
 
 
-def place(order: Mapping[str, Any]) -> str:
+def winner_position(order: Mapping[str, Any]) -> str:
     """Where the winner of an order stood."""
     return "tie" if order["winner"] == "tie" else "first" if order["winner"] == order["shown"][0] else "second"
 
@@ -170,7 +172,7 @@ def order_winners(row: Row) -> tuple[str, str]:
     return one, other
 
 
-def step_of(file_a: str, file_b: str, pairs: Sequence[Pair]) -> int | None:
+def step_of(file_a: str, file_b: str, pairs: Sequence[CompletionPair]) -> int | None:
     """The training step of both files, if they say so and it is one."""
     steps: set[int | None] = set()
     for file, rows in ((file_a, [pair.row_a for pair in pairs]), (file_b, [pair.row_b for pair in pairs])):
@@ -183,7 +185,7 @@ def step_of(file_a: str, file_b: str, pairs: Sequence[Pair]) -> int | None:
 # Against other judges, and against the truth
 
 
-def place_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
+def pair_key(row: Mapping[str, Any]) -> tuple[Any, ...]:
     """What is to be equal for two judgements to be about the same pair."""
     return row["prompt_id"], row["temperature"], row["sample"], row["a"], row["b"]
 
@@ -203,26 +205,26 @@ def read_judgements(directory: str) -> dict[tuple[Any, ...], float]:
         outcome, at = row["outcome"], f"--agree_with {directory}: {file.name}: row {number}"
         if outcome is not None and not (is_number(outcome) and 0 <= outcome <= 1):
             raise ValueError(f"{at}: expected an outcome from 0 to 1, or null, got {outcome!r:.60}")
-        if any(isinstance(value, (list, dict)) for value in place_of(row)):
+        if any(isinstance(value, (list, dict)) for value in pair_key(row)):
             raise ValueError(f"{at}: expected numbers or texts in prompt_id, temperature, sample, a and b")
         if outcome is not None:
-            found[place_of(row | {"a": row["b"], "b": row["a"]})] = 1 - row["outcome"]
-            found[place_of(row)] = row["outcome"]
+            found[pair_key(row | {"a": row["b"], "b": row["a"]})] = 1 - row["outcome"]
+            found[pair_key(row)] = row["outcome"]
     return found
 
 
-def agreement(rows: Sequence[Row], other: Mapping[tuple[Any, ...], float]) -> dict[str, Any]:
+def kappa_with(rows: Sequence[Row], other: Mapping[tuple[Any, ...], float]) -> dict[str, Any]:
     """Cohen's kappa of win, tie, loss with another judge's, over the pairs that both have asked about and decided."""
     same = [
-        (row["outcome"], other[place_of(row)])
+        (row["outcome"], other[pair_key(row)])
         for row in rows
-        if row["kind"] == "judged" and row["outcome"] is not None and place_of(row) in other
+        if row["kind"] == "judged" and row["outcome"] is not None and pair_key(row) in other
     ]
     labels = [[int(np.sign(value - 0.5)) for value in values] for values in zip(*same, strict=True)]
     return {"kappa": cohen_kappa(*labels) if same else math.nan, "pairs": len(same)}
 
 
-def gold_of(pairs: Sequence[Pair], column: str, file: str) -> list[str]:
+def gold_of(pairs: Sequence[CompletionPair], column: str, file: str) -> list[str]:
     """Which answer of each pair is really better.
 
     Raises:
@@ -232,12 +234,12 @@ def gold_of(pairs: Sequence[Pair], column: str, file: str) -> list[str]:
         if pair.row_a.get(column) not in ("a", "b"):
             raise ValueError(
                 f'--gold {column}: expected "a" or "b" in every row of {file}, got {pair.row_a.get(column)!r} for '
-                f"prompt_id {pair.where.prompt_id}"
+                f"prompt_id {pair.key.prompt_id}"
             )
     return [pair.row_a[column] for pair in pairs]
 
 
-class Right(NamedTuple):
+class Correctness(NamedTuple):
     """How right a verdict is: 1, 1/2 for a tie, 0."""
 
     winner: str
@@ -260,7 +262,7 @@ def accuracy(rows: Sequence[Row], gold: Sequence[str]) -> dict[str, Any] | None:
             continue
         verdict = {1.0: "a", 0.5: "tie", 0.0: "b"}
         winners = (verdict[row["outcome"]],) * 2 if row["scores"] is not None else order_winners(row)
-        found.append((Right(winners[0], truth), Right(winners[1], truth)))
+        found.append((Correctness(winners[0], truth), Correctness(winners[1], truth)))
     if not found:
         return None
     ab, ba = (np.array([right.share for right in order]) for order in zip(*found, strict=True))

@@ -228,7 +228,7 @@ class Server:
             level, limit_name = (self._format if request.schema else FORMATS.index("none")), self._limit_name
             try:
                 reply = self.client.chat.completions.create(**self._options(request, FORMATS[level], limit_name))
-                return FORMATS[level], read_reply(reply)
+                return FORMATS[level], read_completion(reply)
             except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
                 if too_long(error):
                     return FORMATS[level], Failure(str(error), too_long=True)
@@ -261,7 +261,7 @@ class Server:
 
     def _asked_otherwise(self, error: Any, level: int, limit_name: str) -> bool:
         """Whether a refused option can be left out or named otherwise, for the rest of the run; said once."""
-        said = what_it_says(error)
+        said = error_text(error)
         with self._lock:
             if "max_completion_tokens" in said and limit_name == "max_tokens":
                 self._limit_name = "max_completion_tokens"
@@ -317,7 +317,7 @@ def response_format(schema: str, how: str) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": {"name": "judgement", "strict": True, "schema": json.loads(schema)}}
 
 
-def read_reply(reply: Any) -> Reply:
+def read_completion(reply: Any) -> Reply:
     """Text, end and tokens of a chat completion.
 
     Raises:
@@ -338,7 +338,7 @@ def read_reply(reply: Any) -> Reply:
     )
 
 
-def what_it_says(error: Any) -> str:
+def error_text(error: Any) -> str:
     """An error of the server in one text: its message, code and the name of the option that it is about."""
     return f"{error} {getattr(error, 'code', '')} {getattr(error, 'param', '')}".lower()
 
@@ -349,7 +349,7 @@ def with_advice(error: Any) -> str:
         return f"{error}. Is the key in OPENAI_API_KEY right?"
     if error.status_code == 404:
         return f"{error}. Are --model and --base_url right?"
-    if "temperature" in what_it_says(error):
+    if "temperature" in error_text(error):
         return f"{error}. If the model takes no temperature, use --temperature null"
     return str(error)
 
@@ -361,11 +361,11 @@ def about_format(said: str) -> bool:
 
 def too_long(error: Any) -> bool:
     """Whether a request was refused because the model cannot read as much."""
-    said = what_it_says(error)
+    said = error_text(error)
     return any(words in said for words in TOO_LONG) or bool(TOO_LONG_COUNTS.search(said))
 
 
 def filtered(error: Any) -> bool:
     """Whether a question was refused for what it says; another one may well be answered."""
-    said = what_it_says(error)
+    said = error_text(error)
     return any(words in said for words in FILTERED)

@@ -35,7 +35,14 @@ import yaml
 TASKS = Path(__file__).parent / "tasks"
 FORMS = ("json", "choice", "closing", "score")
 OVERALL, TIE = "overall", "tie"
-TAKEN = ("prompt", "first", "second", "answer", "explanation_first", "explanation_second")  # placeholders with a value
+RESERVED = (
+    "prompt",
+    "first",
+    "second",
+    "answer",
+    "explanation_first",
+    "explanation_second",
+)  # placeholders with a value
 PLACEHOLDER = re.compile(r"\{([a-z_]+)\}")
 KEYS = {
     *("answer", "labels", "aspects", "ties", "range", "max_tokens", "closing"),
@@ -56,8 +63,10 @@ class Question:
     def messages(self, values: Mapping[str, str], reply: str | None = None) -> list[dict[str, str]]:
         """The chat messages, with the values in the places of their names; `reply` instead of the question's own."""
         how = self.reply if reply is None else reply
-        user = "\n\n".join(part for part in (fill(self.user, values), fill(how, values)) if part)
-        system = [{"role": "system", "content": fill(self.system, values)}] if self.system else []
+        user = "\n\n".join(
+            part for part in (fill_placeholders(self.user, values), fill_placeholders(how, values)) if part
+        )
+        system = [{"role": "system", "content": fill_placeholders(self.system, values)}] if self.system else []
         return [*system, {"role": "user", "content": user}]
 
     @property
@@ -66,7 +75,7 @@ class Question:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task:
+class JudgeTask:
     """A task file, read and checked."""
 
     name: str
@@ -84,11 +93,11 @@ class Task:
     def answer(self) -> str:
         return self.question.answer
 
-    def of_reconsidering(self) -> "Task":
+    def of_reconsidering(self) -> "JudgeTask":
         """The task by which the replies to the second question are read."""
         if self.reconsider is None:
             raise ValueError(f"{self.name}: this task has no second question")
-        return Task(name=self.name, question=self.reconsider, labels=self.labels, closing=self.closing)
+        return JudgeTask(name=self.name, question=self.reconsider, labels=self.labels, closing=self.closing)
 
     def schema(self) -> dict[str, Any]:
         """The JSON schema of a reply."""
@@ -107,7 +116,7 @@ class Task:
         return re.sub("|".join(re.escape(label) for label in self.labels), lambda match: other[match[0]], text)
 
 
-def fill(template: str, values: Mapping[str, str]) -> str:
+def fill_placeholders(template: str, values: Mapping[str, str]) -> str:
     """The template with the values in the places of their names, in one pass; other braces stay as they are."""
     return PLACEHOLDER.sub(lambda match: values.get(match[1], match[0]), template)
 
@@ -130,7 +139,7 @@ def readable(prompt: Any) -> str:
     return "\n\n".join(f"[{message['role']}]\n{message['content']}" for message in prompt)
 
 
-def load_task(name: str) -> Task:
+def load_task(name: str) -> JudgeTask:
     """A task that comes with the program, by its name, or the task in a YAML file.
 
     Raises:
@@ -151,7 +160,7 @@ def load_task(name: str) -> Task:
         raise ValueError(f"{file}: {error}") from error
 
 
-def read_task(name: str, values: Any) -> Task:
+def read_task(name: str, values: Any) -> JudgeTask:
     """The task that a YAML file's values describe.
 
     Raises:
@@ -177,7 +186,7 @@ def read_task(name: str, values: Any) -> Task:
     if type(ties) is not bool:
         raise ValueError(f"ties: expected true or false, got {ties!r}")
     lowest, highest = _range(values.get("range", [0, 9]))
-    task = Task(
+    task = JudgeTask(
         name=name,
         question=question,
         labels=_labels(values.get("labels", ["A", "B"])),
@@ -218,8 +227,8 @@ def _before(values: Any) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"before: expected 'name: question' lines, got {values!r}")
     for name in values:
-        if not isinstance(name, str) or not re.fullmatch("[a-z_]+", name) or name in TAKEN:
-            raise ValueError(f"before: expected a name of a-z and _ other than {', '.join(TAKEN)}, got {name!r}")
+        if not isinstance(name, str) or not re.fullmatch("[a-z_]+", name) or name in RESERVED:
+            raise ValueError(f"before: expected a name of a-z and _ other than {', '.join(RESERVED)}, got {name!r}")
     return values
 
 
@@ -262,7 +271,7 @@ def _range(limits: Any) -> tuple[int, int]:
     return limits[0], limits[1]
 
 
-def _check_placeholders(task: Task) -> None:
+def _check_placeholders(task: JudgeTask) -> None:
     """Every value has its place, and every place its value."""
     shown = {"answer"} if task.answer == "score" else {"first", "second"}
     inserted = {*task.before}

@@ -33,7 +33,7 @@ from eval.judges.grammar import (
     unwrapped,
     without_emphasis,
 )
-from eval.judges.task import OVERALL, TIE, Task
+from eval.judges.task import OVERALL, TIE, JudgeTask
 
 LONGEST = 200_000  # characters; nobody who was asked for a label writes a book
 SENTENCE_ENDS = re.compile(  # so that what stands behind begins a sentence
@@ -84,7 +84,7 @@ class Verdict(NamedTuple):
 UNPARSABLE = Verdict("unparsable")
 
 
-def verdict(reply: str, task: Task) -> Verdict:
+def verdict(reply: str, task: JudgeTask) -> Verdict:
     """What the reply says in the form that the task asks for, or beyond doubt in another one; else "unparsable"."""
     if len(reply) > LONGEST:
         return UNPARSABLE
@@ -104,16 +104,16 @@ def verdict(reply: str, task: Task) -> Verdict:
 # The forms that are asked for
 
 
-def _strict_json(text: str, task: Task) -> dict[str, str] | None:
+def _strict_json(text: str, task: JudgeTask) -> dict[str, str] | None:
     return _judged(text, task, lambda value: _label(value, task))
 
 
-def _strict_choice(text: str, task: Task) -> dict[str, str] | None:
+def _strict_choice(text: str, task: JudgeTask) -> dict[str, str] | None:
     winner = _label(text, task)
     return {OVERALL: winner} if winner else None
 
 
-def _strict_closing(text: str, task: Task) -> dict[str, str] | None:
+def _strict_closing(text: str, task: JudgeTask) -> dict[str, str] | None:
     """The closing sentence ends the reply and begins a sentence; no other sentence is a verdict for the other label."""
     closings = [task.closing.replace("{label}", label) for label in task.labels]
     for winner, own, other in ((FIRST, *closings), (SECOND, *closings[::-1])):
@@ -135,21 +135,21 @@ def _strict_closing(text: str, task: Task) -> dict[str, str] | None:
     return None
 
 
-STRICT: dict[str, Callable[[str, Task], dict[str, str] | None]] = {
+STRICT: dict[str, Callable[[str, JudgeTask], dict[str, str] | None]] = {
     "json": _strict_json,
     "choice": _strict_choice,
     "closing": _strict_closing,
 }
 
 
-def _label(value: Any, task: Task) -> str | None:
+def _label(value: Any, task: JudgeTask) -> str | None:
     """The winner that a label, exactly as the task writes it, stands for."""
     if value == TIE:
         return TIE if task.ties else None
     return {task.labels[0]: FIRST, task.labels[1]: SECOND}.get(value) if isinstance(value, str) else None
 
 
-def _judged(text: str, task: Task, winner_of: Callable[[Any], str | None]) -> dict[str, str] | None:
+def _judged(text: str, task: JudgeTask, winner_of: Callable[[Any], str | None]) -> dict[str, str] | None:
     """The winners in a JSON object that has every aspect once, and nothing else."""
     try:
         pairs = json.loads(text, object_pairs_hook=list, parse_constant=_refuse)  # pairs: a second key is seen
@@ -166,7 +166,7 @@ def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is not JSON")
 
 
-def _score(text: str, task: Task) -> Verdict:
+def _score(text: str, task: JudgeTask) -> Verdict:
     """A number alone; or one that is called the score, in the last paragraph, if no other one is spoken of."""
     if re.fullmatch(NUMBER, text):
         kind, value, of = "strict", text, None
@@ -189,7 +189,7 @@ def _score(text: str, task: Task) -> Verdict:
 # Other forms
 
 
-def _otherwise(text: str, task: Task) -> dict[str, str] | None:
+def _otherwise(text: str, task: JudgeTask) -> dict[str, str] | None:
     """One JSON object, a label alone or with its explanation, or a last sentence that says it."""
     grammar = grammar_of(task)
     if alone := grammar.alone(text):
@@ -202,7 +202,7 @@ def _otherwise(text: str, task: Task) -> dict[str, str] | None:
     return {OVERALL: winner} if winner else None
 
 
-def _json_in_prose(text: str, task: Task, grammar: Grammar) -> dict[str, str] | None:
+def _json_in_prose(text: str, task: JudgeTask, grammar: Grammar) -> dict[str, str] | None:
     """The winners of the only JSON object, if all that stands beside it is known to be harmless."""
     blocks = [block for block in re.finditer(r"\{[^{}]*\}", text) if any(f'"{a}"' in block[0] for a in task.aspects)]
     if len(blocks) != 1:
@@ -275,7 +275,7 @@ def _explained_label(text: str, grammar: Grammar) -> str | None:
     return winner if not doubt and _agree(told, winner, grammar) else None
 
 
-def _last_sentence(text: str, task: Task, grammar: Grammar) -> str | None:
+def _last_sentence(text: str, task: JudgeTask, grammar: Grammar) -> str | None:
     """What the last sentence says, if it is nothing but a verdict and no other sentence says otherwise."""
     told = ["", "", *sentences(text)]
     before, last = told[-2], told[-1]
@@ -306,7 +306,7 @@ def _is_fragment(sentence: str) -> bool:
     return 0 < len(sentence.split()) <= 3 and not CONCLUSION.search(sentence)
 
 
-def _names_aspect(sentence: str, task: Task) -> bool:
+def _names_aspect(sentence: str, task: JudgeTask) -> bool:
     return any(re.search(rf"\b{aspect}\b", sentence, re.IGNORECASE) for aspect in task.aspects if aspect != OVERALL)
 
 
