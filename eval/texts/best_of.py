@@ -39,7 +39,7 @@ def kl_bound(k: int) -> float:
     return math.log(k) - (k - 1) / k
 
 
-def _groups(rows: Sequence[Row]) -> list[list[int]]:
+def _prompt_groups(rows: Sequence[Row]) -> list[list[int]]:
     """The numbers of the rows of one prompt at one temperature."""
     return groups_of((row["prompt_id"], temperature_of(row)) for row in rows)
 
@@ -51,7 +51,7 @@ def best_rows(scored: Sequence[Row]) -> list[Row]:
     only one of its prompt and temperature now, so its `sample` is 0.
     """
     best = []
-    for group in _groups(scored):
+    for group in _prompt_groups(scored):
         valid = [i for i in group if scored[i]["reward"] is not None]
         if valid:
             row = scored[max(valid, key=lambda i: scored[i]["reward"])]
@@ -59,13 +59,13 @@ def best_rows(scored: Sequence[Row]) -> list[Row]:
     return best
 
 
-def by_temperature(scored: Sequence[Row]) -> dict[float | None, list[dict[str, Any]]]:
+def best_of_by_temperature(scored: Sequence[Row]) -> dict[float | None, list[dict[str, Any]]]:
     """For each temperature and k: the mean reward of the best of k over prompts with its standard error, and the bound.
 
     Prompts with fewer than k rewards have no best of k; those with that many are in `prompts`.
     """
     rewards: dict[float | None, list[list[float]]] = {}
-    for group in _groups(scored):
+    for group in _prompt_groups(scored):
         valid = [scored[i]["reward"] for i in group if scored[i]["reward"] is not None]
         rewards.setdefault(temperature_of(scored[group[0]]), []).append(valid)
     return {
@@ -77,7 +77,7 @@ def by_temperature(scored: Sequence[Row]) -> dict[float | None, list[dict[str, A
     }
 
 
-def sheet(found: Mapping[float | None, Sequence[Mapping[str, Any]]]) -> Sheet:
+def best_of_sheet(found: Mapping[float | None, Sequence[Mapping[str, Any]]]) -> Sheet:
     """Every k up to 16, then the powers of two and the last one."""
 
     def shown(k: int, last: int) -> bool:

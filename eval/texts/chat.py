@@ -67,17 +67,17 @@ def chat(config: TalkConfig) -> None:
         tokenizer = Tokenizer(tokenizer_path(config.checkpoint), settings.enable_thinking)
         generator, params = load_policy(config, tokenizer, layout)
     generator.sampling = generator.sampling._replace(temperature=config.temperature)
-    talk = Talk(config, settings, generator, params)
+    talk = Conversation(config, settings, generator, params)
     how = "goes on with each line as plain text" if talk.plain else "answers"
     console.print(f"{resolve_step(config.checkpoint)} {how}; /help lists the commands", markup=False)
-    for line in lines():
+    for line in input_lines():
         if line.strip() == "/quit":
             return
         if line.strip():
             console.print(talk.hear(line), markup=False, highlight=False)
 
 
-def lines() -> Iterator[str]:
+def input_lines() -> Iterator[str]:
     """What is typed, with a prompt on a terminal; else the lines of standard input."""
     if not sys.stdin.isatty():
         given: Iterable[str] = sys.stdin
@@ -90,7 +90,7 @@ def lines() -> Iterator[str]:
             return
 
 
-class Talk:
+class Conversation:
     """A conversation so far."""
 
     def __init__(self, config: TalkConfig, chat: ChatConfig, generator: Generator, params: Any) -> None:

@@ -51,11 +51,11 @@ from train.parse import parse, spread_mesh, take
 from train.running import setup_errors
 from train.state import EVALUATION, stream_key
 
-MOST = 1024  # completions of a prompt at a temperature: row * MOST + sample is the number of a random stream
+MAX_SAMPLES = 1024  # completions of a prompt at a temperature: row * MAX_SAMPLES + sample numbers a random stream
 STREAMS = 2**32
-OURS = ("completion", "length", "temperature", "sample", "stop_reason", "seed", "checkpoint", "prompt_id", "prompt")
+ROW_KEYS = ("completion", "length", "temperature", "sample", "stop_reason", "seed", "checkpoint", "prompt_id", "prompt")
 # What changes no row, or is in the hash of the data.
-_MAY_CHANGE = ("out", "overwrite", "batch_prompts", "mesh", "checkpoint", "data", "split", "columns", "limit", "chat")
+_IRRELEVANT = ("out", "overwrite", "batch_prompts", "mesh", "checkpoint", "data", "split", "columns", "limit", "chat")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,8 +93,8 @@ class GenerateConfig:
                 f"temperatures: at 0 the {self.n} completions of a prompt would be one and the same; expected n = 1, "
                 f"or temperatures above 0"
             )
-        if self.n > MOST:
-            raise ValueError(f"n: expected at most {MOST}, got {self.n}")
+        if self.n > MAX_SAMPLES:
+            raise ValueError(f"n: expected at most {MAX_SAMPLES}, got {self.n}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p: expected a number in (0, 1], got {self.top_p}")
         if self.limit is not None and self.limit < 1:
@@ -127,13 +127,13 @@ def generate(config: GenerateConfig) -> list[Row]:
         layout = make_layout_for(config.mesh, config.batch_prompts)
         chat = config.chat or trained_chat(config.checkpoint)
         tokenizer = Tokenizer(tokenizer_path(config.checkpoint), chat.enable_thinking)
-        rows = load_prompts(config, tokenizer, chat)
+        rows = load_fitting_prompts(config, tokenizer, chat)
         file = GrowingFile(config.out, settings_of(config, chat, rows), overwrite=config.overwrite)
         if file.complete:
             console.print(f"{config.out}: is complete, made with the same settings", markup=False)
             return file.finish()
         generator, params = load_policy(config, tokenizer, layout)
-    draw_all(config, file, generator, params, rows)
+    sample_all(config, file, generator, params, rows)
     return file.finish()
 
 
@@ -177,14 +177,14 @@ def load_policy(config: PolicySettings, tokenizer: Tokenizer, layout: Layout) ->
     return generator, generator.sampling_weights(params)
 
 
-def draw_all(
+def sample_all(
     config: GenerateConfig, file: GrowingFile, generator: Generator, params: Any, rows: Sequence[tuple[int, Row]]
 ) -> None:
     """Draw what is not in the file yet, batch by batch."""
     key = stream_key(config.seed, EVALUATION, 0)
     origin = {"seed": config.seed, "checkpoint": resolve_step(config.checkpoint)}
     total = len(rows) * len(config.temperatures) * config.n
-    done = skipped(config, file.rows, len(rows))
+    done = whole_batches(config, file.rows, len(rows))
     file.keep(sum(size for _, _, size in islice(batches(config, len(rows)), done)))
     if file.rows:
         console.print(f"{config.out}: goes on behind {file.rows} of {total} completions", markup=False)
@@ -195,11 +195,11 @@ def draw_all(
         task = bar.add_task(Path(config.out).name, total=total, completed=file.rows)
         for temperature, start, _ in islice(batches(config, len(rows)), done, None):
             part = rows[start : start + config.batch_prompts]
-            streams_PG = np.array([[i * MOST + g for g in range(config.n)] for i, _ in part], np.uint32)
+            streams_PG = np.array([[i * MAX_SAMPLES + g for g in range(config.n)] for i, _ in part], np.uint32)
             generator.sampling = generator.sampling._replace(temperature=temperature)
             prompts = [row["prompt"] for _, row in part]
             drawn = generator.complete(params, prompts, key, config.n, size, streams_PG)
-            file.append(list(as_rows(part, drawn, temperature, origin)))
+            file.append(list(completion_rows(part, drawn, temperature, origin)))
             tokens, cut = tokens + int(drawn.lengths_PG.sum()), cut + int((~drawn.finished_PG).sum())
             bar.update(task, completed=file.rows)
     new, seconds = file.rows - first, time.perf_counter() - began
@@ -217,7 +217,7 @@ def batches(config: GenerateConfig, count: int) -> Iterator[tuple[float, int, in
             yield temperature, start, min(config.batch_prompts, count - start) * config.n
 
 
-def skipped(config: GenerateConfig, rows: int, count: int) -> int:
+def whole_batches(config: GenerateConfig, rows: int, count: int) -> int:
     """How many batches so many rows hold from the beginning, whole."""
     held = 0
     for _, _, size in batches(config, count):
@@ -228,11 +228,11 @@ def skipped(config: GenerateConfig, rows: int, count: int) -> int:
     return held
 
 
-def as_rows(
+def completion_rows(
     part: Sequence[tuple[int, Row]], drawn: Completions, temperature: float, origin: Mapping[str, Any]
 ) -> Iterator[Row]:
     for p, (prompt_id, row) in enumerate(part):
-        others = {name: value for name, value in row.items() if name not in OURS}
+        others = {name: value for name, value in row.items() if name not in ROW_KEYS}
         for g, text in enumerate(drawn.texts_PG[p]):
             yield {
                 "prompt_id": prompt_id,
@@ -254,7 +254,7 @@ def trained_chat(checkpoint: str) -> ChatConfig:
     return ChatConfig(**read_about(checkpoint)["run"].get("chat", {}))
 
 
-def load_prompts(config: GenerateConfig, tokenizer: Tokenizer, chat: ChatConfig) -> list[tuple[int, Row]]:
+def load_fitting_prompts(config: GenerateConfig, tokenizer: Tokenizer, chat: ChatConfig) -> list[tuple[int, Row]]:
     """The rows whose prompt fits, with their number in the data; the prompt as it is asked is in column "prompt"."""
     column = config.prompt_column
     loaded = load_rows(config.data, config.split, config.columns, "columns")[: config.limit]
@@ -263,9 +263,11 @@ def load_prompts(config: GenerateConfig, tokenizer: Tokenizer, chat: ChatConfig)
     if len(fit) < len(rows):
         longer = f"longer than {config.max_prompt_length} tokens"
         console.print(f"{config.data}: {len(rows) - len(fit)} of {len(rows)} prompts left out, {longer}", markup=False)
-    if fit[-1] >= STREAMS // MOST:
-        raise ValueError(f"{config.data}: expected at most {STREAMS // MOST} rows, got {len(rows)}; --limit them")
-    clashing = sorted({name for row in rows for name in row} & {*OURS} - {"prompt_id", column})
+    if fit[-1] >= STREAMS // MAX_SAMPLES:
+        raise ValueError(
+            f"{config.data}: expected at most {STREAMS // MAX_SAMPLES} rows, got {len(rows)}; --limit them"
+        )
+    clashing = sorted({name for row in rows for name in row} & {*ROW_KEYS} - {"prompt_id", column})
     if clashing:
         console.print(
             f"{config.data}: its columns {', '.join(clashing)} are not carried along: the completions' own have these "
@@ -286,7 +288,7 @@ def settings_of(config: GenerateConfig, chat: ChatConfig, rows: Sequence[tuple[i
         "weights": weights_hash(config.checkpoint),
         "data": digest.hexdigest(),
         "chat": asdict(chat),
-        **{name: value for name, value in asdict(config).items() if name not in _MAY_CHANGE},
+        **{name: value for name, value in asdict(config).items() if name not in _IRRELEVANT},
     }
 
 

@@ -21,7 +21,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from eval.sheets import Sheet, number
-from eval.texts.rows import answered, by_temperature, check_out, prompt_of, read, squeezed, write_json
+from eval.texts.rows import (
+    check_out,
+    map_rows,
+    prompt_text,
+    response_text,
+    rows_by_temperature,
+    squeeze_blanks,
+    write_json,
+)
 from train.console import console
 from train.data.rows import Row, load_rows
 from train.parse import parse
@@ -39,7 +47,7 @@ class IfevalConfig:
     data: str | None = None  # google/IFEval's columns; default: its 541 prompts. Rows with instructions keep their own
 
 
-class Asked(NamedTuple):
+class InstructedPrompt(NamedTuple):
     """A prompt with its instructions."""
 
     key: Any
@@ -48,7 +56,7 @@ class Asked(NamedTuple):
     arguments: Arguments
 
 
-class Answer(NamedTuple):
+class CheckedResponse(NamedTuple):
     key: Any
     names: Sequence[str]
     strict: list[bool]
@@ -59,7 +67,7 @@ def parse_ifeval(arguments: list[str]) -> IfevalConfig:
     return parse(IfevalConfig, arguments, "python -m eval ifeval")
 
 
-def ifeval(config: IfevalConfig) -> dict[str, Any]:
+def measure_ifeval(config: IfevalConfig) -> dict[str, Any]:
     """Write the accuracies and each row's outcomes to `config.out`; returns them.
 
     Raises:
@@ -69,30 +77,32 @@ def ifeval(config: IfevalConfig) -> dict[str, Any]:
         check_out(config.out, config.responses, *([config.data] if config.data else []))
         load_verifiers()
         rows = load_rows(config.responses)
-        data = Data(config.data or str(PROMPTS))
-        texts: list[str] = read(rows, config.responses, answered)
+        data = InstructionData(config.data or str(PROMPTS))
+        texts: list[str] = map_rows(rows, config.responses, response_text)
         asked = data.instructions(rows, config.responses)
-        answers = read(list(zip(asked, texts, strict=True)), config.responses, checked)
+        answers = map_rows(list(zip(asked, texts, strict=True)), config.responses, check_response)
     result = {
         "responses": config.responses,
-        **summary(answers),
+        **accuracies(answers),
         "empty": sum(not text.strip() for text in texts),
         "unanswered": data.unanswered(asked),
         "types": dict(sorted(by_type(answers).items())),
-        "temperatures": {name: summary([answers[i] for i in part]) for name, part in by_temperature(rows).items()},
+        "temperatures": {
+            name: accuracies([answers[i] for i in part]) for name, part in rows_by_temperature(rows).items()
+        },
         "rows": [{"key": answer.key, "strict": answer.strict, "loose": answer.loose} for answer in answers],
     }
     write_json(config.out, result)
-    show(result, config.out)
+    print_ifeval(result, config.out)
     return result
 
 
-def checked(given: tuple[Asked, str]) -> Answer:
+def check_response(given: tuple[InstructedPrompt, str]) -> CheckedResponse:
     one, text = given
-    return Answer(one.key, one.names, *outcomes(one.prompt, text, one.names, one.arguments))
+    return CheckedResponse(one.key, one.names, *outcomes(one.prompt, text, one.names, one.arguments))
 
 
-class Data:
+class InstructionData:
     """The prompts of IFEval, found by their text."""
 
     def __init__(self, source: str) -> None:
@@ -102,27 +112,27 @@ class Data:
         missing = [(i, name) for i, row in enumerate(rows, 1) for name in names if row.get(name) is None]
         if missing:
             raise ValueError(f"{source}: row {missing[0][0]} has no {missing[0][1]!r}; expected {', '.join(names)}")
-        texts = read(rows, source, prompt_of)
-        read(rows, source, lambda row: check_instructions(row["instruction_id_list"], row["kwargs"]))
+        texts = map_rows(rows, source, prompt_text)
+        map_rows(rows, source, lambda row: check_instructions(row["instruction_id_list"], row["kwargs"]))
         lists = (
             (row["key"], text, row["instruction_id_list"], row["kwargs"]) for row, text in zip(rows, texts, strict=True)
         )
-        self.asked = [Asked(*given) for given in lists]
+        self.asked = [InstructedPrompt(*given) for given in lists]
         self._exact = {one.prompt: one for one in self.asked}
-        self._squeezed = {squeezed(one.prompt): one for one in self.asked}
+        self._squeezed = {squeeze_blanks(one.prompt): one for one in self.asked}
 
-    def find(self, prompt: str) -> Asked | None:
+    def find(self, prompt: str) -> InstructedPrompt | None:
         """The prompt of that text; if there is none, of that text but for its white space."""
-        return self._exact.get(prompt) or self._squeezed.get(squeezed(prompt))
+        return self._exact.get(prompt) or self._squeezed.get(squeeze_blanks(prompt))
 
-    def instructions(self, rows: Sequence[Row], source: str) -> list[Asked]:
+    def instructions(self, rows: Sequence[Row], source: str) -> list[InstructedPrompt]:
         """What each row was asked: by its own columns, or by its prompt's text.
 
         Raises:
           ValueError: prompts that are not there, or instructions of a row's own that cannot be.
         """
-        prompts: list[str] = read(rows, source, prompt_of)
-        own: list[Asked | None] = read(rows, source, self._own)
+        prompts: list[str] = map_rows(rows, source, prompt_text)
+        own: list[InstructedPrompt | None] = map_rows(rows, source, self._own)
         found = [mine or self.find(text) for mine, text in zip(own, prompts, strict=True)]
         unknown = [i for i, one in enumerate(found) if one is None]
         if unknown:
@@ -134,15 +144,15 @@ class Data:
         return [one for one in found if one is not None]
 
     @staticmethod
-    def _own(row: Row) -> Asked | None:
+    def _own(row: Row) -> InstructedPrompt | None:
         names, arguments = row.get("instruction_id_list"), row.get("kwargs")
         if not names or arguments is None:
             return None
         check_instructions(names, arguments)
         key = next((row[name] for name in ("key", "prompt_id") if row.get(name) is not None), None)
-        return Asked(key, prompt_of(row), names, arguments)
+        return InstructedPrompt(key, prompt_text(row), names, arguments)
 
-    def unanswered(self, asked: Sequence[Asked]) -> int | None:
+    def unanswered(self, asked: Sequence[InstructedPrompt]) -> int | None:
         """How many prompts have no response; None if responses are to other prompts than these."""
         found = [self.find(one.prompt) for one in asked]
         if any(one is None for one in found):
@@ -150,7 +160,7 @@ class Data:
         return len(self.asked) - len({one.prompt for one in found if one is not None})
 
 
-def summary(answers: Sequence[Answer]) -> dict[str, Any]:
+def accuracies(answers: Sequence[CheckedResponse]) -> dict[str, Any]:
     """The four accuracies, their standard errors, and counts."""
     both = [(answer.strict, answer.loose) for answer in answers]
     keys = [str(answer.key) for answer in answers]
@@ -178,7 +188,7 @@ def ratio_error(parts: Sequence[int], wholes: Sequence[int], keys: Sequence[str]
     return math.sqrt(len(y_P) / (len(y_P) - 1) * (apart_P**2).sum()) / float(n_P.sum())
 
 
-def by_type(answers: Sequence[Answer]) -> dict[str, dict[str, float]]:
+def by_type(answers: Sequence[CheckedResponse]) -> dict[str, dict[str, float]]:
     """How often each type of instruction is followed, and each family, which is what stands before the colon."""
 
     def every() -> Iterator[tuple[str, bool, bool]]:
@@ -195,7 +205,7 @@ def by_type(answers: Sequence[Answer]) -> dict[str, dict[str, float]]:
     return {name: {"count": n, "strict": s / n, "loose": x / n} for name, (n, s, x) in counts.items()}
 
 
-def show(result: Mapping[str, Any], out: str) -> None:
+def print_ifeval(result: Mapping[str, Any], out: str) -> None:
     def cells(part: Mapping[str, Any]) -> tuple[str, ...]:
         errors = part["standard_errors"]
         return tuple(f"{number(part[name])} ± {number(errors[name])}" for name in ACCURACIES)

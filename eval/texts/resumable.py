@@ -13,7 +13,7 @@ from train import processes
 from train.data.rows import Row, load_rows
 from train.run.files import write_whole
 
-_HASHED = {"data": "other data (or another --limit)", "weights": "other weights"}  # settings that are hashes
+_HASHED_SETTINGS = {"data": "other data (or another --limit)", "weights": "other weights"}  # settings that are hashes
 
 
 class GrowingFile:
@@ -72,7 +72,7 @@ class GrowingFile:
         names = [name for name in {**before, **settings} if before.get(name) != settings.get(name)]
         if not names:
             return None
-        what = "; ".join(_HASHED.get(n) or f"{n} {before.get(n)!r}, now {settings.get(n)!r}" for n in names)
+        what = "; ".join(_HASHED_SETTINGS.get(n) or f"{n} {before.get(n)!r}, now {settings.get(n)!r}" for n in names)
         return (
             f"{there[0]}: was made with other settings: {what}; name another file, or start anew with --overwrite true"
         )

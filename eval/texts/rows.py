@@ -25,12 +25,12 @@ def check_out(out: str, *others: str, several: bool = False) -> None:
     Raises:
       ValueError: see above.
     """
-    refused = first_says(lambda: _refused(out, others)) if several else _refused(out, others)
+    refused = first_says(lambda: _write_problem(out, others)) if several else _write_problem(out, others)
     if refused:
         raise ValueError(refused)
 
 
-def _refused(out: str, others: Sequence[str]) -> str | None:
+def _write_problem(out: str, others: Sequence[str]) -> str | None:
     file = Path(out)
     if file.is_dir():
         return f"{out}: is a directory; expected the name of a file to write"
@@ -51,7 +51,7 @@ def write_json(out: str, result: Mapping[str, Any]) -> None:
     write_whole(Path(out), json.dumps(result, ensure_ascii=False) + "\n")
 
 
-def asked(prompt: Any) -> str:
+def user_text(prompt: Any) -> str:
     """What a prompt asks: itself, or of chat messages the last one of the user.
 
     Raises:
@@ -66,7 +66,7 @@ def asked(prompt: Any) -> str:
     return users[-1]
 
 
-def answered(row: Row) -> str:
+def response_text(row: Row) -> str:
     """A row's response; null is an empty one. Of a row with a prompt_id it is "completion", of others "response".
 
     A row that has only one of the two columns means that one.
@@ -87,7 +87,7 @@ def answered(row: Row) -> str:
     return text
 
 
-def read(rows: Sequence[Any], source: str, what: Callable[[Any], Any]) -> list[Any]:
+def map_rows(rows: Sequence[Any], source: str, what: Callable[[Any], Any]) -> list[Any]:
     """what(row) of every row; its errors say which row."""
     found = []
     for number, row in enumerate(rows, 1):
@@ -98,7 +98,7 @@ def read(rows: Sequence[Any], source: str, what: Callable[[Any], Any]) -> list[A
     return found
 
 
-def prompt_of(row: Row) -> str:
+def prompt_text(row: Row) -> str:
     """The text that a row asks.
 
     Raises:
@@ -106,10 +106,10 @@ def prompt_of(row: Row) -> str:
     """
     if row.get("prompt") is None:
         raise ValueError(f"has no 'prompt'; its columns are {', '.join(row) or '(none)'}")
-    return asked(row["prompt"])
+    return user_text(row["prompt"])
 
 
-def squeezed(text: str) -> str:
+def squeeze_blanks(text: str) -> str:
     """The text with its white space, of whatever kind, as single blanks and none at its ends."""
     return " ".join(text.split())
 
@@ -130,7 +130,7 @@ def temperature_of(row: Row) -> float | None:
     return float(given)
 
 
-def by_temperature(rows: Sequence[Row]) -> dict[str, list[int]]:
+def rows_by_temperature(rows: Sequence[Row]) -> dict[str, list[int]]:
     """The numbers of the rows at each temperature, in rising order; nothing where rows have none."""
     groups: dict[float, list[int]] = {}
     for i, row in enumerate(rows):

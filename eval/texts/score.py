@@ -14,7 +14,7 @@ import numpy as np
 
 from eval.runs import by_prompt
 from eval.stats import mean_and_error, prompt_means
-from eval.texts.best_of import best_rows, by_temperature, sheet
+from eval.texts.best_of import best_of_by_temperature, best_of_sheet, best_rows
 from eval.texts.rows import check_out
 from train.build import make_layout_for
 from train.config import MeshConfig
@@ -78,16 +78,16 @@ def reward(config: RewardConfig) -> list[Row]:
         f"{found['prompts']} prompts), {len(rows)} completions, {scores.count(None)} unscorable"
     )
     if config.best_of is not None:
-        keep_best(scored, config.best_of)
+        write_best(scored, config.best_of)
     return scored
 
 
-def keep_best(scored: Sequence[Row], file: str) -> None:
+def write_best(scored: Sequence[Row], file: str) -> None:
     """Write the best rows, and print what the best of fewer would be."""
     best = best_rows(scored)
     if is_first():
         write_jsonl(Path(file), best)
-    console.print(sheet(by_temperature(scored)).rich())
+    console.print(best_of_sheet(best_of_by_temperature(scored)).rich())
     left = sum(row["reward"] is None for row in scored)
     console.print(
         f"{file}: {len(best)} completions, each the best of its prompt's at a temperature; {left} unscorable ones left "

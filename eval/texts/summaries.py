@@ -27,7 +27,16 @@ import numpy as np
 
 from eval.sheets import Sheet, missing, number
 from eval.stats import mean_and_error, prompt_means
-from eval.texts.rows import answered, asked, by_temperature, check_out, groups_of, prompt_of, read, write_json
+from eval.texts.rows import (
+    check_out,
+    groups_of,
+    map_rows,
+    prompt_text,
+    response_text,
+    rows_by_temperature,
+    user_text,
+    write_json,
+)
 from train.console import console
 from train.data.rows import Row, load_rows
 from train.parse import parse
@@ -41,7 +50,7 @@ PATHS: dict[str, tuple[str, ...]] = {  # where a measure stands in the result
     **{f"new {n}-grams": ("novelty", str(n)) for n in NOVELTY},
     **{name: ("extractive", name) for name in ("coverage", "density")},
 }
-BRIEF = ("rouge1", "rouge2", "rougeL", "words", "new 2-grams")
+SHOWN_BY_TEMPERATURE = ("rouge1", "rouge2", "rougeL", "words", "new 2-grams")
 Measures = dict[str, float | None]  # of one text; None = there is none
 
 
@@ -68,7 +77,7 @@ def parse_summaries(arguments: list[str]) -> SummariesConfig:
     return parse(SummariesConfig, arguments, "python -m eval summaries")
 
 
-def summaries(config: SummariesConfig) -> dict[str, Any]:
+def measure_summaries(config: SummariesConfig) -> dict[str, Any]:
     """Write the measures of all summaries together and of each to `config.out`; returns them.
 
     Raises:
@@ -77,44 +86,44 @@ def summaries(config: SummariesConfig) -> dict[str, Any]:
     with setup_errors():
         check_out(config.out, config.responses, *([config.data] if config.data else []))
         rows = load_rows(config.responses, columns=config.columns, setting="columns")
-        texts: list[str] = read(rows, config.responses, answered)
-        posts: list[str] = read(rows, config.responses, post_of)
+        texts: list[str] = map_rows(rows, config.responses, response_text)
+        posts: list[str] = map_rows(rows, config.responses, post_of)
         references = references_of(config, rows)
         score = rouge_scorer()
     prompts = [row.get("prompt_id", post) for row, post in zip(rows, posts, strict=True)]
     groups = groups_of(prompts)
-    each = [measures(*row, score) for row in zip(texts, posts, references, strict=True)]
+    each = [measure_summary(*row, score) for row in zip(texts, posts, references, strict=True)]
     for row, found in zip(rows, each, strict=True):
         found["tokens"] = row.get("length")
     first = [min(group) for group in groups]  # one row of each prompt: its post and its reference
     result: dict[str, Any] = {
         "responses": config.responses,
-        **together(each, groups),
+        **average_measures(each, groups),
         "count": len(rows),
         "with_reference": sum(reference is not None for reference in references),
         "lead": None,
         "reference": None,
     }
     if config.lead:
-        leads = [measures(lead(posts[i], config.lead), posts[i], references[i], score) for i in first]
-        result["lead"] = {"sentences": config.lead, **together(leads, [[i] for i in range(len(first))])}
+        leads = [measure_summary(lead_sentences(posts[i], config.lead), posts[i], references[i], score) for i in first]
+        result["lead"] = {"sentences": config.lead, **average_measures(leads, [[i] for i in range(len(first))])}
     if known := [(text, posts[i]) for i in first if (text := references[i]) is not None]:
-        own = [measures(text, post, None, score) for text, post in known]
-        result["reference"] = together(own, [[i] for i in range(len(own))])
+        own = [measure_summary(text, post, None, score) for text, post in known]
+        result["reference"] = average_measures(own, [[i] for i in range(len(own))])
     result["temperatures"] = {
-        name: together([each[i] for i in part], groups_of(prompts[i] for i in part))
-        for name, part in by_temperature(rows).items()
+        name: average_measures([each[i] for i in part], groups_of(prompts[i] for i in part))
+        for name, part in rows_by_temperature(rows).items()
     }
     names = ("prompt_id", "temperature", "sample")
     result["rows"] = [
         {name: row[name] for name in names if name in row} | found for row, found in zip(rows, each, strict=True)
     ]
     write_json(config.out, result)
-    show(result, config)
+    print_summaries(result, config)
     return result
 
 
-def measures(text: str, post: str, reference: str | None, score: Any) -> Measures:
+def measure_summary(text: str, post: str, reference: str | None, score: Any) -> Measures:
     """All there is to say of one summary; against no reference, no ROUGE."""
     found: Measures = {}
     overlaps = score(reference, text) if reference is not None else {}
@@ -183,12 +192,12 @@ def post_of(row: Row) -> str:
     """What is summarized: the column "post", or what stands between POST: and TL;DR: of a prompt, or all of it."""
     if isinstance(row.get("post"), str):
         return row["post"]
-    text = prompt_of(row)
+    text = prompt_text(row)
     body = re.search(r"^POST:\s*(.*?)\s*(?:^TL;DR:\s*)?\Z", text, re.DOTALL | re.MULTILINE)
     return body[1] if body else text
 
 
-def lead(post: str, sentences: int) -> str:
+def lead_sentences(post: str, sentences: int) -> str:
     """The first sentences, which end with . ! or ? before white space, or with a line."""
     parts = [part for part in re.split(r"(?<=[.!?])\s+|\n+", post.strip()) if part.strip()]
     return " ".join(parts[:sentences])
@@ -207,7 +216,7 @@ def references_of(config: SummariesConfig, rows: Sequence[Row]) -> list[str | No
             raise ValueError(
                 f"{config.responses}: no row has {config.reference!r} (--reference); the columns are {names}"
             )
-        return [_text(row.get(config.reference)) for row in rows]
+        return [_non_empty(row.get(config.reference)) for row in rows]
     data = load_rows(config.data)
     if not any(config.reference in row for row in data):
         names = ", ".join(data[0])
@@ -220,22 +229,22 @@ def references_of(config: SummariesConfig, rows: Sequence[Row]) -> list[str | No
                 f"prompt_id {number!r}: expected the number of one of the {len(data)} rows of {config.data}"
             )
         prompt = data[number].get("prompt")
-        if prompt is not None and "prompt" in row and asked(prompt) != prompt_of(row):
+        if prompt is not None and "prompt" in row and user_text(prompt) != prompt_text(row):
             raise ValueError(f"prompt_id {number} is another prompt in {config.data}; expected the data it was made of")
-        return _text(data[number].get(config.reference))
+        return _non_empty(data[number].get(config.reference))
 
-    return read(rows, config.responses, one)
+    return map_rows(rows, config.responses, one)
 
 
-def _text(reference: Any) -> str | None:
+def _non_empty(reference: Any) -> str | None:
     return reference if isinstance(reference, str) and reference.strip() else None
 
 
-def together(each: Sequence[Measures], groups: Sequence[Sequence[int]]) -> dict[str, Any]:
+def average_measures(each: Sequence[Measures], groups: Sequence[Sequence[int]]) -> dict[str, Any]:
     """The means of all measures over prompts, with their intervals; None of what no text has."""
 
     def of(name: str) -> dict[str, Any] | None:
-        return estimate(prompt_means([[each[i].get(name) for i in group] for group in groups]))
+        return mean_with_t_interval(prompt_means([[each[i].get(name) for i in group] for group in groups]))
 
     parts = {name: (of(name), of(f"{name}_precision"), of(f"{name}_recall")) for name in ROUGES}
     return {
@@ -246,7 +255,7 @@ def together(each: Sequence[Measures], groups: Sequence[Sequence[int]]) -> dict[
     }
 
 
-def estimate(values_P: np.ndarray) -> dict[str, Any] | None:
+def mean_with_t_interval(values_P: np.ndarray) -> dict[str, Any] | None:
     """Mean, standard error and 95 % interval by Student's t over the prompts that have a value; of one: no interval."""
     from scipy.stats import t
 
@@ -259,18 +268,20 @@ def estimate(values_P: np.ndarray) -> dict[str, Any] | None:
     return found | {"low": found["mean"] - half, "high": found["mean"] + half, "method": "t"}
 
 
-def show(result: Mapping[str, Any], config: SummariesConfig) -> None:
+def print_summaries(result: Mapping[str, Any], config: SummariesConfig) -> None:
     columns: list[tuple[str, Any]] = [("summaries", result)]
     columns += [(f"first {config.lead} sentences", result["lead"])] if result["lead"] else []
     columns += [("references", result["reference"])] if result["reference"] else []
     rows = [
-        (name, *(_cell(_at(part, path)) for _, part in columns)) for name, path in PATHS.items() if _any(columns, path)
+        (name, *(_cell(_entry(part, path)) for _, part in columns))
+        for name, path in PATHS.items()
+        if _has_any(columns, path)
     ]
     console.print(Sheet(f"Summaries of {config.responses}", ("mean over prompts", *dict(columns)), rows).rich())
     if len(result["temperatures"]) > 1:
-        shown = [(name, path) for name, path in PATHS.items() if name in BRIEF and _at(result, path)]
+        shown = [(name, path) for name, path in PATHS.items() if name in SHOWN_BY_TEMPERATURE and _entry(result, path)]
         parts = [
-            (name, *(number((_at(part, path) or {}).get("mean")) for _, path in shown))
+            (name, *(number((_entry(part, path) or {}).get("mean")) for _, path in shown))
             for name, part in result["temperatures"].items()
         ]
         console.print(Sheet("By temperature", ("temperature", *dict(shown)), parts).rich())
@@ -286,15 +297,15 @@ def show(result: Mapping[str, Any], config: SummariesConfig) -> None:
     )
 
 
-def _at(part: Mapping[str, Any], path: Sequence[str]) -> dict[str, Any] | None:
+def _entry(part: Mapping[str, Any], path: Sequence[str]) -> dict[str, Any] | None:
     found: Any = part
     for key in path:
         found = found and found[key]
     return found
 
 
-def _any(columns: Sequence[tuple[str, Any]], path: Sequence[str]) -> bool:
-    return any(_at(part, path) for _, part in columns)
+def _has_any(columns: Sequence[tuple[str, Any]], path: Sequence[str]) -> bool:
+    return any(_entry(part, path) for _, part in columns)
 
 
 def _cell(found: Mapping[str, Any] | None) -> str:
