@@ -21,10 +21,10 @@ from matplotlib.ticker import MaxNLocator
 # what is drawn in -> the page's CSS variable
 INK, MUTED, GRID = "#1b1b1f", "#5c5c67", "#dedee4"
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#a8457f", "#6b5bc2", "#8a6d00")
-VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid"} | {hex: f"--s{i}" for i, hex in enumerate(SERIES)}
+CSS_VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid"} | {hex: f"--s{i}" for i, hex in enumerate(SERIES)}
 MARKERS, DASHES = ("o", "s", "^", "D", "v", "P"), ("-", (0, (5, 2)), (0, (1, 1.2)), "-.", (0, (7, 2, 1, 2, 1, 2)), "--")
 SIZE = (5.2, 3.4)  # inches: at a phone's width the text is still legible
-LETTERS = 57  # that have room beside each other in a legend, of which a line takes 8
+LEGEND_LETTERS = 57  # that have room beside each other in a legend, of which a line takes 8
 SETTINGS: Any = {
     "font.size": 11,
     "axes.edgecolor": MUTED,
@@ -74,7 +74,7 @@ class Studio:
             axes.set_axisbelow(True)
             paint(axes)
             if labels := axes.get_legend_handles_labels()[1]:
-                columns = max(1, min(3, LETTERS // (8 + max(map(len, labels)))))
+                columns = max(1, min(3, LEGEND_LETTERS // (8 + max(map(len, labels)))))
                 axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0.2, handlelength=2.6)
             figure.draw_without_rendering()
             figure.set_layout_engine("none")  # laid out once, not for each file
@@ -101,7 +101,7 @@ def inline(svg: str, name: str, title: str, caption: str) -> str:
     label = html.escape(f"{title}. {caption}")
     svg = svg.replace("xlink:href", "href").replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
-    for colour, variable in VARIABLES.items():
+    for colour, variable in CSS_VARIABLES.items():
         svg = svg.replace(colour, f"var({variable})")
     return svg.strip()
 

@@ -63,8 +63,8 @@ class PolicyRun:
     def file(self, step: int) -> Path:
         return self.path / COMPLETIONS / f"validation_{step:06d}.jsonl"
 
-    def completions(self, step: int) -> "Completions":
-        return Completions.read(self.file(step))
+    def completions(self, step: int) -> "CompletionTable":
+        return CompletionTable.read(self.file(step))
 
     def reward_models(self) -> list[str]:
         """The reward models this policy was trained against."""
@@ -78,18 +78,18 @@ class PolicyRun:
 
 
 @dataclass(frozen=True)
-class Completions:
+class CompletionTable:
     """The rows of one file, with those of each prompt together."""
 
     rows: list[Row]
     groups: list[list[int]]  # for each prompt its rows' numbers, prompts in the order of their ids
 
     @classmethod
-    def read(cls, file: Path) -> "Completions":
+    def read(cls, file: Path) -> "CompletionTable":
         return cls.from_rows(load_rows(str(file)), str(file))
 
     @classmethod
-    def from_rows(cls, rows: list[Row], source: str) -> "Completions":
+    def from_rows(cls, rows: list[Row], source: str) -> "CompletionTable":
         groups = by_prompt(rows, source)
         return cls(rows, sorted(groups, key=lambda group: rows[group[0]]["prompt_id"]))
 
@@ -140,7 +140,7 @@ def same_model(one: str, other: str) -> bool:
     return Path(one.partition("@")[0]).resolve() == Path(other.partition("@")[0]).resolve()
 
 
-def differences(runs: Sequence[PolicyRun]) -> dict[str, list[Any]]:
+def config_differences(runs: Sequence[PolicyRun]) -> dict[str, list[Any]]:
     """The settings in which the runs differ, by dotted key; where a run writes to is none of them."""
     flat = [dict(_flatten(run.config)) for run in runs]
     keys = dict.fromkeys(key for config in flat for key in config)

@@ -15,9 +15,9 @@ from typing import Any, Literal
 
 from eval.report import judged_tables
 from eval.report.judged import read_judged
-from eval.report.steps import both_ways
+from eval.report.steps import steps_to_each_end
 from eval.report.tables import by_step, policies, rewards_by_step, steps_to_reach
-from eval.runs import Arguments, Completions, PolicyRun, same_model
+from eval.runs import Arguments, CompletionTable, PolicyRun, same_model
 from eval.sheets import Sheet
 from eval.stats import (
     CONFIDENCE,
@@ -41,7 +41,7 @@ from train.rewards.model import RewardModelScorer
 from train.run.files import write_jsonl, write_whole
 from train.running import setup_errors
 
-RESULT, SCORES, JUDGE_SCORE = "compare.json", "scores", "judge_score"
+COMPARE_JSON, SCORES, JUDGE_SCORE = "compare.json", "scores", "judge_score"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +90,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         tables = {run.name: {step: run.completions(step) for step in steps} for run in runs}
         check_prompts(runs, tables)
         judged = [read_judged(folder, runs) for folder in config.judged]
-        judge = Judge(config, runs)
+        judge = JudgeScores(config, runs)
         scores = {run.name: {step: judge.scores(run, step, tables[run.name][step]) for step in steps} for run in runs}
     result: dict[str, Any] = {
         "a": runs[0].name,
@@ -100,21 +100,21 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         "seed": config.seed,
         "interval": f"bootstrap over prompts, BCa, {100 * CONFIDENCE:.0f} %, {RESAMPLES} resamples; Wilson's score "
         f"interval where all prompts agree, or there are fewer than {ENOUGH}",
-        "win_rate": [win_rate(config.seed, step, runs, tables, scores) for step in steps],
-        "runs": {run.name: describe(run, tables[run.name], scores[run.name]) for run in runs},
-        "steps_to_reach": reaching(config.seed, runs, tables, scores),
+        "win_rate": [win_rate_at_step(config.seed, step, runs, tables, scores) for step in steps],
+        "runs": {run.name: describe_policy(run, tables[run.name], scores[run.name]) for run in runs},
+        "steps_to_reach": mutual_reach(config.seed, runs, tables, scores),
         "judged": judged,
     }
     result = without_nan(result)
-    write(result, Path(config.out))
+    write_comparison(result, Path(config.out))
     return result
 
 
-def write(result: dict[str, Any], out: Path) -> None:
+def write_comparison(result: dict[str, Any], out: Path) -> None:
     """compare.json, compare.md, tables/ and figures/; the main tables to the terminal."""
     from eval.report.compare_plots import comparison_pictures, judged_pictures  # matplotlib: after what may be refused
 
-    write_whole(out / RESULT, json.dumps(result, indent=2, allow_nan=False) + "\n")
+    write_whole(out / COMPARE_JSON, json.dumps(result, indent=2, allow_nan=False) + "\n")
     main = [policies(result["runs"]), by_step(result), steps_to_reach(result)]
     judged = judged_tables.all_of(result)
     sheets = [*main, rewards_by_step(result["runs"]), *judged]
@@ -126,7 +126,7 @@ def write(result: dict[str, Any], out: Path) -> None:
     drawn = "".join(f"\n## {p.title}\n\n![{p.title}](figures/{p.name}.png)\n\n{p.caption}\n" for p in pictures)
     write_whole(out / "compare.md", title + text + drawn)
     shown = [*main, *(sheet.first(4) for sheet in judged[:1])]  # what a terminal has room for
-    console.print(*(sheet.rich() for sheet in shown), f"{out / RESULT}", sep="\n")
+    console.print(*(sheet.rich() for sheet in shown), f"{out / COMPARE_JSON}", sep="\n")
 
 
 def write_tables(folder: Path, sheets: Sequence[Sheet]) -> None:
@@ -165,7 +165,7 @@ def common_steps(runs: Sequence[PolicyRun]) -> list[int]:
     return steps
 
 
-def check_prompts(runs: Sequence[PolicyRun], tables: dict[str, dict[int, Completions]]) -> None:
+def check_prompts(runs: Sequence[PolicyRun], tables: dict[str, dict[int, CompletionTable]]) -> None:
     """Every file must hold the same prompts under the same ids."""
     files = [(run.file(step), table.prompts) for run in runs for step, table in tables[run.name].items()]
     first, expected = files[0]
@@ -179,7 +179,7 @@ def check_prompts(runs: Sequence[PolicyRun], tables: dict[str, dict[int, Complet
             )
 
 
-class Judge:
+class JudgeScores:
     """The judge's scores of completions, kept in OUT/scores; loaded when the first of them is missing."""
 
     def __init__(self, config: CompareConfig, runs: Sequence[PolicyRun]) -> None:
@@ -200,14 +200,14 @@ class Judge:
             "runs": {run.name: str(run.path) for run in runs},
         }
         file = self.folder / "about.json"
-        if _noted(file) != about:
+        if _read_note(file) != about:
             self.scorer = self._load()  # before anything is thrown away: it may be no judge at all
             for old in self.folder.glob("*/validation_*.jsonl"):
                 old.unlink()
             self.folder.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
-    def scores(self, run: PolicyRun, step: int, table: Completions) -> list[float | None]:
+    def scores(self, run: PolicyRun, step: int, table: CompletionTable) -> list[float | None]:
         """One score per row of the run's completions at a step."""
         source = run.file(step)
         file = self.folder / run.name / source.name
@@ -227,7 +227,7 @@ class Judge:
         )
 
 
-def _noted(file: Path) -> Any:
+def _read_note(file: Path) -> Any:
     """What a note of ours says; None if there is none, or a broken one."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
@@ -249,11 +249,11 @@ def last_change(model: str) -> float:
     return max((file.stat().st_mtime for file in directory.glob("*.safetensors")), default=0.0)
 
 
-def win_rate(
+def win_rate_at_step(
     seed: int,
     step: int,
     runs: Sequence[PolicyRun],
-    tables: dict[str, dict[int, Completions]],
+    tables: dict[str, dict[int, CompletionTable]],
     scores: dict[str, dict[int, list[float | None]]],
 ) -> dict[str, Any]:
     """A against B at one step."""
@@ -262,10 +262,10 @@ def win_rate(
     return {"step": step, **summary(win_rates(*same_text_same_score(table_a.texts, table_b.texts, *judged)), seed)}
 
 
-def reaching(
+def mutual_reach(
     seed: int,
     runs: Sequence[PolicyRun],
-    tables: dict[str, dict[int, Completions]],
+    tables: dict[str, dict[int, CompletionTable]],
     scores: dict[str, dict[int, list[float | None]]],
 ) -> list[dict[str, Any]]:
     """When each run reaches the other's end: by the judge's score, and by the reward if both have the same one."""
@@ -275,10 +275,12 @@ def reaching(
     }
     reward = {run.name: {step: table.means("reward") for step, table in tables[run.name].items()} for run in runs}
     same = runs[0].config.get("rewards") == runs[1].config.get("rewards")
-    return both_ways(({"reward": reward} if same else {}) | {"judge": judge}, seed)
+    return steps_to_each_end(({"reward": reward} if same else {}) | {"judge": judge}, seed)
 
 
-def describe(run: PolicyRun, tables: dict[int, Completions], scores: dict[int, list[float | None]]) -> dict[str, Any]:
+def describe_policy(
+    run: PolicyRun, tables: dict[int, CompletionTable], scores: dict[int, list[float | None]]
+) -> dict[str, Any]:
     """A policy over its steps, and its paired gains from the first to the last."""
     reward_P = {step: table.means("reward") for step, table in tables.items()}
     judge_P = {step: prompt_means(table.grouped(scores[step])) for step, table in tables.items()}

@@ -22,8 +22,8 @@ def comparison_pictures(folder: Path, result: Mapping[str, Any], runs: Mapping[s
     found = [
         validation_curve(studio, runs, "reward", "validation_reward", "Validation reward", OVER_PROMPTS),
         validation_curve(studio, runs, "judge", "judge", "Score of the independent judge", OVER_PROMPTS),
-        win_rate(studio, result),
-        *reaching(studio, result),
+        win_rate_picture(studio, result),
+        *reach_pictures(studio, result),
     ]
     return [picture for picture in found if picture is not None]
 
@@ -31,11 +31,11 @@ def comparison_pictures(folder: Path, result: Mapping[str, Any], runs: Mapping[s
 def judged_pictures(folder: Path, result: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> list[Picture]:
     """Pictures of what `eval judge` found, where there is something."""
     studio = Studio(folder, [])
-    found = [every_judge(studio, result, others)] if others else []
-    return found + ([over_temperatures(studio, others)] if any(o.get("temperatures") for o in others) else [])
+    found = [judges_picture(studio, result, others)] if others else []
+    return found + ([temperature_picture(studio, others)] if any(o.get("temperatures") for o in others) else [])
 
 
-def win_rate(studio: Studio, result: Mapping[str, Any]) -> Picture:
+def win_rate_picture(studio: Studio, result: Mapping[str, Any]) -> Picture:
     rates = [rate for rate in result["win_rate"] if not missing(rate["mean"]) and not missing(rate["low"])]
     a, b = result["a"], result["b"]
 
@@ -62,18 +62,20 @@ def win_rate(studio: Studio, result: Mapping[str, Any]) -> Picture:
     return studio.draw("win_rate", f"Win rate of {a} over {b}", caption, paint)
 
 
-def reaching(studio: Studio, result: Mapping[str, Any]) -> list[Picture]:
+def reach_pictures(studio: Studio, result: Mapping[str, Any]) -> list[Picture]:
     """For each score, the curves with a mark where the sooner run is at the other one's end."""
     pictures = []
     for score, label in (("reward", "reward"), ("judge", "judge's score")):
         marks = [found for found in result.get("steps_to_reach") or [] if found["score"] == score]
         marks = [mark for mark in marks if mark["step"] is not None and mark["step"] < mark["final_step"]]
         if marks:
-            pictures.append(reach(studio, result["runs"], score, label, min(marks, key=lambda mark: mark["step"])))
+            pictures.append(
+                reach_picture(studio, result["runs"], score, label, min(marks, key=lambda mark: mark["step"]))
+            )
     return pictures
 
 
-def reach(studio: Studio, runs: Mapping[str, Any], score: str, label: str, mark: Mapping[str, Any]) -> Picture:
+def reach_picture(studio: Studio, runs: Mapping[str, Any], score: str, label: str, mark: Mapping[str, Any]) -> Picture:
     def paint(axes: Axes) -> None:
         for name, run in runs.items():
             points = [(s["step"], s[score]["mean"]) for s in run["steps"] if not missing(s[score]["mean"])]
@@ -97,11 +99,13 @@ def reach(studio: Studio, runs: Mapping[str, Any], score: str, label: str, mark:
     return studio.draw(f"steps_to_reach_{score}", title, caption, paint)
 
 
-def every_judge(studio: Studio, result: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> Picture:
+def judges_picture(studio: Studio, result: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> Picture:
     """One line for each judge: its win rate, and that at equal length."""
-    rows: list[tuple[Any, ...]] = [(short(f"{result['judge']}, validation texts"), result["win_rate"][-1], None)]
+    rows: list[tuple[Any, ...]] = [
+        (shortened_name(f"{result['judge']}, validation texts"), result["win_rate"][-1], None)
+    ]
     rows += [
-        (short(label), found["win_rate"], found.get("length_controlled"))
+        (shortened_name(label), found["win_rate"], found.get("length_controlled"))
         for label, found in zip(labels(others), others, strict=True)
     ]
     kinds = ((1, 0.0, "o", INK, "win rate"), (2, 0.22, "D", MUTED, "at equal length"))
@@ -129,7 +133,7 @@ def every_judge(studio: Studio, result: Mapping[str, Any], others: Sequence[Mapp
     return studio.draw("judges", "Win rate by every judge", caption, paint)
 
 
-def over_temperatures(studio: Studio, others: Sequence[Mapping[str, Any]]) -> Picture:
+def temperature_picture(studio: Studio, others: Sequence[Mapping[str, Any]]) -> Picture:
     lines: dict[str, list[tuple[float, ...]]] = {}
     names = [name_of(found) for found in others]
     names = names if len(set(names)) == len(names) else labels(others)
@@ -137,7 +141,7 @@ def over_temperatures(studio: Studio, others: Sequence[Mapping[str, Any]]) -> Pi
         for temperature, rate in (found.get("temperatures") or {}).items():
             if not missing(rate["mean"]) and not missing(rate["low"]):
                 point = (float(temperature), rate["mean"], rate["low"], rate["high"])
-                lines.setdefault(short(label), []).append(point)
+                lines.setdefault(shortened_name(label), []).append(point)
     first = next(found for found in others if found.get("temperatures"))
 
     def paint(axes: Axes) -> None:
@@ -155,7 +159,7 @@ def over_temperatures(studio: Studio, others: Sequence[Mapping[str, Any]]) -> Pi
     return studio.draw("temperatures", title, "Bars: 95 % intervals over prompts; dashed: no difference.", paint)
 
 
-def ifeval(folder: Path, results: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Picture:
+def ifeval_picture(folder: Path, results: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Picture:
     """The four accuracies as bars, one colour for each result; a run has the colour of the other pictures."""
     order = [*names, *(result["name"] for result in results if result["name"] not in names)]
     studio = Studio(folder, order)
@@ -178,7 +182,7 @@ def ifeval(folder: Path, results: Sequence[Mapping[str, Any]], names: Sequence[s
     return studio.draw("ifeval", "IFEval", caption, paint)
 
 
-def short(name: str, letters: int = 44) -> str:
+def shortened_name(name: str, letters: int = 44) -> str:
     """A judge's name that fits into a picture: of a path its end, from a folder on if that fits."""
     rest = name
     while len(rest) > letters - 2 and "/" in rest:

@@ -15,7 +15,7 @@ JUDGE_RESULT = "judge.json"
 SIDES = ("a", "b")
 
 
-def read_json(file: Path, option: str, keys: Sequence[str], command: str) -> dict[str, Any]:
+def read_result(file: Path, option: str, keys: Sequence[str], command: str) -> dict[str, Any]:
     """A result file that has these keys.
 
     Raises:
@@ -57,7 +57,7 @@ def read_judged(folder: str, runs: Sequence[PolicyRun]) -> dict[str, Any]:
       FileNotFoundError, ValueError: no such result, or one about something else.
     """
     keys = ("a", "b", "model", "task", "pairs", "wins", "ties", "losses", "win_rate")
-    result = read_json(Path(folder) / JUDGE_RESULT, "--judged", keys, "judge")
+    result = read_result(Path(folder) / JUDGE_RESULT, "--judged", keys, "judge")
     if not all(isinstance(result[side], str) for side in SIDES):
         raise ValueError(f"--judged {folder}: {JUDGE_RESULT}: expected paths in 'a' and 'b'; judge again")
     found = []
@@ -82,13 +82,13 @@ def mirrored(result: Mapping[str, Any]) -> dict[str, Any]:
     swapped = {"a": "b", "b": "a", "name_a": "name_b", "name_b": "name_a", "wins": "losses", "losses": "wins"}
     found = {key: result[swapped.get(key, key)] for key in result}
     for key in ("win_rate", "length_controlled"):
-        found[key] = _turned(result.get(key))
+        found[key] = _mirrored_rate(result.get(key))
     for key in ("aspects", "temperatures"):
-        found[key] = {name: _turned(rate) for name, rate in (result.get(key) or {}).items()}
+        found[key] = {name: _mirrored_rate(rate) for name, rate in (result.get(key) or {}).items()}
     return found
 
 
-def _turned(rate: Mapping[str, Any] | None) -> dict[str, Any] | None:
+def _mirrored_rate(rate: Mapping[str, Any] | None) -> dict[str, Any] | None:
     if rate is None:
         return None
     ends = {"mean": rate["mean"], "low": rate["high"], "high": rate["low"]}
@@ -108,18 +108,18 @@ def texts_of(result: Mapping[str, Any]) -> str:
 
 def read_ifeval(files: Sequence[str], runs: Sequence[PolicyRun]) -> list[dict[str, Any]]:
     keys = ("prompt_strict", "prompt_loose", "instruction_strict", "instruction_loose")
-    return _of_texts(files, runs, "--ifeval", keys, "ifeval")
+    return _read_named(files, runs, "--ifeval", keys, "ifeval")
 
 
 def read_summaries(files: Sequence[str], runs: Sequence[PolicyRun]) -> list[dict[str, Any]]:
-    return _of_texts(files, runs, "--summaries", ("rouge1", "rouge2", "rougeL", "length", "novelty"), "summaries")
+    return _read_named(files, runs, "--summaries", ("rouge1", "rouge2", "rougeL", "length", "novelty"), "summaries")
 
 
-def _of_texts(
+def _read_named(
     files: Sequence[str], runs: Sequence[PolicyRun], option: str, keys: Sequence[str], command: str
 ) -> list[dict[str, Any]]:
     """The results, each with its `source` and a `name`: its run's, or the file's; both if that is not enough."""
-    found = [read_json(Path(file), option, keys, command) | {"source": file} for file in files]
+    found = [read_result(Path(file), option, keys, command) | {"source": file} for file in files]
     owners = [owner(result["responses"], runs) if result.get("responses") else None for result in found]
     names = [run.name if run else Path(file).stem for run, file in zip(owners, files, strict=True)]
     return [

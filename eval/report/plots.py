@@ -16,7 +16,7 @@ from gopo_jax import gopo_advantages, grpo_advantages
 def training_pictures(folder: Path, runs: Sequence[PolicyRun]) -> list[Picture]:
     """The pictures of what the runs logged at every step."""
     studio = Studio(folder, [run.name for run in runs])
-    smooth = f"Thick: mean over {window(runs)} neighbouring steps; faint: every step."
+    smooth = f"Thick: mean over {smoothing_width(runs)} neighbouring steps; faint: every step."
     training = [
         ("reward", "training_reward", "Training reward", "mean reward of a step", smooth),
         ("kl", "kl", "KL to the start", "nats per token", smooth),
@@ -30,7 +30,7 @@ def training_pictures(folder: Path, runs: Sequence[PolicyRun]) -> list[Picture]:
     return [picture for picture in found if picture is not None]
 
 
-def window(runs: Sequence[PolicyRun]) -> int:
+def smoothing_width(runs: Sequence[PolicyRun]) -> int:
     """The odd number of steps that smoothing averages over: about a tenth of the longest run."""
     return 2 * (max(len(run.metrics) for run in runs) // 20) + 1
 
@@ -48,7 +48,7 @@ def training_curve(
     series = {run.name: run.series(key) for run in runs}
     if not any(len(steps) for steps, _ in series.values()):
         return None
-    width = window(runs)
+    width = smoothing_width(runs)
 
     def paint(axes: Axes) -> None:
         for name, (steps, values) in series.items():
@@ -87,7 +87,7 @@ def validation_curve(
     return studio.draw(file, title, caption, paint)
 
 
-def reliability(folder: Path, bins: Mapping[str, Sequence[Mapping[str, Any]]]) -> Picture:
+def reliability_picture(folder: Path, bins: Mapping[str, Sequence[Mapping[str, Any]]]) -> Picture:
     """How often each of some reward models is right, against how sure it is; `bins` as
     `train.supervised.calibration` makes them.
 

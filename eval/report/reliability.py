@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eval.pictures import Picture
-from eval.report.plots import reliability
+from eval.report.plots import reliability_picture
 from eval.runs import Arguments
 from train.console import console
 from train.run.directory import CALIBRATION
@@ -51,4 +51,4 @@ def reliability_pictures(folder: Path, models: Sequence[str]) -> list[Picture]:
         for name, rows in sets.items():
             short = name.removeprefix("validation/")
             bins[short if len(models) == 1 else f"{title}, {short}"] = rows
-    return [reliability(folder, bins)] if bins else []
+    return [reliability_picture(folder, bins)] if bins else []

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from eval.report import compare_plots, judged_tables, story
-from eval.report.compare import JUDGE_SCORE, RESULT, SCORES, describe, read_scores
-from eval.report.judged import JUDGE_RESULT, read_ifeval, read_json, read_judged, read_summaries
+from eval.report.compare import COMPARE_JSON, JUDGE_SCORE, SCORES, describe_policy, read_scores
+from eval.report.judged import JUDGE_RESULT, read_ifeval, read_judged, read_result, read_summaries
 from eval.report.page import (
     Answer,
     Block,
@@ -33,7 +33,7 @@ from eval.report.page import (
 from eval.report.plots import advantage_pictures, pick_groups, training_pictures
 from eval.report.reliability import reliability_pictures
 from eval.report.tables import by_step, final_win_rate, policies, reward_models, rewards_by_step, steps_to_reach
-from eval.runs import Arguments, Completions, PolicyRun, differences, same_model
+from eval.runs import Arguments, CompletionTable, PolicyRun, config_differences, same_model
 from eval.sheets import Sheet
 from eval.stats import without_nan
 from models.checkpoint import is_run
@@ -81,10 +81,10 @@ def report(config: ReportConfig) -> Content:
       SetupError: a path that is not what it should be, or a comparison of other runs.
     """
     with setup_errors():
-        result = read_result(config.compare)
+        result = read_comparison(config.compare)
         runs = open_runs(config.runs, result)
-        described = {run.name: result["runs"].get(run.name) or alone(run) for run in runs}
-        models = [reward_model(path, result, runs) for path in config.reward_models]
+        described = {run.name: result["runs"].get(run.name) or describe_unjudged(run) for run in runs}
+        models = [reward_model_row(path, result, runs) for path in config.reward_models]
         result |= {"judged": all_judged(config, runs, result)}
         followed = read_ifeval(config.ifeval, runs)
         summarized = read_summaries(config.summaries, runs)
@@ -104,7 +104,7 @@ def report(config: ReportConfig) -> Content:
         Section("Summaries", [judged_tables.summaries(summarized)] if summarized else []),
         Section("The same rewards as ranks and as z-scores", ranks_and_scores(drawn, runs)),
         Section("Samples", [ABOUT_SAMPLES, *samples]),
-        Section("Where the numbers come from", [difference_sheet(runs), *raw(config, runs, result)]),
+        Section("Where the numbers come from", [difference_sheet(runs), *raw_numbers(config, runs, result)]),
     ]
     content = Content(
         title=config.title or f"{story.listing([run.name for run in runs])}, trained and judged",
@@ -128,9 +128,9 @@ ABOUT_ADVANTAGES = (
 ABOUT_SAMPLES = f"{SAMPLES} prompts at equal distances through the validation set, of each the first completion."
 
 
-def read_result(folder: str) -> dict[str, Any]:
+def read_comparison(folder: str) -> dict[str, Any]:
     keys = ("a", "b", "judge", "prompts", "seed", "interval", "win_rate", "runs", "steps_to_reach", "judged")
-    return read_json(Path(folder) / RESULT, "--compare", keys, "compare")
+    return read_result(Path(folder) / COMPARE_JSON, "--compare", keys, "compare")
 
 
 def open_runs(paths: Sequence[str], result: dict[str, Any]) -> list[PolicyRun]:
@@ -147,14 +147,14 @@ def open_runs(paths: Sequence[str], result: dict[str, Any]) -> list[PolicyRun]:
     return runs
 
 
-def alone(run: PolicyRun) -> dict[str, Any]:
+def describe_unjudged(run: PolicyRun) -> dict[str, Any]:
     """What compare.json would say of a run that the judge has not scored."""
     found = {step: run.completions(step) for step in run.steps}
     unscored: dict[int, list[float | None]] = {step: [None] * len(table.rows) for step, table in found.items()}
-    return without_nan(describe(run, found, unscored))
+    return without_nan(describe_policy(run, found, unscored))
 
 
-def reward_model(path: str, result: dict[str, Any], runs: Sequence[PolicyRun]) -> dict[str, Any]:
+def reward_model_row(path: str, result: dict[str, Any], runs: Sequence[PolicyRun]) -> dict[str, Any]:
     """Accuracy, calibration error and length baseline: from the last row of the metrics that has them, or the best."""
     if not Path(path.partition("@")[0]).is_dir():
         raise FileNotFoundError(f"--reward_models {path}: no such directory")
@@ -176,7 +176,7 @@ def reward_model(path: str, result: dict[str, Any], runs: Sequence[PolicyRun]) -
 
 
 def warn_if_old(config: ReportConfig, runs: Sequence[PolicyRun], result: dict[str, Any]) -> None:
-    written = (Path(config.compare) / RESULT).stat().st_mtime
+    written = (Path(config.compare) / COMPARE_JSON).stat().st_mtime
     for run in runs:
         newer = [step for step in run.steps if run.file(step).stat().st_mtime > written]
         if run.name in result["runs"] and newer:
@@ -200,7 +200,7 @@ def other_judges(folder: Path, result: dict[str, Any]) -> list[Block]:
 def instructions(folder: Path, followed: Sequence[dict[str, Any]], runs: Sequence[PolicyRun]) -> list[Block]:
     if not followed:
         return []
-    picture = compare_plots.ifeval(folder, followed, [run.name for run in runs])
+    picture = compare_plots.ifeval_picture(folder, followed, [run.name for run in runs])
     return [judged_tables.ifeval(followed), Gallery([picture])]
 
 
@@ -222,35 +222,37 @@ def pick_samples(folder: str, runs: Sequence[PolicyRun], result: dict[str, Any])
     chosen = np.unique(np.linspace(0, len(common) - 1, min(SAMPLES, len(common))).round().astype(int))
     return [
         Sample(
-            common[i], columns[0][1].prompts[common[i]], [answer(label, table, common[i]) for label, table in columns]
+            common[i],
+            columns[0][1].prompts[common[i]],
+            [sample_answer(label, table, common[i]) for label, table in columns],
         )
         for i in chosen
     ]
 
 
-def scored_completions(folder: str, run: PolicyRun, which: int, result: dict[str, Any]) -> Completions:
+def scored_completions(folder: str, run: PolicyRun, which: int, result: dict[str, Any]) -> CompletionTable:
     """A run's first (0) or last (-1) completions, with the judge's scores where it has been judged."""
     if run.name not in result["runs"]:
         return run.completions(run.steps[which])
     step = result["runs"][run.name]["steps"][which]["step"]
-    return Completions.from_rows(read_scores(folder, run.name, step), str(Path(folder) / SCORES / run.name))
+    return CompletionTable.from_rows(read_scores(folder, run.name, step), str(Path(folder) / SCORES / run.name))
 
 
-def answer(label: str, table: Completions, prompt_id: int) -> Answer:
+def sample_answer(label: str, table: CompletionTable, prompt_id: int) -> Answer:
     row = next(row for row in table.rows if row["prompt_id"] == prompt_id)
     return Answer(label, row["completion"], row.get("reward"), row.get(JUDGE_SCORE))
 
 
 def difference_sheet(runs: Sequence[PolicyRun]) -> Sheet:
-    rows = [(key, *map(str, values)) for key, values in differences(runs).items()]
+    rows = [(key, *map(str, values)) for key, values in config_differences(runs).items()]
     note = "" if rows else "Every setting but the directory is the same."
     columns = ("setting", *(run.name for run in runs))
     return Sheet("Settings in which the runs differ", columns, rows, note, "differences")
 
 
-def raw(config: ReportConfig, runs: Sequence[PolicyRun], result: dict[str, Any]) -> list[Block]:
+def raw_numbers(config: ReportConfig, runs: Sequence[PolicyRun], result: dict[str, Any]) -> list[Block]:
     """The raw numbers: those that the page holds, those that lie beside it, and how to make them again."""
-    held = [("win rates, gains, steps", Path(config.compare) / RESULT, RESULT)]
+    held = [("win rates, gains, steps", Path(config.compare) / COMPARE_JSON, COMPARE_JSON)]
     held += [("verdicts of a judge", Path(f["source"]) / JUDGE_RESULT, JUDGE_RESULT) for f in result["judged"]]
     held += [("IFEval, every outcome", Path(file), Path(file).name) for file in config.ifeval]
     held += [("summaries, every measure", Path(file), Path(file).name) for file in config.summaries]
@@ -260,12 +262,12 @@ def raw(config: ReportConfig, runs: Sequence[PolicyRun], result: dict[str, Any])
         for i, (what, file, name) in enumerate(held, 1)
         if file.is_file()
     ]
-    return [Downloads(texts), Files(sources(config, runs)), Commands(commands(config, runs, result))]
+    return [Downloads(texts), Files(raw_files(config, runs)), Commands(rerun_commands(config, runs, result))]
 
 
-def sources(config: ReportConfig, runs: Sequence[PolicyRun]) -> list[tuple[str, str]]:
+def raw_files(config: ReportConfig, runs: Sequence[PolicyRun]) -> list[tuple[str, str]]:
     """The raw files, by their path from the report."""
-    found = [("win rates, judge scores, gains", Path(config.compare) / RESULT)]
+    found = [("win rates, judge scores, gains", Path(config.compare) / COMPARE_JSON)]
     found += [("the judge's score of every completion", Path(config.compare) / SCORES)]
     for run in runs:
         found += [
@@ -280,7 +282,7 @@ def sources(config: ReportConfig, runs: Sequence[PolicyRun]) -> list[tuple[str, 
     return [(what, Path(os.path.relpath(path, config.out)).as_posix()) for what, path in found if path.exists()]
 
 
-def commands(config: ReportConfig, runs: Sequence[PolicyRun], result: dict[str, Any]) -> list[str]:
+def rerun_commands(config: ReportConfig, runs: Sequence[PolicyRun], result: dict[str, Any]) -> list[str]:
     """How to make every number again."""
     models = [p.partition("@")[0] for p in config.reward_models if is_run(p)]
     lines = [f"python -m train reward --config {shlex.quote(model)}/config.yaml" for model in models]

@@ -26,7 +26,7 @@ def first_crossing(steps_S: np.ndarray, means_BS: np.ndarray, target_B: np.ndarr
     return np.where(reached_BS.any(1), found, math.inf)
 
 
-def steps_to_reach(
+def steps_to_target(
     values_a: Mapping[int, np.ndarray], values_b: Mapping[int, np.ndarray], seed: int
 ) -> dict[str, Any] | None:
     """The step at which A's mean over prompts reaches B's mean at B's last step, and how much sooner that is.
@@ -69,13 +69,13 @@ def steps_to_reach(
     }
 
 
-def both_ways(values: Mapping[str, Mapping[str, Mapping[int, np.ndarray]]], seed: int) -> list[dict[str, Any]]:
+def steps_to_each_end(values: Mapping[str, Mapping[str, Mapping[int, np.ndarray]]], seed: int) -> list[dict[str, Any]]:
     """`steps_to_reach` of each run to the other's end, by each score: values[score][run][step] is [P]."""
     found = []
     for score, runs in values.items():
         names: Sequence[str] = tuple(runs)
         for name, other in (names, names[::-1]):
-            if (one := steps_to_reach(runs[name], runs[other], seed)) is not None:
+            if (one := steps_to_target(runs[name], runs[other], seed)) is not None:
                 found.append({"run": name, "reaches": other, "score": score, **one})
     return found
 
