@@ -52,26 +52,27 @@ def cells(
     return [Cell(method, *rest) for rest in situations for method in methods]
 
 
-PAIR, PLAIN = ("gopo", "grpo"), METHODS[:3]  # RLOO's advantage is Dr. GRPO's times G / (G - 1), equal where scaled
+TWO_METHODS = ("gopo", "grpo")
+THREE_METHODS = METHODS[:3]  # RLOO's advantage is Dr. GRPO's times G / (G - 1), equal where scaled
 PARTS: dict[str, list[Cell]] = {
-    "default": cells(PAIR),
+    "default": cells(TWO_METHODS),
     "methods": cells(),
-    "regimes": cells(PLAIN, regimes=REGIMES[1:]),
-    "distortions": cells(PLAIN, distortions=DISTORTIONS[1:], noises=(0.0,)),
-    "group_size": cells(PAIR, GROUP_SIZES, (0.0,)) + cells(PAIR, GROUP_SIZES, regimes=("equal_rms",)),
-    "noise": cells(PAIR, noises=NOISES),
+    "regimes": cells(THREE_METHODS, regimes=REGIMES[1:]),
+    "distortions": cells(THREE_METHODS, distortions=DISTORTIONS[1:], noises=(0.0,)),
+    "group_size": cells(TWO_METHODS, GROUP_SIZES, (0.0,)) + cells(TWO_METHODS, GROUP_SIZES, regimes=("equal_rms",)),
+    "noise": cells(TWO_METHODS, noises=NOISES),
 }
 PARTS["factors"] = list(dict.fromkeys(cell for part in PARTS.values() for cell in part))  # one factor at a time
 _CROSSED = (
     cells(group_sizes=GROUP_SIZES, noises=NOISES)
-    + cells(PLAIN, GROUP_SIZES, NOISES, regimes=REGIMES[1:])
+    + cells(THREE_METHODS, GROUP_SIZES, NOISES, regimes=REGIMES[1:])
     + cells(distortions=DISTORTIONS[1:], noises=NOISES)
-    + cells(PLAIN, distortions=DISTORTIONS[1:], noises=NOISES, regimes=("equal_rms",))
+    + cells(THREE_METHODS, distortions=DISTORTIONS[1:], noises=NOISES, regimes=("equal_rms",))
 )
 PARTS["full"] = list(dict.fromkeys(PARTS["factors"] + _CROSSED))
 
 
-class Outcome(NamedTuple):
+class CellOutcome(NamedTuple):
     """What a cell gave. N seeds, E evaluations, P validation prompts, G completions of each, M steps.
 
     Rewards are in standard deviations over the starting policy's completions, whose mean is 0; the proxy is the
@@ -94,7 +95,7 @@ class Outcome(NamedTuple):
         }
         arrays |= {f"training/{name}": value for name, value in self.training.items()}
         about = json.dumps({"cell": asdict(self.cell), "about": self.about})
-        write_arrays(place(folder, self.cell), {"about": np.array(about), **arrays})
+        write_arrays(outcome_file(folder, self.cell), {"about": np.array(about), **arrays})
 
 
 def write_arrays(file: Path, arrays: Mapping[str, Any]) -> None:
@@ -105,20 +106,20 @@ def write_arrays(file: Path, arrays: Mapping[str, Any]) -> None:
     partial.replace(file)
 
 
-def place(folder: Path, cell: Cell) -> Path:
+def outcome_file(folder: Path, cell: Cell) -> Path:
     return folder / f"{cell.name}.npz"
 
 
-def load(file: Path) -> Outcome:
+def load_outcome(file: Path) -> CellOutcome:
     with np.load(file) as arrays:
         given: Mapping[str, Any] = json.loads(str(arrays["about"]))
         plain = {name: arrays[name] for name in arrays.files if name != "about" and "/" not in name}
         training = {name.removeprefix("training/"): arrays[name] for name in arrays.files if "/" in name}
-    return Outcome(Cell(**given["cell"]), given["about"], training=training, **plain)
+    return CellOutcome(Cell(**given["cell"]), given["about"], training=training, **plain)
 
 
-def outcomes(folder: Path) -> Iterator[Outcome]:
+def load_outcomes(folder: Path) -> Iterator[CellOutcome]:
     """All that have ended, in the order of the grid."""
     for cell in PARTS["full"]:
-        if place(folder, cell).is_file():
-            yield load(place(folder, cell))
+        if outcome_file(folder, cell).is_file():
+            yield load_outcome(outcome_file(folder, cell))

@@ -26,11 +26,11 @@ import jax
 import numpy as np
 from rich.progress import Progress
 
-from eval.lab.cells import METHODS, PARTS, Cell, Outcome, outcomes, place
-from eval.lab.program import Program, members
+from eval.lab.cells import METHODS, PARTS, Cell, CellOutcome, load_outcomes, outcome_file
+from eval.lab.program import LabProgram, members
 from eval.lab.results import summarize, versions
 from eval.lab.tables import write
-from eval.lab.world import Scorer, World, WorldConfig, build, proxies
+from eval.lab.world import StandardScorer, World, WorldConfig, build_world, proxies
 from eval.sheets import Sheet
 from train.console import console, progress_bar
 from train.parse import parse
@@ -40,7 +40,7 @@ from train.running import setup_errors
 FIRST_TUNING_SEED = 1000
 FORMAT = 1  # of what a cell computes: raise it when that changes, and cells of another are refused
 PACE = 27.0  # seconds a cell takes on two cores, for who has run none yet
-Part = Literal["default", "methods", "regimes", "distortions", "group_size", "noise", "factors", "full", "plan"]
+PartName = Literal["default", "methods", "regimes", "distortions", "group_size", "noise", "factors", "full", "plan"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class LabConfig:
     """`python -m eval lab`. A directory keeps one setting of everything but `part`."""
 
     out: str
-    part: Part = "default"
+    part: PartName = "default"
     seeds: int = 8
     steps: int = 40
     evaluate_every: int = 2
@@ -97,14 +97,14 @@ def lab(config: LabConfig) -> None:
     """
     folder = Path(config.out)
     if config.part == "plan":
-        sheet = plan(folder)
+        sheet = plan_sheet(folder)
         console.print(sheet.rich(), sheet.note)
         return
     with setup_errors():
         keep_settings(folder, config)
-    world = build(folder, config.world)
+    world = build_world(folder, config.world)
     Laboratory(folder, config, world).run()
-    write(summarize(list(outcomes(folder / "cells")), config.command), folder)
+    write(summarize(list(load_outcomes(folder / "cells")), config.command), folder)
 
 
 def keep_settings(folder: Path, config: LabConfig) -> None:
@@ -127,13 +127,13 @@ class Laboratory:
 
     def __init__(self, folder: Path, config: LabConfig, world: World) -> None:
         self.folder, self.config, self.world = folder, config, world
-        self._programs: dict[int, Program] = {}
-        self._proxies: dict[tuple[tuple[int, ...], float], Scorer] = {}
+        self._programs: dict[int, LabProgram] = {}
+        self._proxies: dict[tuple[tuple[int, ...], float], StandardScorer] = {}
 
     def run(self) -> None:
         """All cells of the part that have not ended."""
         config, there = self.config, self.folder / "cells"
-        missing = [cell for cell in config.cells if not place(there, cell).is_file()]
+        missing = [cell for cell in config.cells if not outcome_file(there, cell).is_file()]
         console.print(f"{self.folder}: {len(config.cells)} cells in part {config.part}, {len(missing)} to run")
         with progress_bar() as bar:
             rates = self.tune({cell.method for cell in missing} | ({"grpo"} if missing else set()), bar)
@@ -161,7 +161,7 @@ class Laboratory:
                 array_NEPG[:, late].mean((1, 2, 3)).reshape(-1, tries)
                 for array_NEPG in (outcome.proxy_NEPG, outcome.kl_NEPG)
             )
-            best = float(rates_R[highest(proxy_RN.mean(1), method)])
+            best = float(rates_R[best_rate_index(proxy_RN.mean(1), method)])
             rows = zip(rates_R.tolist(), proxy_RN.tolist(), kl_RN.mean(1).tolist(), strict=True)
             tried = [{"learning_rate": rate, "proxy": proxy_N, "kl": kl} for rate, proxy_N, kl in rows]
             found[method] = {"learning_rate": best, "tried": tried}
@@ -169,7 +169,7 @@ class Laboratory:
             console.print(f"tuned {method}: learning rate {best:g}", highlight=False)
         return {method: found[method]["learning_rate"] for method in found}
 
-    def outcome(self, cell: Cell, seeds: tuple[int, ...], learning_rates: np.ndarray, bar: Progress) -> Outcome:
+    def outcome(self, cell: Cell, seeds: tuple[int, ...], learning_rates: np.ndarray, bar: Progress) -> CellOutcome:
         """Train a cell's runs side by side, and evaluate them now and then."""
         config, began = self.config, time.perf_counter()
         scorer = self.proxies(seeds, cell.noise)
@@ -199,11 +199,11 @@ class Laboratory:
             "versions": versions(),
         }
         steps_E = np.arange(0, config.steps + 1, config.evaluate_every)
-        return Outcome(cell, about, steps_E, training=measures, **found)
+        return CellOutcome(cell, about, steps_E, training=measures, **found)
 
-    def program(self, group_size: int) -> Program:
+    def program(self, group_size: int) -> LabProgram:
         if group_size not in self._programs:
-            self._programs[group_size] = Program(
+            self._programs[group_size] = LabProgram(
                 self.world,
                 group_size,
                 beta=self.config.beta,
@@ -212,7 +212,7 @@ class Laboratory:
             )
         return self._programs[group_size]
 
-    def proxies(self, seeds: tuple[int, ...], noise: float) -> Scorer:
+    def proxies(self, seeds: tuple[int, ...], noise: float) -> StandardScorer:
         """The seeds' proxies, stacked; a seed may come more than once."""
         once = tuple(dict.fromkeys(seeds))
         if (once, noise) not in self._proxies:
@@ -221,21 +221,21 @@ class Laboratory:
         return jax.tree.map(lambda array_N: array_N[rows], self._proxies[once, noise])
 
 
-def highest(value_R: np.ndarray, method: str) -> int:
+def best_rate_index(value_R: np.ndarray, method: str) -> int:
     """Raises: FloatingPointError: none is a number."""
     if np.isnan(value_R).all():
         raise FloatingPointError(f"tuning {method}: diverged at every learning rate; expected smaller learning_rates")
     return int(np.nanargmax(value_R))
 
 
-def plan(folder: Path) -> Sheet:
+def plan_sheet(folder: Path) -> Sheet:
     """The parts of the grid, how much of each has been run, and what the rest costs at the pace of what has."""
     there = folder / "cells"
-    seconds = [outcome.about["seconds"] for outcome in outcomes(there)]
+    seconds = [outcome.about["seconds"] for outcome in load_outcomes(there)]
     pace, known = (float(np.median(seconds)), "the median so far") if seconds else (PACE, "2 cores")
     rows = []
     for part, cells in PARTS.items():
-        done = sum(place(there, cell).is_file() for cell in cells)
+        done = sum(outcome_file(there, cell).is_file() for cell in cells)
         rows.append((part, str(len(cells)), str(done), f"{(len(cells) - done) * pace / 60:.0f}"))
     columns = ("part", "cells", "ended", "minutes left")
     note = f"At {pace:.0f} s a cell ({known}). Parts overlap; what has ended is not run again. Tuning comes on top."

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
 from eval.lab.cells import DISTORTIONS, METHODS, NOISES, PARTS, REGIMES, Cell
-from eval.lab.results import BASELINE, CurvePoint, Estimate, SeedRow, Tables, by_cell, estimate, place_of, situation
+from eval.lab.results import BASELINE, CurvePoint, Estimate, SeedRow, Tables, by_cell, cell_order, estimate, situation
 from eval.lab.tables import situation_text
 from eval.pictures import DASHES, MARKERS, MUTED, SERIES, Picture, Studio, over_steps
 
@@ -19,7 +19,7 @@ SHOWN_NOISES = (NOISES[0], NOISES[-1])
 USUAL = Cell("")
 PANEL = (4.4, 2.9)  # inches
 BANDS, BARS = "Bands: 95 % intervals over seeds", "Bars: 95 % intervals over seeds"
-ENDS = "Bars at the ends: 95 % intervals over seeds"
+END_BARS = "Bars at the ends: 95 % intervals over seeds"
 Cells = Mapping[Cell, Sequence[SeedRow]]
 
 
@@ -37,11 +37,11 @@ def lab_pictures(folder: Path, tables: Tables) -> tuple[list[Picture], list[str]
     names = list(METHODS) + sorted({cell.method for cell in cells} - set(METHODS))
     studio = Studio(folder, names)
     drawn = [
-        curves(studio, tables.curves, "steps"),
-        curves(studio, tables.curves, "kl"),
-        differences(studio, cells),
-        distortions(studio, cells),
-        effects(studio, cells),
+        reward_picture(studio, tables.curves, "steps"),
+        reward_picture(studio, tables.curves, "kl"),
+        difference_picture(studio, cells),
+        distortion_picture(studio, cells),
+        effect_picture(studio, cells),
     ]
     pictures = [found for found in drawn if isinstance(found, Picture)]
     return pictures, [found for found in drawn if isinstance(found, str)]
@@ -70,7 +70,7 @@ def legend(of: Axes, panels_RC: np.ndarray) -> None:
 # against steps, and against KL
 
 
-def curves(studio: Studio, points: Sequence[CurvePoint], against: Literal["steps", "kl"]) -> Picture | str:
+def reward_picture(studio: Studio, points: Sequence[CurvePoint], against: Literal["steps", "kl"]) -> Picture | str:
     """Proxy and gold reward of the methods, a column for each noise.
 
     Against KL at one learning rate for all, where there are such cells: a larger one alone has more KL.
@@ -92,7 +92,7 @@ def curves(studio: Studio, points: Sequence[CurvePoint], against: Literal["steps
                 for method in studio.style:
                     found = [point for point in usual if point.noise == noise and point.method == method]
                     if found:
-                        one_curve(grid[row, column], studio, found, reward, against)
+                        draw_curve(grid[row, column], studio, found, reward, against)
         for column in range(len(noises)):
             if against == "steps":
                 over_steps(grid[1, column], "")
@@ -104,19 +104,19 @@ def curves(studio: Studio, points: Sequence[CurvePoint], against: Literal["steps
 
     caption = (
         "Above the reward that is trained on, below the gold reward that is kept from training, in standard deviations "
-        f"of the start. {interval_text(BANDS if against == 'steps' else ENDS, usual)}"
+        f"of the start. {interval_note(BANDS if against == 'steps' else END_BARS, usual)}"
     )
     if against == "kl" and at_one_rate:
         caption += " Regime equal_rms: one learning rate, one size of advantages."
     if against == "kl":
         caption += " Where gold falls while proxy rises, the proxy is over-optimised (after Gao et al.)."
     wanted = [cell.method for cell in PARTS["full"] if situation(cell) == situation(usual[0].cell)]
-    caption += missing_text(noise=(SHOWN_NOISES, noises), methods=(wanted, methods_of(usual)))
+    caption += missing_note(noise=(SHOWN_NOISES, noises), methods=(wanted, methods_of(usual)))
     title = "Proxy and gold reward " + what
     return studio.draw(f"reward_{against}", title, caption, paint)
 
 
-def one_curve(axes: Axes, studio: Studio, found: Sequence[CurvePoint], reward: str, against: str) -> None:
+def draw_curve(axes: Axes, studio: Studio, found: Sequence[CurvePoint], reward: str, against: str) -> None:
     x = np.array([p.step if against == "steps" else max(p.kl, 0) ** 0.5 for p in found])
     mean = np.array([getattr(p, reward) for p in found])
     half = np.array([getattr(p, f"{reward}_half") for p in found])
@@ -131,7 +131,7 @@ def one_curve(axes: Axes, studio: Studio, found: Sequence[CurvePoint], reward: s
 # every situation
 
 
-def differences(studio: Studio, cells: Cells) -> Picture | str:
+def difference_picture(studio: Studio, cells: Cells) -> Picture | str:
     """Final gold reward minus the baseline's, a line for each situation."""
     compared = {
         cell: found
@@ -140,7 +140,7 @@ def differences(studio: Studio, cells: Cells) -> Picture | str:
     }
     if not compared:
         return f"differences to {BASELINE}; no situation has {BASELINE} and another method."
-    places = sorted({situation(cell) for cell in compared}, key=place_of)
+    places = sorted({situation(cell) for cell in compared}, key=cell_order)
     methods = [method for method in studio.style if any(cell.method == method for cell in compared)]
     kinds = [(cell.regime, cell.distortion != "none", cell.group_size) for cell in places]
     breaks = np.cumsum([0] + [0.6 * (one != other) for one, other in zip(kinds[1:], kinds, strict=False)])
@@ -149,7 +149,7 @@ def differences(studio: Studio, cells: Cells) -> Picture | str:
     def paint(axes: Axes) -> None:
         axes.figure.set_size_inches(6.4, 1.3 + 0.32 * (max(y_of.values()) + 1.5))  # type: ignore[union-attr]
         axes.axvline(0, color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)))
-        for method, shift in zip(methods, beside(len(methods), 0.24), strict=True):
+        for method, shift in zip(methods, centred_shifts(len(methods), 0.24), strict=True):
             found = [(y_of[situation(cell)] + shift, one) for cell, one in compared.items() if cell.method == method]
             y, estimates = zip(*found, strict=True)
             errorbars(axes, studio, Series(method, np.array(y), estimates), across=True)
@@ -161,9 +161,9 @@ def differences(studio: Studio, cells: Cells) -> Picture | str:
     caption = (
         f"In standard deviations of the start, paired by seed; right of the dashed line a method is better than "
         f"{BASELINE}. "
-        f"{interval_text(BARS, rows_in(cells))} Of many intervals without any difference, one in 20 would miss 0."
+        f"{interval_note(BARS, rows_in(cells))} Of many intervals without any difference, one in 20 would miss 0."
     )
-    caption += missing_text(
+    caption += missing_note(
         methods=([method for method in METHODS if method != BASELINE], methods),
         regimes=(REGIMES, [cell.regime for cell in places]),
         distortions=(DISTORTIONS, [cell.distortion for cell in places]),
@@ -174,7 +174,7 @@ def differences(studio: Studio, cells: Cells) -> Picture | str:
 # distortions
 
 
-def distortions(studio: Studio, cells: Cells) -> Picture | str:
+def distortion_picture(studio: Studio, cells: Cells) -> Picture | str:
     """Final gold reward under every distortion of the proxy's scale, a panel for each noise."""
     usual = {cell: rows for cell, rows in cells.items() if situation(cell) == usual_with(cell.noise, cell.distortion)}
     distorted = {cell.noise for cell in usual if cell.distortion != "none"}
@@ -188,7 +188,7 @@ def distortions(studio: Studio, cells: Cells) -> Picture | str:
         grid = panels(axes, len(noises), sharey=True)
         for one, noise in zip(grid.flat, noises, strict=True):
             one.set_title(f"noise {noise:g}", fontsize=11)
-            for method, shift in zip(methods, beside(len(methods), 0.17), strict=True):
+            for method, shift in zip(methods, centred_shifts(len(methods), 0.17), strict=True):
                 there = [(i + shift, Cell(method, USUAL.group_size, noise, kind)) for i, kind in enumerate(kinds)]
                 found = [(x, estimate(usual[cell], "gold")) for x, cell in there if cell in usual]
                 if found:
@@ -201,16 +201,16 @@ def distortions(studio: Studio, cells: Cells) -> Picture | str:
 
     caption = (
         "Every distortion but bf16, which makes ties, keeps the order of the proxy's rewards; ranks do not see it. "
-        f"{interval_text(BARS, rows_in(usual))}"
+        f"{interval_note(BARS, rows_in(usual))}"
     )
-    caption += missing_text(noise=(SHOWN_NOISES, noises), distortions=(DISTORTIONS, kinds), methods=(METHODS, methods))
+    caption += missing_note(noise=(SHOWN_NOISES, noises), distortions=(DISTORTIONS, kinds), methods=(METHODS, methods))
     return studio.draw("distortions", "Gold reward when the proxy's scale is distorted", caption, paint)
 
 
 # noise and group size
 
 
-def effects(studio: Studio, cells: Cells) -> Picture | str:
+def effect_picture(studio: Studio, cells: Cells) -> Picture | str:
     """Final gold reward and rank/length correlation against label noise and against the group size."""
     found = {cell: rows for cell, rows in cells.items() if cell.distortion == "none" and cell.regime == "tuned"}
     over_noise = {cell: rows for cell, rows in found.items() if cell.group_size == USUAL.group_size}
@@ -231,7 +231,7 @@ def effects(studio: Studio, cells: Cells) -> Picture | str:
             grid[0, column].set_title(title, fontsize=11)
             for row, name in enumerate(("gold", "rank_length")):
                 x_axis(grid[row, column], sorted({x_of(cell) for cell in there}))
-                for method, shift in zip(methods, beside(len(methods), 0.02), strict=True):
+                for method, shift in zip(methods, centred_shifts(len(methods), 0.02), strict=True):
                     own = {cell: rows for cell, rows in there.items() if cell.method == method}
                     if own:
                         x = np.array([shifted(x_of(cell), shift) for cell in own])
@@ -245,11 +245,11 @@ def effects(studio: Studio, cells: Cells) -> Picture | str:
 
     caption = (
         "Above the final gold reward, below the correlation of a completion's reward rank with its length, mean over "
-        f"the steps of training. {interval_text(BARS, rows_in(found))}"
+        f"the steps of training. {interval_note(BARS, rows_in(found))}"
     )
     if len(sides) == 1:
         caption += f" Left out: {'label noise' if over_group else 'the group size'}, of which there is one value."
-    caption += missing_text(methods=(METHODS, methods))
+    caption += missing_note(methods=(METHODS, methods))
     return studio.draw("effects", "The effect of label noise and of the group size", caption, paint)
 
 
@@ -281,7 +281,7 @@ def errorbars(axes: Axes, studio: Studio, series: Series, *, across: bool = Fals
         axes.errorbar(series.x, means, yerr=halves, **style)
 
 
-def beside(count: int, distance: float) -> np.ndarray:
+def centred_shifts(count: int, distance: float) -> np.ndarray:
     """Shifts that put some points beside each other, centred."""
     return distance * (np.arange(count) - (count - 1) / 2)
 
@@ -300,7 +300,7 @@ def methods_of(found: Any) -> list[str]:
     return [method for method in METHODS if method in given] + sorted(given - set(METHODS))
 
 
-def interval_text(text: str, found: Sequence[CurvePoint | SeedRow]) -> str:
+def interval_note(text: str, found: Sequence[CurvePoint | SeedRow]) -> str:
     """What bands or bars are; that there are none for a single seed."""
     if isinstance(found[0], CurvePoint):
         several = any(point.seeds > 1 for point in found if isinstance(point, CurvePoint))
@@ -309,7 +309,7 @@ def interval_text(text: str, found: Sequence[CurvePoint | SeedRow]) -> str:
     return f"{text}." if several else "A single seed: no intervals."
 
 
-def missing_text(**wanted: tuple[Sequence[Any], Sequence[Any]]) -> str:
+def missing_note(**wanted: tuple[Sequence[Any], Sequence[Any]]) -> str:
     """A sentence on what of NAME=(all there may be, what there is) is missing; nothing if nothing is."""
     parts = []
     for name, (possible, there) in wanted.items():

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import gopo_jax
-from eval.lab.cells import DISTORTIONS, METHODS, REGIMES, Cell, Outcome
+from eval.lab.cells import DISTORTIONS, METHODS, REGIMES, Cell, CellOutcome
 from eval.report.steps import first_crossing
 from eval.stats import CONFIDENCE
 
@@ -112,7 +112,7 @@ class Estimate(NamedTuple):
     seeds: int
 
 
-def summarize(outcomes: Iterable[Outcome], command: str) -> Tables:
+def summarize(outcomes: Iterable[CellOutcome], command: str) -> Tables:
     """The numbers of all cells that there are, in the order of situations and methods.
 
     Args:
@@ -122,12 +122,12 @@ def summarize(outcomes: Iterable[Outcome], command: str) -> Tables:
     Raises:
       ValueError: nothing to summarize, a cell that is given twice, or arrays that do not fit together.
     """
-    found = sorted(outcomes, key=lambda outcome: place_of(outcome.cell))
+    found = sorted(outcomes, key=lambda outcome: cell_order(outcome.cell))
     if not found:
         raise ValueError("lab: expected at least one cell that has ended, got none; run `python -m eval lab` first")
-    situations: dict[Cell, dict[str, Outcome]] = {}
+    situations: dict[Cell, dict[str, CellOutcome]] = {}
     for outcome in found:
-        check(outcome)
+        check_shapes(outcome)
         methods = situations.setdefault(situation(outcome.cell), {})
         if outcome.cell.method in methods:
             raise ValueError(f"{outcome.cell.name}: expected each cell once, got it twice")
@@ -144,7 +144,7 @@ def situation(cell: Cell) -> Cell:
     return replace(cell, method="")
 
 
-def place_of(cell: Cell) -> tuple[int, int, int, float, int]:
+def cell_order(cell: Cell) -> tuple[int, int, int, float, int]:
     """Where a cell stands in tables."""
     order = [names.index(name) if name in names else len(names) for names, name in (
         (REGIMES, cell.regime), (DISTORTIONS, cell.distortion), (METHODS, cell.method)
@@ -152,7 +152,7 @@ def place_of(cell: Cell) -> tuple[int, int, int, float, int]:
     return (order[0], order[1], cell.group_size, cell.noise, order[2])
 
 
-def check(outcome: Outcome) -> None:
+def check_shapes(outcome: CellOutcome) -> None:
     """Raises: ValueError: arrays of another number of seeds or evaluations than the cell says."""
     N, E = len(outcome.about["seeds"]), len(outcome.steps_E)
     for name in ("proxy_NEPG", "gold_NEPG", "length_NEPG", "kl_NEPG"):
@@ -167,7 +167,7 @@ def check(outcome: Outcome) -> None:
 # one cell
 
 
-def means(outcome: Outcome) -> dict[str, np.ndarray]:
+def seed_curves(outcome: CellOutcome) -> dict[str, np.ndarray]:
     """proxy, gold, kl and length [N, E]: means over prompts and completions."""
     arrays = {
         "proxy": outcome.proxy_NEPG,
@@ -178,9 +178,9 @@ def means(outcome: Outcome) -> dict[str, np.ndarray]:
     return {name: array.mean((2, 3), dtype=np.float64) for name, array in arrays.items()}
 
 
-def alone(outcome: Outcome) -> dict[str, np.ndarray]:
+def own_numbers(outcome: CellOutcome) -> dict[str, np.ndarray]:
     """The numbers [N] of a cell that need no other one, by their names in `SeedRow`."""
-    mean_NE = means(outcome)
+    mean_NE = seed_curves(outcome)
     seeds = np.arange(len(mean_NE["gold"]))
     peak_N = mean_NE["gold"].argmax(1)
     start = {name: values_NE[:, 0] for name, values_NE in mean_NE.items()}
@@ -209,9 +209,9 @@ def mean_of_valid(values_NM: np.ndarray) -> np.ndarray:
     return np.divide(total_N, count_N, out=np.full(len(count_N), math.nan), where=count_N > 0)
 
 
-def curve(outcome: Outcome) -> list[CurvePoint]:
+def curve(outcome: CellOutcome) -> list[CurvePoint]:
     points = []
-    mean_NE = means(outcome)
+    mean_NE = seed_curves(outcome)
     for e, step in enumerate(outcome.steps_E):
         values: dict[str, Any] = {"step": int(step), "seeds": len(outcome.about["seeds"])}
         for name, values_NE in mean_NE.items():
@@ -224,14 +224,14 @@ def curve(outcome: Outcome) -> list[CurvePoint]:
 # methods of one situation
 
 
-def rows_of(methods: Mapping[str, Outcome]) -> list[SeedRow]:
+def rows_of(methods: Mapping[str, CellOutcome]) -> list[SeedRow]:
     """The rows of the methods of one situation."""
     baseline = methods.get(BASELINE)
     rows = []
     for outcome in methods.values():
         common_kl = smallest_final_kl([outcome, *([baseline] if baseline else [])])
-        numbers = alone(outcome) | at_kl(outcome, common_kl)
-        numbers |= against(outcome, baseline, common_kl)
+        numbers = own_numbers(outcome) | at_kl(outcome, common_kl)
+        numbers |= paired_numbers(outcome, baseline, common_kl)
         for n, seed in enumerate(outcome.about["seeds"]):
             values: dict[str, Any] = {name: rounded(values_N[n]) for name, values_N in numbers.items()}
             values |= {name: rounded(outcome.about.get(name, math.nan)) for name in ("learning_rate", "beta")}
@@ -241,21 +241,21 @@ def rows_of(methods: Mapping[str, Outcome]) -> list[SeedRow]:
     return rows
 
 
-def smallest_final_kl(outcomes: Iterable[Outcome]) -> dict[int, float]:
+def smallest_final_kl(outcomes: Iterable[CellOutcome]) -> dict[int, float]:
     """For each seed the smallest final KL of the cells that have the seed."""
     smallest: dict[int, float] = {}
     for outcome in outcomes:
-        for seed, kl in zip(outcome.about["seeds"], means(outcome)["kl"][:, -1], strict=True):
+        for seed, kl in zip(outcome.about["seeds"], seed_curves(outcome)["kl"][:, -1], strict=True):
             smallest[seed] = float(np.fmin(kl, smallest.get(seed, math.nan)))  # one that diverged has no say
     return smallest
 
 
-def at_kl(outcome: Outcome, common_kl: Mapping[int, float]) -> dict[str, np.ndarray]:
+def at_kl(outcome: CellOutcome, common_kl: Mapping[int, float]) -> dict[str, np.ndarray]:
     """Gold reward [N] where a policy first has its seed's common KL, on straight lines between evaluations.
 
     NaN where it never has: the policy, or all of them, diverged.
     """
-    mean_NE = means(outcome)
+    mean_NE = seed_curves(outcome)
     target_N = np.array([common_kl[seed] for seed in outcome.about["seeds"]])
     number_E = np.arange(len(outcome.steps_E))
     at_N = first_crossing(number_E.astype(np.float64), mean_NE["kl"], target_N)
@@ -264,7 +264,9 @@ def at_kl(outcome: Outcome, common_kl: Mapping[int, float]) -> dict[str, np.ndar
     return {"common_kl": target_N, "gold_at_kl": gold_N}
 
 
-def against(outcome: Outcome, other: Outcome | None, common_kl: Mapping[int, float]) -> dict[str, np.ndarray]:
+def paired_numbers(
+    outcome: CellOutcome, other: CellOutcome | None, common_kl: Mapping[int, float]
+) -> dict[str, np.ndarray]:
     """The numbers [N] of a cell beside another one of the same situation, seed by seed.
 
     At the last step that both evaluated; NaN for seeds that the other has not, or where that step is the start.
@@ -278,7 +280,7 @@ def against(outcome: Outcome, other: Outcome | None, common_kl: Mapping[int, flo
     if not at.size or outcome.steps_E[at[-1]] == outcome.steps_E[0]:
         return found
     found["compared_at"][ours] = outcome.steps_E[at[-1]]
-    ours_NE, theirs_NE, steps_E = means(outcome), means(other), outcome.steps_E.astype(np.float64)
+    ours_NE, theirs_NE, steps_E = seed_curves(outcome), seed_curves(other), outcome.steps_E.astype(np.float64)
     for name in ("proxy", "gold"):
         target_N = theirs_NE[name][theirs, at_other[-1]]
         found[f"{name}_difference"][ours] = ours_NE[name][ours, at[-1]] - target_N
@@ -286,11 +288,11 @@ def against(outcome: Outcome, other: Outcome | None, common_kl: Mapping[int, flo
         found[f"steps_to_{name}"][ours] = np.where(np.isnan(target_N), math.nan, crossing_N)
     both_at_kl = at_kl(outcome, common_kl)["gold_at_kl"][ours], at_kl(other, common_kl)["gold_at_kl"][theirs]
     found["gold_at_kl_difference"][ours] = np.subtract(*both_at_kl)
-    found["win_rate"][ours] = win_rate(outcome.gold_NEPG[ours, at[-1]], other.gold_NEPG[theirs, at_other[-1]])
+    found["win_rate"][ours] = pairwise_win_rate(outcome.gold_NEPG[ours, at[-1]], other.gold_NEPG[theirs, at_other[-1]])
     return found
 
 
-def win_rate(a_NPG: np.ndarray, b_NPG: np.ndarray) -> np.ndarray:
+def pairwise_win_rate(a_NPG: np.ndarray, b_NPG: np.ndarray) -> np.ndarray:
     """How often A beats B [N]: the mean over prompts of the mean over all pairs of 1[a > b] + 1[a = b] / 2.
 
     NaN for a seed with an unscorable completion.
@@ -347,7 +349,7 @@ def reached(rows: Sequence[SeedRow], name: str) -> tuple[float, int, int]:
 def by_cell(rows: Iterable[SeedRow]) -> dict[Cell, list[SeedRow]]:
     """The rows of each cell, in the order of situations and methods."""
     found: dict[Cell, list[SeedRow]] = {}
-    for row in sorted(rows, key=lambda row: place_of(row.cell)):
+    for row in sorted(rows, key=lambda row: cell_order(row.cell)):
         found.setdefault(row.cell, []).append(row)
     return found
 

@@ -49,7 +49,7 @@ from train.supervised.sft import train_sft
 
 PREPARE = Path(__file__).parents[2] / "data" / "reviews" / "prepare.py"
 POOL_COMPLETIONS, POOL_PROMPTS = 16, 32  # of each training prompt; scored at a time
-POOL = ("tokens_PGT", "lengths_PG", "raw_PG")
+POOL_ARRAYS = ("tokens_PGT", "lengths_PG", "raw_PG")
 WIDTH = {"vocab_size": 2048, "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
 START = Qwen3Config(hidden_size=96, intermediate_size=288, num_hidden_layers=2, head_dim=24, **WIDTH)  # type: ignore[arg-type]
 GOLD = Qwen3Config(hidden_size=128, intermediate_size=384, num_hidden_layers=2, head_dim=32, **WIDTH)  # type: ignore[arg-type]
@@ -79,12 +79,12 @@ class WorldConfig:
             )
 
 
-class Prompts(NamedTuple):
+class PromptIds(NamedTuple):
     tokens_PS: jax.Array
     lengths_P: jax.Array
 
 
-class Scorer(NamedTuple):
+class StandardScorer(NamedTuple):
     """A reward model's parameters with what makes its rewards standard on the pool; with a seed axis in front too."""
 
     params: Any
@@ -94,7 +94,7 @@ class Scorer(NamedTuple):
     accuracy: jax.Array  # how often it orders two completions of the pool as gold does
 
 
-ABOUT = Scorer._fields[1:]
+SCORER_FIELDS = StandardScorer._fields[1:]
 
 
 class World(NamedTuple):
@@ -102,24 +102,24 @@ class World(NamedTuple):
     policy: Any  # the start policy's graph
     start: Any  # its parameters
     gold_graph: Any
-    gold: Scorer
+    gold: StandardScorer
     proxy_graph: Any
-    train: Prompts
-    validation: Prompts
+    train: PromptIds
+    validation: PromptIds
     pool_PGT: jax.Array
     pool_lengths_PG: jax.Array  # without end-of-text tokens, as `raw_rewards` takes them
 
     @property
     def sampling(self) -> SamplingParams:
-        return sampling(self.tokenizer)
+        return untruncated_sampling(self.tokenizer)
 
 
-def sampling(tokenizer: Tokenizer) -> SamplingParams:
+def untruncated_sampling(tokenizer: Tokenizer) -> SamplingParams:
     """The policy's own distribution, nothing cut off."""
     return SamplingParams(1.0, 0, 1.0, 0, np.array(tokenizer.eos_ids, np.int32))
 
 
-def raw_rewards(model: Qwen3RewardModel, prompts: Prompts, tokens_PGT: jax.Array, lengths_PG: jax.Array) -> jax.Array:
+def raw_rewards(model: Qwen3RewardModel, prompts: PromptIds, tokens_PGT: jax.Array, lengths_PG: jax.Array) -> jax.Array:
     """float32 [P, G], read as train/rewards/__init__.py reads texts: the end-of-text token is no part of them.
 
     Args:
@@ -132,28 +132,30 @@ def raw_rewards(model: Qwen3RewardModel, prompts: Prompts, tokens_PGT: jax.Array
     return model.score_hidden(jnp.where(lengths_PG[..., None] > 0, own_PGD, asked_PD[:, None]))
 
 
-def score(graph: Any, scorer: Scorer, prompts: Prompts, tokens_PGT: jax.Array, lengths_PG: jax.Array) -> jax.Array:
+def standard_rewards(
+    graph: Any, scorer: StandardScorer, prompts: PromptIds, tokens_PGT: jax.Array, lengths_PG: jax.Array
+) -> jax.Array:
     """`raw_rewards`, standard on the pool."""
     raw_PG = raw_rewards(nnx.merge(graph, scorer.params), prompts, tokens_PGT, lengths_PG)
     return (raw_PG - scorer.mean) / scorer.scale
 
 
-def standard(params: Any, raw_PG: jax.Array, gold_PG: jax.Array) -> Scorer:
+def standardized_scorer(params: Any, raw_PG: jax.Array, gold_PG: jax.Array) -> StandardScorer:
     mean, scale = raw_PG.mean(), raw_PG.std()
-    return Scorer(params, mean, scale, (raw_PG - mean) / scale, agreement(raw_PG, gold_PG))
+    return StandardScorer(params, mean, scale, (raw_PG - mean) / scale, order_agreement(raw_PG, gold_PG))
 
 
-def pool_rewards(model: Qwen3RewardModel, train: Prompts, tokens_PGT: jax.Array, lengths_PG: jax.Array) -> jax.Array:
+def pool_rewards(model: Qwen3RewardModel, train: PromptIds, tokens_PGT: jax.Array, lengths_PG: jax.Array) -> jax.Array:
     """`raw_rewards` of the pool, some prompts at a time: it has thousands of completions."""
 
     def one(of_prompt: tuple[jax.Array, ...]) -> jax.Array:
         tokens_S, length, tokens_GT, lengths_G = (array[None] for array in of_prompt)
-        return raw_rewards(model, Prompts(tokens_S, length), tokens_GT, lengths_G)[0]
+        return raw_rewards(model, PromptIds(tokens_S, length), tokens_GT, lengths_G)[0]
 
     return jax.lax.map(one, (*train, tokens_PGT, lengths_PG), batch_size=POOL_PROMPTS)
 
 
-def build(folder: Path, config: WorldConfig) -> World:
+def build_world(folder: Path, config: WorldConfig) -> World:
     """The world in a directory: what is missing is made.
 
     Raises:
@@ -175,7 +177,7 @@ def build(folder: Path, config: WorldConfig) -> World:
             *train,
             jnp.arange(len(train.lengths_P)),
             key,
-            sampling(tokenizer),
+            untruncated_sampling(tokenizer),
             num_generations=POOL_COMPLETIONS,
             max_completion_length=config.max_completion_length,
             pad_id=tokenizer.pad_id,
@@ -184,27 +186,27 @@ def build(folder: Path, config: WorldConfig) -> World:
         raw_PG = pool_rewards(nnx.merge(gold_graph, gold_params), train, rollout.tokens_PGT, lengths_PG)
         return rollout.tokens_PGT, lengths_PG, raw_PG
 
-    drawn = kept_in(folder / "pool.npz", lambda: dict(zip(POOL, pool(jax.random.key(0)), strict=True)))
-    tokens_PGT, lengths_PG, raw_PG = (drawn[name] for name in POOL)
-    gold = standard(gold_params, raw_PG, raw_PG)
+    drawn = cached_arrays(folder / "pool.npz", lambda: dict(zip(POOL_ARRAYS, pool(jax.random.key(0)), strict=True)))
+    tokens_PGT, lengths_PG, raw_PG = (drawn[name] for name in POOL_ARRAYS)
+    gold = standardized_scorer(gold_params, raw_PG, raw_PG)
     proxy_graph, _ = split(nnx.eval_shape(lambda: _new_proxy(jax.random.key(0), tokenizer)))
     return World(tokenizer, policy, start, gold_graph, gold, proxy_graph, train, validation, tokens_PGT, lengths_PG)
 
 
-def proxies(world: World, folder: Path, config: WorldConfig, seeds: tuple[int, ...], noise: float) -> Scorer:
+def proxies(world: World, folder: Path, config: WorldConfig, seeds: tuple[int, ...], noise: float) -> StandardScorer:
     """One proxy for each seed, stacked; read from the directory where they have been trained before."""
     named = f"noise{round(100 * noise)}_seeds{seeds[0]}-{seeds[-1]}"
 
     def train() -> dict[str, jax.Array]:
         found = jax.jit(jax.vmap(lambda seed: _train_proxy(world, config, seed, noise)))(jnp.array(seeds))
-        return flatten(found.params) | {name: getattr(found, name) for name in ABOUT}
+        return flatten(found.params) | {name: getattr(found, name) for name in SCORER_FIELDS}
 
-    kept = kept_in(folder / "proxies" / f"{named}.npz", train)
-    about = {name: kept.pop(name) for name in ABOUT}
-    return Scorer(nest(kept), **about)
+    kept = cached_arrays(folder / "proxies" / f"{named}.npz", train)
+    about = {name: kept.pop(name) for name in SCORER_FIELDS}
+    return StandardScorer(nest(kept), **about)
 
 
-def kept_in(file: Path, make: Callable[[], Mapping[str, jax.Array]]) -> dict[str, jax.Array]:
+def cached_arrays(file: Path, make: Callable[[], Mapping[str, jax.Array]]) -> dict[str, jax.Array]:
     """The arrays of a file; made and written, whole or not at all, where it is not there."""
     if not file.is_file():
         write_arrays(file, {name: np.asarray(array) for name, array in make().items()})
@@ -212,7 +214,7 @@ def kept_in(file: Path, make: Callable[[], Mapping[str, jax.Array]]) -> dict[str
         return {name: jnp.asarray(stored[name]) for name in stored.files}
 
 
-def _train_proxy(world: World, config: WorldConfig, seed: jax.Array, noise: float) -> Scorer:
+def _train_proxy(world: World, config: WorldConfig, seed: jax.Array, noise: float) -> StandardScorer:
     """Bradley-Terry on the seed's comparisons, each seen once, AdamW with a linear decay to 0."""
     draw, init = jax.random.split(jax.random.fold_in(jax.random.key(1), seed))
     pairs_M2, prompt_M, chosen_M = comparisons(world, config, draw, noise)
@@ -222,7 +224,7 @@ def _train_proxy(world: World, config: WorldConfig, seed: jax.Array, noise: floa
 
     def loss(params: Any, rows: jax.Array) -> jax.Array:
         prompts, these_B2 = prompt_M[rows], pairs_M2[rows]
-        asked = Prompts(world.train.tokens_PS[prompts], world.train.lengths_P[prompts])
+        asked = PromptIds(world.train.tokens_PS[prompts], world.train.lengths_P[prompts])
         tokens_B2T = world.pool_PGT[prompts[:, None], these_B2]
         lengths_B2 = world.pool_lengths_PG[prompts[:, None], these_B2]
         rewards_B2 = raw_rewards(nnx.merge(world.proxy_graph, params), asked, tokens_B2T, lengths_B2)
@@ -239,7 +241,7 @@ def _train_proxy(world: World, config: WorldConfig, seed: jax.Array, noise: floa
     (params, _), _ = jax.lax.scan(step, (params, optimizer.init(params)), jnp.arange(steps))
     model = nnx.merge(world.proxy_graph, params)
     raw_PG = pool_rewards(model, world.train, world.pool_PGT, world.pool_lengths_PG)
-    return standard(params, raw_PG, world.gold.pool_PG)
+    return standardized_scorer(params, raw_PG, world.gold.pool_PG)
 
 
 def comparisons(world: World, config: WorldConfig, key: jax.Array, noise: float) -> tuple[jax.Array, ...]:
@@ -256,7 +258,7 @@ def comparisons(world: World, config: WorldConfig, key: jax.Array, noise: float)
     return pairs_M2, prompt_M, chosen_M.astype(jnp.int32)
 
 
-def agreement(proxy_PG: jax.Array, gold_PG: jax.Array) -> jax.Array:
+def order_agreement(proxy_PG: jax.Array, gold_PG: jax.Array) -> jax.Array:
     """How often two of a prompt's completions are ordered as gold orders them; ties of the proxy count one half."""
     sign_PGG, gold_PGG = (jnp.sign(r[:, :, None] - r[:, None, :]) for r in (proxy_PG, gold_PG))
     return (gold_PGG * sign_PGG).sum() / jnp.abs(gold_PGG).sum() / 2 + 0.5
@@ -304,7 +306,7 @@ def _has_ended(config: SftConfig | RewardModelConfig) -> bool:
     return is_run(config.output_dir) and find_step(config.output_dir)[1] == config.max_steps
 
 
-def _prompts(folder: Path, tokenizer: Tokenizer, config: WorldConfig) -> tuple[Prompts, Prompts]:
+def _prompts(folder: Path, tokenizer: Tokenizer, config: WorldConfig) -> tuple[PromptIds, PromptIds]:
     """Training and validation prompts, short enough, none of them twice."""
 
     def read(part: str) -> list[str]:
@@ -313,8 +315,8 @@ def _prompts(folder: Path, tokenizer: Tokenizer, config: WorldConfig) -> tuple[P
         short = [text for text, n in zip(texts, lengths, strict=True) if n <= config.max_prompt_length]
         return list(dict.fromkeys(short))
 
-    def encode(texts: list[str]) -> Prompts:
-        return Prompts(*map(jnp.asarray, tokenizer.encode_prompts(texts, config.max_prompt_length)))
+    def encode(texts: list[str]) -> PromptIds:
+        return PromptIds(*map(jnp.asarray, tokenizer.encode_prompts(texts, config.max_prompt_length)))
 
     validation = read("validation")
     if config.validation_prompts > len(validation):

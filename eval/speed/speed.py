@@ -30,7 +30,7 @@ from train.parse import parse
 from train.run.directory import read_metrics
 from train.running import setup_errors
 
-WARMUP = 2  # steps left out of every median
+UNTIMED = 2  # steps left out of every median
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,25 +89,25 @@ def speed(config: SpeedConfig) -> dict[str, Any]:
         elif config.against is not None:
             result = compare_with_peers(config, workload)
         else:
-            result = measure(config, workload)
+            result = measure_workload(config, workload)
     if config.json:
         Path(config.json).write_text(json.dumps(result, indent=2) + "\n")
     return result
 
 
-def measure(config: SpeedConfig, workload: Workload) -> dict[str, Any]:
+def measure_workload(config: SpeedConfig, workload: Workload) -> dict[str, Any]:
     """The program on a workload, once cold and once warm."""
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        prepare(workload, work, WARMUP + config.steps)
+        prepare(workload, work, UNTIMED + config.steps)
         cold = run_program(work, max_steps=1)
-        warm = run_program(work, max_steps=WARMUP + config.steps)
+        warm = run_program(work, max_steps=UNTIMED + config.steps)
         rows = load_rows(str(work / "prompts.jsonl"))
         prompts = Tokenizer(work / "tokenizer").encode([row["prompt"] for row in rows])
-        length = round(statistics.median(row["completions/mean_length"] for row in warm.rows[WARMUP:]))
+        length = round(statistics.median(row["completions/mean_length"] for row in warm.rows[UNTIMED:]))
         reward_model_s = score_seconds(workload, work, prompts, length)
     peak, copy = matmul_gflops(workload.dtype), copy_gbytes()
-    timed = warm.rows[WARMUP:]
+    timed = warm.rows[UNTIMED:]
 
     def median(name: str) -> float:
         return statistics.median(row[name] for row in timed)
@@ -139,7 +139,7 @@ def measure(config: SpeedConfig, workload: Workload) -> dict[str, Any]:
         "compilations": warm.compilations,
         "steps": [{name: row[f"timing_s/{name}"] for name in seconds} for row in timed],
     }
-    show(result, workload)
+    print_figures(result, workload)
     return result
 
 
@@ -153,17 +153,17 @@ def compare_with_peers(config: SpeedConfig, workload: Workload) -> dict[str, Any
     lengths |= {"ENDS": END_SHARE} if workload.ends else {}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        prepare(workload, work, WARMUP + config.steps)
+        prepare(workload, work, UNTIMED + config.steps)
         for _ in range(config.rounds):
             for label, name, python in turns:
                 script = Path(config.against).resolve() / SCRIPTS[name]
                 tuned = label != name
-                peers[label].add(run_peer(script, python, work / "peers", config.steps, WARMUP, lengths, tuned=tuned))
+                peers[label].add(run_peer(script, python, work / "peers", config.steps, UNTIMED, lengths, tuned=tuned))
                 shutil.rmtree(work / "xla", ignore_errors=True)
-                mine = run_program(work, WARMUP + config.steps)
+                mine = run_program(work, UNTIMED + config.steps)
                 ours.add(
                     Timings(
-                        [row["timing_s/step"] for row in mine.rows[WARMUP:]], [mine.first_step_s], [mine.peak_rss_mib]
+                        [row["timing_s/step"] for row in mine.rows[UNTIMED:]], [mine.first_step_s], [mine.peak_rss_mib]
                     )
                 )
         warm = run_program(work, max_steps=1)
@@ -179,7 +179,7 @@ SWEEPS = {
     "completion": [64, 128, 256, 512],
     "vocab_size": [4096, 16384, 65536, 151_936],
 }
-PARTS = ("step", "generate", "update")
+STEP_PARTS = ("step", "generate", "update")
 
 
 def sweep(workload: Workload, steps: int, picture: Path) -> dict[str, Any]:
@@ -192,14 +192,14 @@ def sweep(workload: Workload, steps: int, picture: Path) -> dict[str, Any]:
                 {name: value} if name != "vocab_size" else {"network": replace(workload.network, vocab_size=value)}
             )
             with tempfile.TemporaryDirectory() as folder:
-                prepare(replace(workload, **changed), Path(folder), WARMUP + steps)
-                run = run_program(Path(folder), WARMUP + steps)
-            timed = run.rows[WARMUP:]
-            parts = {part: statistics.median(row[f"timing_s/{part}"] for row in timed) for part in PARTS}
+                prepare(replace(workload, **changed), Path(folder), UNTIMED + steps)
+                run = run_program(Path(folder), UNTIMED + steps)
+            timed = run.rows[UNTIMED:]
+            parts = {part: statistics.median(row[f"timing_s/{part}"] for row in timed) for part in STEP_PARTS}
             points[name].append({"value": value, **parts, "peak_rss_mib": run.peak_rss_mib})
             console.print(
                 f"{name:16}{value:8d}  "
-                + "  ".join(f"{part} {parts[part]:7.3f} s" for part in PARTS)
+                + "  ".join(f"{part} {parts[part]:7.3f} s" for part in STEP_PARTS)
                 + f"  {run.peak_rss_mib:6.0f} MiB",
                 highlight=False,
             )
@@ -214,7 +214,7 @@ def draw_sweep(points: dict[str, list[dict[str, float]]], picture: Path) -> None
     figure = Figure(figsize=(10, 6.4), layout="constrained")
     for axes, (name, rows) in zip(figure.subplots(2, 2).flat, points.items(), strict=True):
         values = [row["value"] for row in rows]
-        for part, marker in zip(PARTS, "os^", strict=False):
+        for part, marker in zip(STEP_PARTS, "os^", strict=False):
             axes.plot(values, [row[part] for row in rows], marker=marker, label=part)
         axes.plot(values, [rows[0]["step"] * value / values[0] for value in values], ":", color="0.6", label="linear")
         axes.set(xscale="log", yscale="log", xlabel=name, ylabel="seconds")
@@ -226,7 +226,7 @@ def draw_sweep(points: dict[str, list[dict[str, float]]], picture: Path) -> None
     figure.savefig(picture, dpi=120)
 
 
-def show(result: dict[str, Any], workload: Workload) -> None:
+def print_figures(result: dict[str, Any], workload: Workload) -> None:
     P, G = workload.prompts_per_step, workload.num_generations
     console.print(
         f"{result['workload']}: {P} prompts of at most {workload.prompt} tokens, {G} completions of at most "
@@ -251,7 +251,7 @@ def show(result: dict[str, Any], workload: Workload) -> None:
 
 
 @dataclass
-class Measured:
+class RunFigures:
     """What a run of the program left behind."""
 
     rows: list[dict[str, float]]  # metrics, one row a step
@@ -260,7 +260,7 @@ class Measured:
     compilations: dict[str, int]  # in the whole run, and in its timed steps
 
 
-def run_program(work: Path, max_steps: int) -> Measured:
+def run_program(work: Path, max_steps: int) -> RunFigures:
     """`python -m train policy` on a prepared workload, from scratch, with the workload's own compilation cache.
 
     Raises:
@@ -297,8 +297,8 @@ def run_program(work: Path, max_steps: int) -> Measured:
         tail = "".join(line for _, line in log[-5:]).strip()
         raise ValueError(f"{' '.join(command)}: failed ({process.returncode}): {tail}")
     compiled = [at for at, line in log if re.search(r"Finished XLA compilation", line)]
-    timed = ends[min(WARMUP, len(ends)) - 1]
-    return Measured(
+    timed = ends[min(UNTIMED, len(ends)) - 1]
+    return RunFigures(
         [row for row in read_metrics(work / "run") if row["step"] > 0],
         ends[0] - began,
         usage.ru_maxrss / 1024,

@@ -10,7 +10,7 @@ import yaml
 from models.config import Qwen3Config
 from models.tokenizer import Tokenizer, train_bpe
 
-SMALL = Qwen3Config(4096, 256, 768, 4, 8, 4, 32, tie_word_embeddings=True)
+SMALL_NETWORK = Qwen3Config(4096, 256, 768, 4, 8, 4, 32, tie_word_embeddings=True)
 END_SHARE = 100  # w3: every so many ids one ends a completion, so lengths are geometric with this mean
 
 
@@ -20,7 +20,7 @@ class Workload:
 
     prompt: int
     completion: int
-    network: Qwen3Config = SMALL
+    network: Qwen3Config = SMALL_NETWORK
     prompts_per_step: int = 8
     num_generations: int = 8
     microbatch_prompts: int = 8
@@ -55,7 +55,7 @@ def prepare(workload: Workload, work: Path, steps: int) -> None:
         file.read_text(encoding="utf-8", errors="ignore")
         for file in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:80]
     ]
-    tokenizer_size = min(SMALL.vocab_size, workload.network.vocab_size)
+    tokenizer_size = min(SMALL_NETWORK.vocab_size, workload.network.vocab_size)
     train_bpe(texts, work / "tokenizer", tokenizer_size)
     tokenizer = Tokenizer(work / "tokenizer")
     if workload.ends:

@@ -23,8 +23,8 @@ import numpy as np
 
 from eval.sheets import NONE, Sheet
 from eval.texts.rows import check_out, write_json
-from eval.theory.plots import pictures
-from eval.theory.tabular import Problem, trained_exactly, training
+from eval.theory.plots import theory_pictures
+from eval.theory.tabular import TabularProblem, trained_exactly, training
 from gopo_jax.theory import expected_advantage, expected_gradient, rlhf_policy, stationary_policy
 from gopo_jax.theory.games import AdvantageName, enumerable
 from train.console import console, progress_bar
@@ -75,9 +75,9 @@ class TheoryConfig:
                 raise ValueError(f"{name}: expected at least one number, got []")
         for name, values in (("beta", self.beta), ("at_beta", [self.at_beta]), ("penalty_beta", [self.penalty_beta])):
             if not all(0 < value < math.inf for value in values):
-                raise ValueError(f"{name}: expected numbers above 0, got {listed(values)}")
+                raise ValueError(f"{name}: expected numbers above 0, got {number_list(values)}")
         if not all(0 <= value < math.inf for value in self.noise):
-            raise ValueError(f"noise: expected numbers of at least 0, got {listed(self.noise)}")
+            raise ValueError(f"noise: expected numbers of at least 0, got {number_list(self.noise)}")
         sizes = {"group_sizes": self.group_sizes, "sizes": self.sizes, "at_group_size": [self.at_group_size]}
         for name, size in ((name, size) for name, given in sizes.items() for size in given):
             if size < 2 or not enumerable(count, size):
@@ -92,7 +92,7 @@ class TheoryConfig:
                 raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
 
 
-def listed(values: Sequence[float]) -> str:
+def number_list(values: Sequence[float]) -> str:
     return ", ".join(f"{value:g}" for value in values)
 
 
@@ -124,29 +124,29 @@ def theory(config: TheoryConfig) -> dict[str, Any]:
     with setup_errors():
         check_out(str(out / "theory.json"))
         out.mkdir(parents=True, exist_ok=True)
-    with solvable(), jax.enable_x64(True), progress_bar() as bar:
+    with unsolved_as_setup_error(), jax.enable_x64(True), progress_bar() as bar:
         todo = cases(config)
         work = bar.add_task("theory", total=len(todo) + 2 * config.points + len(config.sizes) + config.problems)
         result: dict[str, Any] = {"settings": asdict(config) | {"out": None}}
         known = {case: predicted(config, case) for case in todo}  # first: where there is none, nothing is trained
-        lines = curves(config, lambda: bar.advance(work))
-        slopes = gradients(config, lambda: bar.advance(work))
+        lines = predicted_curves(config, lambda: bar.advance(work))
+        slopes = gradient_ratios(config, lambda: bar.advance(work))
         result |= trainings(config, known, lambda: bar.advance(work))
         for axis, curve in lines.items():
-            curve["dots"] = dots(config, result["rows"], axis, list(curve["lines"]))
+            curve["dots"] = sampled_dots(config, result["rows"], axis, list(curve["lines"]))
         result |= {"curves": lines, "gradients": slopes}
         bar.update(work, completed=bar.tasks[0].total)
     write_json(str(out / "theory.json"), result)
-    write_whole(out / "theory.csv", table(result["rows"], whole=True).csv())
-    sheet = table(result["rows"])
-    drawn = (f"![{p.title}]({p.name}.png)\n\n{p.title}. {p.caption}\n" for p in pictures(out, result))
+    write_whole(out / "theory.csv", case_sheet(result["rows"], whole=True).csv())
+    sheet = case_sheet(result["rows"])
+    drawn = (f"![{p.title}]({p.name}.png)\n\n{p.title}. {p.caption}\n" for p in theory_pictures(out, result))
     write_whole(out / "theory.md", "\n".join([f"# {sheet.title}\n", sheet.markdown(), *drawn]))
     console.print(sheet.rich(), sheet.note, str(out), sep="\n")
     return result
 
 
 @contextmanager
-def solvable() -> Iterator[None]:
+def unsolved_as_setup_error() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
@@ -179,10 +179,10 @@ def trainings(config: TheoryConfig, known: Mapping[Case, np.ndarray], done: Call
     shown = np.unique(np.geomspace(1, config.steps, STEPS_SHOWN).astype(int)) - 1
     for i, case in enumerate(known):
         key = jax.random.fold_in(jax.random.key(config.seed), i)
-        policies_NO = np.asarray(sampled(config, case, key))
-        ends = {"predicted": known[case], "exact": exact(config, case)}
+        policies_NO = np.asarray(train_by_sampling(config, case, key))
+        ends = {"predicted": known[case], "exact": train_by_expectation(config, case)}
         ends["sampled"] = policies_NO[config.steps // 2 :].mean(0)
-        rows.append(row(case, ends, best))
+        rows.append(case_row(case, ends, best))
         if case == penalty_case(config, case.kl):
             paths[case.kl] = policies_NO[shown, best].tolist()
         done()
@@ -196,7 +196,7 @@ def penalty_case(config: TheoryConfig, kl: str) -> Case:
     return Case("gopo", config.at_group_size, config.penalty_beta, kl)
 
 
-def row(case: Case, ends: dict[str, np.ndarray], best: int) -> dict[str, Any]:
+def case_row(case: Case, ends: dict[str, np.ndarray], best: int) -> dict[str, Any]:
     """One line of the CSV and more: the best answer's probability, the whole policies, the largest differences."""
 
     def apart(name: str) -> float | None:
@@ -233,25 +233,29 @@ def stationary(
     )
 
 
-def problem(config: TheoryConfig, case: Case) -> Problem:
-    return Problem(jnp.array(config.reference), jnp.array(config.rewards), case.beta, case.noise)
+def tabular_problem(config: TheoryConfig, case: Case) -> TabularProblem:
+    return TabularProblem(jnp.array(config.reference), jnp.array(config.rewards), case.beta, case.noise)
 
 
-def exact(config: TheoryConfig, case: Case) -> np.ndarray:
-    return np.asarray(trained_exactly(problem(config, case), **options(case), steps=config.exact_steps))
+def train_by_expectation(config: TheoryConfig, case: Case) -> np.ndarray:
+    return np.asarray(
+        trained_exactly(tabular_problem(config, case), **training_options(case), steps=config.exact_steps)
+    )
 
 
-def sampled(config: TheoryConfig, case: Case, key: jax.Array) -> jax.Array:
-    return training(problem(config, case), key, **options(case), groups=config.groups, steps=config.steps)
+def train_by_sampling(config: TheoryConfig, case: Case, key: jax.Array) -> jax.Array:
+    return training(
+        tabular_problem(config, case), key, **training_options(case), groups=config.groups, steps=config.steps
+    )
 
 
-def options(case: Case) -> dict[str, Any]:
+def training_options(case: Case) -> dict[str, Any]:
     kl = None if case.kl == "none" else case.kl
     rate = min(1.0, 2 / case.beta)  # a heavy penalty pulls too far at 1
     return {"advantage": case.advantage, "group_size": case.group_size, "kl": kl, "learning_rate": rate}
 
 
-def curves(config: TheoryConfig, done: Callable[[], None]) -> dict[str, Any]:
+def predicted_curves(config: TheoryConfig, done: Callable[[], None]) -> dict[str, Any]:
     """For each picture its x, and the best answer's predicted probability of each method there."""
     best, G, beta = int(np.argmax(config.rewards)), config.at_group_size, config.at_beta
     most_noise = max(config.noise) or 1.0
@@ -281,7 +285,7 @@ def curves(config: TheoryConfig, done: Callable[[], None]) -> dict[str, Any]:
     return found
 
 
-def dots(
+def sampled_dots(
     config: TheoryConfig, rows: Sequence[dict[str, Any]], axis: str, names: Sequence[str]
 ) -> dict[str, list[list[float]]]:
     """The sampled ends that belong into a picture: [x, probability] by the name of their line."""
@@ -300,7 +304,7 @@ def dots(
     return found
 
 
-def gradients(config: TheoryConfig, done: Callable[[], None]) -> dict[str, Any]:
+def gradient_ratios(config: TheoryConfig, done: Callable[[], None]) -> dict[str, Any]:
     """GOPO's expected gradient's norm over GRPO's (ddof 1), by G: here, and over random problems the range.
 
     Beside them two limits: of a better answer that is rare, 2 sqrt(G) / (G - 1), which is above 1 for
@@ -309,11 +313,11 @@ def gradients(config: TheoryConfig, done: Callable[[], None]) -> dict[str, Any]:
     """
     count = len(config.rewards)
     sizes = sorted(set(config.sizes))
-    here = ratios(jnp.array(config.reference), jnp.array(config.rewards), sizes)
+    here = norm_ratios(jnp.array(config.reference), jnp.array(config.rewards), sizes)
     rng = np.random.default_rng(config.seed)
     others = []
     for _ in range(config.problems):
-        others.append(ratios(jnp.array(rng.dirichlet(np.ones(count))), jnp.array(rng.normal(size=count)), sizes))
+        others.append(norm_ratios(jnp.array(rng.dirichlet(np.ones(count))), jnp.array(rng.normal(size=count)), sizes))
         done()
     return {
         "group_sizes": sizes,
@@ -326,7 +330,7 @@ def gradients(config: TheoryConfig, done: Callable[[], None]) -> dict[str, Any]:
     }
 
 
-def ratios(policy_O: jax.Array, rewards_O: jax.Array, sizes: Sequence[int]) -> list[float]:
+def norm_ratios(policy_O: jax.Array, rewards_O: jax.Array, sizes: Sequence[int]) -> list[float]:
     def norm(advantage: AdvantageName, size: int) -> float:
         advantage_O = expected_advantage(policy_O, rewards_O, advantage=advantage, group_size=size, ddof=1)
         return float(jnp.linalg.norm(expected_gradient(policy_O, advantage_O)))
@@ -339,7 +343,7 @@ def size_text(size: float) -> str:
     return "∞" if math.isinf(size) else f"{size:g}"
 
 
-def table(rows: Sequence[dict[str, Any]], whole: bool = False) -> Sheet:
+def case_sheet(rows: Sequence[dict[str, Any]], whole: bool = False) -> Sheet:
     """The rows to read, or with every digit."""
 
     def text(value: Any, digits: int) -> str:
@@ -354,10 +358,12 @@ def table(rows: Sequence[dict[str, Any]], whole: bool = False) -> Sheet:
         + tuple(text(case[name], 4) for name in names)
         for case in rows
     ]
-    return Sheet("The best answer's probability in the end", COLUMNS if whole else SHOWN, cells, summary(rows))
+    return Sheet(
+        "The best answer's probability in the end", COLUMNS if whole else SHOWN, cells, largest_difference(rows)
+    )
 
 
-def summary(rows: Sequence[dict[str, Any]]) -> str:
+def largest_difference(rows: Sequence[dict[str, Any]]) -> str:
     known = [case for case in rows if case["difference"] is not None]
     worst = max(known, key=lambda case: case["difference"])
     steered = max(case["difference_exact"] for case in known)

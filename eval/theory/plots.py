@@ -13,22 +13,24 @@ from eval.pictures import INK, MARKERS, MUTED, SERIES, Picture, Studio
 DOTS = "Lines: predicted; dots: trained on sampled groups, RLHF's with RLOO and k2."
 
 
-def pictures(folder: Path, result: Mapping[str, Any]) -> list[Picture]:
+def theory_pictures(folder: Path, result: Mapping[str, Any]) -> list[Picture]:
     settings, curves = result["settings"], result["curves"]
     beta, size = f"beta {settings['at_beta']:g}", f"G = {settings['at_group_size']}"
     studio, by_size = Studio(folder, list(curves["beta"]["lines"])), Studio(folder, [])
     same = studio.style[f"GRPO, {size}"]  # a method has the same look in all pictures
     by_size.style = {name: studio.style.get(name, same) for name in curves["group_size"]["lines"]}
     return [
-        over(studio, curves["beta"], "beta", "beta, weight of the penalty", f"{size}. {DOTS}"),
-        over(by_size, curves["group_size"], "group_size", "G, completions of a group", f"{beta}. {DOTS}"),
-        over(studio, curves["noise"], "noise", "standard deviation of the rewards' noise", f"{beta}, {size}. {DOTS}"),
-        penalties(folder, result["penalties"]),
-        gradients(folder, result["gradients"]),
+        curve_picture(studio, curves["beta"], "beta", "beta, weight of the penalty", f"{size}. {DOTS}"),
+        curve_picture(by_size, curves["group_size"], "group_size", "G, completions of a group", f"{beta}. {DOTS}"),
+        curve_picture(
+            studio, curves["noise"], "noise", "standard deviation of the rewards' noise", f"{beta}, {size}. {DOTS}"
+        ),
+        penalty_picture(folder, result["penalties"]),
+        gradient_picture(folder, result["gradients"]),
     ]
 
 
-def over(studio: Studio, curve: Mapping[str, Any], axis: str, label: str, caption: str) -> Picture:
+def curve_picture(studio: Studio, curve: Mapping[str, Any], axis: str, label: str, caption: str) -> Picture:
     def paint(axes: Axes) -> None:
         for name, line in curve["lines"].items():
             axes.plot(curve["x"], line, **studio.look(name))
@@ -52,7 +54,7 @@ def logarithmic(axes: Axes, ticks: list[float]) -> None:
     axes.set_xticklabels([f"{tick:,g}" for tick in ticks])
 
 
-def penalties(folder: Path, found: Mapping[str, Any]) -> Picture:
+def penalty_picture(folder: Path, found: Mapping[str, Any]) -> Picture:
     """GOPO's sampled training with each estimator, and the two fixed points."""
     names = {"k3": "k3 in the loss", "k2": "k2 in the loss", "k1": "k1 in the loss", "none": "no penalty"}
     ends = {"k3": "fixed point of k3", "k2": "fixed point of direct KL"}
@@ -76,7 +78,7 @@ def penalties(folder: Path, found: Mapping[str, Any]) -> Picture:
     return studio.draw("penalties", "The penalty's estimators in the loss", caption, paint)
 
 
-def gradients(folder: Path, found: Mapping[str, Any]) -> Picture:
+def gradient_picture(folder: Path, found: Mapping[str, Any]) -> Picture:
     studio = Studio(
         folder, ["expected gradient, these answers", "better answer rare", "one completion's advantage, no ties"]
     )

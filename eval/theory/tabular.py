@@ -14,7 +14,7 @@ from gopo_jax import ADVANTAGES, policy_loss
 from gopo_jax.theory.games import Game, make_game
 
 
-class Problem(NamedTuple):
+class TabularProblem(NamedTuple):
     """What is trained on."""
 
     reference_O: jax.Array
@@ -23,7 +23,7 @@ class Problem(NamedTuple):
     noise: float = 0.0  # standard deviation of what is added to each reward
 
 
-def trained(problem: Problem, key: jax.Array, **options: Any) -> jax.Array:
+def trained(problem: TabularProblem, key: jax.Array, **options: Any) -> jax.Array:
     """The mean policy [O] over the second half of the steps of `training`."""
     policies_NO = training(problem, key, **options)
     return policies_NO[len(policies_NO) // 2 :].mean(0)
@@ -31,7 +31,7 @@ def trained(problem: Problem, key: jax.Array, **options: Any) -> jax.Array:
 
 @partial(jax.jit, static_argnames=("advantage", "group_size", "kl", "groups", "steps"))
 def training(
-    problem: Problem,
+    problem: TabularProblem,
     key: jax.Array,
     *,
     advantage: str,
@@ -59,7 +59,7 @@ def training(
 
 
 def _loss(
-    logits_O: jax.Array, answers: jax.Array, advantages: jax.Array, problem: Problem, kl: str | None
+    logits_O: jax.Array, answers: jax.Array, advantages: jax.Array, problem: TabularProblem, kl: str | None
 ) -> jax.Array:
     """`policy_loss` of answers of one token."""
     logprobs = jax.nn.log_softmax(logits_O)[answers][..., None]
@@ -70,7 +70,7 @@ def _loss(
 
 
 def trained_exactly(
-    problem: Problem,
+    problem: TabularProblem,
     *,
     advantage: Any,
     group_size: float,
@@ -91,7 +91,7 @@ def trained_exactly(
 
 
 @partial(jax.jit, static_argnames=("kl", "steps"))
-def _exactly(problem: Problem, game: Game, kl: str | None, steps: int, learning_rate: float) -> jax.Array:
+def _exactly(problem: TabularProblem, game: Game, kl: str | None, steps: int, learning_rate: float) -> jax.Array:
     answers_O = jnp.arange(problem.reference_O.size)
 
     def expected_loss(logits_O: jax.Array) -> jax.Array:

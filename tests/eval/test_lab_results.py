@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from eval.lab.cells import METHODS, PARTS, Cell, Outcome
-from eval.lab.plots import differences, lab_pictures
-from eval.lab.results import SeedRow, Tables, by_cell, estimate, over_seeds, reached, summarize, win_rate
+from eval.lab.cells import METHODS, PARTS, Cell, CellOutcome
+from eval.lab.plots import difference_picture, lab_pictures
+from eval.lab.results import SeedRow, Tables, by_cell, estimate, over_seeds, pairwise_win_rate, reached, summarize
 from eval.lab.tables import CURVES, RESULTS, TABLE, read, sheet, write
 from eval.pictures import Picture, Studio
 
@@ -26,7 +26,7 @@ def make(
     seeds: Sequence[int] = range(N),
     kl_NE: np.ndarray | None = None,
     **cell: object,
-) -> Outcome:
+) -> CellOutcome:
     """A cell whose mean gold and proxy are `curve_NE` exactly, or random."""
     rng = np.random.default_rng(data)
     shape = (len(seeds), len(STEPS))
@@ -36,7 +36,7 @@ def make(
     kl_NE = np.broadcast_to(STEPS / 2.0, shape) if kl_NE is None else kl_NE
     gold = gold_NE[..., None, None] + noise
     about = {"learning_rate": 1e-3, "beta": 0.1, "seeds": list(seeds), "proxy_accuracy": [0.75] * len(seeds)}
-    return Outcome(
+    return CellOutcome(
         Cell(method, **cell),  # type: ignore[arg-type]
         about | {"versions": {"python": "3", "jax": "0"}},
         STEPS,
@@ -48,7 +48,7 @@ def make(
     )
 
 
-def rows_of(method: str, *outcomes: Outcome) -> list[SeedRow]:
+def rows_of(method: str, *outcomes: CellOutcome) -> list[SeedRow]:
     return [row for row in summarize(outcomes, "test").rows if row.method == method]
 
 
@@ -86,10 +86,10 @@ def test_identical_cells_differ_by_nothing() -> None:
 def test_the_win_rate_is_that_of_all_pairs_with_ties_one_half() -> None:
     a_NPG = np.array([[[0.0, 1.0], [5.0, 5.0]]])
     b_NPG = np.array([[[0.0, 2.0], [1.0, 2.0]]])
-    assert win_rate(a_NPG, b_NPG) == (1.5 / 4 + 1) / 2
-    assert np.isnan(win_rate(np.where(a_NPG == 1, math.nan, a_NPG), b_NPG))
+    assert pairwise_win_rate(a_NPG, b_NPG) == (1.5 / 4 + 1) / 2
+    assert np.isnan(pairwise_win_rate(np.where(a_NPG == 1, math.nan, a_NPG), b_NPG))
     with pytest.raises(ValueError, match="same seeds and prompts"):
-        win_rate(a_NPG[:, :1], b_NPG)
+        pairwise_win_rate(a_NPG[:, :1], b_NPG)
 
 
 def test_seeds_are_paired_by_their_numbers_not_by_their_places() -> None:
@@ -264,7 +264,7 @@ def test_other_data_is_another_picture_and_the_same_data_the_same(tmp_path: Path
     other = {cell: [row._replace(gold_difference=row.seed + 1) for row in rows] for cell, rows in cells.items()}
     svgs = []
     for i, given in enumerate((cells, cells, other)):
-        picture = differences(Studio(tmp_path / str(i), METHODS), given)
+        picture = difference_picture(Studio(tmp_path / str(i), METHODS), given)
         assert isinstance(picture, Picture) and "methods dr_grpo, rloo" in picture.caption
         svgs.append((tmp_path / str(i) / "differences.svg").read_text())
     assert svgs[0] == svgs[1] != svgs[2]

@@ -92,7 +92,7 @@ def test_every_case_is_trained_once_and_each_picture_has_its_dots() -> None:
     assert len(set(todo)) == len(todo)
     rows = [case._asdict() | {"sampled": 0.5} for case in todo]
     for axis, values in (("beta", [0.5, 1]), ("group_size", [2, 4, 8]), ("noise", [0, 1, 2, 4])):
-        found = command.dots(config, rows, axis, ["GOPO", "GRPO", "GRPO, G = 8"])
+        found = command.sampled_dots(config, rows, axis, ["GOPO", "GRPO", "GRPO, G = 8"])
         assert len(found) == 2
         assert all(sorted(x for x, _ in points) == values for points in found.values())
 
