@@ -1,8 +1,8 @@
-"""From pairs to questions for a server, and from its replies to verdicts.
+"""Asks a server about pairs of answers, and reads verdicts from its replies.
 
-1. `before`: what the task asks about each prompt alone.
-2. Every pair in both orders; with a pointwise task each answer by itself.
-3. `reconsider`: in both orders again, where the two contradict each other.
+1. `before`: the task's questions about each prompt alone.
+2. Every pair in both orders; a pointwise task asks about each answer alone.
+3. `reconsider`: a second question in both orders, where the two verdicts contradict each other.
 """
 
 import json
@@ -20,29 +20,29 @@ ServerAnswer = Reply | Failure
 
 
 class ServerJudge:
-    """A task, put to a server. `replies` are all that the judgements rest on, each once."""
+    """Judges pairs by asking a server the questions of a task; `replies` collects every reply once."""
 
     def __init__(self, server: Server, task: JudgeTask) -> None:
         self.server, self.task = server, task
         self.replies: dict[Request, Reply] = {}
 
     def judge(self, pairs: Sequence[CompletionPair]) -> list[Judgement]:
-        """What the server says of each pair."""
+        """One judgement per pair."""
         before = self._before(pairs)
         if self.task.answer == "score":
             return self._scores(pairs, before)
         values = [[self._values(pair, order, before[i]) for order in ORDERS] for i, pair in enumerate(pairs)]
-        return self._again(pairs, values, self._both_orders(pairs, values, self.task, self.task.question))
+        return self._reconsidered(pairs, values, self._both_orders(pairs, values, self.task, self.task.question))
 
     def _before(self, pairs: Sequence[CompletionPair]) -> list[dict[str, ServerAnswer]]:
-        """For each pair the replies about its prompt, by name."""
+        """The replies about each pair's prompt, by name."""
         named = self.task.before.items()
-        asked = [
+        requests = [
             {name: self._request(question, {"prompt": readable(pair.prompt)}) for name, question in named}
             for pair in pairs
         ]
-        answers = self._ask([request for one in asked for request in one.values()], "before")
-        return [{name: answers[request] for name, request in one.items()} for one in asked]
+        answers = self._ask([request for by_name in requests for request in by_name.values()], "before")
+        return [{name: answers[request] for name, request in by_name.items()} for by_name in requests]
 
     def _both_orders(
         self,
@@ -55,38 +55,39 @@ class ServerJudge:
             [one if isinstance(one, Failure) else self._request(question, one) for one in both] for both in values
         ]
         answers = self._ask([r for both in requests for r in both if isinstance(r, Request)], "pairs")
-        found = [[r if isinstance(r, Failure) else answers[r] for r in both] for both in requests]
+        order_answers = [[r if isinstance(r, Failure) else answers[r] for r in both] for both in requests]
         return [
             Judgement([read_order(order, answer, task) for order, answer in zip(ORDERS, both, strict=True)])
-            for both in found
+            for both in order_answers
         ]
 
-    def _again(
+    def _reconsidered(
         self, pairs: Sequence[CompletionPair], values: list[list[dict[str, str] | Failure]], judged: list[Judgement]
     ) -> list[Judgement]:
-        """The second verdicts of the pairs whose two orders contradict each other; the first ones of all others."""
+        """Replaces the judgements whose two orders contradict each other by those of the second question."""
         if self.task.reconsider is None:
             return judged
-        torn = [i for i, one in enumerate(judged) if {order["winner"] for order in one.orders} == {"a", "b"}]
-        more: list[list[dict[str, str] | Failure]] = [
+        conflicts = [i for i, first in enumerate(judged) if {order["winner"] for order in first.orders} == {"a", "b"}]
+        again: list[list[dict[str, str] | Failure]] = [
             [
-                dict(one) | explanations(self.task, judged[i], order)
-                for order, one in zip(ORDERS, values[i], strict=True)
-                if not isinstance(one, Failure)
+                dict(inserted) | explanations(self.task, judged[i], order)
+                for order, inserted in zip(ORDERS, values[i], strict=True)
+                if not isinstance(inserted, Failure)
             ]
-            for i in torn
+            for i in conflicts
         ]
-        second = self._both_orders([pairs[i] for i in torn], more, self.task.of_reconsidering(), self.task.reconsider)
-        for i, one in zip(torn, second, strict=True):
-            for order, first in zip(one.orders, judged[i].orders, strict=True):
-                order["before"] = first
-            judged[i] = one
+        task = self.task.of_reconsidering()
+        second = self._both_orders([pairs[i] for i in conflicts], again, task, self.task.reconsider)
+        for i, judgement in zip(conflicts, second, strict=True):
+            for order, before in zip(judgement.orders, judged[i].orders, strict=True):
+                order["before"] = before
+            judged[i] = judgement
         return judged
 
     def _scores(self, pairs: Sequence[CompletionPair], before: Sequence[dict[str, ServerAnswer]]) -> list[Judgement]:
         asked: list[list[Request | Failure]] = []
         for i, pair in enumerate(pairs):
-            given = self._given(pair, before[i])
+            given = self._shared_values(pair, before[i])
             if isinstance(given, Failure):
                 asked.append([given, given])
             else:
@@ -102,16 +103,16 @@ class ServerJudge:
             judged.append(Judgement(orders, scores, kind=faults[0] if faults else None))
         return judged
 
-    def _given(self, pair: CompletionPair, before: dict[str, ServerAnswer]) -> dict[str, str] | Failure:
-        """What is put into a question whatever the order; where a reply about the prompt is missing, why."""
+    def _shared_values(self, pair: CompletionPair, before: dict[str, ServerAnswer]) -> dict[str, str] | Failure:
+        """The values of a question that do not depend on the order; the Failure if a reply about the prompt failed."""
         for answer in before.values():
             if isinstance(answer, Failure):
                 return answer
-        told = {name: answer.text for name, answer in before.items() if isinstance(answer, Reply)}
-        return {"prompt": readable(pair.prompt)} | told
+        prompt_replies = {name: answer.text for name, answer in before.items() if isinstance(answer, Reply)}
+        return {"prompt": readable(pair.prompt)} | prompt_replies
 
     def _values(self, pair: CompletionPair, order: str, before: dict[str, ServerAnswer]) -> dict[str, str] | Failure:
-        given, (first, second) = self._given(pair, before), pair.shown(order)
+        given, (first, second) = self._shared_values(pair, before), pair.shown(order)
         return given if isinstance(given, Failure) else given | {"first": first, "second": second}
 
     def _request(self, question: Question, values: dict[str, str]) -> Request:
@@ -125,7 +126,7 @@ class ServerJudge:
 
 
 def explanations(task: JudgeTask, judged: Judgement, order: str) -> dict[str, str]:
-    """The two contradicting replies, as they would read if both had seen the answers in this order."""
+    """The two contradicting replies, rewritten as if both had seen the answers in this order."""
     replies = {}
     for one in judged.orders:
         own = one["shown"] == order
@@ -135,17 +136,17 @@ def explanations(task: JudgeTask, judged: Judgement, order: str) -> dict[str, st
 
 
 def read_answer(answer: ServerAnswer, task: JudgeTask) -> tuple[dict[str, Any], Any]:
-    """What is kept of an answer, and its verdict."""
+    """Returns the fields to store of an answer, and its verdict."""
     if isinstance(answer, Failure):
         kind = "too_long" if answer.too_long else "failed"
         return {"kind": kind, "reply": answer.why, "text": "", "finish_reason": None}, UNPARSABLE
-    found = UNPARSABLE if answer.cut_off else verdict(answer.text, task)
+    parsed = UNPARSABLE if answer.cut_off else verdict(answer.text, task)
     tokens = {"prompt_tokens": answer.prompt_tokens, "completion_tokens": answer.completion_tokens}
-    kept = {"reply": shortened(answer.text), "text": answer.text, "finish_reason": answer.finish_reason}
-    return {"kind": found.kind} | kept | tokens, found
+    stored = {"reply": shortened(answer.text), "text": answer.text, "finish_reason": answer.finish_reason}
+    return {"kind": parsed.kind} | stored | tokens, parsed
 
 
 def read_order(order: str, answer: ServerAnswer, task: JudgeTask) -> dict[str, Any]:
-    row, found = read_answer(answer, task)
-    aspects = {aspect: winner_of(order, winner) for aspect, winner in found.winners.items()}
+    row, parsed = read_answer(answer, task)
+    aspects = {aspect: winner_of(order, winner) for aspect, winner in parsed.winners.items()}
     return {"shown": order, "winner": aspects.get(OVERALL), "aspects": aspects} | row
