@@ -1,16 +1,15 @@
-"""Completions of a policy, to JSONL: at each temperature n of each prompt.
+"""`python -m eval generate`: samples n completions per prompt and temperature from a policy, to JSONL.
 
-A row is {prompt_id, prompt, completion, length, temperature, sample, stop_reason, seed, checkpoint} and what else the
-data has: `prompt_id` is the row's number in the data, `length` is in tokens with the one that ended it, `stop_reason`
-is "stop" (the policy ended) or "length" (it was cut), `sample` counts a prompt's completions at a temperature from 0.
-Rows are in the order of temperatures, then prompts, then samples.
+A row is {prompt_id, prompt, completion, length, temperature, sample, stop_reason, seed, checkpoint} and the data's
+other columns: `prompt_id` is the row's number in the data, `length` counts tokens with the end token, `stop_reason` is
+"stop" (the policy ended) or "length" (cut), `sample` numbers a prompt's completions at a temperature from 0. Rows are in the order of temperatures, then prompts, then samples.
 
-What is drawn depends on the policy, the sampling settings, the seed and (prompt_id, temperature, sample) alone: not on
-`n`, `batch_prompts`, `limit` or the devices, but for rounding. The same seed gives every checkpoint and every
-temperature the same random numbers, so that what differs between them is theirs.
+A completion depends only on the policy, the sampling settings, the seed and (prompt_id, temperature, sample): not on
+`n`, `batch_prompts`, `limit` or the devices, except for rounding. The same seed gives every checkpoint and every
+temperature the same random numbers, so that differences between them are not due to the draw.
 
-Killed and started again, it goes on where it was (see `eval.texts.resumable`). On several processes each draws its
-share on its devices, and the first one writes.
+A restarted program resumes its file (see `eval.texts.resumable`). Each process samples its share on its own devices;
+process 0 writes.
 """
 
 import hashlib
@@ -54,7 +53,7 @@ from train.state import EVALUATION, stream_key
 MAX_SAMPLES = 1024  # completions of a prompt at a temperature: row * MAX_SAMPLES + sample numbers a random stream
 STREAMS = 2**32
 ROW_KEYS = ("completion", "length", "temperature", "sample", "stop_reason", "seed", "checkpoint", "prompt_id", "prompt")
-# What changes no row, or is in the hash of the data.
+# Settings that change no row, or that the hashes and the checkpoint's exact name cover.
 _IRRELEVANT = ("out", "overwrite", "batch_prompts", "mesh", "checkpoint", "data", "split", "columns", "limit", "chat")
 
 
@@ -116,14 +115,14 @@ def parse_generate(arguments: list[str]) -> GenerateConfig:
 
 
 def generate(config: GenerateConfig) -> list[Row]:
-    """Write the completions to `config.out`; returns its rows (of several processes, to the first).
+    """Writes the completions to `config.out`, and returns its rows on process 0 ([] elsewhere).
 
     Raises:
-      SetupError: a mistake in the settings or the data, before anything is drawn.
+      SetupError: invalid settings or data, before anything is sampled.
     """
     with setup_errors():
         check_out(config.out, config.data, several=True)
-        check_loadable(config.checkpoint)  # first: of a wrong name, that there is no tokenizer is half the story
+        check_loadable(config.checkpoint)  # first: a wrong name would otherwise be reported as a missing tokenizer
         layout = make_layout_for(config.mesh, config.batch_prompts)
         chat = config.chat or trained_chat(config.checkpoint)
         tokenizer = Tokenizer(tokenizer_path(config.checkpoint), chat.enable_thinking)
@@ -138,7 +137,7 @@ def generate(config: GenerateConfig) -> list[Row]:
 
 
 class PolicySettings(Protocol):
-    """What `load_policy` has to know: GenerateConfig and eval.texts.chat's TalkConfig say it."""
+    """The settings that `load_policy` reads from GenerateConfig or eval.texts.chat's TalkConfig."""
 
     @property
     def checkpoint(self) -> str: ...
@@ -155,10 +154,10 @@ class PolicySettings(Protocol):
 
 
 def load_policy(config: PolicySettings, tokenizer: Tokenizer, layout: Layout) -> tuple[Generator, Any]:
-    """A policy with its sampler, and what it samples from.
+    """Loads a policy; returns its sampler and the weights to sample from.
 
     Raises:
-      ValueError: a reward model, or one with too few embeddings for the tokenizer.
+      ValueError: a reward model, or a policy with too few embeddings for the tokenizer.
     """
     model = load_model(config.checkpoint, mesh=layout, dtype=config.dtype)
     if not isinstance(model, Qwen3):
@@ -180,7 +179,7 @@ def load_policy(config: PolicySettings, tokenizer: Tokenizer, layout: Layout) ->
 def sample_all(
     config: GenerateConfig, file: GrowingFile, generator: Generator, params: Any, rows: Sequence[tuple[int, Row]]
 ) -> None:
-    """Draw what is not in the file yet, batch by batch."""
+    """Samples the completions that the file lacks, batch by batch."""
     key = stream_key(config.seed, EVALUATION, 0)
     origin = {"seed": config.seed, "checkpoint": resolve_step(config.checkpoint)}
     total = len(rows) * len(config.temperatures) * config.n
@@ -189,18 +188,18 @@ def sample_all(
     if file.rows:
         console.print(f"{config.out}: goes on behind {file.rows} of {total} completions", markup=False)
     ways = generator.layout.shard_count("prompt")
-    size = min(config.batch_prompts, -(-len(rows) // ways) * ways)  # no room for prompts that do not exist
+    size = min(config.batch_prompts, -(-len(rows) // ways) * ways)  # no padding beyond the prompts
     began, tokens, cut, first = time.perf_counter(), 0, 0, file.rows
     with progress_bar() as bar:
         task = bar.add_task(Path(config.out).name, total=total, completed=file.rows)
         for temperature, start, _ in islice(batches(config, len(rows)), done, None):
-            part = rows[start : start + config.batch_prompts]
-            streams_PG = np.array([[i * MAX_SAMPLES + g for g in range(config.n)] for i, _ in part], np.uint32)
+            batch = rows[start : start + config.batch_prompts]
+            streams_PG = np.array([[i * MAX_SAMPLES + g for g in range(config.n)] for i, _ in batch], np.uint32)
             generator.sampling = generator.sampling._replace(temperature=temperature)
-            prompts = [row["prompt"] for _, row in part]
-            drawn = generator.complete(params, prompts, key, config.n, size, streams_PG)
-            file.append(list(completion_rows(part, drawn, temperature, origin)))
-            tokens, cut = tokens + int(drawn.lengths_PG.sum()), cut + int((~drawn.finished_PG).sum())
+            prompts = [row["prompt"] for _, row in batch]
+            rollouts = generator.complete(params, prompts, key, config.n, size, streams_PG)
+            file.append(list(completion_rows(batch, rollouts, temperature, origin)))
+            tokens, cut = tokens + int(rollouts.lengths_PG.sum()), cut + int((~rollouts.finished_PG).sum())
             bar.update(task, completed=file.rows)
     new, seconds = file.rows - first, time.perf_counter() - began
     console.print(
@@ -211,51 +210,51 @@ def sample_all(
 
 
 def batches(config: GenerateConfig, count: int) -> Iterator[tuple[float, int, int]]:
-    """Temperature, first prompt and number of rows of each batch, in the file's order."""
+    """Yields temperature, first prompt and number of rows of each batch, in the file's order."""
     for temperature in config.temperatures:
         for start in range(0, count, config.batch_prompts):
             yield temperature, start, min(config.batch_prompts, count - start) * config.n
 
 
 def whole_batches(config: GenerateConfig, rows: int, count: int) -> int:
-    """How many batches so many rows hold from the beginning, whole."""
-    held = 0
+    """Number of complete batches in the first `rows` rows."""
+    complete = 0
     for _, _, size in batches(config, count):
         rows -= size
         if rows < 0:
             break
-        held += 1
-    return held
+        complete += 1
+    return complete
 
 
 def completion_rows(
-    part: Sequence[tuple[int, Row]], drawn: Completions, temperature: float, origin: Mapping[str, Any]
+    batch: Sequence[tuple[int, Row]], rollouts: Completions, temperature: float, origin: Mapping[str, Any]
 ) -> Iterator[Row]:
-    for p, (prompt_id, row) in enumerate(part):
-        others = {name: value for name, value in row.items() if name not in ROW_KEYS}
-        for g, text in enumerate(drawn.texts_PG[p]):
+    for p, (prompt_id, row) in enumerate(batch):
+        columns = {name: value for name, value in row.items() if name not in ROW_KEYS}
+        for g, text in enumerate(rollouts.texts_PG[p]):
             yield {
                 "prompt_id": prompt_id,
                 "prompt": row["prompt"],
                 "completion": text,
-                "length": int(drawn.lengths_PG[p, g]),
+                "length": int(rollouts.lengths_PG[p, g]),
                 "temperature": temperature,
                 "sample": g,
-                "stop_reason": "stop" if drawn.finished_PG[p, g] else "length",
+                "stop_reason": "stop" if rollouts.finished_PG[p, g] else "length",
                 **origin,
-                **others,
+                **columns,
             }
 
 
 def trained_chat(checkpoint: str) -> ChatConfig:
-    """How the prompts of a run were rendered."""
+    """The chat settings that a run was trained with; the defaults for a model directory."""
     if not is_run(checkpoint):
         return ChatConfig()
     return ChatConfig(**read_about(checkpoint)["run"].get("chat", {}))
 
 
 def load_fitting_prompts(config: GenerateConfig, tokenizer: Tokenizer, chat: ChatConfig) -> list[tuple[int, Row]]:
-    """The rows whose prompt fits, with their number in the data; the prompt as it is asked is in column "prompt"."""
+    """Loads (prompt_id, row) of the prompts that fit; column "prompt" holds the prompt as it is asked."""
     column = config.prompt_column
     loaded = load_rows(config.data, config.split, config.columns, "columns")[: config.limit]
     rows = conversations(loaded, config.data, column, chat, "--prompt_column")
@@ -279,7 +278,7 @@ def load_fitting_prompts(config: GenerateConfig, tokenizer: Tokenizer, chat: Cha
 
 
 def settings_of(config: GenerateConfig, chat: ChatConfig, rows: Sequence[tuple[int, Row]]) -> dict[str, Any]:
-    """All that the file's rows depend on."""
+    """Every setting that the file's rows depend on."""
     digest = hashlib.sha256()
     for i, row in rows:
         digest.update(as_line({"prompt_id": i} | row).encode())
@@ -293,16 +292,16 @@ def settings_of(config: GenerateConfig, chat: ChatConfig, rows: Sequence[tuple[i
 
 
 def weights_hash(checkpoint: str) -> str | None:
-    """Tells a model from one that has taken its place, by a few bytes of its files; None of a name on the Hub."""
-    if is_run(checkpoint):  # Orbax notes when it wrote a step
+    """Hashes a few bytes of a model's files, to notice replaced weights; None for a name on the Hub."""
+    if is_run(checkpoint):  # Orbax writes a time stamp with each step
         run, step = find_step(checkpoint)
-        ends = [(checkpoints_folder(run) / str(step) / "_CHECKPOINT_METADATA").read_bytes()]
+        pieces = [(checkpoints_folder(run) / str(step) / "_CHECKPOINT_METADATA").read_bytes()]
     elif Path(checkpoint).is_dir():
         files = sorted(file for file in Path(checkpoint).iterdir() if re.search(r"\.(json|safetensors)$", file.name))
-        ends = [part for file in files for part in _both_ends(file)]
+        pieces = [part for file in files for part in _both_ends(file)]
     else:
         return None
-    return hashlib.sha256(b"\0".join(ends)).hexdigest()
+    return hashlib.sha256(b"\0".join(pieces)).hexdigest()
 
 
 def _both_ends(file: Path, size: int = 1 << 16) -> Iterator[bytes]:
