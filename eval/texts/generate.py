@@ -2,7 +2,8 @@
 
 A row is {prompt_id, prompt, completion, length, temperature, sample, stop_reason, seed, checkpoint} and the data's
 other columns: `prompt_id` is the row's number in the data, `length` counts tokens with the end token, `stop_reason` is
-"stop" (the policy ended) or "length" (cut), `sample` numbers a prompt's completions at a temperature from 0. Rows are in the order of temperatures, then prompts, then samples.
+"stop" (the policy ended) or "length" (cut), `sample` numbers a prompt's completions at a temperature from 0. Rows are
+in the order of temperatures, then prompts, then samples.
 
 A completion depends only on the policy, the sampling settings, the seed and (prompt_id, temperature, sample): not on
 `n`, `batch_prompts`, `limit` or the devices, except for rounding. The same seed gives every checkpoint and every

@@ -1,11 +1,11 @@
-"""IFEval of responses: the shares of prompts and of instructions that are followed, strictly and loosely.
+"""`python -m eval ifeval`: shares of prompts and of instructions that responses follow, strictly and loosely.
 
   prompt_strict = mean over responses of [all of the prompt's instructions are followed]
   instruction_strict = instructions followed / instructions, over all responses together; *_loose in the same way
 
-Loosely counts also what is followed without "*", without the first or without the last line. With several responses
-to a prompt these are means over responses.
-Standard errors are over prompts, of a ratio of sums: with y_p of n_p followed on prompt p,
+Loose checks also accept a response whose variant without "*", without its first line or without its last line follows.
+Several responses to a prompt are averaged.
+Standard errors are over prompts, for a ratio of sums: with y_p of n_p instructions followed on prompt p,
 s.e. = sqrt(P / (P - 1) * sum_p (y_p - accuracy n_p)^2) / sum_p n_p.
 
 References:
@@ -48,7 +48,7 @@ class IfevalConfig:
 
 
 class InstructedPrompt(NamedTuple):
-    """A prompt with its instructions."""
+    """A prompt with its instructions: `names` and their keyword `arguments`."""
 
     key: Any
     prompt: str
@@ -68,10 +68,10 @@ def parse_ifeval(arguments: list[str]) -> IfevalConfig:
 
 
 def measure_ifeval(config: IfevalConfig) -> dict[str, Any]:
-    """Write the accuracies and each row's outcomes to `config.out`; returns them.
+    """Writes the accuracies and each row's outcomes to `config.out`, and returns them.
 
     Raises:
-      SetupError: responses that cannot be read, or to prompts that nobody knows the instructions of.
+      SetupError: unreadable responses, or responses to prompts without known instructions.
     """
     with setup_errors():
         check_out(config.out, config.responses, *([config.data] if config.data else []))
@@ -97,13 +97,13 @@ def measure_ifeval(config: IfevalConfig) -> dict[str, Any]:
     return result
 
 
-def check_response(given: tuple[InstructedPrompt, str]) -> CheckedResponse:
-    one, text = given
-    return CheckedResponse(one.key, one.names, *outcomes(one.prompt, text, one.names, one.arguments))
+def check_response(prompt_and_response: tuple[InstructedPrompt, str]) -> CheckedResponse:
+    prompt, response = prompt_and_response
+    return CheckedResponse(prompt.key, prompt.names, *outcomes(prompt.prompt, response, prompt.names, prompt.arguments))
 
 
 class InstructionData:
-    """The prompts of IFEval, found by their text."""
+    """The prompts of IFEval with their instructions, looked up by text."""
 
     def __init__(self, source: str) -> None:
         self.source = source
@@ -122,26 +122,26 @@ class InstructionData:
         self._squeezed = {squeeze_blanks(one.prompt): one for one in self.asked}
 
     def find(self, prompt: str) -> InstructedPrompt | None:
-        """The prompt of that text; if there is none, of that text but for its white space."""
+        """Looks up a prompt by its exact text, else by its text up to white space."""
         return self._exact.get(prompt) or self._squeezed.get(squeeze_blanks(prompt))
 
     def instructions(self, rows: Sequence[Row], source: str) -> list[InstructedPrompt]:
-        """What each row was asked: by its own columns, or by its prompt's text.
+        """The instructions of each row: from its own columns, else by its prompt's text.
 
         Raises:
-          ValueError: prompts that are not there, or instructions of a row's own that cannot be.
+          ValueError: unknown prompts, or invalid instructions in a row's own columns.
         """
         prompts: list[str] = map_rows(rows, source, prompt_text)
         own: list[InstructedPrompt | None] = map_rows(rows, source, self._own)
-        found = [mine or self.find(text) for mine, text in zip(own, prompts, strict=True)]
-        unknown = [i for i, one in enumerate(found) if one is None]
+        prompts_of_rows = [row_prompt or self.find(text) for row_prompt, text in zip(own, prompts, strict=True)]
+        unknown = [i for i, prompt in enumerate(prompts_of_rows) if prompt is None]
         if unknown:
             raise ValueError(
                 f"{source}: {len(unknown)} of {len(rows)} prompts are not in {self.source}, the first in row "
                 f"{unknown[0] + 1}: {prompts[unknown[0]][:80]!r}; expected prompts of IFEval, or rows with their own "
                 f"instruction_id_list and kwargs, or --data FILE with them"
             )
-        return [one for one in found if one is not None]
+        return [prompt for prompt in prompts_of_rows if prompt is not None]
 
     @staticmethod
     def _own(row: Row) -> InstructedPrompt | None:
@@ -153,22 +153,22 @@ class InstructionData:
         return InstructedPrompt(key, prompt_text(row), names, arguments)
 
     def unanswered(self, asked: Sequence[InstructedPrompt]) -> int | None:
-        """How many prompts have no response; None if responses are to other prompts than these."""
-        found = [self.find(one.prompt) for one in asked]
-        if any(one is None for one in found):
+        """Number of prompts without a response; None if a response is to another prompt."""
+        prompts = [self.find(prompt.prompt) for prompt in asked]
+        if any(prompt is None for prompt in prompts):
             return None
-        return len(self.asked) - len({one.prompt for one in found if one is not None})
+        return len(self.asked) - len({prompt.prompt for prompt in prompts if prompt is not None})
 
 
 def accuracies(answers: Sequence[CheckedResponse]) -> dict[str, Any]:
     """The four accuracies, their standard errors, and counts."""
-    both = [(answer.strict, answer.loose) for answer in answers]
+    outcomes = [(answer.strict, answer.loose) for answer in answers]
     keys = [str(answer.key) for answer in answers]
     counts = [len(answer.names) for answer in answers]
     followed: dict[str, tuple[list[int], list[int]]] = {}
     for j, kind in enumerate(("strict", "loose")):
-        followed[f"prompt_{kind}"] = [int(all(pair[j])) for pair in both], [1] * len(answers)
-        followed[f"instruction_{kind}"] = [sum(pair[j]) for pair in both], counts
+        followed[f"prompt_{kind}"] = [int(all(pair[j])) for pair in outcomes], [1] * len(answers)
+        followed[f"instruction_{kind}"] = [sum(pair[j]) for pair in outcomes], counts
     return {
         **{name: sum(followed[name][0]) / sum(followed[name][1]) for name in ACCURACIES},
         "standard_errors": {name: ratio_error(*followed[name], keys) for name in ACCURACIES},
@@ -179,26 +179,26 @@ def accuracies(answers: Sequence[CheckedResponse]) -> dict[str, Any]:
 
 
 def ratio_error(parts: Sequence[int], wholes: Sequence[int], keys: Sequence[str]) -> float | None:
-    """The standard error of sum(parts) / sum(wholes) over clusters of one key; None of a single cluster."""
+    """Standard error of sum(parts) / sum(wholes) over clusters of equal keys; None for a single cluster."""
     _, cluster = np.unique(keys, return_inverse=True)
     y_P, n_P = np.bincount(cluster, parts), np.bincount(cluster, wholes)
     if len(y_P) < 2:
         return None
-    apart_P = y_P - y_P.sum() / n_P.sum() * n_P
-    return math.sqrt(len(y_P) / (len(y_P) - 1) * (apart_P**2).sum()) / float(n_P.sum())
+    residual_P = y_P - y_P.sum() / n_P.sum() * n_P
+    return math.sqrt(len(y_P) / (len(y_P) - 1) * (residual_P**2).sum()) / float(n_P.sum())
 
 
 def by_type(answers: Sequence[CheckedResponse]) -> dict[str, dict[str, float]]:
-    """How often each type of instruction is followed, and each family, which is what stands before the colon."""
+    """Share of each instruction type that is followed, and of each family (the name before the colon)."""
 
-    def every() -> Iterator[tuple[str, bool, bool]]:
+    def outcomes_by_type() -> Iterator[tuple[str, bool, bool]]:
         for answer in answers:
             for name, strict, loose in zip(answer.names, answer.strict, answer.loose, strict=True):
                 yield name, strict, loose
                 yield name.partition(":")[0], strict, loose
 
     counts: dict[str, list[int]] = {}
-    for name, strict, loose in every():
+    for name, strict, loose in outcomes_by_type():
         entry = counts.setdefault(name, [0, 0, 0])
         for i, value in enumerate((True, strict, loose)):
             entry[i] += value
@@ -218,10 +218,11 @@ def print_ifeval(result: Mapping[str, Any], out: str) -> None:
     console.print(Sheet(title, ("responses", *(name.replace("_", " ") for name in ACCURACIES)), rows).rich())
     kinds = [(name, str(f["count"]), number(f["strict"]), number(f["loose"])) for name, f in families.items()]
     console.print(Sheet("By kind of instruction", ("kind", "instructions", "strict", "loose"), kinds).rich())
-    left = result["unanswered"]
+    unanswered = result["unanswered"]
+    unanswered_text = "" if unanswered is None else f"{unanswered} prompts unanswered, not counted; "
     console.print(
         f"{out}: {result['count']} responses ({result['empty']} of them empty) to {result['prompts']} prompts with "
-        f"{result['instructions']} instructions; {'' if left is None else f'{left} prompts unanswered, not counted; '}"
+        f"{result['instructions']} instructions; {unanswered_text}"
         f"± standard error over prompts",
         markup=False,
     )
