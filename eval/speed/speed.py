@@ -1,8 +1,8 @@
-"""`python -m eval speed`: how long a step takes, what it needs, and what share of the machine's arithmetic that is.
+"""`python -m eval speed`: seconds and memory of a training step, and its share of the machine's peak arithmetic.
 
-A workload is a network with random weights and prompts of fixed lengths. What is timed is the program itself:
-`python -m train policy` in a process of its own, with nothing in its compilation cache and then with what the first
-process left there. The peak is the best square matrix product on the same machine just before.
+A workload is a network with random weights and prompts of fixed lengths. The timed program is `python -m train policy`
+in a process of its own, first with an empty compilation cache, then with the cache of the first process. The peak is
+the best rate of a square matrix product, measured on the same machine.
 """
 
 import json
@@ -30,7 +30,7 @@ from train.parse import parse
 from train.run.directory import read_metrics
 from train.running import setup_errors
 
-UNTIMED = 2  # steps left out of every median
+UNTIMED = 2  # first steps, left out of every median
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,10 +77,10 @@ def parse_speed(arguments: list[str]) -> SpeedConfig:
 
 
 def speed(config: SpeedConfig) -> dict[str, Any]:
-    """Measure a workload, print a table; returns what `--json` holds.
+    """Measures a workload and prints a table; returns the content of `--json`.
 
     Raises:
-      SetupError: the program, or a peer's, did not run to its end.
+      SetupError: the program, or a peer's, failed.
     """
     workload = WORKLOADS[config.workload]
     with setup_errors():
@@ -96,7 +96,7 @@ def speed(config: SpeedConfig) -> dict[str, Any]:
 
 
 def measure_workload(config: SpeedConfig, workload: Workload) -> dict[str, Any]:
-    """The program on a workload, once cold and once warm."""
+    """Runs the program on a workload, once cold and once warm."""
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         prepare(workload, work, UNTIMED + config.steps)
@@ -144,7 +144,7 @@ def measure_workload(config: SpeedConfig, workload: Workload) -> dict[str, Any]:
 
 
 def compare_with_peers(config: SpeedConfig, workload: Workload) -> dict[str, Any]:
-    """Peer, ours, peer, ours; every one of our cold starts with an empty compilation cache."""
+    """Runs peers and gopo_jax in turn; each cold start of gopo_jax has an empty compilation cache."""
     assert config.against is not None
     turns = [(name, name, python) for name, python in config.peers.items()]
     turns += [("trl_tuned", "trl", config.peers["trl"])] if config.tuned else []
@@ -160,10 +160,10 @@ def compare_with_peers(config: SpeedConfig, workload: Workload) -> dict[str, Any
                 tuned = label != name
                 peers[label].add(run_peer(script, python, work / "peers", config.steps, UNTIMED, lengths, tuned=tuned))
                 shutil.rmtree(work / "xla", ignore_errors=True)
-                mine = run_program(work, UNTIMED + config.steps)
+                run = run_program(work, UNTIMED + config.steps)
                 ours.add(
                     Timings(
-                        [row["timing_s/step"] for row in mine.rows[UNTIMED:]], [mine.first_step_s], [mine.peak_rss_mib]
+                        [row["timing_s/step"] for row in run.rows[UNTIMED:]], [run.first_step_s], [run.peak_rss_mib]
                     )
                 )
         warm = run_program(work, max_steps=1)
@@ -183,7 +183,7 @@ STEP_PARTS = ("step", "generate", "update")
 
 
 def sweep(workload: Workload, steps: int, picture: Path) -> dict[str, Any]:
-    """Step time against each setting, the others as in the workload."""
+    """Step time against each setting of SWEEPS, the others as in the workload."""
     points: dict[str, list[dict[str, float]]] = {}
     for name, values in SWEEPS.items():
         points[name] = []
@@ -208,7 +208,7 @@ def sweep(workload: Workload, steps: int, picture: Path) -> dict[str, Any]:
 
 
 def draw_sweep(points: dict[str, list[dict[str, float]]], picture: Path) -> None:
-    """One panel for each setting, seconds of a step and of its parts, on logarithmic axes."""
+    """Draws a panel for each setting: seconds of a step and of its parts, on logarithmic axes."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 6.4), layout="constrained")
@@ -252,19 +252,19 @@ def print_figures(result: dict[str, Any], workload: Workload) -> None:
 
 @dataclass
 class RunFigures:
-    """What a run of the program left behind."""
+    """Figures of one run of the program."""
 
-    rows: list[dict[str, float]]  # metrics, one row a step
+    rows: list[dict[str, float]]  # metrics, one row per step
     first_step_s: float  # from the start of the process to the end of its first step
     peak_rss_mib: float
-    compilations: dict[str, int]  # in the whole run, and in its timed steps
+    compilations: dict[str, int]  # "all": in the whole run; "timed": in its timed steps
 
 
 def run_program(work: Path, max_steps: int) -> RunFigures:
-    """`python -m train policy` on a prepared workload, from scratch, with the workload's own compilation cache.
+    """Runs `python -m train policy` on a prepared workload, from scratch, with the workload's compilation cache.
 
     Raises:
-      ValueError: it failed; the message has the end of what it printed.
+      ValueError: the program failed; the message ends with its last output.
     """
     shutil.rmtree(work / "run", ignore_errors=True)
     command = [sys.executable, "-m", "train", "policy", "--config", str(work / "config.yaml")]
@@ -276,18 +276,18 @@ def run_program(work: Path, max_steps: int) -> RunFigures:
     )
     log: list[tuple[float, str]] = []
 
-    def read() -> None:
+    def read_log() -> None:
         assert process.stderr is not None
         log.extend((time.monotonic(), line.decode(errors="replace")) for line in process.stderr)
 
-    reader = threading.Thread(target=read)
+    reader = threading.Thread(target=read_log)
     reader.start()
-    ends: list[float] = []  # of steps
+    ends: list[float] = []  # times at which steps ended
     ended, status, usage = 0, 0, None
-    while not ended:  # not by Popen's own means, which do not tell the memory
+    while not ended:  # os.wait4 also returns the peak memory, Popen.wait does not
         ended, status, usage = os.wait4(process.pid, os.WNOHANG)
-        found = sum(row["step"] > 0 for row in read_metrics(work / "run"))
-        ends += [time.monotonic()] * (found - len(ends))
+        steps = sum(row["step"] > 0 for row in read_metrics(work / "run"))
+        ends += [time.monotonic()] * (steps - len(ends))
         time.sleep(0.01)
     process.returncode = os.waitstatus_to_exitcode(status)
     reader.join()
@@ -307,7 +307,7 @@ def run_program(work: Path, max_steps: int) -> RunFigures:
 
 
 def score_seconds(workload: Workload, work: Path, prompts: list[list[int]], length: int, repeats: int = 5) -> float:
-    """Median seconds in which a reward model with random weights scores one batch of such completions."""
+    """Median seconds for a reward model with random weights to score one batch of such completions."""
     from flax import nnx
 
     from models.hf_weights import save_pretrained
@@ -330,7 +330,7 @@ def score_seconds(workload: Workload, work: Path, prompts: list[list[int]], leng
 
 
 def copy_gbytes(repeats: int = 9) -> float:
-    """The median rate at which 256 MiB are read and written, 10^9 bytes per second."""
+    """Median rate of reading and writing 256 MiB, in 10^9 bytes per second."""
     import jax
     import jax.numpy as jnp
 
@@ -344,7 +344,7 @@ def copy_gbytes(repeats: int = 9) -> float:
 
 
 def matmul_gflops(dtype: str, repeats: int = 9) -> float:
-    """The best median rate of a square matrix product, 10^9 floating point operations per second."""
+    """Best median rate of a square matrix product, in 10^9 floating point operations per second."""
     import jax
     import jax.numpy as jnp
 
