@@ -112,9 +112,9 @@ def results(
     ]
     winners = [order_winners(row) for row in ordered]
     lengths = [np.array([row[f"length_{side}"] for row in rows]) for side in "ab"]
-    _, prompt_N = np.unique([str(row["prompt_id"]) for row in rows], return_inverse=True)
+    _, prompt_J = np.unique([str(row["prompt_id"]) for row in rows], return_inverse=True)
     by_length = (
-        length_controlled(outcomes, lengths[0], lengths[1], prompt_N, seed) if np.isfinite(outcomes).any() else None
+        length_controlled(outcomes, lengths[0], lengths[1], prompt_J, seed) if np.isfinite(outcomes).any() else None
     )
     return {
         "prompts": len({row["prompt_id"] for row in rows}),

@@ -73,7 +73,7 @@ PARTS["full"] = list(dict.fromkeys(PARTS["factors"] + _CROSSED))
 
 
 class CellOutcome(NamedTuple):
-    """What a cell gave. N seeds, E evaluations, P validation prompts, G completions of each, M steps.
+    """What a cell gave. N seeds, Y evaluations, P validation prompts, G completions of each, M steps.
 
     Rewards are in standard deviations over the starting policy's completions, whose mean is 0; the proxy is the
     undistorted one. Evaluation 0 is the starting policy.
@@ -81,11 +81,11 @@ class CellOutcome(NamedTuple):
 
     cell: Cell
     about: dict[str, Any]  # learning_rate, beta, seeds, seconds; proxy_accuracy, one per seed; versions
-    steps_E: np.ndarray
-    proxy_NEPG: np.ndarray
-    gold_NEPG: np.ndarray
-    length_NEPG: np.ndarray
-    kl_NEPG: np.ndarray  # sum over a completion's tokens of log policy - log reference, in nats
+    steps_Y: np.ndarray
+    proxy_NYPG: np.ndarray
+    gold_NYPG: np.ndarray
+    length_NYPG: np.ndarray
+    kl_NYPG: np.ndarray  # sum over a completion's tokens of log policy - log reference, in nats
     training: dict[str, np.ndarray]  # [N, M] each, by name: what `eval.lab.program` measures at every step
 
     def save(self, folder: Path) -> None:

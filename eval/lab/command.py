@@ -38,7 +38,7 @@ from train.run.files import write_whole
 from train.running import setup_errors
 
 FIRST_TUNING_SEED = 1000
-FORMAT = 1  # of what a cell computes: raise it when that changes, and cells of another are refused
+FORMAT = 2  # of what a cell computes and of its file: raise it when they change; cells of another are refused
 PACE = 27.0  # seconds a cell takes on two cores, for who has run none yet
 PartName = Literal["default", "methods", "regimes", "distortions", "group_size", "noise", "factors", "full", "plan"]
 
@@ -144,7 +144,7 @@ class Laboratory:
                 outcome = self.outcome(cell, seeds, np.full(config.seeds, rate), bar)
                 outcome.save(there)
                 bar.update(whole, completed=number)
-                gold = outcome.gold_NEPG[:, -1].mean()
+                gold = outcome.gold_NYPG[:, -1].mean()
                 took = outcome.about["seconds"]
                 console.print(f"{number}/{len(missing)} {cell.name}: gold {gold:+.3f}, {took:.0f} s", highlight=False)
 
@@ -152,17 +152,17 @@ class Laboratory:
         """The learning rate of each method; kept in tuning.json."""
         config, file = self.config, self.folder / "tuning.json"
         found = json.loads(file.read_text()) if file.is_file() else {}
-        rates_R, tries = np.sort(config.learning_rates), config.tuning_seeds
+        rates, tries = np.sort(config.learning_rates), config.tuning_seeds
         for method in (name for name in METHODS if name in methods - found.keys()):
             seeds = tuple(range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + tries))
-            outcome = self.outcome(Cell(method), seeds * len(rates_R), np.repeat(rates_R, tries), bar)
-            late = outcome.steps_E > 0.75 * config.steps
-            proxy_RN, kl_RN = (
-                array_NEPG[:, late].mean((1, 2, 3)).reshape(-1, tries)
-                for array_NEPG in (outcome.proxy_NEPG, outcome.kl_NEPG)
+            outcome = self.outcome(Cell(method), seeds * len(rates), np.repeat(rates, tries), bar)
+            late = outcome.steps_Y > 0.75 * config.steps
+            proxy, kl = (
+                array_NYPG[:, late].mean((1, 2, 3)).reshape(-1, tries)
+                for array_NYPG in (outcome.proxy_NYPG, outcome.kl_NYPG)
             )
-            best = float(rates_R[best_rate_index(proxy_RN.mean(1), method)])
-            rows = zip(rates_R.tolist(), proxy_RN.tolist(), kl_RN.mean(1).tolist(), strict=True)
+            best = float(rates[best_rate_index(proxy.mean(1), method)])
+            rows = zip(rates.tolist(), proxy.tolist(), kl.mean(1).tolist(), strict=True)
             tried = [{"learning_rate": rate, "proxy": proxy_N, "kl": kl} for rate, proxy_N, kl in rows]
             found[method] = {"learning_rate": best, "tried": tried}
             write_whole(file, json.dumps(found, indent=1))
@@ -186,7 +186,7 @@ class Laboratory:
             jax.block_until_ready(state)
             bar.update(task, completed=done)
         bar.remove_task(task)
-        found = {f"{k}_NEPG": np.stack([e[k] for e in evaluations], 1) for k in evaluations[0]}
+        found = {f"{k}_NYPG": np.stack([e[k] for e in evaluations], 1) for k in evaluations[0]}
         measures = {k: np.concatenate([m[k] for m in training], 1) for k in training[0]}
         about = {
             "learning_rate": float(learning_rates[0]),  # of a cell they are all the same
@@ -198,8 +198,8 @@ class Laboratory:
             "command": config.command,
             "versions": versions(),
         }
-        steps_E = np.arange(0, config.steps + 1, config.evaluate_every)
-        return CellOutcome(cell, about, steps_E, training=measures, **found)
+        steps_Y = np.arange(0, config.steps + 1, config.evaluate_every)
+        return CellOutcome(cell, about, steps_Y, training=measures, **found)
 
     def program(self, group_size: int) -> LabProgram:
         if group_size not in self._programs:
@@ -221,11 +221,11 @@ class Laboratory:
         return jax.tree.map(lambda array_N: array_N[rows], self._proxies[once, noise])
 
 
-def best_rate_index(value_R: np.ndarray, method: str) -> int:
+def best_rate_index(values: np.ndarray, method: str) -> int:
     """Raises: FloatingPointError: none is a number."""
-    if np.isnan(value_R).all():
+    if np.isnan(values).all():
         raise FloatingPointError(f"tuning {method}: diverged at every learning rate; expected smaller learning_rates")
-    return int(np.nanargmax(value_R))
+    return int(np.nanargmax(values))
 
 
 def plan_sheet(folder: Path) -> Sheet:

@@ -58,10 +58,10 @@ def panels(axes: Axes, columns: int, rows: int = 1, **shared: Any) -> np.ndarray
     return found
 
 
-def legend(of: Axes, panels_RC: np.ndarray) -> None:
+def legend(of: Axes, grid: np.ndarray) -> None:
     """One legend above all panels, with each name once."""
     named: dict[str, Any] = {}
-    for axes in panels_RC.flat:
+    for axes in grid.flat:
         handles, labels = axes.get_legend_handles_labels()
         named |= {label: handle for handle, label in zip(handles, labels, strict=True) if label not in named}
     of.figure.legend(named.values(), named, loc="outside upper left", ncols=4, handlelength=2.6)

@@ -154,12 +154,12 @@ def cell_order(cell: Cell) -> tuple[int, int, int, float, int]:
 
 def check_shapes(outcome: CellOutcome) -> None:
     """Raises: ValueError: arrays of another number of seeds or evaluations than the cell says."""
-    N, E = len(outcome.about["seeds"]), len(outcome.steps_E)
-    for name in ("proxy_NEPG", "gold_NEPG", "length_NEPG", "kl_NEPG"):
+    N, Y = len(outcome.about["seeds"]), len(outcome.steps_Y)
+    for name in ("proxy_NYPG", "gold_NYPG", "length_NYPG", "kl_NYPG"):
         shape = getattr(outcome, name).shape
-        if len(shape) != 4 or shape[:2] != (N, E) or 0 in shape:
+        if len(shape) != 4 or shape[:2] != (N, Y) or 0 in shape:
             raise ValueError(
-                f"{outcome.cell.name}: {name}: expected [{N} seeds, {E} evaluations, prompts, completions], got "
+                f"{outcome.cell.name}: {name}: expected [{N} seeds, {Y} evaluations, prompts, completions], got "
                 f"{list(shape)}; delete the file and run the cell again"
             )
 
@@ -168,24 +168,24 @@ def check_shapes(outcome: CellOutcome) -> None:
 
 
 def seed_curves(outcome: CellOutcome) -> dict[str, np.ndarray]:
-    """proxy, gold, kl and length [N, E]: means over prompts and completions."""
+    """proxy, gold, kl and length [N, Y]: means over prompts and completions."""
     arrays = {
-        "proxy": outcome.proxy_NEPG,
-        "gold": outcome.gold_NEPG,
-        "kl": outcome.kl_NEPG,
-        "length": outcome.length_NEPG,
+        "proxy": outcome.proxy_NYPG,
+        "gold": outcome.gold_NYPG,
+        "kl": outcome.kl_NYPG,
+        "length": outcome.length_NYPG,
     }
     return {name: array.mean((2, 3), dtype=np.float64) for name, array in arrays.items()}
 
 
 def own_numbers(outcome: CellOutcome) -> dict[str, np.ndarray]:
     """The numbers [N] of a cell that need no other one, by their names in `SeedRow`."""
-    mean_NE = seed_curves(outcome)
-    seeds = np.arange(len(mean_NE["gold"]))
-    peak_N = mean_NE["gold"].argmax(1)
-    start = {name: values_NE[:, 0] for name, values_NE in mean_NE.items()}
-    final = {name: values_NE[:, -1] for name, values_NE in mean_NE.items()}
-    gold_peak = mean_NE["gold"][seeds, peak_N]
+    mean_NY = seed_curves(outcome)
+    seeds = np.arange(len(mean_NY["gold"]))
+    peak_N = mean_NY["gold"].argmax(1)
+    start = {name: values_NY[:, 0] for name, values_NY in mean_NY.items()}
+    final = {name: values_NY[:, -1] for name, values_NY in mean_NY.items()}
+    gold_peak = mean_NY["gold"][seeds, peak_N]
     proxy_gain, gold_gain = final["proxy"] - start["proxy"], final["gold"] - start["gold"]
     nothing = np.full(len(seeds), math.nan)
     return final | {
@@ -196,7 +196,7 @@ def own_numbers(outcome: CellOutcome) -> dict[str, np.ndarray]:
         "gold_gain": gold_gain,
         "gain_gap": proxy_gain - gold_gain,
         "gold_peak": gold_peak,
-        "peak_step": outcome.steps_E[peak_N],
+        "peak_step": outcome.steps_Y[peak_N],
         "over_optimisation": gold_peak - final["gold"],
         "rank_length": mean_of_valid(outcome.training.get("rank_length", nothing[:, None])),
     }
@@ -211,11 +211,11 @@ def mean_of_valid(values_NM: np.ndarray) -> np.ndarray:
 
 def curve(outcome: CellOutcome) -> list[CurvePoint]:
     points = []
-    mean_NE = seed_curves(outcome)
-    for e, step in enumerate(outcome.steps_E):
+    mean_NY = seed_curves(outcome)
+    for e, step in enumerate(outcome.steps_Y):
         values: dict[str, Any] = {"step": int(step), "seeds": len(outcome.about["seeds"])}
-        for name, values_NE in mean_NE.items():
-            estimate = over_seeds(values_NE[:, e])
+        for name, values_NY in mean_NY.items():
+            estimate = over_seeds(values_NY[:, e])
             values |= {name: rounded(estimate.mean), f"{name}_half": rounded(estimate.half)}
         points.append(CurvePoint(**asdict(outcome.cell), **values))
     return points
@@ -236,7 +236,7 @@ def rows_of(methods: Mapping[str, CellOutcome]) -> list[SeedRow]:
             values: dict[str, Any] = {name: rounded(values_N[n]) for name, values_N in numbers.items()}
             values |= {name: rounded(outcome.about.get(name, math.nan)) for name in ("learning_rate", "beta")}
             values |= {name: int(numbers[name][n]) for name in ("peak_step", "compared_at")}
-            values |= {"last_step": int(outcome.steps_E[-1])}
+            values |= {"last_step": int(outcome.steps_Y[-1])}
             rows.append(SeedRow(**asdict(outcome.cell), seed=int(seed), **values))
     return rows
 
@@ -255,12 +255,12 @@ def at_kl(outcome: CellOutcome, common_kl: Mapping[int, float]) -> dict[str, np.
 
     NaN where it never has: the policy, or all of them, diverged.
     """
-    mean_NE = seed_curves(outcome)
+    mean_NY = seed_curves(outcome)
     target_N = np.array([common_kl[seed] for seed in outcome.about["seeds"]])
-    number_E = np.arange(len(outcome.steps_E))
-    at_N = first_crossing(number_E.astype(np.float64), mean_NE["kl"], target_N)
+    number_Y = np.arange(len(outcome.steps_Y))
+    at_N = first_crossing(number_Y.astype(np.float64), mean_NY["kl"], target_N)
     at_N = np.where(np.isinf(at_N), math.nan, at_N)
-    gold_N = np.array([np.interp(at, number_E, gold_E) for at, gold_E in zip(at_N, mean_NE["gold"], strict=True)])
+    gold_N = np.array([np.interp(at, number_Y, gold_Y) for at, gold_Y in zip(at_N, mean_NY["gold"], strict=True)])
     return {"common_kl": target_N, "gold_at_kl": gold_N}
 
 
@@ -276,19 +276,19 @@ def paired_numbers(
     if other is None:
         return found
     _, ours, theirs = np.intersect1d(outcome.about["seeds"], other.about["seeds"], return_indices=True)
-    _, at, at_other = np.intersect1d(outcome.steps_E, other.steps_E, return_indices=True)
-    if not at.size or outcome.steps_E[at[-1]] == outcome.steps_E[0]:
+    _, at, at_other = np.intersect1d(outcome.steps_Y, other.steps_Y, return_indices=True)
+    if not at.size or outcome.steps_Y[at[-1]] == outcome.steps_Y[0]:
         return found
-    found["compared_at"][ours] = outcome.steps_E[at[-1]]
-    ours_NE, theirs_NE, steps_E = seed_curves(outcome), seed_curves(other), outcome.steps_E.astype(np.float64)
+    found["compared_at"][ours] = outcome.steps_Y[at[-1]]
+    ours_NY, theirs_NY, steps_Y = seed_curves(outcome), seed_curves(other), outcome.steps_Y.astype(np.float64)
     for name in ("proxy", "gold"):
-        target_N = theirs_NE[name][theirs, at_other[-1]]
-        found[f"{name}_difference"][ours] = ours_NE[name][ours, at[-1]] - target_N
-        crossing_N = first_crossing(steps_E, ours_NE[name][ours], target_N)
+        target_N = theirs_NY[name][theirs, at_other[-1]]
+        found[f"{name}_difference"][ours] = ours_NY[name][ours, at[-1]] - target_N
+        crossing_N = first_crossing(steps_Y, ours_NY[name][ours], target_N)
         found[f"steps_to_{name}"][ours] = np.where(np.isnan(target_N), math.nan, crossing_N)
     both_at_kl = at_kl(outcome, common_kl)["gold_at_kl"][ours], at_kl(other, common_kl)["gold_at_kl"][theirs]
     found["gold_at_kl_difference"][ours] = np.subtract(*both_at_kl)
-    found["win_rate"][ours] = pairwise_win_rate(outcome.gold_NEPG[ours, at[-1]], other.gold_NEPG[theirs, at_other[-1]])
+    found["win_rate"][ours] = pairwise_win_rate(outcome.gold_NYPG[ours, at[-1]], other.gold_NYPG[theirs, at_other[-1]])
     return found
 
 

@@ -217,19 +217,19 @@ def cached_arrays(file: Path, make: Callable[[], Mapping[str, jax.Array]]) -> di
 def _train_proxy(world: World, config: WorldConfig, seed: jax.Array, noise: float) -> StandardScorer:
     """Bradley-Terry on the seed's comparisons, each seen once, AdamW with a linear decay to 0."""
     draw, init = jax.random.split(jax.random.fold_in(jax.random.key(1), seed))
-    pairs_M2, prompt_M, chosen_M = comparisons(world, config, draw, noise)
+    pairs_J2, prompt_J, chosen_J = comparisons(world, config, draw, noise)
     params = split(_new_proxy(init, world.tokenizer))[1]
     steps = config.comparisons // config.proxy_batch
     optimizer = optax.adamw(optax.linear_schedule(config.proxy_learning_rate, 0.0, steps), weight_decay=0.1)
 
     def loss(params: Any, rows: jax.Array) -> jax.Array:
-        prompts, these_B2 = prompt_M[rows], pairs_M2[rows]
+        prompts, batch_J2 = prompt_J[rows], pairs_J2[rows]
         asked = PromptIds(world.train.tokens_PS[prompts], world.train.lengths_P[prompts])
-        tokens_B2T = world.pool_PGT[prompts[:, None], these_B2]
-        lengths_B2 = world.pool_lengths_PG[prompts[:, None], these_B2]
-        rewards_B2 = raw_rewards(nnx.merge(world.proxy_graph, params), asked, tokens_B2T, lengths_B2)
-        chosen_B = chosen_M[rows][:, None]
-        chosen, rejected = (jnp.take_along_axis(rewards_B2, at, 1)[:, 0] for at in (chosen_B, 1 - chosen_B))
+        tokens_J2T = world.pool_PGT[prompts[:, None], batch_J2]
+        lengths_J2 = world.pool_lengths_PG[prompts[:, None], batch_J2]
+        rewards_J2 = raw_rewards(nnx.merge(world.proxy_graph, params), asked, tokens_J2T, lengths_J2)
+        chosen_J1 = chosen_J[rows][:, None]
+        chosen, rejected = (jnp.take_along_axis(rewards_J2, at, 1)[:, 0] for at in (chosen_J1, 1 - chosen_J1))
         return preference_loss(chosen, rejected)[0]
 
     def step(state: tuple[Any, Any], i: jax.Array) -> tuple[tuple[Any, Any], None]:
@@ -245,17 +245,17 @@ def _train_proxy(world: World, config: WorldConfig, seed: jax.Array, noise: floa
 
 
 def comparisons(world: World, config: WorldConfig, key: jax.Array, noise: float) -> tuple[jax.Array, ...]:
-    """Two completions of each of M prompts, and which is said to be the better one, 0 or 1: gold's word, or turned."""
+    """Draws J pairs of completions of one prompt, and the index, 0 or 1, of the one labelled better; a share is mislabelled."""
     which, first, second, turned = jax.random.split(key, 4)
-    M, (P, G) = config.comparisons, world.gold.pool_PG.shape
-    prompt_M = jax.random.randint(which, (M,), 0, P)
-    first_M = jax.random.randint(first, (M,), 0, G)
-    second_M = (first_M + jax.random.randint(second, (M,), 1, G)) % G
-    pairs_M2 = jnp.stack([first_M, second_M], 1)
-    gold_M2 = world.gold.pool_PG[prompt_M[:, None], pairs_M2]
-    wrong_M = jax.random.uniform(turned, (M,)) < noise
-    chosen_M = (gold_M2[:, 1] > gold_M2[:, 0]) ^ wrong_M
-    return pairs_M2, prompt_M, chosen_M.astype(jnp.int32)
+    J, (P, G) = config.comparisons, world.gold.pool_PG.shape
+    prompt_J = jax.random.randint(which, (J,), 0, P)
+    first_J = jax.random.randint(first, (J,), 0, G)
+    second_J = (first_J + jax.random.randint(second, (J,), 1, G)) % G
+    pairs_J2 = jnp.stack([first_J, second_J], 1)
+    gold_J2 = world.gold.pool_PG[prompt_J[:, None], pairs_J2]
+    wrong_J = jax.random.uniform(turned, (J,)) < noise
+    chosen_J = (gold_J2[:, 1] > gold_J2[:, 0]) ^ wrong_J
+    return pairs_J2, prompt_J, chosen_J.astype(jnp.int32)
 
 
 def order_agreement(proxy_PG: jax.Array, gold_PG: jax.Array) -> jax.Array:

@@ -25,8 +25,8 @@ class TabularProblem(NamedTuple):
 
 def trained(problem: TabularProblem, key: jax.Array, **options: Any) -> jax.Array:
     """The mean policy [O] over the second half of the steps of `training`."""
-    policies_NO = training(problem, key, **options)
-    return policies_NO[len(policies_NO) // 2 :].mean(0)
+    policies_MO = training(problem, key, **options)
+    return policies_MO[len(policies_MO) // 2 :].mean(0)
 
 
 @partial(jax.jit, static_argnames=("advantage", "group_size", "kl", "groups", "steps"))
