@@ -218,20 +218,16 @@ def print_judgements(result: Mapping[str, Any]) -> None:
 
 
 def judgement_lines(result: Mapping[str, Any]) -> list[tuple[str, str]]:
-    text_rows = [("win rate", mean_interval_text(result["win_rate"]))]
-    text_rows += [
-        (f"  at temperature {key}", mean_interval_text(value)) for key, value in result["temperatures"].items()
-    ]
+    text_rows = [("win rate", mean_text(result["win_rate"]))]
+    text_rows += [(f"  at temperature {key}", mean_text(value)) for key, value in result["temperatures"].items()]
     if result["length_controlled"]:
-        text_rows.append(("  at equal length", mean_interval_text(result["length_controlled"])))
+        text_rows.append(("  at equal length", mean_text(result["length_controlled"])))
     text_rows += [
-        (f"  {key}", mean_interval_text(value))
-        for key, value in result["aspects"].items()
-        if len(result["aspects"]) > 1
+        (f"  {key}", mean_text(value)) for key, value in result["aspects"].items() if len(result["aspects"]) > 1
     ]
     text_rows.append(("wins, ties, losses", f"{result['wins']}, {result['ties']}, {result['losses']}"))
     if result["position_bias"]:
-        text_rows.append(("wins of the answer shown first", mean_interval_text(result["position_bias"])))
+        text_rows.append(("wins of the answer shown first", mean_text(result["position_bias"])))
         text_rows.append(("both orders agree", f"{result['consistent']:.1%}"))
     without = [f"{result[kind]} {kind.replace('_', ' ')}" for kind in ("identical", *NO_OUTCOME) if result[kind]]
     text_rows.append(("pairs", ", ".join([f"{result['judged']} of {result['pairs']} judged", *without])))
@@ -251,7 +247,7 @@ def judgement_lines(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     return text_rows
 
 
-def mean_interval_text(estimate: Mapping[str, Any]) -> str:
+def mean_text(estimate: Mapping[str, Any]) -> str:
     mean = estimate.get("mean", estimate.get("share"))
     return "-" if mean is None else f"{mean:.3f} [{estimate['low']:.3f}, {estimate['high']:.3f}]"
 

@@ -1,4 +1,4 @@
-"""The lab's cells: one method in one situation, several seeds side by side. Their names, the grid, their files."""
+"""The lab's cells, each one method in one situation with several seeds: their names, the grid, their files."""
 
 import json
 import os
@@ -19,15 +19,15 @@ REGIMES = ("tuned", "equal_rms", "equal_norm")
 
 @dataclass(frozen=True)
 class Cell:
-    """One setting of everything that the lab varies; the seeds are inside.
+    """One setting of every factor that the lab varies; a cell runs all seeds.
 
     Args:
       method: name of the advantage.
       group_size: G; prompts x G is the same in all cells.
-      noise: share of the comparisons behind the proxy whose label is turned.
-      distortion: of the proxy's scale; all but bf16's ties keep the order.
+      noise: share of the proxy's training comparisons with a flipped label.
+      distortion: of the proxy's scale; it keeps the order, except for the ties of bf16.
       regime: "tuned" uses the method's own tuned learning rate; "equal_rms" one learning rate for all, with advantages
-        scaled so that their root mean square at the start is 1; "equal_norm" that, and every gradient scaled to norm 1.
+        scaled so that their root mean square at the start is 1; "equal_norm" also scales every gradient to norm 1.
     """
 
     method: str
@@ -73,10 +73,10 @@ PARTS["full"] = list(dict.fromkeys(PARTS["factors"] + _CROSSED))
 
 
 class CellOutcome(NamedTuple):
-    """What a cell gave. N seeds, Y evaluations, P validation prompts, G completions of each, M steps.
+    """The result of a cell. N seeds, Y evaluations, P validation prompts, G completions of each, M steps.
 
-    Rewards are in standard deviations over the starting policy's completions, whose mean is 0; the proxy is the
-    undistorted one. Evaluation 0 is the starting policy.
+    Rewards are standardized to mean 0 and standard deviation 1 over the start policy's completions; the proxy is the
+    undistorted one. Evaluation 0 is the start policy.
     """
 
     cell: Cell
@@ -89,7 +89,7 @@ class CellOutcome(NamedTuple):
     training: dict[str, np.ndarray]  # [N, M] each, by name: what `eval.lab.program` measures at every step
 
     def save(self, folder: Path) -> None:
-        """FOLDER/NAME.npz, whole or not at all."""
+        """Writes FOLDER/NAME.npz atomically."""
         arrays: dict[str, Any] = {
             name: value for name, value in self._asdict().items() if isinstance(value, np.ndarray)
         }
@@ -99,7 +99,7 @@ class CellOutcome(NamedTuple):
 
 
 def write_arrays(file: Path, arrays: Mapping[str, Any]) -> None:
-    """A .npz file, whole or not at all; two processes do not write into one another's."""
+    """Writes a .npz file atomically, also beside other processes."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(f".{os.getpid()}.partial.npz")
     np.savez_compressed(partial, **arrays)
@@ -112,14 +112,14 @@ def outcome_file(folder: Path, cell: Cell) -> Path:
 
 def load_outcome(file: Path) -> CellOutcome:
     with np.load(file) as arrays:
-        given: Mapping[str, Any] = json.loads(str(arrays["about"]))
-        plain = {name: arrays[name] for name in arrays.files if name != "about" and "/" not in name}
+        header: Mapping[str, Any] = json.loads(str(arrays["about"]))
+        fields = {name: arrays[name] for name in arrays.files if name != "about" and "/" not in name}
         training = {name.removeprefix("training/"): arrays[name] for name in arrays.files if "/" in name}
-    return CellOutcome(Cell(**given["cell"]), given["about"], training=training, **plain)
+    return CellOutcome(Cell(**header["cell"]), header["about"], training=training, **fields)
 
 
 def load_outcomes(folder: Path) -> Iterator[CellOutcome]:
-    """All that have ended, in the order of the grid."""
+    """Loads the finished cells, in the order of the grid."""
     for cell in PARTS["full"]:
         if outcome_file(folder, cell).is_file():
             yield load_outcome(outcome_file(folder, cell))

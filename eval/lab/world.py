@@ -1,14 +1,14 @@
-"""What the lab's policies live in: a start policy, a gold reward model that none is trained on, and noisy proxies.
+"""The lab's environment: a start policy, a gold reward model that no policy is trained on, and noisy proxies.
 
     start    a small Qwen3, supervised on review sentences (data/reviews, the demo's cut)
-    gold     a reward model trained on all labelled pairs of those sentences. It is the truth here: it labels
-             comparisons and judges policies, and no policy's reward comes from it
+    gold     a reward model trained on all labelled pairs of those sentences. It defines the truth: it labels
+             comparisons and judges policies, but never rewards a policy
     pool     completions of the start policy to the training prompts, with their gold rewards
-    proxies  one reward model for each seed, trained on that seed's comparisons of pool completions of one prompt,
-             of which a share has its label turned; the same pairs at every noise, and the turned ones are nested
+    proxies  one reward model for each seed, trained on that seed's comparisons of pool completions of one prompt;
+             a share of the labels is flipped; every noise has the same pairs, and the flipped sets are nested
 
-Rewards are shifted and scaled to mean 0 and standard deviation 1 over the pool, gold's and every proxy's.
-All of it is kept in the lab's directory and read from there the next time.
+Rewards of gold and of every proxy are shifted and scaled to mean 0 and standard deviation 1 over the pool.
+The lab's directory stores everything, and a later run reads it from there.
 """
 
 import runpy
@@ -48,7 +48,7 @@ from train.supervised.reward_model import train_reward_model
 from train.supervised.sft import train_sft
 
 PREPARE = Path(__file__).parents[2] / "data" / "reviews" / "prepare.py"
-POOL_COMPLETIONS, POOL_PROMPTS = 16, 32  # of each training prompt; scored at a time
+POOL_COMPLETIONS, POOL_PROMPTS = 16, 32  # completions per training prompt; prompts scored at a time
 POOL_ARRAYS = ("tokens_PGT", "lengths_PG", "raw_PG")
 WIDTH = {"vocab_size": 2048, "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
 START = Qwen3Config(hidden_size=96, intermediate_size=288, num_hidden_layers=2, head_dim=24, **WIDTH)  # type: ignore[arg-type]
@@ -85,13 +85,13 @@ class PromptIds(NamedTuple):
 
 
 class StandardScorer(NamedTuple):
-    """A reward model's parameters with what makes its rewards standard on the pool; with a seed axis in front too."""
+    """A reward model's parameters with its mean and scale on the pool; may have a leading seed axis."""
 
     params: Any
     mean: jax.Array
     scale: jax.Array
-    pool_PG: jax.Array  # its rewards of the pool, standard
-    accuracy: jax.Array  # how often it orders two completions of the pool as gold does
+    pool_PG: jax.Array  # its standardized rewards of the pool
+    accuracy: jax.Array  # share of completion pairs in the pool that it orders as gold does
 
 
 SCORER_FIELDS = StandardScorer._fields[1:]
@@ -115,15 +115,15 @@ class World(NamedTuple):
 
 
 def untruncated_sampling(tokenizer: Tokenizer) -> SamplingParams:
-    """The policy's own distribution, nothing cut off."""
+    """Sampling from the policy's own distribution: temperature 1, no top-k or top-p."""
     return SamplingParams(1.0, 0, 1.0, 0, np.array(tokenizer.eos_ids, np.int32))
 
 
 def raw_rewards(model: Qwen3RewardModel, prompts: PromptIds, tokens_PGT: jax.Array, lengths_PG: jax.Array) -> jax.Array:
-    """float32 [P, G], read as train/rewards/__init__.py reads texts: the end-of-text token is no part of them.
+    """Rewards [P, G], float32, scored as train/rewards/__init__.py scores texts: without the end-of-text token.
 
     Args:
-      lengths_PG: of the completions without that token; of an empty one the prompt's last token is read.
+      lengths_PG: lengths without that token; an empty completion is scored at the prompt's last token.
     """
     hidden_PSD, hidden_PGTD = model.prefill_and_extend(prompts.tokens_PS, prompts.lengths_P, tokens_PGT)
     last = jnp.maximum(lengths_PG - 1, 0)[..., None, None]
@@ -135,7 +135,7 @@ def raw_rewards(model: Qwen3RewardModel, prompts: PromptIds, tokens_PGT: jax.Arr
 def standard_rewards(
     graph: Any, scorer: StandardScorer, prompts: PromptIds, tokens_PGT: jax.Array, lengths_PG: jax.Array
 ) -> jax.Array:
-    """`raw_rewards`, standard on the pool."""
+    """`raw_rewards`, standardized on the pool."""
     raw_PG = raw_rewards(nnx.merge(graph, scorer.params), prompts, tokens_PGT, lengths_PG)
     return (raw_PG - scorer.mean) / scorer.scale
 
@@ -146,7 +146,7 @@ def standardized_scorer(params: Any, raw_PG: jax.Array, gold_PG: jax.Array) -> S
 
 
 def pool_rewards(model: Qwen3RewardModel, train: PromptIds, tokens_PGT: jax.Array, lengths_PG: jax.Array) -> jax.Array:
-    """`raw_rewards` of the pool, some prompts at a time: it has thousands of completions."""
+    """`raw_rewards` of the pool, POOL_PROMPTS prompts at a time: it has thousands of completions."""
 
     def one(of_prompt: tuple[jax.Array, ...]) -> jax.Array:
         tokens_S, length, tokens_GT, lengths_G = (array[None] for array in of_prompt)
@@ -156,10 +156,10 @@ def pool_rewards(model: Qwen3RewardModel, train: PromptIds, tokens_PGT: jax.Arra
 
 
 def build_world(folder: Path, config: WorldConfig) -> World:
-    """The world in a directory: what is missing is made.
+    """Loads the world of a directory, and makes its missing parts.
 
     Raises:
-      SetupError: the repository's data is not there, or has fewer prompts; before anything is trained.
+      SetupError: the repository's data is missing or has too few prompts; before anything is trained.
     """
     if not PREPARE.is_file():
         raise SetupError(f"{PREPARE}: not there; the lab needs the repository's data/, run it in a checkout")
@@ -186,28 +186,28 @@ def build_world(folder: Path, config: WorldConfig) -> World:
         raw_PG = pool_rewards(nnx.merge(gold_graph, gold_params), train, rollout.tokens_PGT, lengths_PG)
         return rollout.tokens_PGT, lengths_PG, raw_PG
 
-    drawn = cached_arrays(folder / "pool.npz", lambda: dict(zip(POOL_ARRAYS, pool(jax.random.key(0)), strict=True)))
-    tokens_PGT, lengths_PG, raw_PG = (drawn[name] for name in POOL_ARRAYS)
+    arrays = cached_arrays(folder / "pool.npz", lambda: dict(zip(POOL_ARRAYS, pool(jax.random.key(0)), strict=True)))
+    tokens_PGT, lengths_PG, raw_PG = (arrays[name] for name in POOL_ARRAYS)
     gold = standardized_scorer(gold_params, raw_PG, raw_PG)
     proxy_graph, _ = split(nnx.eval_shape(lambda: _new_proxy(jax.random.key(0), tokenizer)))
     return World(tokenizer, policy, start, gold_graph, gold, proxy_graph, train, validation, tokens_PGT, lengths_PG)
 
 
 def proxies(world: World, folder: Path, config: WorldConfig, seeds: tuple[int, ...], noise: float) -> StandardScorer:
-    """One proxy for each seed, stacked; read from the directory where they have been trained before."""
+    """One proxy for each seed, stacked; read from the directory if they were trained before."""
     named = f"noise{round(100 * noise)}_seeds{seeds[0]}-{seeds[-1]}"
 
     def train() -> dict[str, jax.Array]:
-        found = jax.jit(jax.vmap(lambda seed: _train_proxy(world, config, seed, noise)))(jnp.array(seeds))
-        return flatten(found.params) | {name: getattr(found, name) for name in SCORER_FIELDS}
+        trained = jax.jit(jax.vmap(lambda seed: _train_proxy(world, config, seed, noise)))(jnp.array(seeds))
+        return flatten(trained.params) | {name: getattr(trained, name) for name in SCORER_FIELDS}
 
-    kept = cached_arrays(folder / "proxies" / f"{named}.npz", train)
-    about = {name: kept.pop(name) for name in SCORER_FIELDS}
-    return StandardScorer(nest(kept), **about)
+    arrays = cached_arrays(folder / "proxies" / f"{named}.npz", train)
+    about = {name: arrays.pop(name) for name in SCORER_FIELDS}
+    return StandardScorer(nest(arrays), **about)
 
 
 def cached_arrays(file: Path, make: Callable[[], Mapping[str, jax.Array]]) -> dict[str, jax.Array]:
-    """The arrays of a file; made and written, whole or not at all, where it is not there."""
+    """Loads the arrays of a file, after making and writing it atomically if it is missing."""
     if not file.is_file():
         write_arrays(file, {name: np.asarray(array) for name, array in make().items()})
     with np.load(file) as stored:
@@ -215,7 +215,7 @@ def cached_arrays(file: Path, make: Callable[[], Mapping[str, jax.Array]]) -> di
 
 
 def _train_proxy(world: World, config: WorldConfig, seed: jax.Array, noise: float) -> StandardScorer:
-    """Bradley-Terry on the seed's comparisons, each seen once, AdamW with a linear decay to 0."""
+    """Trains a Bradley-Terry model on the seed's comparisons, one epoch, AdamW with linear decay to 0."""
     draw, init = jax.random.split(jax.random.fold_in(jax.random.key(1), seed))
     pairs_J2, prompt_J, chosen_J = comparisons(world, config, draw, noise)
     params = split(_new_proxy(init, world.tokenizer))[1]
@@ -245,21 +245,21 @@ def _train_proxy(world: World, config: WorldConfig, seed: jax.Array, noise: floa
 
 
 def comparisons(world: World, config: WorldConfig, key: jax.Array, noise: float) -> tuple[jax.Array, ...]:
-    """Draws J pairs of completions of one prompt, and the index, 0 or 1, of the one labelled better; a share is mislabelled."""
-    which, first, second, turned = jax.random.split(key, 4)
+    """Draws J pairs of completions; the label, 0 or 1, is the completion that gold calls better, or flipped."""
+    prompt_key, first_key, second_key, flip_key = jax.random.split(key, 4)
     J, (P, G) = config.comparisons, world.gold.pool_PG.shape
-    prompt_J = jax.random.randint(which, (J,), 0, P)
-    first_J = jax.random.randint(first, (J,), 0, G)
-    second_J = (first_J + jax.random.randint(second, (J,), 1, G)) % G
+    prompt_J = jax.random.randint(prompt_key, (J,), 0, P)
+    first_J = jax.random.randint(first_key, (J,), 0, G)
+    second_J = (first_J + jax.random.randint(second_key, (J,), 1, G)) % G
     pairs_J2 = jnp.stack([first_J, second_J], 1)
     gold_J2 = world.gold.pool_PG[prompt_J[:, None], pairs_J2]
-    wrong_J = jax.random.uniform(turned, (J,)) < noise
-    chosen_J = (gold_J2[:, 1] > gold_J2[:, 0]) ^ wrong_J
+    flipped_J = jax.random.uniform(flip_key, (J,)) < noise
+    chosen_J = (gold_J2[:, 1] > gold_J2[:, 0]) ^ flipped_J
     return pairs_J2, prompt_J, chosen_J.astype(jnp.int32)
 
 
 def order_agreement(proxy_PG: jax.Array, gold_PG: jax.Array) -> jax.Array:
-    """How often two of a prompt's completions are ordered as gold orders them; ties of the proxy count one half."""
+    """Share of a prompt's completion pairs that are ordered as gold orders them; ties of the proxy count one half."""
     sign_PGG, gold_PGG = (jnp.sign(r[:, :, None] - r[:, None, :]) for r in (proxy_PG, gold_PG))
     return (gold_PGG * sign_PGG).sum() / jnp.abs(gold_PGG).sum() / 2 + 0.5
 
@@ -307,7 +307,7 @@ def _has_ended(config: SftConfig | RewardModelConfig) -> bool:
 
 
 def _prompts(folder: Path, tokenizer: Tokenizer, config: WorldConfig) -> tuple[PromptIds, PromptIds]:
-    """Training and validation prompts, short enough, none of them twice."""
+    """Distinct training and validation prompts of at most `max_prompt_length` tokens."""
 
     def read(part: str) -> list[str]:
         texts = [row["prompt"] for row in load_rows(str(folder / "data" / f"prompts_{part}.jsonl"))]
