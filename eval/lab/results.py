@@ -1,9 +1,9 @@
-"""What the lab's cells say: the numbers of every seed, paired with those of a baseline, and intervals over seeds.
+"""Numbers of the lab's cells: per seed, paired with those of a baseline, and intervals over seeds.
 
-The seed is the unit: everything is a mean over validation prompts and completions first, one number for each seed, and
-intervals are over seeds alone. A seed gives every method of a situation the same start, proxy and prompts; therefore
-methods are compared seed by seed. Every number is rounded to 5 digits here, so that tables and pictures are the same
-whether they are drawn from cells or from the CSV files of `eval.lab.tables`.
+The seed is the unit: each quantity is averaged over validation prompts and completions first, which gives one number
+per seed; intervals are over seeds only. A seed gives every method of a situation the same start, proxy and prompts;
+therefore methods are compared seed by seed. Every number is rounded to 5 digits, so that tables and pictures are the
+same whether they are drawn from cells or from the CSV files of `eval.lab.tables`.
 """
 
 import math
@@ -25,10 +25,10 @@ LIBRARIES = ("jax", "flax", "optax", "numpy")
 
 
 class SeedRow(NamedTuple):
-    """A cell's numbers for one seed. NaN: there is none; infinite steps: not reached.
+    """A cell's numbers for one seed. NaN: undefined; infinite steps: not reached.
 
     Rewards are in standard deviations of the start, kl in nats per completion, length in tokens. The baseline is the
-    cell of the same situation with the method "grpo"; its own rows are compared with themselves.
+    cell of the same situation with the method "grpo"; its rows are compared with themselves.
     """
 
     method: str
@@ -40,7 +40,7 @@ class SeedRow(NamedTuple):
     learning_rate: float
     beta: float
     proxy_accuracy: float
-    last_step: int  # of the last evaluation, which "final" numbers are of
+    last_step: int  # step of the last evaluation, the source of "final" numbers
     proxy_start: float
     gold_start: float
     proxy: float  # final
@@ -54,14 +54,14 @@ class SeedRow(NamedTuple):
     peak_step: int
     over_optimisation: float  # gold_peak - gold
     rank_length: float  # correlation, mean over the steps of training
-    common_kl: float  # the smaller final kl of the two that are compared
-    gold_at_kl: float  # where the policy first has that kl
-    compared_at: int  # the last step that the baseline evaluated too; 0: no comparison, and NaN from here on
+    common_kl: float  # the smaller final kl of the two compared cells
+    gold_at_kl: float  # gold reward where the policy first reaches common_kl
+    compared_at: int  # the last step that both evaluated; 0: no comparison, and all later fields are NaN
     proxy_difference: float
     gold_difference: float
     gold_at_kl_difference: float
     win_rate: float  # by the gold reward
-    steps_to_proxy: float  # to the baseline's final one
+    steps_to_proxy: float  # to the baseline's final proxy reward
     steps_to_gold: float
 
     @property
@@ -97,7 +97,7 @@ class CurvePoint(NamedTuple):
 
 
 class Tables(NamedTuple):
-    """All that the lab's table, files and pictures are made of."""
+    """The data of the lab's table, files and pictures."""
 
     command: str
     seeds: tuple[int, ...]
@@ -108,44 +108,44 @@ class Tables(NamedTuple):
 
 class Estimate(NamedTuple):
     mean: float
-    half: float  # the interval is mean ± half; NaN where there is none
+    half: float  # half-width: the interval is mean ± half; NaN without an interval
     seeds: int
 
 
 def summarize(outcomes: Iterable[CellOutcome], command: str) -> Tables:
-    """The numbers of all cells that there are, in the order of situations and methods.
+    """Computes the numbers of all given cells, in the order of situations and methods.
 
     Args:
-      outcomes: of any part of the grid; a situation without the baseline has no comparison.
-      command: that made them; it is written into the files.
+      outcomes: cells of any part of the grid; a situation without the baseline has no comparison.
+      command: the command that made them; it is written into the files.
 
     Raises:
-      ValueError: nothing to summarize, a cell that is given twice, or arrays that do not fit together.
+      ValueError: no cell, a duplicate cell, or arrays of inconsistent shapes.
     """
-    found = sorted(outcomes, key=lambda outcome: cell_order(outcome.cell))
-    if not found:
+    ordered = sorted(outcomes, key=lambda outcome: cell_order(outcome.cell))
+    if not ordered:
         raise ValueError("lab: expected at least one cell that has ended, got none; run `python -m eval lab` first")
     situations: dict[Cell, dict[str, CellOutcome]] = {}
-    for outcome in found:
+    for outcome in ordered:
         check_shapes(outcome)
         methods = situations.setdefault(situation(outcome.cell), {})
         if outcome.cell.method in methods:
             raise ValueError(f"{outcome.cell.name}: expected each cell once, got it twice")
         methods[outcome.cell.method] = outcome
     rows = [row for methods in situations.values() for row in rows_of(methods)]
-    curves = [point for outcome in found for point in curve(outcome)]
+    curves = [point for outcome in ordered for point in curve(outcome)]
     seeds = sorted({row.seed for row in rows})
-    made_with = dict.fromkeys(versions_text(outcome.about.get("versions") or versions()) for outcome in found)
+    made_with = dict.fromkeys(versions_text(outcome.about.get("versions") or versions()) for outcome in ordered)
     return Tables(command, tuple(seeds), " | ".join(made_with), rows, curves)
 
 
 def situation(cell: Cell) -> Cell:
-    """All of a cell but its method."""
+    """A cell without its method."""
     return replace(cell, method="")
 
 
 def cell_order(cell: Cell) -> tuple[int, int, int, float, int]:
-    """Where a cell stands in tables."""
+    """Sort key of a cell in tables."""
     order = [names.index(name) if name in names else len(names) for names, name in (
         (REGIMES, cell.regime), (DISTORTIONS, cell.distortion), (METHODS, cell.method)
     )]  # fmt: skip
@@ -153,7 +153,7 @@ def cell_order(cell: Cell) -> tuple[int, int, int, float, int]:
 
 
 def check_shapes(outcome: CellOutcome) -> None:
-    """Raises: ValueError: arrays of another number of seeds or evaluations than the cell says."""
+    """Refuses arrays whose numbers of seeds or evaluations differ from the cell's."""
     N, Y = len(outcome.about["seeds"]), len(outcome.steps_Y)
     for name in ("proxy_NYPG", "gold_NYPG", "length_NYPG", "kl_NYPG"):
         shape = getattr(outcome, name).shape
@@ -168,7 +168,7 @@ def check_shapes(outcome: CellOutcome) -> None:
 
 
 def seed_curves(outcome: CellOutcome) -> dict[str, np.ndarray]:
-    """proxy, gold, kl and length [N, Y]: means over prompts and completions."""
+    """proxy, gold, kl and length [N, Y], averaged over prompts and completions."""
     arrays = {
         "proxy": outcome.proxy_NYPG,
         "gold": outcome.gold_NYPG,
@@ -179,7 +179,7 @@ def seed_curves(outcome: CellOutcome) -> dict[str, np.ndarray]:
 
 
 def own_numbers(outcome: CellOutcome) -> dict[str, np.ndarray]:
-    """The numbers [N] of a cell that need no other one, by their names in `SeedRow`."""
+    """The numbers [N] of a cell that need no comparison, by their names in `SeedRow`."""
     mean_NY = seed_curves(outcome)
     seeds = np.arange(len(mean_NY["gold"]))
     peak_N = mean_NY["gold"].argmax(1)
@@ -187,9 +187,9 @@ def own_numbers(outcome: CellOutcome) -> dict[str, np.ndarray]:
     final = {name: values_NY[:, -1] for name, values_NY in mean_NY.items()}
     gold_peak = mean_NY["gold"][seeds, peak_N]
     proxy_gain, gold_gain = final["proxy"] - start["proxy"], final["gold"] - start["gold"]
-    nothing = np.full(len(seeds), math.nan)
+    no_value = np.full(len(seeds), math.nan)
     return final | {
-        "proxy_accuracy": np.broadcast_to(outcome.about.get("proxy_accuracy", math.nan), nothing.shape),
+        "proxy_accuracy": np.broadcast_to(outcome.about.get("proxy_accuracy", math.nan), no_value.shape),
         "proxy_start": start["proxy"],
         "gold_start": start["gold"],
         "proxy_gain": proxy_gain,
@@ -198,12 +198,12 @@ def own_numbers(outcome: CellOutcome) -> dict[str, np.ndarray]:
         "gold_peak": gold_peak,
         "peak_step": outcome.steps_Y[peak_N],
         "over_optimisation": gold_peak - final["gold"],
-        "rank_length": mean_of_valid(outcome.training.get("rank_length", nothing[:, None])),
+        "rank_length": mean_of_valid(outcome.training.get("rank_length", no_value[:, None])),
     }
 
 
 def mean_of_valid(values_NM: np.ndarray) -> np.ndarray:
-    """Means [N] over the steps that have a value; NaN for a seed with none."""
+    """Means [N] over the steps that have a value; NaN for a seed without values."""
     valid_NM = ~np.isnan(values_NM)
     total_N, count_N = np.where(valid_NM, values_NM, 0).sum(1, dtype=np.float64), valid_NM.sum(1)
     return np.divide(total_N, count_N, out=np.full(len(count_N), math.nan), where=count_N > 0)
@@ -246,14 +246,14 @@ def smallest_final_kl(outcomes: Iterable[CellOutcome]) -> dict[int, float]:
     smallest: dict[int, float] = {}
     for outcome in outcomes:
         for seed, kl in zip(outcome.about["seeds"], seed_curves(outcome)["kl"][:, -1], strict=True):
-            smallest[seed] = float(np.fmin(kl, smallest.get(seed, math.nan)))  # one that diverged has no say
+            smallest[seed] = float(np.fmin(kl, smallest.get(seed, math.nan)))  # a diverged cell (NaN) is ignored
     return smallest
 
 
 def at_kl(outcome: CellOutcome, common_kl: Mapping[int, float]) -> dict[str, np.ndarray]:
-    """Gold reward [N] where a policy first has its seed's common KL, on straight lines between evaluations.
+    """Gold reward [N] where a policy first reaches its seed's common KL, interpolated linearly between evaluations.
 
-    NaN where it never has: the policy, or all of them, diverged.
+    NaN if it never does: the policy, or all of them, diverged.
     """
     mean_NY = seed_curves(outcome)
     target_N = np.array([common_kl[seed] for seed in outcome.about["seeds"]])
@@ -267,38 +267,40 @@ def at_kl(outcome: CellOutcome, common_kl: Mapping[int, float]) -> dict[str, np.
 def paired_numbers(
     outcome: CellOutcome, other: CellOutcome | None, common_kl: Mapping[int, float]
 ) -> dict[str, np.ndarray]:
-    """The numbers [N] of a cell beside another one of the same situation, seed by seed.
+    """Compares a cell with another one of the same situation, seed by seed; returns numbers [N].
 
-    At the last step that both evaluated; NaN for seeds that the other has not, or where that step is the start.
+    The comparison is at the last step that both evaluated; NaN for seeds that the other lacks, or if that step is the
+    start.
     """
     N = len(outcome.about["seeds"])
-    found = {"compared_at": np.zeros(N, int)} | {name: np.full(N, math.nan) for name in COMPARED}
+    numbers = {"compared_at": np.zeros(N, int)} | {name: np.full(N, math.nan) for name in COMPARED}
     if other is None:
-        return found
+        return numbers
     _, ours, theirs = np.intersect1d(outcome.about["seeds"], other.about["seeds"], return_indices=True)
     _, at, at_other = np.intersect1d(outcome.steps_Y, other.steps_Y, return_indices=True)
     if not at.size or outcome.steps_Y[at[-1]] == outcome.steps_Y[0]:
-        return found
-    found["compared_at"][ours] = outcome.steps_Y[at[-1]]
+        return numbers
+    numbers["compared_at"][ours] = outcome.steps_Y[at[-1]]
     ours_NY, theirs_NY, steps_Y = seed_curves(outcome), seed_curves(other), outcome.steps_Y.astype(np.float64)
     for name in ("proxy", "gold"):
         target_N = theirs_NY[name][theirs, at_other[-1]]
-        found[f"{name}_difference"][ours] = ours_NY[name][ours, at[-1]] - target_N
+        numbers[f"{name}_difference"][ours] = ours_NY[name][ours, at[-1]] - target_N
         crossing_N = first_crossing(steps_Y, ours_NY[name][ours], target_N)
-        found[f"steps_to_{name}"][ours] = np.where(np.isnan(target_N), math.nan, crossing_N)
+        numbers[f"steps_to_{name}"][ours] = np.where(np.isnan(target_N), math.nan, crossing_N)
     both_at_kl = at_kl(outcome, common_kl)["gold_at_kl"][ours], at_kl(other, common_kl)["gold_at_kl"][theirs]
-    found["gold_at_kl_difference"][ours] = np.subtract(*both_at_kl)
-    found["win_rate"][ours] = pairwise_win_rate(outcome.gold_NYPG[ours, at[-1]], other.gold_NYPG[theirs, at_other[-1]])
-    return found
+    numbers["gold_at_kl_difference"][ours] = np.subtract(*both_at_kl)
+    last_gold = outcome.gold_NYPG[ours, at[-1]], other.gold_NYPG[theirs, at_other[-1]]
+    numbers["win_rate"][ours] = pairwise_win_rate(*last_gold)
+    return numbers
 
 
 def pairwise_win_rate(a_NPG: np.ndarray, b_NPG: np.ndarray) -> np.ndarray:
-    """How often A beats B [N]: the mean over prompts of the mean over all pairs of 1[a > b] + 1[a = b] / 2.
+    """Win rate [N] of A over B: the mean over prompts of the mean over all pairs of 1[a > b] + 1[a = b] / 2.
 
     NaN for a seed with an unscorable completion.
 
     Raises:
-      ValueError: other prompts on one side than on the other.
+      ValueError: the sides have different prompts.
     """
     if a_NPG.shape[:2] != b_NPG.shape[:2]:
         raise ValueError(
@@ -334,12 +336,12 @@ def over_seeds(values_N: Sequence[float] | np.ndarray) -> Estimate:
 
 
 def estimate(rows: Iterable[SeedRow], name: str) -> Estimate:
-    """`over_seeds` of a column; of a comparison over the seeds that the baseline has too."""
+    """`over_seeds` of a column; for a comparison, over the seeds that the baseline also has."""
     return over_seeds([getattr(row, name) for row in rows if name not in COMPARED or row.compared_at])
 
 
 def reached(rows: Sequence[SeedRow], name: str) -> tuple[float, int, int]:
-    """Median over seeds of a number of steps (infinite: not reached), seeds that reach it, and seeds that compare."""
+    """Median over seeds of a number of steps (infinite: not reached), seeds that reach it, and seeds with a value."""
     values = np.array([getattr(row, name) for row in rows], np.float64)
     values = values[~np.isnan(values)]
     median = float(np.median(values)) if values.size else math.nan
@@ -348,27 +350,27 @@ def reached(rows: Sequence[SeedRow], name: str) -> tuple[float, int, int]:
 
 def by_cell(rows: Iterable[SeedRow]) -> dict[Cell, list[SeedRow]]:
     """The rows of each cell, in the order of situations and methods."""
-    found: dict[Cell, list[SeedRow]] = {}
+    groups: dict[Cell, list[SeedRow]] = {}
     for row in sorted(rows, key=lambda row: cell_order(row.cell)):
-        found.setdefault(row.cell, []).append(row)
-    return found
+        groups.setdefault(row.cell, []).append(row)
+    return groups
 
 
 def rounded(value: float) -> float:
-    """To 5 digits, without a negative zero."""
+    """Rounds to 5 digits, without a negative zero."""
     return float(f"{float(value):.{DIGITS}g}") + 0.0
 
 
 def versions() -> dict[str, str]:
-    """Of Python, of the libraries that the lab's numbers depend on, and of this package."""
-    found = {"python": platform.python_version()}
+    """Versions of Python, of the libraries that the lab's numbers depend on, and of this package."""
+    by_library = {"python": platform.python_version()}
     for name in LIBRARIES:
         try:
-            found[name] = version(name)
+            by_library[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "none"
-    return found | {"gopo_jax": gopo_jax.__version__}
+            by_library[name] = "none"
+    return by_library | {"gopo_jax": gopo_jax.__version__}
 
 
-def versions_text(found: Mapping[str, str]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in found.items())
+def versions_text(by_library: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in by_library.items())

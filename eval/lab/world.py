@@ -245,7 +245,7 @@ def _train_proxy(world: World, config: WorldConfig, seed: jax.Array, noise: floa
 
 
 def comparisons(world: World, config: WorldConfig, key: jax.Array, noise: float) -> tuple[jax.Array, ...]:
-    """Draws J pairs of completions; the label, 0 or 1, is the completion that gold calls better, or flipped."""
+    """Draws J pairs of one prompt's completions; a label is the index gold prefers, flipped for a share `noise`."""
     prompt_key, first_key, second_key, flip_key = jax.random.split(key, 4)
     J, (P, G) = config.comparisons, world.gold.pool_PG.shape
     prompt_J = jax.random.randint(prompt_key, (J,), 0, P)

@@ -1,13 +1,13 @@
-"""`python -m eval theory`: softmax policies over a few answers, trained with the real losses, beside what is predicted.
+"""`python -m eval theory`: softmax policies over a few answers, trained with the real losses, beside predictions.
 
-1. Every case (an advantage, G, beta, an estimator of the penalty, noise of the rewards) is trained three ways: not at
-   all (`gopo_jax.theory.stationary_policy` solves for the end), by the exact expectation of the loss's gradient, and
-   by sampled groups, as train/loop.py does it for a network.
-2. The predictions are drawn as lines against beta, G and noise, the sampled ends as dots.
+1. Each case (an advantage, G, beta, an estimator of the penalty, noise of the rewards) is solved three ways: predicted
+   by `gopo_jax.theory.stationary_policy`, trained by the exact expected gradient of the loss, and trained on sampled
+   groups, as train/loop.py trains a network.
+2. Predictions are drawn as lines against beta, G and noise, results of sampled training as dots.
 3. The penalty's estimators k1, k2 and k3 are trained side by side.
 4. The norms of GOPO's and GRPO's expected gradients are compared over G.
 
-Everything is float64 and starts from the reference; the same settings write the same files.
+All numbers are float64, training starts from the reference, and the same settings write the same files.
 """
 
 import math
@@ -34,7 +34,7 @@ from train.running import SetupError, setup_errors
 
 LISTS = ("beta", "group_sizes", "noise", "reference", "rewards", "sizes")  # 0.1,0.5,2 on the command line
 EPSILON = 1e-4  # of `grpo_advantages`, whose standard deviation has ddof 1
-STEPS_SHOWN = 200  # of a training
+STEPS_SHOWN = 200  # points of a training curve
 RLHF = "RLHF's optimum"
 COLUMNS = ("advantage", "group_size", "beta", "kl", "noise", "predicted", "exact", "sampled", "difference")
 SHOWN = ("advantage", "G", *COLUMNS[2:-1], "apart")  # 80 letters wide
@@ -97,7 +97,7 @@ def number_list(values: Sequence[float]) -> str:
 
 
 class Case(NamedTuple):
-    """What is trained to its end."""
+    """One training: its advantage, group size, penalty and noise."""
 
     advantage: AdvantageName
     group_size: int
@@ -115,10 +115,10 @@ def parse_theory(arguments: list[str]) -> TheoryConfig:
 
 
 def theory(config: TheoryConfig) -> dict[str, Any]:
-    """Write theory.json, theory.csv, theory.md and pictures into `config.out`; returns what theory.json holds.
+    """Writes theory.json, theory.csv, theory.md and pictures to `config.out`; returns the content of theory.json.
 
     Raises:
-      SetupError: a directory that cannot be written; no stationary policy was found.
+      SetupError: the directory cannot be written, or no stationary policy was found.
     """
     out = Path(config.out)
     with setup_errors():
@@ -128,7 +128,7 @@ def theory(config: TheoryConfig) -> dict[str, Any]:
         todo = cases(config)
         work = bar.add_task("theory", total=len(todo) + 2 * config.points + len(config.sizes) + config.problems)
         result: dict[str, Any] = {"settings": asdict(config) | {"out": None}}
-        known = {case: predicted(config, case) for case in todo}  # first: where there is none, nothing is trained
+        known = {case: predicted(config, case) for case in todo}  # first: if one does not exist, nothing is trained
         lines = predicted_curves(config, lambda: bar.advance(work))
         slopes = gradient_ratios(config, lambda: bar.advance(work))
         result |= trainings(config, known, lambda: bar.advance(work))
@@ -156,24 +156,24 @@ def unsolved_as_setup_error() -> Iterator[None]:
 
 
 def cases(config: TheoryConfig) -> list[Case]:
-    """Each once: all advantages, G and betas; noise; what RLHF asks for; the estimators of the penalty."""
-    found: list[Case] = []
-    both: tuple[AdvantageName, AdvantageName] = ("gopo", "grpo")
-    for advantage in both:
+    """Distinct cases: advantages x G x beta; noise; RLHF's optimum (RLOO with k2); the estimators of the penalty."""
+    all_cases: list[Case] = []
+    methods: tuple[AdvantageName, AdvantageName] = ("gopo", "grpo")
+    for advantage in methods:
         sizes = [*config.group_sizes, config.at_group_size]
-        found += [Case(advantage, G, beta) for G in config.group_sizes for beta in config.beta]
-        found += [Case(advantage, config.at_group_size, beta) for beta in config.beta]
-        found += [Case(advantage, G, config.at_beta) for G in sizes]
-        found += [Case(advantage, config.at_group_size, config.at_beta, noise=noise) for noise in config.noise]
-    found += [Case("rloo", config.at_group_size, beta, "k2") for beta in [*config.beta, config.at_beta]]
-    found += [Case("rloo", config.at_group_size, config.at_beta, "k2", noise) for noise in config.noise]
-    found += [Case("gopo", config.at_group_size, config.penalty_beta, kl) for kl in ("k3", "k2", "k1", "none")]
-    found += [Case("grpo", config.at_group_size, config.penalty_beta, kl) for kl in ("k3", "k2")]
-    return list(dict.fromkeys(found))
+        all_cases += [Case(advantage, G, beta) for G in config.group_sizes for beta in config.beta]
+        all_cases += [Case(advantage, config.at_group_size, beta) for beta in config.beta]
+        all_cases += [Case(advantage, G, config.at_beta) for G in sizes]
+        all_cases += [Case(advantage, config.at_group_size, config.at_beta, noise=noise) for noise in config.noise]
+    all_cases += [Case("rloo", config.at_group_size, beta, "k2") for beta in [*config.beta, config.at_beta]]
+    all_cases += [Case("rloo", config.at_group_size, config.at_beta, "k2", noise) for noise in config.noise]
+    all_cases += [Case("gopo", config.at_group_size, config.penalty_beta, kl) for kl in ("k3", "k2", "k1", "none")]
+    all_cases += [Case("grpo", config.at_group_size, config.penalty_beta, kl) for kl in ("k3", "k2")]
+    return list(dict.fromkeys(all_cases))
 
 
-def trainings(config: TheoryConfig, known: Mapping[Case, np.ndarray], done: Callable[[], None]) -> dict[str, Any]:
-    """A row for each case, of which the prediction is known, and GOPO's trainings with every estimator."""
+def trainings(config: TheoryConfig, known: Mapping[Case, np.ndarray], advance: Callable[[], None]) -> dict[str, Any]:
+    """Trains each case; returns its row beside the known prediction, and GOPO's curves with every estimator."""
     best = int(np.argmax(config.rewards))
     rows, paths = [], {}
     shown = np.unique(np.geomspace(1, config.steps, STEPS_SHOWN).astype(int)) - 1
@@ -185,7 +185,7 @@ def trainings(config: TheoryConfig, known: Mapping[Case, np.ndarray], done: Call
         rows.append(case_row(case, ends, best))
         if case == penalty_case(config, case.kl):
             paths[case.kl] = policies_MO[shown, best].tolist()
-        done()
+        advance()
     penalties = {"beta": config.penalty_beta, "steps": (shown + 1).tolist(), "paths": paths}
     fixed = {kl: known.get(penalty_case(config, kl)) for kl in ("k3", "k2")}
     penalties["fixed"] = {kl: policy_O[best].item() for kl, policy_O in fixed.items() if policy_O is not None}
@@ -197,18 +197,19 @@ def penalty_case(config: TheoryConfig, kl: str) -> Case:
 
 
 def case_row(case: Case, ends: dict[str, np.ndarray], best: int) -> dict[str, Any]:
-    """One line of the CSV and more: the best answer's probability, the whole policies, the largest differences."""
+    """A case's result: the best answer's probabilities, the whole policies, the largest differences."""
 
-    def apart(name: str) -> float | None:
+    def largest(name: str) -> float | None:
         return float(np.abs(ends[name] - ends["predicted"]).max()) if ends["predicted"].size else None
 
     probabilities = {name: float(end[best]) if end.size else None for name, end in ends.items()}
     whole = {f"{name}_policy": end.tolist() or None for name, end in ends.items()}
-    return case._asdict() | probabilities | {"difference": apart("sampled"), "difference_exact": apart("exact")} | whole
+    differences = {"difference": largest("sampled"), "difference_exact": largest("exact")}
+    return case._asdict() | probabilities | differences | whole
 
 
 def predicted(config: TheoryConfig, case: Case) -> np.ndarray:
-    """[O], the stationary policy; empty for k1 and no penalty, with which there is none but the answers alone."""
+    """The stationary policy [O]; empty for k1 and for no penalty, whose only fixed points are single answers."""
     if case.kl not in ("k2", "k3"):
         return np.zeros(0)
     if case.advantage == "rloo":  # with k2, in closed form
@@ -219,7 +220,7 @@ def predicted(config: TheoryConfig, case: Case) -> np.ndarray:
 def stationary(
     config: TheoryConfig, advantage: AdvantageName, group_size: float, beta: float, noise: float = 0.0, kl: str = "k3"
 ) -> jax.Array:
-    """With the advantages that train: GRPO's standard deviation has ddof 1 and, without noise, an epsilon."""
+    """The fixed point for the trained advantages: GRPO's standard deviation has ddof 1 and, without noise, EPSILON."""
     return stationary_policy(
         jnp.array(config.reference),
         jnp.array(config.rewards),
@@ -255,7 +256,7 @@ def training_options(case: Case) -> dict[str, Any]:
     return {"advantage": case.advantage, "group_size": case.group_size, "kl": kl, "learning_rate": rate}
 
 
-def predicted_curves(config: TheoryConfig, done: Callable[[], None]) -> dict[str, Any]:
+def predicted_curves(config: TheoryConfig, advance: Callable[[], None]) -> dict[str, Any]:
     """For each picture its x, and the best answer's predicted probability of each method there."""
     best, G, beta = int(np.argmax(config.rewards)), config.at_group_size, config.at_beta
     most_noise = max(config.noise) or 1.0
@@ -264,14 +265,14 @@ def predicted_curves(config: TheoryConfig, done: Callable[[], None]) -> dict[str
         "group_size": [float(size) for size in sorted({*config.sizes, *config.group_sizes, G})],
         "noise": np.linspace(0, most_noise, config.points).tolist(),
     }
-    found: dict[str, Any] = {}
+    curves: dict[str, Any] = {}
     for axis, points in axes.items():
         lines: dict[str, list[float]] = {}
         for x in points:
-            now: dict[str, Any] = {"beta": beta, "noise": 0.0, "group_size": G} | {axis: x}
-            settings: Any = {"beta": now["beta"], "noise": now["noise"]}
+            values: dict[str, Any] = {"beta": beta, "noise": 0.0, "group_size": G} | {axis: x}
+            settings: Any = {"beta": values["beta"], "noise": values["noise"]}
             policies = {"GOPO": stationary(config, "gopo", G, **settings)}
-            for size in dict.fromkeys([now["group_size"], *config.group_sizes[:1], math.inf]):
+            for size in dict.fromkeys([values["group_size"], *config.group_sizes[:1], math.inf]):
                 if axis == "group_size" and size not in (x, math.inf):
                     continue
                 name = "GRPO" if axis == "group_size" and size == x else f"GRPO, G = {size_text(size)}"
@@ -280,50 +281,51 @@ def predicted_curves(config: TheoryConfig, done: Callable[[], None]) -> dict[str
             policies[RLHF] = rlhf_policy(reference_O, rewards_O, settings["beta"])
             for name, policy_O in policies.items():
                 lines.setdefault(name, []).append(float(policy_O[best]))
-            done()
-        found[axis] = {"x": points, "lines": lines}
-    return found
+            advance()
+        curves[axis] = {"x": points, "lines": lines}
+    return curves
 
 
 def sampled_dots(
     config: TheoryConfig, rows: Sequence[dict[str, Any]], axis: str, names: Sequence[str]
 ) -> dict[str, list[list[float]]]:
-    """The sampled ends that belong into a picture: [x, probability] by the name of their line."""
+    """Results of sampled training for a picture over `axis`: [x, probability] by the name of their line."""
     fixed = {"beta": config.at_beta, "noise": 0.0}
     kinds = {"gopo": ("k3", "GOPO"), "rloo": ("k2", RLHF), "grpo": ("k3", "GRPO")}
-    found: dict[str, list[list[float]]] = {}
+    points: dict[str, list[list[float]]] = {}
     for end in rows:
         kl, name = kinds[end["advantage"]]
         if axis != "group_size" and name == "GRPO":
             name = f"GRPO, G = {size_text(end['group_size'])}"
         elif axis != "group_size" and end["group_size"] != config.at_group_size:
             continue
-        here = all(end[key] == value for key, value in fixed.items() if key != axis)
-        if here and end["kl"] == kl and name in names:
-            found.setdefault(name, []).append([end[axis], end["sampled"]])
-    return found
+        on_curve = all(end[key] == value for key, value in fixed.items() if key != axis)
+        if on_curve and end["kl"] == kl and name in names:
+            points.setdefault(name, []).append([end[axis], end["sampled"]])
+    return points
 
 
-def gradient_ratios(config: TheoryConfig, done: Callable[[], None]) -> dict[str, Any]:
-    """GOPO's expected gradient's norm over GRPO's (ddof 1), by G: here, and over random problems the range.
+def gradient_ratios(config: TheoryConfig, advance: Callable[[], None]) -> dict[str, Any]:
+    """Norm of GOPO's expected gradient over GRPO's (ddof 1), by G: for the settings, and the range over random ones.
 
-    Beside them two limits: of a better answer that is rare, 2 sqrt(G) / (G - 1), which is above 1 for
-    G < 3 + 2 sqrt(2), and the root mean square of one completion's advantages where no rewards are equal,
+    Two limits: for a rare better answer, 2 sqrt(G) / (G - 1), which is above 1 for G < 3 + 2 sqrt(2); and the ratio of
+    the root mean squares of one completion's advantages without equal rewards,
     sqrt(4 (G + 1) / (3 (G - 1)) / ((G - 1) / G)), which is above 1 for every G.
     """
     count = len(config.rewards)
     sizes = sorted(set(config.sizes))
-    here = norm_ratios(jnp.array(config.reference), jnp.array(config.rewards), sizes)
+    own_ratios = norm_ratios(jnp.array(config.reference), jnp.array(config.rewards), sizes)
     rng = np.random.default_rng(config.seed)
-    others = []
+    random_ratios = []
     for _ in range(config.problems):
-        others.append(norm_ratios(jnp.array(rng.dirichlet(np.ones(count))), jnp.array(rng.normal(size=count)), sizes))
-        done()
+        policy_O, rewards_O = jnp.array(rng.dirichlet(np.ones(count))), jnp.array(rng.normal(size=count))
+        random_ratios.append(norm_ratios(policy_O, rewards_O, sizes))
+        advance()
     return {
         "group_sizes": sizes,
-        "here": here,
-        "lowest": np.min(others, 0).tolist(),
-        "highest": np.max(others, 0).tolist(),
+        "here": own_ratios,
+        "lowest": np.min(random_ratios, 0).tolist(),
+        "highest": np.max(random_ratios, 0).tolist(),
         "rare": [2 * math.sqrt(G) / (G - 1) for G in sizes],
         "samples": [math.sqrt(4 * (G + 1) / (3 * (G - 1)) / ((G - 1) / G)) for G in sizes],
         "rare_above_1_up_to": 3 + 2 * math.sqrt(2),
@@ -344,7 +346,7 @@ def size_text(size: float) -> str:
 
 
 def case_sheet(rows: Sequence[dict[str, Any]], whole: bool = False) -> Sheet:
-    """The rows to read, or with every digit."""
+    """A table of the cases, rounded, or with all digits if `whole`."""
 
     def text(value: Any, digits: int) -> str:
         if value is None:

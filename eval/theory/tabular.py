@@ -1,7 +1,7 @@
-"""Softmax policies over finitely many answers, trained with the real losses: what `gopo_jax.theory` says, happening.
+"""Softmax policies over finitely many answers, trained with the real losses, to check `gopo_jax.theory`.
 
-`trained` samples groups and takes steps along the gradient of `policy_loss`, as train/loop.py does for a network;
-`trained_exactly` takes the expectation over groups instead. One prompt, one token per answer.
+`trained` samples groups and follows the gradient of `policy_loss`, as train/loop.py does for a network;
+`trained_exactly` follows the expected gradient over groups. One prompt, one token per answer.
 """
 
 from functools import partial
@@ -15,16 +15,16 @@ from gopo_jax.theory.games import Game, make_game
 
 
 class TabularProblem(NamedTuple):
-    """What is trained on."""
+    """Reference policy, rewards and penalty of a training."""
 
     reference_O: jax.Array
     rewards_O: jax.Array
     beta: float
-    noise: float = 0.0  # standard deviation of what is added to each reward
+    noise: float = 0.0  # standard deviation of the noise added to each reward
 
 
 def trained(problem: TabularProblem, key: jax.Array, **options: Any) -> jax.Array:
-    """The mean policy [O] over the second half of the steps of `training`."""
+    """Mean policy [O] over the second half of the steps of `training`."""
     policies_MO = training(problem, key, **options)
     return policies_MO[len(policies_MO) // 2 :].mean(0)
 
@@ -41,7 +41,7 @@ def training(
     steps: int = 4000,
     learning_rate: float = 1.0,
 ) -> jax.Array:
-    """The policy [steps, O] before each step, each on `groups` groups drawn from the policy itself.
+    """Trains on `groups` sampled groups per step; returns the policy [M, O] before each of M steps.
 
     The step's size falls as 1 / (1 + 10 t / steps): near the fixed point the policy wanders less.
     """
@@ -61,7 +61,7 @@ def training(
 def _loss(
     logits_O: jax.Array, answers: jax.Array, advantages: jax.Array, problem: TabularProblem, kl: str | None
 ) -> jax.Array:
-    """`policy_loss` of answers of one token."""
+    """`policy_loss` of one-token answers."""
     logprobs = jax.nn.log_softmax(logits_O)[answers][..., None]
     reference = jnp.log(problem.reference_O)[answers][..., None]
     old, mask = jax.lax.stop_gradient(logprobs), jnp.ones(logprobs.shape, bool)
@@ -80,9 +80,9 @@ def trained_exactly(
     steps: int = 20_000,
     learning_rate: float = 1.0,
 ) -> jax.Array:
-    """The policy [O] after so many steps along the expected gradient of the same loss; ddof and epsilon as GRPO's.
+    """The policy [O] after `steps` steps along the expected gradient of the same loss; ddof and epsilon as in GRPO.
 
-    With noise epsilon is taken as 0, as `gopo_jax.theory` has it.
+    With noise, epsilon is 0, as in `gopo_jax.theory`.
     """
     reference_O, epsilon = problem.reference_O, 0.0 if problem.noise else epsilon
     options = (advantage, group_size, ddof, epsilon, reference_O.dtype, problem.noise)
