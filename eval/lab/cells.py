@@ -73,7 +73,7 @@ PARTS["full"] = list(dict.fromkeys(PARTS["factors"] + _CROSSED))
 
 
 class CellOutcome(NamedTuple):
-    """The result of a cell. N seeds, Y evaluations, P validation prompts, G completions of each, M steps.
+    """The result of a cell. N seeds, M evaluations, P validation prompts, G completions of each, Y training steps.
 
     Rewards are standardized to mean 0 and standard deviation 1 over the start policy's completions; the proxy is the
     undistorted one. Evaluation 0 is the start policy.
@@ -81,12 +81,12 @@ class CellOutcome(NamedTuple):
 
     cell: Cell
     about: dict[str, Any]  # learning_rate, beta, seeds, seconds; proxy_accuracy, one per seed; versions
-    steps_Y: np.ndarray
-    proxy_NYPG: np.ndarray
-    gold_NYPG: np.ndarray
-    length_NYPG: np.ndarray
-    kl_NYPG: np.ndarray  # sum over a completion's tokens of log policy - log reference, in nats
-    training: dict[str, np.ndarray]  # [N, M] each, by name: what `eval.lab.program` measures at every step
+    steps_M: np.ndarray
+    proxy_NMPG: np.ndarray
+    gold_NMPG: np.ndarray
+    length_NMPG: np.ndarray
+    kl_NMPG: np.ndarray  # sum over a completion's tokens of log policy - log reference, in nats
+    training: dict[str, np.ndarray]  # [N, Y] each, by name: what `eval.lab.program` measures at every step
 
     def save(self, folder: Path) -> None:
         """Writes FOLDER/NAME.npz atomically."""

@@ -144,7 +144,7 @@ class Laboratory:
                 outcome = self.outcome(cell, seeds, np.full(config.seeds, rate), bar)
                 outcome.save(cells_folder)
                 bar.update(all_cells, completed=number)
-                gold = outcome.gold_NYPG[:, -1].mean()
+                gold = outcome.gold_NMPG[:, -1].mean()
                 took = outcome.about["seconds"]
                 console.print(f"{number}/{len(missing)} {cell.name}: gold {gold:+.3f}, {took:.0f} s", highlight=False)
 
@@ -156,10 +156,10 @@ class Laboratory:
         for method in (name for name in METHODS if name in methods - tuned.keys()):
             seeds = tuple(range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + seeds_per_rate))
             outcome = self.outcome(Cell(method), seeds * len(rates), np.repeat(rates, seeds_per_rate), bar)
-            late = outcome.steps_Y > 0.75 * config.steps
+            late = outcome.steps_M > 0.75 * config.steps
             proxy, kl = (
-                array_NYPG[:, late].mean((1, 2, 3)).reshape(-1, seeds_per_rate)
-                for array_NYPG in (outcome.proxy_NYPG, outcome.kl_NYPG)
+                array_NMPG[:, late].mean((1, 2, 3)).reshape(-1, seeds_per_rate)
+                for array_NMPG in (outcome.proxy_NMPG, outcome.kl_NMPG)
             )
             best = float(rates[best_rate_index(proxy.mean(1), method)])
             rows = zip(rates.tolist(), proxy.tolist(), kl.mean(1).tolist(), strict=True)
@@ -186,7 +186,7 @@ class Laboratory:
             jax.block_until_ready(state)
             bar.update(task, completed=done)
         bar.remove_task(task)
-        evaluated = {f"{k}_NYPG": np.stack([e[k] for e in evaluations], 1) for k in evaluations[0]}
+        evaluated = {f"{k}_NMPG": np.stack([e[k] for e in evaluations], 1) for k in evaluations[0]}
         measures = {k: np.concatenate([m[k] for m in training], 1) for k in training[0]}
         about = {
             "learning_rate": float(learning_rates[0]),  # equal for all runs of a cell
@@ -198,8 +198,8 @@ class Laboratory:
             "command": config.command,
             "versions": versions(),
         }
-        steps_Y = np.arange(0, config.steps + 1, config.evaluate_every)
-        return CellOutcome(cell, about, steps_Y, training=measures, **evaluated)
+        steps_M = np.arange(0, config.steps + 1, config.evaluate_every)
+        return CellOutcome(cell, about, steps_M, training=measures, **evaluated)
 
     def program(self, group_size: int) -> LabProgram:
         if group_size not in self._programs:

@@ -43,8 +43,8 @@ def lab_pictures(folder: Path, tables: Tables) -> tuple[list[Picture], list[str]
         distortion_picture(studio, cells),
         effect_picture(studio, cells),
     ]
-    pictures = [found for found in drawn if isinstance(found, Picture)]
-    return pictures, [found for found in drawn if isinstance(found, str)]
+    pictures = [result for result in drawn if isinstance(result, Picture)]
+    return pictures, [result for result in drawn if isinstance(result, str)]
 
 
 def panels(axes: Axes, columns: int, rows: int = 1, **shared: Any) -> np.ndarray:
@@ -134,9 +134,9 @@ def draw_curve(axes: Axes, studio: Studio, points: Sequence[CurvePoint], reward:
 def difference_picture(studio: Studio, cells: Cells) -> Picture | str:
     """Final gold reward minus the baseline's, a line for each situation."""
     compared = {
-        cell: found
+        cell: difference
         for cell, rows in cells.items()
-        if cell.method != BASELINE and np.isfinite((found := estimate(rows, "gold_difference")).mean)
+        if cell.method != BASELINE and np.isfinite((difference := estimate(rows, "gold_difference")).mean)
     }
     if not compared:
         return f"differences to {BASELINE}; no situation has {BASELINE} and another method."
@@ -150,8 +150,8 @@ def difference_picture(studio: Studio, cells: Cells) -> Picture | str:
         axes.figure.set_size_inches(6.4, 1.3 + 0.32 * (max(y_of.values()) + 1.5))  # type: ignore[union-attr]
         axes.axvline(0, color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)))
         for method, shift in zip(methods, centred_shifts(len(methods), 0.24), strict=True):
-            found = [(y_of[situation(cell)] + shift, one) for cell, one in compared.items() if cell.method == method]
-            y, estimates = zip(*found, strict=True)
+            points = [(y_of[situation(cell)] + shift, one) for cell, one in compared.items() if cell.method == method]
+            y, estimates = zip(*points, strict=True)
             errorbars(axes, studio, Series(method, np.array(y), estimates), across=True)
         axes.set_yticks(list(y_of.values()), [situation_text(cell) for cell in y_of])
         axes.set_ylim(max(y_of.values()) + 0.6, -0.6)

@@ -154,12 +154,12 @@ def cell_order(cell: Cell) -> tuple[int, int, int, float, int]:
 
 def check_shapes(outcome: CellOutcome) -> None:
     """Refuses arrays whose numbers of seeds or evaluations differ from the cell's."""
-    N, Y = len(outcome.about["seeds"]), len(outcome.steps_Y)
-    for name in ("proxy_NYPG", "gold_NYPG", "length_NYPG", "kl_NYPG"):
+    N, M = len(outcome.about["seeds"]), len(outcome.steps_M)
+    for name in ("proxy_NMPG", "gold_NMPG", "length_NMPG", "kl_NMPG"):
         shape = getattr(outcome, name).shape
-        if len(shape) != 4 or shape[:2] != (N, Y) or 0 in shape:
+        if len(shape) != 4 or shape[:2] != (N, M) or 0 in shape:
             raise ValueError(
-                f"{outcome.cell.name}: {name}: expected [{N} seeds, {Y} evaluations, prompts, completions], got "
+                f"{outcome.cell.name}: {name}: expected [{N} seeds, {M} evaluations, prompts, completions], got "
                 f"{list(shape)}; delete the file and run the cell again"
             )
 
@@ -168,24 +168,24 @@ def check_shapes(outcome: CellOutcome) -> None:
 
 
 def seed_curves(outcome: CellOutcome) -> dict[str, np.ndarray]:
-    """proxy, gold, kl and length [N, Y], averaged over prompts and completions."""
+    """proxy, gold, kl and length [N, M], averaged over prompts and completions."""
     arrays = {
-        "proxy": outcome.proxy_NYPG,
-        "gold": outcome.gold_NYPG,
-        "kl": outcome.kl_NYPG,
-        "length": outcome.length_NYPG,
+        "proxy": outcome.proxy_NMPG,
+        "gold": outcome.gold_NMPG,
+        "kl": outcome.kl_NMPG,
+        "length": outcome.length_NMPG,
     }
     return {name: array.mean((2, 3), dtype=np.float64) for name, array in arrays.items()}
 
 
 def own_numbers(outcome: CellOutcome) -> dict[str, np.ndarray]:
     """The numbers [N] of a cell that need no comparison, by their names in `SeedRow`."""
-    mean_NY = seed_curves(outcome)
-    seeds = np.arange(len(mean_NY["gold"]))
-    peak_N = mean_NY["gold"].argmax(1)
-    start = {name: values_NY[:, 0] for name, values_NY in mean_NY.items()}
-    final = {name: values_NY[:, -1] for name, values_NY in mean_NY.items()}
-    gold_peak = mean_NY["gold"][seeds, peak_N]
+    mean_NM = seed_curves(outcome)
+    seeds = np.arange(len(mean_NM["gold"]))
+    peak_N = mean_NM["gold"].argmax(1)
+    start = {name: values_NM[:, 0] for name, values_NM in mean_NM.items()}
+    final = {name: values_NM[:, -1] for name, values_NM in mean_NM.items()}
+    gold_peak = mean_NM["gold"][seeds, peak_N]
     proxy_gain, gold_gain = final["proxy"] - start["proxy"], final["gold"] - start["gold"]
     no_value = np.full(len(seeds), math.nan)
     return final | {
@@ -196,26 +196,26 @@ def own_numbers(outcome: CellOutcome) -> dict[str, np.ndarray]:
         "gold_gain": gold_gain,
         "gain_gap": proxy_gain - gold_gain,
         "gold_peak": gold_peak,
-        "peak_step": outcome.steps_Y[peak_N],
+        "peak_step": outcome.steps_M[peak_N],
         "over_optimisation": gold_peak - final["gold"],
         "rank_length": mean_of_valid(outcome.training.get("rank_length", no_value[:, None])),
     }
 
 
-def mean_of_valid(values_NM: np.ndarray) -> np.ndarray:
+def mean_of_valid(values_NY: np.ndarray) -> np.ndarray:
     """Means [N] over the steps that have a value; NaN for a seed without values."""
-    valid_NM = ~np.isnan(values_NM)
-    total_N, count_N = np.where(valid_NM, values_NM, 0).sum(1, dtype=np.float64), valid_NM.sum(1)
+    valid_NY = ~np.isnan(values_NY)
+    total_N, count_N = np.where(valid_NY, values_NY, 0).sum(1, dtype=np.float64), valid_NY.sum(1)
     return np.divide(total_N, count_N, out=np.full(len(count_N), math.nan), where=count_N > 0)
 
 
 def curve(outcome: CellOutcome) -> list[CurvePoint]:
     points = []
-    mean_NY = seed_curves(outcome)
-    for e, step in enumerate(outcome.steps_Y):
+    mean_NM = seed_curves(outcome)
+    for e, step in enumerate(outcome.steps_M):
         values: dict[str, Any] = {"step": int(step), "seeds": len(outcome.about["seeds"])}
-        for name, values_NY in mean_NY.items():
-            estimate = over_seeds(values_NY[:, e])
+        for name, values_NM in mean_NM.items():
+            estimate = over_seeds(values_NM[:, e])
             values |= {name: rounded(estimate.mean), f"{name}_half": rounded(estimate.half)}
         points.append(CurvePoint(**asdict(outcome.cell), **values))
     return points
@@ -236,7 +236,7 @@ def rows_of(methods: Mapping[str, CellOutcome]) -> list[SeedRow]:
             values: dict[str, Any] = {name: rounded(values_N[n]) for name, values_N in numbers.items()}
             values |= {name: rounded(outcome.about.get(name, math.nan)) for name in ("learning_rate", "beta")}
             values |= {name: int(numbers[name][n]) for name in ("peak_step", "compared_at")}
-            values |= {"last_step": int(outcome.steps_Y[-1])}
+            values |= {"last_step": int(outcome.steps_M[-1])}
             rows.append(SeedRow(**asdict(outcome.cell), seed=int(seed), **values))
     return rows
 
@@ -255,12 +255,12 @@ def at_kl(outcome: CellOutcome, common_kl: Mapping[int, float]) -> dict[str, np.
 
     NaN if it never does: the policy, or all of them, diverged.
     """
-    mean_NY = seed_curves(outcome)
+    mean_NM = seed_curves(outcome)
     target_N = np.array([common_kl[seed] for seed in outcome.about["seeds"]])
-    number_Y = np.arange(len(outcome.steps_Y))
-    at_N = first_crossing(number_Y.astype(np.float64), mean_NY["kl"], target_N)
+    number_M = np.arange(len(outcome.steps_M))
+    at_N = first_crossing(number_M.astype(np.float64), mean_NM["kl"], target_N)
     at_N = np.where(np.isinf(at_N), math.nan, at_N)
-    gold_N = np.array([np.interp(at, number_Y, gold_Y) for at, gold_Y in zip(at_N, mean_NY["gold"], strict=True)])
+    gold_N = np.array([np.interp(at, number_M, gold_M) for at, gold_M in zip(at_N, mean_NM["gold"], strict=True)])
     return {"common_kl": target_N, "gold_at_kl": gold_N}
 
 
@@ -277,19 +277,19 @@ def paired_numbers(
     if other is None:
         return numbers
     _, ours, theirs = np.intersect1d(outcome.about["seeds"], other.about["seeds"], return_indices=True)
-    _, at, at_other = np.intersect1d(outcome.steps_Y, other.steps_Y, return_indices=True)
-    if not at.size or outcome.steps_Y[at[-1]] == outcome.steps_Y[0]:
+    _, at, at_other = np.intersect1d(outcome.steps_M, other.steps_M, return_indices=True)
+    if not at.size or outcome.steps_M[at[-1]] == outcome.steps_M[0]:
         return numbers
-    numbers["compared_at"][ours] = outcome.steps_Y[at[-1]]
-    ours_NY, theirs_NY, steps_Y = seed_curves(outcome), seed_curves(other), outcome.steps_Y.astype(np.float64)
+    numbers["compared_at"][ours] = outcome.steps_M[at[-1]]
+    ours_NM, theirs_NM, steps_M = seed_curves(outcome), seed_curves(other), outcome.steps_M.astype(np.float64)
     for name in ("proxy", "gold"):
-        target_N = theirs_NY[name][theirs, at_other[-1]]
-        numbers[f"{name}_difference"][ours] = ours_NY[name][ours, at[-1]] - target_N
-        crossing_N = first_crossing(steps_Y, ours_NY[name][ours], target_N)
+        target_N = theirs_NM[name][theirs, at_other[-1]]
+        numbers[f"{name}_difference"][ours] = ours_NM[name][ours, at[-1]] - target_N
+        crossing_N = first_crossing(steps_M, ours_NM[name][ours], target_N)
         numbers[f"steps_to_{name}"][ours] = np.where(np.isnan(target_N), math.nan, crossing_N)
     both_at_kl = at_kl(outcome, common_kl)["gold_at_kl"][ours], at_kl(other, common_kl)["gold_at_kl"][theirs]
     numbers["gold_at_kl_difference"][ours] = np.subtract(*both_at_kl)
-    last_gold = outcome.gold_NYPG[ours, at[-1]], other.gold_NYPG[theirs, at_other[-1]]
+    last_gold = outcome.gold_NMPG[ours, at[-1]], other.gold_NMPG[theirs, at_other[-1]]
     numbers["win_rate"][ours] = pairwise_win_rate(*last_gold)
     return numbers
 

@@ -1,4 +1,4 @@
-"""Reliability diagrams of reward models, from the calibration.json that `train reward` left in their runs."""
+"""`python -m eval reliability`: reliability diagrams of reward models, from the calibration.json of their runs."""
 
 import json
 from collections.abc import Sequence
@@ -25,7 +25,11 @@ def parse_reliability(arguments: list[str]) -> ReliabilityConfig:
 
 
 def draw_reliability(config: ReliabilityConfig) -> None:
-    """Raises: SetupError: a run that has not validated."""
+    """Draws RM/reliability.png and .svg of each run.
+
+    Raises:
+      SetupError: a run that has not validated.
+    """
     runs = list(dict.fromkeys(run.partition("@")[0] for run in config.runs))
     with setup_errors():
         for run in runs:
@@ -40,7 +44,7 @@ def draw_reliability(config: ReliabilityConfig) -> None:
 
 
 def reliability_pictures(folder: Path, models: Sequence[str]) -> list[Picture]:
-    """One picture of all the models, and of all their held-out sets, that have been validated."""
+    """Draws one picture of all validated models and all their held-out sets."""
     bins = {}
     paths = list(dict.fromkeys(model.partition("@")[0] for model in models))
     folders = [Path(path).resolve().name for path in paths]

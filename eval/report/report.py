@@ -141,9 +141,9 @@ def open_runs(paths: Sequence[str], result: dict[str, Any]) -> list[PolicyRun]:
         if name not in run_names:
             raise ValueError(f"the comparison is of {path}, which is not among the runs given; add it, or compare anew")
     runs = [PolicyRun.open(path, name) for path, name in zip(paths, run_names, strict=True)]
-    found = [run.name for run in runs]
-    if len(set(found)) < len(found):
-        raise ValueError(f"the runs' names must differ, got {', '.join(found)}")
+    open_names = [run.name for run in runs]
+    if len(set(open_names)) < len(open_names):
+        raise ValueError(f"the runs' names must differ, got {', '.join(open_names)}")
     return runs
 
 
@@ -186,7 +186,7 @@ def warn_if_old(config: ReportConfig, runs: Sequence[PolicyRun], result: dict[st
 def all_judged(config: ReportConfig, runs: Sequence[PolicyRun], result: dict[str, Any]) -> list[dict[str, Any]]:
     """Judge results of the comparison and of this report, each folder once, the compared runs in their order."""
     ordered = sorted(runs, key=lambda run: (run.name != result["a"], run.name != result["b"]))
-    compared = {Path(found["source"]).resolve() for found in result["judged"]}
+    compared = {Path(entry["source"]).resolve() for entry in result["judged"]}
     return result["judged"] + [read_judged(f, ordered) for f in config.judged if Path(f).resolve() not in compared]
 
 
@@ -292,7 +292,7 @@ def rerun_commands(config: ReportConfig, runs: Sequence[PolicyRun], result: dict
     for option, side, path in (("--name_a", "a", a), ("--name_b", "b", b)):
         compare_again += [option, result[side]] if Path(path).name != result[side] else []
     compare_again += ["--seed", str(result["seed"])] if result["seed"] else []
-    judged = [found["source"] for found in result["judged"] if found["source"] not in config.judged]
+    judged = [entry["source"] for entry in result["judged"] if entry["source"] not in config.judged]
     compare_again += ["--judged", *judged] if judged else []
     report_again = ["python", "-m", "eval", "report", *config.runs, "--reward_models", *config.reward_models]
     report_again += ["--compare", config.compare, "--out", config.out]

@@ -56,8 +56,8 @@ def user_text(prompt: Any) -> str:
     """
     if isinstance(prompt, str):
         return prompt
-    said = [m.get("content") for m in prompt if isinstance(m, dict)] if isinstance(prompt, list) else []
-    users = [text for text, m in zip(said, prompt, strict=True) if m.get("role") == "user"] if said else []
+    contents = [m.get("content") for m in prompt if isinstance(m, dict)] if isinstance(prompt, list) else []
+    users = [text for text, m in zip(contents, prompt, strict=True) if m.get("role") == "user"] if contents else []
     if not users or not isinstance(users[-1], str):
         raise ValueError(f"expected a prompt that is text, or chat messages with a user's, got {str(prompt)[:80]!r}")
     return users[-1]

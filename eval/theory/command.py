@@ -179,12 +179,12 @@ def trainings(config: TheoryConfig, known: Mapping[Case, np.ndarray], advance: C
     shown = np.unique(np.geomspace(1, config.steps, STEPS_SHOWN).astype(int)) - 1
     for i, case in enumerate(known):
         key = jax.random.fold_in(jax.random.key(config.seed), i)
-        policies_MO = np.asarray(train_by_sampling(config, case, key))
+        policies_YO = np.asarray(train_by_sampling(config, case, key))
         ends = {"predicted": known[case], "exact": train_by_expectation(config, case)}
-        ends["sampled"] = policies_MO[config.steps // 2 :].mean(0)
+        ends["sampled"] = policies_YO[config.steps // 2 :].mean(0)
         rows.append(case_row(case, ends, best))
         if case == penalty_case(config, case.kl):
-            paths[case.kl] = policies_MO[shown, best].tolist()
+            paths[case.kl] = policies_YO[shown, best].tolist()
         advance()
     penalties = {"beta": config.penalty_beta, "steps": (shown + 1).tolist(), "paths": paths}
     fixed = {kl: known.get(penalty_case(config, kl)) for kl in ("k3", "k2")}

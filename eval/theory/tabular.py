@@ -25,8 +25,8 @@ class TabularProblem(NamedTuple):
 
 def trained(problem: TabularProblem, key: jax.Array, **options: Any) -> jax.Array:
     """Mean policy [O] over the second half of the steps of `training`."""
-    policies_MO = training(problem, key, **options)
-    return policies_MO[len(policies_MO) // 2 :].mean(0)
+    policies_YO = training(problem, key, **options)
+    return policies_YO[len(policies_YO) // 2 :].mean(0)
 
 
 @partial(jax.jit, static_argnames=("advantage", "group_size", "kl", "groups", "steps"))
@@ -41,7 +41,7 @@ def training(
     steps: int = 4000,
     learning_rate: float = 1.0,
 ) -> jax.Array:
-    """Trains on `groups` sampled groups per step; returns the policy [M, O] before each of M steps.
+    """Trains on `groups` sampled groups per step; returns the policy [Y, O] before each of Y steps.
 
     The step's size falls as 1 / (1 + 10 t / steps): near the fixed point the policy wanders less.
     """

@@ -258,6 +258,6 @@ def test_the_command_goes_on_where_it_was_killed(
     outcome_file(there, again.cell).unlink()
     lab(config)
     redone = load_outcome(outcome_file(there, again.cell))
-    for name in ("proxy_NYPG", "gold_NYPG", "kl_NYPG", "length_NYPG"):
+    for name in ("proxy_NMPG", "gold_NMPG", "kl_NMPG", "length_NMPG"):
         np.testing.assert_array_equal(getattr(again, name), getattr(redone, name))
     assert (folder / "results.csv").is_file() and (folder / "curves.csv").is_file()
