@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-import eval.speed as measuring
-import eval.workloads as workloads
 from eval.__main__ import main
+from eval.speed import speed as measuring
+from eval.speed import workloads
 from eval.speed.peers import run_peer
 from eval.speed.speed import RunFigures, parse_speed
 from eval.speed.workloads import WORKLOADS, Workload, even_share
