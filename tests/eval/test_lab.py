@@ -73,7 +73,7 @@ def test_cells_of_other_settings_are_refused_and_the_plan_says_what_is_left(tmp_
     with pytest.raises(ValueError, match=r"steps: 40, now 70.*another --out"):
         keep_settings(tmp_path, replace(config, steps=70))
     (tmp_path / "lab.json").write_text(json.dumps(json.loads((tmp_path / "lab.json").read_text()) | {"format": 0}))
-    with pytest.raises(ValueError, match=r"format: 0, now 1"):
+    with pytest.raises(ValueError, match=r"format: 0, now 2"):
         keep_settings(tmp_path, config)
     rows = {row[0]: row[1:3] for row in plan_sheet(tmp_path).rows}
     assert rows["default"] == ("4", "0") and rows["full"] == (str(len(PARTS["full"])), "0")

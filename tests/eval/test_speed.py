@@ -165,7 +165,7 @@ def test_the_program_is_measured(
 ) -> None:
     network = Qwen3Config(2048, 32, 64, 1, 2, 1, 16, tie_word_embeddings=True)
     monkeypatch.setitem(measuring.WORKLOADS, "w1", Workload(16, 16, network, 4, 4, 2, ends=True))
-    monkeypatch.setattr(workloads, "SMALL", network)
+    monkeypatch.setattr(workloads, "SMALL_NETWORK", network)
     assert main(["speed", "--workload", "w1", "--steps", "2", "--json", str(tmp_path / "out.json")]) == 0
     result = json.loads((tmp_path / "out.json").read_text())
     for name in (

@@ -100,7 +100,7 @@ def test_every_case_is_trained_once_and_each_picture_has_its_dots() -> None:
 def test_the_files_hold_the_prediction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One case of many, without the pictures: the whole command takes longer, see below."""
     monkeypatch.setattr(command, "cases", lambda config: [Case("gopo", 2, 0.5)])
-    for name in ("curves", "gradients", "pictures"):
+    for name in ("predicted_curves", "gradient_ratios", "theory_pictures"):
         monkeypatch.setattr(command, name, lambda *given: {})
     for name in ("one", "two"):
         theory(parse_theory(["--out", str(tmp_path / name), *TINY.split()]))
@@ -186,7 +186,7 @@ def test_the_whole_command_writes_the_same_twice(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_what_the_command_trains_ends_where_it_predicts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in ("curves", "gradients", "pictures"):
+    for name in ("predicted_curves", "gradient_ratios", "theory_pictures"):
         monkeypatch.setattr(command, name, lambda *given: {})
     shorter = "--noise 0,2 --groups 128 --steps 1000 --exact_steps 4000"
     rows = theory(parse_theory(["--out", str(tmp_path), *shorter.split()]))["rows"]
