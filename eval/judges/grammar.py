@@ -39,7 +39,7 @@ VERB = r"(?:prefer|choose|pick|select|favou?r|recommend|go with|vote for)"
 CALLED = r"(?:verdict|choice|decision|winner|preference|judge?ment|pick)"
 TIED = r"(?:it|this|the (?:result|verdict))(?: is|'s) (?:a )?(?:tie|draw|tied)"
 BALANCED = rf"(?:both|the two)(?: (?:of them|(?:{NOUNS})(?:s|es)?))? are .*|neither(?: of them| (?:{NOUNS}))? is .*"
-# Words with which a sentence may take back, quote or condition what another one says.
+# Words with which a sentence may retract, quote or condition another sentence.
 TURNED = re.compile(
     r"n[o']t\b|\b(?:no|nor|neither|both|but|however|although|though|if|unless|except|only|would|could|might|should|"
     r"yet|still|while|whereas|otherwise|instead|rather|better|best|superior|prefer\w*)\b|\?",

@@ -86,7 +86,7 @@ class CellOutcome(NamedTuple):
     gold_NMPG: np.ndarray
     length_NMPG: np.ndarray
     kl_NMPG: np.ndarray  # sum over a completion's tokens of log policy - log reference, in nats
-    training: dict[str, np.ndarray]  # [N, Y] each, by name: what `eval.lab.program` measures at every step
+    training: dict[str, np.ndarray]  # [N, Y] each, by name: the metrics that `eval.lab.program` measures at every step
 
     def save(self, folder: Path) -> None:
         """Writes FOLDER/NAME.npz atomically."""

@@ -268,7 +268,7 @@ def mutual_reach(
     tables: dict[str, dict[int, CompletionTable]],
     scores: dict[str, dict[int, list[float | None]]],
 ) -> list[dict[str, Any]]:
-    """When each run reaches the other's final score: by the judge, and by the reward if both runs share it."""
+    """The steps at which each run reaches the other's final score: by the judge, and by the reward if both share it."""
     judge = {
         run.name: {step: prompt_means(table.grouped(scores[run.name][step])) for step, table in by_step.items()}
         for run, by_step in ((run, tables[run.name]) for run in runs)

@@ -124,7 +124,7 @@ def measure_summaries(config: SummariesConfig) -> dict[str, Any]:
 
 
 def measure_summary(text: str, post: str, reference: str | None, score: Any) -> Measures:
-    """All measures of one summary; without a reference ROUGE is None."""
+    """Computes every measure of one summary; without a reference ROUGE is None."""
     measures: Measures = {}
     overlaps = score(reference, text) if reference is not None else {}
     for name in ROUGES:
