@@ -25,9 +25,9 @@ USAGE = """usage: python -m eval COMMAND ...
 COMMANDS = {  # the module, imported when it is needed, with the parser of its command line and its program
     "generate": ("eval.texts.generate", "parse_generate", "generate"),
     "reward": ("eval.texts.score", "parse_reward", "reward"),
-    "judge": ("eval.judges.command", "parse_judge", "judge"),
-    "ifeval": ("eval.texts.ifeval", "parse_ifeval", "ifeval"),
-    "summaries": ("eval.texts.summaries", "parse_summaries", "summaries"),
+    "judge": ("eval.judges.command", "parse_judge", "judge_policies"),
+    "ifeval": ("eval.texts.ifeval", "parse_ifeval", "measure_ifeval"),
+    "summaries": ("eval.texts.summaries", "parse_summaries", "measure_summaries"),
     "chat": ("eval.texts.chat", "parse_chat", "chat"),
     "compare": ("eval.report.compare", "parse_compare", "compare"),
     "report": ("eval.report.report", "parse_report", "report"),

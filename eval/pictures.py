@@ -1,7 +1,7 @@
-"""Pictures, in one style: each is one small set of axes, written as PNG and SVG, and as SVG for a page.
+"""Draws pictures in one style: each has one small set of axes and is written as PNG, SVG and SVG inside a page.
 
 A run keeps its colour and its line style in every picture. The colours are Okabe and Ito's (safe for colour-blind
-eyes); in the page's SVG they are CSS variables, so that they follow light and dark.
+eyes); in the page's SVG they are CSS variables, so that they follow light and dark mode.
 """
 
 import html
@@ -18,13 +18,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-# what is drawn in -> the page's CSS variable
+# colours of the drawings, and the page's CSS variables for them
 INK, MUTED, GRID = "#1b1b1f", "#5c5c67", "#dedee4"
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#a8457f", "#6b5bc2", "#8a6d00")
-VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid"} | {hex: f"--s{i}" for i, hex in enumerate(SERIES)}
+CSS_VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid"} | {hex: f"--s{i}" for i, hex in enumerate(SERIES)}
 MARKERS, DASHES = ("o", "s", "^", "D", "v", "P"), ("-", (0, (5, 2)), (0, (1, 1.2)), "-.", (0, (7, 2, 1, 2, 1, 2)), "--")
 SIZE = (5.2, 3.4)  # inches: at a phone's width the text is still legible
-LETTERS = 57  # that have room beside each other in a legend, of which a line takes 8
+LEGEND_LETTERS = 57  # characters in one row of a legend; each entry's line sample takes 8 of them
 SETTINGS: Any = {
     "font.size": 11,
     "axes.edgecolor": MUTED,
@@ -44,16 +44,16 @@ SETTINGS: Any = {
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture that has been written, and what the page needs of it."""
+    """A written picture, with the fields that a page shows."""
 
-    name: str  # of its files, without suffix
+    name: str  # file name without suffix
     title: str
     caption: str
-    svg: str  # to stand in a page
+    svg: str  # SVG inside a page
 
 
 class Studio:
-    """Draws the pictures of some runs into a folder."""
+    """Draws pictures into a folder; each name (of a run, of a method) keeps its style."""
 
     def __init__(self, folder: Path, names: Sequence[str]) -> None:
         self.folder = folder
@@ -68,13 +68,13 @@ class Studio:
         return MARKERS[self.style[name]]
 
     def draw(self, name: str, title: str, caption: str, paint: Callable[[Axes], None]) -> Picture:
-        """Paint on empty axes, write FOLDER/NAME.png and .svg."""
+        """Paints on empty axes and writes FOLDER/NAME.png and .svg."""
         with drawing() as figure:
             axes = figure.subplots()
             axes.set_axisbelow(True)
             paint(axes)
             if labels := axes.get_legend_handles_labels()[1]:
-                columns = max(1, min(3, LETTERS // (8 + max(map(len, labels)))))
+                columns = max(1, min(3, LEGEND_LETTERS // (8 + max(map(len, labels)))))
                 axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0.2, handlelength=2.6)
             figure.draw_without_rendering()
             figure.set_layout_engine("none")  # laid out once, not for each file
@@ -94,14 +94,14 @@ def drawing() -> Iterator[Figure]:
 
 
 def inline(svg: str, name: str, title: str, caption: str) -> str:
-    """An SVG file as part of an HTML page: ids of its own, the page's colours, nothing that points elsewhere."""
+    """Turns an SVG file into a part of an HTML page: unique ids, the page's colours, no references to other files."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\s(?:xmlns(?::\w+)?|width|height|version)="[^"]*"', "", svg, count=5)
     label = html.escape(f"{title}. {caption}")
     svg = svg.replace("xlink:href", "href").replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
-    for colour, variable in VARIABLES.items():
+    for colour, variable in CSS_VARIABLES.items():
         svg = svg.replace(colour, f"var({variable})")
     return svg.strip()
 
@@ -112,7 +112,7 @@ def over_steps(axes: Axes, label: str) -> None:
 
 
 def text_of(prompt: Any) -> str:
-    """A prompt to read: text as it is, chat messages one under the other."""
+    """Formats a prompt for reading: text unchanged, chat messages one per line."""
     if isinstance(prompt, str):
         return prompt
     return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)

@@ -1,4 +1,4 @@
-"""What `python -m train policy` left behind, read for judging: config, metrics, validation completions."""
+"""Reads runs of `python -m train policy` for judging: config, metrics, validation completions."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,11 @@ class PolicyRun:
 
     @classmethod
     def open(cls, path: str, name: str | None = None) -> "PolicyRun":
-        """Raises: FileNotFoundError: no such run, or none with validation completions."""
+        """Opens a run's directory.
+
+        Raises:
+          FileNotFoundError: not a run, or a run without validation completions.
+        """
         run = cls(Path(path), name or Path(path).resolve().name)
         if not (run.path / CONFIG).is_file():
             raise FileNotFoundError(f"{path}: not a run; expected a directory with a {CONFIG} in it")
@@ -52,33 +56,33 @@ class PolicyRun:
     def file(self, step: int) -> Path:
         return self.path / COMPLETIONS / f"validation_{step:06d}.jsonl"
 
-    def completions(self, step: int) -> "Completions":
-        return Completions.read(self.file(step))
+    def completions(self, step: int) -> "CompletionTable":
+        return CompletionTable.read(self.file(step))
 
     def reward_models(self) -> list[str]:
         """The reward models this policy was trained against."""
         return [spec["model"] for spec in self.config.get("rewards") or [] if spec.get("model")]
 
     def series(self, key: str) -> tuple[np.ndarray, np.ndarray]:
-        """Steps and values of a metric, where it was logged."""
+        """Steps and values of a metric, at the steps that logged it."""
         points = [(row["step"], row[key]) for row in self.metrics if key in row]
         steps, values = zip(*points, strict=True) if points else ((), ())
         return np.array(steps, float), np.array(values, float)
 
 
 @dataclass(frozen=True)
-class Completions:
-    """The rows of one file, with those of each prompt together."""
+class CompletionTable:
+    """The rows of one completions file, grouped by prompt."""
 
     rows: list[Row]
-    groups: list[list[int]]  # for each prompt its rows' numbers, prompts in the order of their ids
+    groups: list[list[int]]  # row indices of each prompt, in the order of prompt_id
 
     @classmethod
-    def read(cls, file: Path) -> "Completions":
+    def read(cls, file: Path) -> "CompletionTable":
         return cls.from_rows(load_rows(str(file)), str(file))
 
     @classmethod
-    def from_rows(cls, rows: list[Row], source: str) -> "Completions":
+    def from_rows(cls, rows: list[Row], source: str) -> "CompletionTable":
         groups = by_prompt(rows, source)
         return cls(rows, sorted(groups, key=lambda group: rows[group[0]]["prompt_id"]))
 
@@ -94,20 +98,20 @@ class Completions:
         return self.grouped([row.get(name) for row in self.rows])
 
     def grouped(self, values: Sequence[Any]) -> list[list[Any]]:
-        """Values of the rows, by prompt."""
+        """Groups values of the rows by prompt."""
         return [[values[i] for i in group] for group in self.groups]
 
     def means(self, name: str) -> np.ndarray:
-        """The mean of a column for each prompt."""
+        """Mean of a column for each prompt, [P]."""
         return prompt_means(self.column(name))
 
     def distinct(self) -> float:
-        """The share of different texts among all completions."""
+        """Share of distinct texts among all completions."""
         return len({row["completion"] for row in self.rows}) / len(self.rows)
 
 
 def by_prompt(rows: Sequence[Row], source: str) -> list[list[int]]:
-    """The numbers of the rows of each prompt.
+    """Row indices of each prompt, in the order of first appearance.
 
     Raises:
       ValueError: a row without one of the columns, or two prompts under one prompt_id.
@@ -125,16 +129,16 @@ def by_prompt(rows: Sequence[Row], source: str) -> list[list[int]]:
 
 
 def same_model(one: str, other: str) -> bool:
-    """Whether two paths or Hub names mean the same model, whatever its step."""
+    """Whether two paths or Hub names mean the same model; an @STEP is ignored."""
     return Path(one.partition("@")[0]).resolve() == Path(other.partition("@")[0]).resolve()
 
 
-def differences(runs: Sequence[PolicyRun]) -> dict[str, list[Any]]:
-    """The settings in which the runs differ, by dotted key; where a run writes to is none of them."""
+def config_differences(runs: Sequence[PolicyRun]) -> dict[str, list[Any]]:
+    """Settings in which the runs differ, by dotted key; output_dir is not compared."""
     flat = [dict(_flatten(run.config)) for run in runs]
     keys = dict.fromkeys(key for config in flat for key in config)
     values = {key: [config.get(key) for config in flat] for key in keys if key != "output_dir"}
-    return {key: found for key, found in values.items() if any(value != found[0] for value in found)}
+    return {key: settings for key, settings in values.items() if any(setting != settings[0] for setting in settings)}
 
 
 def _flatten(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -10,6 +10,8 @@ Axis letters, used as a suffix on every array name in the whole project (`reward
     B  rows of sequences            A  rank of adapters      W  multisets of other answers (theory)
     U  positions of keys            I  points of a numerical method (theory)
     Q  query heads per key/value head
+    M  evaluations of a run         Y  training steps        X  bootstrap resamples
+    J  pairs of completions
 
 G is always the group. S is always the prompt, but for the plain call on rows of whole sequences, `tokens_BS`. A digit
 is an axis of that size. Every function here takes any leading axes in place of P.

@@ -1,1 +1,1 @@
-"""What `python -m eval judge` is made of: tasks, the reading of replies, the back ends, the cache."""
+"""`python -m eval judge`: tasks, back ends, parsing of replies, results, the cache of replies."""

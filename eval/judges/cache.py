@@ -1,4 +1,4 @@
-"""Replies of judges on disk, by what was asked: what was paid for once is there for good."""
+"""Stores replies of judges on disk by the content of the request, so that no reply is paid for twice."""
 
 import hashlib
 import json
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# ends of a reply that is not whole; servers have many words for an ordinary end ("stop", "eos_token", none at all)
+# finish reasons of incomplete replies; an ordinary end has many names ("stop", "eos_token", none at all)
 CUT_OFF = (
     *("length", "max_tokens", "max_output_tokens", "content_filter", "content management policy", "safety"),
     *("refusal", "tool_calls", "tool_use", "function_call", "abort", "error"),
@@ -15,9 +15,9 @@ CUT_OFF = (
 
 
 class Reply(NamedTuple):
-    """What a server answered.
+    """A server's reply.
 
-    `finish_reason` is its own word, "" if it gives none, or "refusal" where the model declined as a whole.
+    `finish_reason` is the server's own word, "" if it gives none, or "refusal" if the model declined to answer.
     """
 
     text: str
@@ -27,20 +27,24 @@ class Reply(NamedTuple):
 
     @property
     def cut_off(self) -> bool:
-        """Whether the server says that this is not the whole reply: cut, filtered, or refused."""
+        """Whether the server reports the reply as incomplete: cut, filtered, or refused."""
         return is_cut_off(self.finish_reason)
 
 
 class Cache:
-    """A sqlite3 file of replies. Each is committed as it comes: a killed program loses none that it had received."""
+    """A sqlite3 file of replies. Each is committed on arrival: a killed program loses no received reply."""
 
     def __init__(self, file: Path) -> None:
-        """Raises: ValueError: a file that cannot be written, or is something else."""
+        """Opens or creates the file.
+
+        Raises:
+          ValueError: the file cannot be written, or is not a cache.
+        """
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            self._rows = sqlite3.connect(file, timeout=60)  # seconds to wait for another judge that writes
+            self._rows = sqlite3.connect(file, timeout=60)  # seconds to wait while another judge writes
             self._rows.execute("PRAGMA journal_mode = WAL")
-            self._rows.execute("PRAGMA synchronous = NORMAL")  # whole after a kill; the last few may go with the power
+            self._rows.execute("PRAGMA synchronous = NORMAL")  # whole after a kill; power loss may cost the last few
             self._rows.execute(
                 "CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, text TEXT NOT NULL, finish_reason TEXT "
                 "NOT NULL, prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL)"
@@ -71,5 +75,5 @@ def is_cut_off(finish_reason: str) -> bool:
 
 
 def content_key(content: Mapping[str, Any]) -> str:
-    """sha256 of all that determines a reply."""
+    """sha256 of everything that determines a reply."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,16 +1,16 @@
-"""Which of two policies answers better: a judge compares their completions pair by pair.
+"""`python -m eval judge`: a judge compares the completions of two policies pair by pair.
 
 1. The k-th completion of A is paired with the k-th of B, for each prompt and temperature.
-2. The judge sees every pair in both orders; a back end in eval/judges/ asks it. What it says has to be a verdict
-   (eval/judges/verdict.py), else the pair has no outcome and is counted.
-3. A pair's outcome for A is the mean of both orders (a win 1, a tie 1/2, a loss 0), so that orders which contradict
-   each other give 1/2: one order alone would measure the judge's liking for a place. A likelihood is no single verdict:
-   there the outcome is a win where the mean over both orders of A's probability is above 1/2, so one order may outweigh
-   the other. Equal texts tie unasked.
+2. A back end in eval/judges/ shows the judge every pair in both orders. A reply without a verdict
+   (eval/judges/verdict.py) leaves the pair without an outcome; such pairs are counted.
+3. A pair's outcome for A is the mean of both orders (a win 1, a tie 1/2, a loss 0), so that contradicting orders
+   give 1/2: one order alone would measure the judge's position bias. With likelihoods the outcome is a win if the mean
+   over both orders of A's probability is above 1/2, so one order may outweigh the other. Equal texts tie without being
+   asked about.
 4. Outcomes are averaged for each prompt first; intervals are over prompts (eval/stats.py).
 
-Writes OUT/judgements.jsonl, a row per pair, and OUT/judge.json. With A and B exchanged the same questions are asked,
-and every result is mirrored.
+Writes OUT/judgements.jsonl, a row per pair, and OUT/judge.json. Exchanging A and B asks the same questions and mirrors
+every result.
 """
 
 import json
@@ -21,9 +21,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from eval.judges.pairs import Judged, Pair, read_pairs
-from eval.judges.results import JUDGEMENTS, WITHOUT, gold_of, read_judgements, results, row_of, step_of
-from eval.judges.task import Task, load_task
+from eval.judges.pairs import CompletionPair, Judgement, read_pairs
+from eval.judges.results import JUDGEMENTS, NO_OUTCOME, gold_of, read_judgements, results, row_of, step_of
+from eval.judges.task import JudgeTask, load_task
 from eval.stats import without_nan
 from train.config import MeshConfig
 from train.console import console
@@ -31,7 +31,7 @@ from train.parse import parse
 from train.run.files import write_jsonl, write_whole
 from train.running import setup_errors
 
-RESULT = "judge.json"
+JUDGE_JSON = "judge.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,12 +84,12 @@ def parse_judge(arguments: list[str]) -> JudgeConfig:
     return parse(JudgeConfig, arguments, "python -m eval judge", positional=("a", "b"))
 
 
-def judge(config: JudgeConfig) -> dict[str, Any]:
-    """Write the judgements to `config.out`; returns what judge.json holds.
+def judge_policies(config: JudgeConfig) -> dict[str, Any]:
+    """Writes the judgements to `config.out`; returns the content of judge.json.
 
     Raises:
       SetupError: a mistake in settings or data, or a judge that cannot be asked.
-      SystemExit: 1 if some questions have failed, with all else written; 130 after Ctrl-C.
+      SystemExit: 1 if some questions failed, after everything is written; 130 after Ctrl-C.
     """
     with setup_errors():
         task = load_task(config.task)
@@ -98,26 +98,26 @@ def judge(config: JudgeConfig) -> dict[str, Any]:
         earlier = {name: read_judgements(name) for name in config.agree_with}
         differing = [pair for pair in pairs if pair.a != pair.b]
         try:
-            judged, usage = ask(config, task, differing)
+            judged, usage = ask_judge(config, task, differing)
         except KeyboardInterrupt:
             console.print("stopped; what has come is kept, and the same command goes on from there")
             raise SystemExit(130) from None
-    of_pair = dict(zip((pair.where for pair in differing), judged, strict=True))
-    rows = [row_of(pair, of_pair.get(pair.where)) for pair in pairs]
+    of_pair = dict(zip((pair.key for pair in differing), judged, strict=True))
+    rows = [row_of(pair, of_pair.get(pair.key)) for pair in pairs]
     out = Path(config.out)
     write_jsonl(out / JUDGEMENTS, [without_nan(row) for row in rows])
-    result = without_nan(about(config, pairs) | results(rows, config.seed, gold, earlier) | usage)
-    write_whole(out / RESULT, json.dumps(result, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
-    show(result)
-    console.print(f"{out / RESULT}")
+    result = without_nan(provenance(config, pairs) | results(rows, config.seed, gold, earlier) | usage)
+    write_whole(out / JUDGE_JSON, json.dumps(result, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+    print_judgements(result)
+    console.print(f"{out / JUDGE_JSON}")
     if result["failed"]:
         console.print(f"{result['failed']} pairs have failed; the same command asks for them again, and for no other")
         raise SystemExit(1)
     return result
 
 
-def about(config: JudgeConfig, pairs: Sequence[Pair]) -> dict[str, Any]:
-    """What was judged, and by whom."""
+def provenance(config: JudgeConfig, pairs: Sequence[CompletionPair]) -> dict[str, Any]:
+    """The fields of judge.json that say what was judged, and by which judge."""
     return {
         "a": config.a,
         "b": config.b,
@@ -125,22 +125,24 @@ def about(config: JudgeConfig, pairs: Sequence[Pair]) -> dict[str, Any]:
         "name_b": config.name_b or Path(config.b).stem,
         "backend": config.backend,
         "model": config.model,
-        "task": None if config.backend == "reward_model" else config.task,  # it only scores: nothing is asked
+        "task": None if config.backend == "reward_model" else config.task,  # a reward model is asked no question
         "seed": config.seed,
         "step": step_of(config.a, config.b, pairs),
     }
 
 
-# The judge
+# Back ends
 
 
-def ask(config: JudgeConfig, task: Task, pairs: Sequence[Pair]) -> tuple[list[Judged], dict[str, Any]]:
-    """What the judge says of each pair, and what it took."""
-    nothing = {"requests": 0, "cached": 0, "tokens": {"prompt": 0, "completion": 0}, "cost": None}
+def ask_judge(
+    config: JudgeConfig, task: JudgeTask, pairs: Sequence[CompletionPair]
+) -> tuple[list[Judgement], dict[str, Any]]:
+    """Returns a judgement per pair, and the requests, tokens and cost of asking."""
+    no_usage = {"requests": 0, "cached": 0, "tokens": {"prompt": 0, "completion": 0}, "cost": None}
     if config.backend != "server":
-        return local_judge(config, task).judge(pairs) if pairs else [], nothing
+        return local_judge(config, task).judge(pairs) if pairs else [], no_usage
     from eval.judges.cache import Cache
-    from eval.judges.questions import Asked
+    from eval.judges.questions import ServerJudge
     from eval.judges.server import Server
 
     file = Path(config.cache) if config.cache else Path(config.out) / "cache.sqlite"
@@ -148,7 +150,7 @@ def ask(config: JudgeConfig, task: Task, pairs: Sequence[Pair]) -> tuple[list[Ju
         options = {"concurrency": config.concurrency, "timeout": config.timeout, "max_retries": config.max_retries}
         server = Server(config.model, cache, config.base_url, temperature=config.temperature, **options)  # type: ignore[arg-type]
         with closing(server):
-            asked = Asked(server, task)
+            asked = ServerJudge(server, task)
             judged = asked.judge(pairs)
     prompt = sum(reply.prompt_tokens for reply in asked.replies.values())
     completion = sum(reply.completion_tokens for reply in asked.replies.values())
@@ -159,9 +161,9 @@ def ask(config: JudgeConfig, task: Task, pairs: Sequence[Pair]) -> tuple[list[Ju
     return judged, {"requests": server.requests, "cached": server.cached, "tokens": tokens, "cost": cost}
 
 
-def local_judge(config: JudgeConfig, task: Task) -> Any:
-    from eval.judges.likelihood import Likelihood
-    from eval.judges.reward_model import RewardModel
+def local_judge(config: JudgeConfig, task: JudgeTask) -> Any:
+    from eval.judges.likelihood import LikelihoodJudge
+    from eval.judges.reward_model import RewardModelJudge
     from train.build import make_layout_for
 
     options: dict[str, Any] = {
@@ -171,51 +173,53 @@ def local_judge(config: JudgeConfig, task: Task) -> Any:
         "batch_prompts": config.batch_prompts,
     }
     if config.backend == "reward_model":
-        return RewardModel(config.model, **options)
-    return Likelihood(config.model, task, **options)
+        return RewardModelJudge(config.model, **options)
+    return LikelihoodJudge(config.model, task, **options)
 
 
 # On the terminal
 
 
-def show(result: Mapping[str, Any]) -> None:
-    """The result as a table."""
+def print_judgements(result: Mapping[str, Any]) -> None:
+    """Prints the result as a table."""
     from rich.table import Table
 
     table = Table("", "", title=f"{result['name_a']} against {result['name_b']}, judged by {result['model']}")
-    for name, value in lines(result):
+    for name, value in judgement_lines(result):
         table.add_row(name, value)
     console.print(table)
 
 
-def lines(result: Mapping[str, Any]) -> list[tuple[str, str]]:
-    shown = [("win rate", interval(result["win_rate"]))]
-    shown += [(f"  at temperature {key}", interval(value)) for key, value in result["temperatures"].items()]
+def judgement_lines(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    text_rows = [("win rate", mean_text(result["win_rate"]))]
+    text_rows += [(f"  at temperature {key}", mean_text(value)) for key, value in result["temperatures"].items()]
     if result["length_controlled"]:
-        shown.append(("  at equal length", interval(result["length_controlled"])))
-    shown += [(f"  {key}", interval(value)) for key, value in result["aspects"].items() if len(result["aspects"]) > 1]
-    shown.append(("wins, ties, losses", f"{result['wins']}, {result['ties']}, {result['losses']}"))
+        text_rows.append(("  at equal length", mean_text(result["length_controlled"])))
+    text_rows += [
+        (f"  {key}", mean_text(value)) for key, value in result["aspects"].items() if len(result["aspects"]) > 1
+    ]
+    text_rows.append(("wins, ties, losses", f"{result['wins']}, {result['ties']}, {result['losses']}"))
     if result["position_bias"]:
-        shown.append(("wins of the answer shown first", interval(result["position_bias"])))
-        shown.append(("both orders agree", f"{result['consistent']:.1%}"))
-    without = [f"{result[kind]} {kind.replace('_', ' ')}" for kind in ("identical", *WITHOUT) if result[kind]]
-    shown.append(("pairs", ", ".join([f"{result['judged']} of {result['pairs']} judged", *without])))
+        text_rows.append(("wins of the answer shown first", mean_text(result["position_bias"])))
+        text_rows.append(("both orders agree", f"{result['consistent']:.1%}"))
+    without = [f"{result[kind]} {kind.replace('_', ' ')}" for kind in ("identical", *NO_OUTCOME) if result[kind]]
+    text_rows.append(("pairs", ", ".join([f"{result['judged']} of {result['pairs']} judged", *without])))
     if result["backend"] == "server":
         tokens = result["tokens"]
         cost = "" if result["cost"] is None else f", cost {result['cost']:.4g}"
         if result["cut_off"]:
-            shown.append(("replies cut off, filtered or refused", str(result["cut_off"])))
-        shown.append(("requests", f"{result['requests']}, and {result['cached']} from the cache"))
-        shown.append(("tokens", f"{tokens['prompt']} in, {tokens['completion']} out{cost}"))
+            text_rows.append(("replies cut off, filtered or refused", str(result["cut_off"])))
+        text_rows.append(("requests", f"{result['requests']}, and {result['cached']} from the cache"))
+        text_rows.append(("tokens", f"{tokens['prompt']} in, {tokens['completion']} out{cost}"))
     for other in result["agreement"]:
         kappa = "-" if other["kappa"] is None else f"{other['kappa']:.3f}"
-        shown.append((f"kappa with {other['with']}", f"{kappa} over {other['pairs']} pairs"))
+        text_rows.append((f"kappa with {other['with']}", f"{kappa} over {other['pairs']} pairs"))
     if result["accuracy"]:
-        right = result["accuracy"]
-        shown.append(("accuracy", f"{right['mean']:.1%}; right in both orders {right['both']:.1%}"))
-    return shown
+        accuracy = result["accuracy"]
+        text_rows.append(("accuracy", f"{accuracy['mean']:.1%}; right in both orders {accuracy['both']:.1%}"))
+    return text_rows
 
 
-def interval(found: Mapping[str, Any]) -> str:
-    mean = found.get("mean", found.get("share"))
-    return "-" if mean is None else f"{mean:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
+def mean_text(estimate: Mapping[str, Any]) -> str:
+    mean = estimate.get("mean", estimate.get("share"))
+    return "-" if mean is None else f"{mean:.3f} [{estimate['low']:.3f}, {estimate['high']:.3f}]"

@@ -1,23 +1,23 @@
-"""The sentences that judges write: how they name an answer, and how they say that it is the better one.
+"""Grammar of judges' sentences: how they name an answer, and how they call it the better one.
 
-The rules know whole sentences. What they do not know says nothing, or leaves the reply in doubt.
-No pattern looks at a part of a text more than a few times.
+Rules match whole sentences. An unmatched sentence carries no verdict, or makes the reply ambiguous.
+Every pattern runs in linear time.
 """
 
 import re
 from collections.abc import Iterator
 from functools import lru_cache
 
-from eval.judges.task import TIE, Task
+from eval.judges.task import TIE, JudgeTask
 
 LONGEST_STATEMENT = 400  # characters of a sentence that may be a verdict
 FIRST, SECOND = "first", "second"
-UNDECIDED = "undecided"  # a sentence that is conclusive, but not which answer it is for
+UNDECIDED = "undecided"  # a conclusive sentence whose winner is unclear
 
 NOUNS = "response|answer|output|option|completion|candidate|summary|reply|text|choice"
-WHO_ANSWERED = "|model|assistant|chatbot"  # not where they are other ones than the answers, as in a debate
-# The space behind a sentence; a semicolon before "therefore" ends one.
-ENDS = (
+WHO_ANSWERED = "|model|assistant|chatbot"  # only for bare labels: else, as in a debate, they may not be the answers
+# Whitespace after a sentence; a semicolon before "therefore" ends a sentence.
+SENTENCE_BREAK = (
     r"(?<=[.!?])\s+|(?<=[.!?][)\"'*”’])\s+|(?<=[.!?][)\"'*”’][)\"'*”’])\s+|(?<=;)\s+(?=(?:therefore|thus|hence)\b)|"
     r"(?<=[。！？])\s*"
 )
@@ -26,7 +26,7 @@ LEAD = (
     r"in summary|to conclude|to summari[sz]e|to sum up|in short|all in all|on balance|in the end|as a result|"
     r"for (?:this|these) reasons?|all things considered|(?:my |the )?(?:final )?(?:verdict|decision))[,:]?\s+)"
 )
-OPINION = (  # what may stand before a verdict, but draws no conclusion from what stands before it
+OPINION = (  # may precede a verdict, but draws no conclusion from earlier text
     r"(?:(?:i (?:think|believe|find|feel|would say|'d say)(?: that)?|in my (?:opinion|view|judge?ment),?|"
     r"(?:based on|after|given) (?:the|my|this) (?:above )?(?:analysis|evaluation|comparison)(?: above)?,?|"
     r"after (?:a )?(?:careful )?(?:comparison|consideration|analysis|evaluation),|"
@@ -39,18 +39,18 @@ VERB = r"(?:prefer|choose|pick|select|favou?r|recommend|go with|vote for)"
 CALLED = r"(?:verdict|choice|decision|winner|preference|judge?ment|pick)"
 TIED = r"(?:it|this|the (?:result|verdict))(?: is|'s) (?:a )?(?:tie|draw|tied)"
 BALANCED = rf"(?:both|the two)(?: (?:of them|(?:{NOUNS})(?:s|es)?))? are .*|neither(?: of them| (?:{NOUNS}))? is .*"
-# Words with which a sentence may take back, quote or condition what another one says.
+# Words with which a sentence may retract, quote or condition another sentence.
 TURNED = re.compile(
     r"n[o']t\b|\b(?:no|nor|neither|both|but|however|although|though|if|unless|except|only|would|could|might|should|"
     r"yet|still|while|whereas|otherwise|instead|rather|better|best|superior|prefer\w*)\b|\?",
     re.IGNORECASE,
 )
-# A sentence before the verdict that says that what comes next is not meant.
+# A sentence that says that the next one is not meant.
 DENIED = re.compile(
     r"\b(?:following|next) (?:sentence|statement|claim|conclusion|line) (?:is|would be) (?:not|n't|false|wrong|untrue|"
     r"incorrect|a lie|nonsense)\b|\b(?:just|only) kidding\b|\bopposite of (?:what i|my|the truth)\b|\bas follows\W*$|"
     r"\bwhat follows\b|"
-    # without an end: it runs into what comes next
+    # without an end: the next text completes it
     r"\b(?:would|might|could|may|to|will) (?:say|conclude|write|argue|think|claim|reply|answer)\b[^.!?]{0,20}$|"
     r"\b(?:not|n't) (?:true|the case|so|correct|right) that\W*$|^(?:so,? )?(?:it is not|it isn't) the case\W*$",
     re.IGNORECASE,
@@ -76,7 +76,7 @@ FAVOUR = re.compile(
     r"(?:i|we|i['’]d|would|my|must|have to)\b[^.!?]{0,40}\b(?:select|pick)\w*)\b",
     re.IGNORECASE,
 )
-# That there is no winner, whatever a later sentence says.
+# States that there is no winner, whatever a later sentence says.
 NO_WINNER = re.compile(
     r"\b(?:ties?|tied|a draw|undecided|unsure|indistinguishable|toss-?up|"
     r"no (?:preference|(?:clear |real )?(?:winner|difference)|"
@@ -85,14 +85,14 @@ NO_WINNER = re.compile(
     r"(?:say|tell|judge|decide|choose|determine|pick|compare|rank|prefer))\b",
     re.IGNORECASE,
 )
-# What a sentence that leads to a JSON object must not speak of.
+# Words that a sentence before a JSON object must not contain.
 SUSPECT = re.compile(
     r"\b(?:this|these|labels?|more|less|asked|wrote|writ\w*|contains|inject\w*|tri(?:ck|es)\w*|"
     r"demand\w*|old|initial\w*|refers?|first|second|former|latter|worse|json|object|follow\w*|"
     r"below|next|ignore|draft|wants?|asks?|told|previous\w*|system|prompt)\b",
     re.IGNORECASE,
 )
-# What an explanation of a verdict must not speak of.
+# Words that an explanation of a verdict must not contain.
 AGAINST = re.compile(
     r"n[o']t\b|\b(?:not|no|none|never|neither|both|nor|but|however|although|though|if|unless|except|would|should|could|might|"
     r"worse|worst|less|least|lacks?|fail\w*|miss\w*|wrong|false|error\w*|mistake\w*|bad|poor\w*|ignor\w*|inferior|loses|"
@@ -100,7 +100,7 @@ AGAINST = re.compile(
     r"inject\w*|trick\w*|demand\w*|draft|above|example|meant?|joke|kidding|chang\w*|reconsider\w*|too|incorrect\w*|in\w+ly)\b|\?",
     re.IGNORECASE,
 )
-# A sentence that the next one may answer, in place of the question which of the two is better.
+# A sentence whose question the next one may answer instead of which answer is better.
 ABOUT_QUESTION = re.compile(
     r"\b(?:worse|worst|errors?|wrong|(?:in)?correct answer|says? (?:that )?the answer|the answer is)\b", re.IGNORECASE
 )
@@ -119,12 +119,12 @@ HEDGED = re.compile(
     r"n[o']t\b|\b(?:no|not|than|if|would|could|might|neither|nor|never|worse|worst|inferior|loses|nobody|loser)\b|\?",
     re.I,
 )
-# A sentence of a name and these alone is a verdict too short for a rule: "B it is", "clearly B".
+# A sentence of a name and only these words is a verdict too short for a rule: "B it is", "clearly B".
 BARE = re.compile(
     r"(?:clearly|definitely|obviously|certainly|surely|it|is|it's|so|boxed|text|go|with|for|my|vote|i|i'd|say|me|final|finally|answer|[\W\d_])*",
     re.IGNORECASE,
 )
-# Better in one respect, which a verdict may concede; or the words of an answer that is told of.
+# Better in one respect, which a verdict may concede; or words that describe an answer's content.
 RESPECT = re.compile(
     r"\b(?:better (?:(?:written|structured|organi[sz]ed|formatted|worded)|at \w+ing)|for better|best way|choose to)\b",
     re.IGNORECASE,
@@ -132,7 +132,7 @@ RESPECT = re.compile(
 
 
 class Grammar:
-    """The ways to name one of the two answers, and to say that it is the better one."""
+    """Patterns that name one of the two answers, or call it the better one."""
 
     def __init__(self, labels: tuple[str, str], ties: bool) -> None:
         cores = [re.findall(r"[0-9A-Za-z]+", label)[-1] for label in labels]
@@ -145,7 +145,7 @@ class Grammar:
         exact = f"|(?-i:(?:{'|'.join(map(re.escape, bare))}))(?![0-9A-Za-z'’])" if bare else ""
 
         def name(group: str) -> str:
-            """A bare "a" is an article, so without a noun or brackets it has to be written as the label is."""
+            """Without a noun or brackets the case has to match the label: a bare "a" is an article."""
             return (
                 rf"(?P<{group}>(?:the )?(?:(?:{nouns})\s+)?(?:\[\[|\[|\()(?:{either})(?:\]\]|\]|\))|"
                 rf"(?:the )?(?:{nouns})\s+(?:{either})(?![0-9A-Za-z'’]){exact})"
@@ -153,7 +153,7 @@ class Grammar:
 
         over = rf"(?:\s+(?:than|over|to)\s+{name('other')})?"
         prefer = rf"(?:I|we)(?:'d| would)?(?: strongly| clearly| slightly)? {VERB}"
-        said = "|".join(
+        statements = "|".join(
             (
                 rf"{name('n1')}\s+is\s+{DEGREE}{GOOD}{THING}",
                 rf"{name('n2')}(?:\s+clearly)?\s+wins(?:\s+overall)?",
@@ -165,8 +165,8 @@ class Grammar:
                 r"(?P<n7>\[\[(?:" + either + r")\]\])",
             )
         )
-        self._said = re.compile(
-            rf"(?:{LEAD}|{OPINION}){{0,4}}(?:{said}){over}(?P<reason>,?\s+(?:because|since|as it)\s.*)?",
+        self._statement = re.compile(
+            rf"(?:{LEAD}|{OPINION}){{0,4}}(?:{statements}){over}(?P<reason>,?\s+(?:because|since|as it)\s.*)?",
             re.IGNORECASE | re.DOTALL,
         )
         self._tied = re.compile(rf"(?:{LEAD})*{TIED}", re.IGNORECASE)
@@ -182,7 +182,7 @@ class Grammar:
         )
 
     def alone(self, text: str) -> str | None:
-        """The winner of a reply that is one label and nothing else, in one of its usual spellings."""
+        """The winner of a reply that is only a label, in one of its usual spellings."""
         if len(text) > LONGEST_STATEMENT:
             return None
         text = unwrapped(re.sub(r"\A(?:#+|[*•-])\s+", "", text))
@@ -192,16 +192,16 @@ class Grammar:
         return self._winner(match["core"]) if match else None
 
     def statement(self, sentence: str) -> str | None:
-        """Which answer a sentence says is the better one, "tie", or "undecided"; None if it says nothing of the kind.
+        """The answer that a sentence calls better, "tie" or "undecided"; None if the sentence is no verdict.
 
-        All of the sentence is the statement, but for a reason behind it that does not turn it around.
+        The whole sentence has to match; only a reason that does not reverse the verdict may follow.
         """
         if len(sentence) > LONGEST_STATEMENT:
             return None
         text = without_emphasis(sentence).rstrip(".! \t\n")
         if self._tied.fullmatch(text):
             return TIE
-        match = self._said.fullmatch(text)
+        match = self._statement.fullmatch(text)
         if match is None:
             return UNDECIDED if re.search(GOOD, text, re.I) and self._balanced.fullmatch(text) else None
         name = next(match[f"n{i}"] for i in range(1, 8) if match[f"n{i}"])
@@ -211,20 +211,21 @@ class Grammar:
         return winner
 
     def claims(self, text: str) -> set[str]:
-        """What the sentences of a text say, and its lines, taken one by one."""
-        parts = re.split(rf"{ENDS}|\n+", text)
-        return {said for part in parts if (said := self.statement(re.sub(r"\A[ \t]*(?:[-*•>]|#+)[ \t]+", "", part)))}
+        """The verdicts of a text's sentences and lines, each read alone."""
+        parts = re.split(rf"{SENTENCE_BREAK}|\n+", text)
+        lines = [re.sub(r"\A[ \t]*(?:[-*•>]|#+)[ \t]+", "", part) for part in parts]
+        return {winner for line in lines if (winner := self.statement(line))}
 
     def leaning(self, sentence: str) -> str | None:
-        """What a sentence before the verdict leans to; "undecided" for all that favours and is no statement."""
-        if said := self.statement(sentence):
-            return said
+        """The winner that a sentence leans to; "undecided" if it favours an answer without being a clear statement."""
+        if winner := self.statement(sentence):
+            return winner
         text = without_emphasis(sentence)
         if NO_WINNER.search(text):
             return UNDECIDED
         named = self.named_in(text)
         if re.search(r"@\s*[<>≻]\s*@|@[^.,;@]{0,9}\b[0-9]+\s*(?:/|out of)\s*[0-9]", self.mention.sub("@", text)):
-            return UNDECIDED  # compared by a sign or by scores
+            return UNDECIDED  # a comparison by a sign or by scores
         if not named:
             return UNDECIDED if FAVOUR.search(text) and PLACE.search(text) else None
         if not FAVOUR.search(RESPECT.sub("", text)):
@@ -233,7 +234,7 @@ class Grammar:
         return named.pop() if len(named) == 1 and not HEDGED.search(text) else UNDECIDED
 
     def named_in(self, text: str) -> set[str]:
-        """The answers that a text names."""
+        """The answers named in a text."""
         return {self._named(match[0]) for match in self.mention.finditer(text)}
 
     def _named(self, name: str) -> str:
@@ -248,14 +249,14 @@ def _grammar(labels: tuple[str, str], ties: bool) -> Grammar:
     return Grammar(labels, ties)
 
 
-def grammar_of(task: Task) -> Grammar:
+def grammar_of(task: JudgeTask) -> Grammar:
     return _grammar(task.labels, task.ties)
 
 
 def sentences(text: str) -> Iterator[str]:
-    """The sentences of a text; a line or paragraph that stops short of its end goes on in the next one."""
+    """Splits a text into sentences; a line without a sentence end continues on the next line."""
     pending = ""
-    for part in re.split(rf"{ENDS}|\n+", text):
+    for part in re.split(rf"{SENTENCE_BREAK}|\n+", text):
         part = part.strip()
         if not part:
             continue
@@ -277,7 +278,7 @@ def without_emphasis(text: str) -> str:
 
 
 def unwrapped(text: str) -> str:
-    """A short text without the emphasis, quotation marks or code fence around it."""
+    """Strips emphasis, quotation marks or a code fence from around a short text."""
     if len(text) > LONGEST_STATEMENT:
         return text
     fenced = re.fullmatch(r"```[a-z]*\s*(.*?)\s*```", text, re.DOTALL)

@@ -1,4 +1,4 @@
-"""Pairs of completions of the same prompt, and what a judge said of each."""
+"""Pairs of completions of the same prompt, and a judge's judgement of each."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,11 +10,11 @@ from models.tokenizer import check_text
 from train.console import console
 from train.data.rows import Row, load_rows
 
-KEPT = 20_000  # characters of a reply in judgements.jsonl; longer ones are cut there
+LONGEST_WRITTEN = 20_000  # characters of a reply in judgements.jsonl; longer replies are cut
 
 
-class Where(NamedTuple):
-    """A pair's place: the k-th completion of a prompt at a temperature."""
+class PairKey(NamedTuple):
+    """Identifies a pair: the k-th completions of a prompt at a temperature."""
 
     prompt_id: Any
     temperature: float | None
@@ -22,10 +22,10 @@ class Where(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Pair:
-    """The k-th completions of both policies."""
+class CompletionPair:
+    """The k-th completions of both policies for one prompt."""
 
-    where: Where
+    key: PairKey
     prompt: Any
     a: str
     b: str
@@ -33,81 +33,81 @@ class Pair:
     row_b: Mapping[str, Any]
 
     def shown(self, order: str) -> tuple[str, str]:
-        """The answers in an order: "ab" or "ba"."""
+        """The two answers in the given order, "ab" or "ba"."""
         return (self.a, self.b) if order == "ab" else (self.b, self.a)
 
 
 @dataclass
-class Judged:
-    """What a judge said of a pair: a verdict for each order, or each answer's score.
+class Judgement:
+    """A judge's verdicts on a pair: one for each order, or a score for each answer.
 
     An order: {"shown": "ab" or "ba", "winner": "a", "b", "tie" or None, "kind", "aspects", ...}. `kind` is "strict",
-    "fallback", "unparsable", "failed", "too_long", or of judges without text "likelihood".
+    "fallback", "unparsable", "failed" or "too_long"; judges without text write "likelihood".
     """
 
     orders: list[dict[str, Any]] = field(default_factory=list)
     scores: tuple[float | None, float | None] | None = None
-    p: float | None = None  # that A is better: the mean of both orders
-    kind: str | None = None  # of scores: why one is missing
+    p: float | None = None  # probability that A is better, mean of both orders
+    kind: str | None = None  # why a score is missing
 
 
 def winner_of(order: str, winner: str | None) -> str | None:
-    """ "first" or "second" of the shown order as "a" or "b"."""
+    """Maps "first" or "second" of the shown order to "a" or "b"; other values pass through."""
     if winner not in ("first", "second"):
         return winner
     return order[winner == "second"]
 
 
-def cut(text: str) -> str:
-    """A reply as judgements.jsonl keeps it."""
-    return text if len(text) <= KEPT else f"{text[:KEPT]} [... cut: {len(text)} characters]"
+def shortened(text: str) -> str:
+    """Cuts a reply to the length that judgements.jsonl stores."""
+    return text if len(text) <= LONGEST_WRITTEN else f"{text[:LONGEST_WRITTEN]} [... cut: {len(text)} characters]"
 
 
-def read_pairs(file_a: str, file_b: str, *, common: bool = False, limit: int | None = None) -> list[Pair]:
-    """The pairs of two files, in the order of the prompts' ids, temperatures and samples.
+def read_pairs(file_a: str, file_b: str, *, common: bool = False, limit: int | None = None) -> list[CompletionPair]:
+    """Pairs the completions of two files, in the order of prompt_id, temperature and sample.
 
     Args:
-      common: leave out prompts that one side does not have, and say how many.
-      limit: the first so many prompts.
+      common: leave out prompts that one file lacks, and print how many.
+      limit: use only the first `limit` prompts.
 
     Raises:
       FileNotFoundError, ValueError: files that are not completions of the same prompts; the message says where.
     """
-    groups = [grouped(file) for file in (file_a, file_b)]
+    groups = [load_groups(file) for file in (file_a, file_b)]
     ids = [dict.fromkeys(prompt_id for prompt_id, _ in groups[side]) for side in (0, 1)]
     shared = [prompt_id for prompt_id in ids[0] if prompt_id in ids[1]]
     if not shared:
         raise ValueError(f"{file_a} and {file_b} have no prompt_id in common")
-    for one, other, mine, theirs in ((file_a, file_b, *ids), (file_b, file_a, *ids[::-1])):
-        lonely = [prompt_id for prompt_id in mine if prompt_id not in theirs]
-        if lonely and not common:
+    for one, other, ids_one, ids_other in ((file_a, file_b, *ids), (file_b, file_a, *ids[::-1])):
+        unmatched = [prompt_id for prompt_id in ids_one if prompt_id not in ids_other]
+        if unmatched and not common:
             raise ValueError(
-                f"{other}: {len(lonely)} of the {len(mine)} prompts of {one} are missing, the first with prompt_id "
-                f"{lonely[0]!r}; give completions of the same prompts, or --common true"
+                f"{other}: {len(unmatched)} of the {len(ids_one)} prompts of {one} are missing, the first with "
+                f"prompt_id {unmatched[0]!r}; give completions of the same prompts, or --common true"
             )
-        if lonely:
-            console.print(f"{one}: {len(lonely)} of {len(mine)} prompts left out, {other} does not have them")
-    kept = set(sorted(shared, key=_in_order)[:limit])
+        if unmatched:
+            console.print(f"{one}: {len(unmatched)} of {len(ids_one)} prompts left out, {other} does not have them")
+    prompt_ids = set(sorted(shared, key=_sort_key)[:limit])
     pairs = [
         pair
-        for key in sorted({**groups[0], **groups[1]}, key=lambda key: (_in_order(key[0]), _in_order(key[1])))
-        if key[0] in kept
-        for pair in _of_group(key, groups, (file_a, file_b))
+        for key in sorted({**groups[0], **groups[1]}, key=lambda key: (_sort_key(key[0]), _sort_key(key[1])))
+        if key[0] in prompt_ids
+        for pair in _pairs_of_group(key, groups, (file_a, file_b))
     ]
     samples = [(pair.row_a.get("sample"), pair.row_b.get("sample")) for pair in pairs]
-    if unlike := [both for both in samples if None not in both and both[0] != both[1]]:
+    if differing := [both for both in samples if None not in both and both[0] != both[1]]:
         console.print(
-            f"{len(unlike)} of {len(pairs)} pairs have different numbers in 'sample' (first: {unlike[0][0]} and "
-            f"{unlike[0][1]}); they are paired in the order of these numbers"
+            f"{len(differing)} of {len(pairs)} pairs have different numbers in 'sample' (first: {differing[0][0]} and "
+            f"{differing[0][1]}); they are paired in the order of these numbers"
         )
     return pairs
 
 
-def grouped(file: str) -> dict[tuple[Any, float | None], list[Row]]:
-    """The rows of a file by (prompt_id, temperature), in the order of their samples.
+def load_groups(file: str) -> dict[tuple[Any, float | None], list[Row]]:
+    """Loads the rows of a file by (prompt_id, temperature), sorted by sample.
 
     Raises:
-      ValueError: a row without a column or with a value of another kind, two prompts under one prompt_id, or two
+      ValueError: a row without a column or with a value of the wrong type, two prompts under one prompt_id, or two
         completions under one sample.
     """
     groups: dict[tuple[Any, float | None], list[Row]] = {}
@@ -137,10 +137,12 @@ def grouped(file: str) -> dict[tuple[Any, float | None], list[Row]]:
         if not samples:
             continue
         if len(samples) < len(rows) or not all(type(sample) is int for sample in samples):
-            raise ValueError(f"{file}: {_at(key)}: expected a whole number in 'sample' of every row, or of none")
+            raise ValueError(
+                f"{file}: {_group_text(key)}: expected a whole number in 'sample' of every row, or of none"
+            )
         if len(set(samples)) < len(samples):
-            double = next(sample for sample in samples if samples.count(sample) > 1)
-            raise ValueError(f"{file}: {_at(key)}: two completions are sample {double}; expected each once")
+            duplicate = next(sample for sample in samples if samples.count(sample) > 1)
+            raise ValueError(f"{file}: {_group_text(key)}: two completions are sample {duplicate}; expected each once")
         rows.sort(key=lambda row: row["sample"])
     return groups
 
@@ -149,28 +151,30 @@ def is_number(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
 
 
-def _of_group(
+def _pairs_of_group(
     key: tuple[Any, float | None], groups: Sequence[dict[tuple[Any, float | None], list[Row]]], files: tuple[str, str]
-) -> list[Pair]:
+) -> list[CompletionPair]:
     rows = [groups[side].get(key, []) for side in (0, 1)]
     prompt_id, temperature = key
     if len(rows[0]) != len(rows[1]):
         raise ValueError(
-            f"{_at(key)}: {len(rows[0])} completions in {files[0]}, {len(rows[1])} in {files[1]}; "
+            f"{_group_text(key)}: {len(rows[0])} completions in {files[0]}, {len(rows[1])} in {files[1]}; "
             f"expected as many of both"
         )
     pairs = []
     for k, (a, b) in enumerate(zip(*rows, strict=True)):
         if a["prompt"] != b["prompt"]:
             raise ValueError(f"prompt_id {prompt_id} stands for one prompt in {files[0]} and another one in {files[1]}")
-        pairs.append(Pair(Where(prompt_id, temperature, k), a["prompt"], a["completion"], b["completion"], a, b))
+        pairs.append(
+            CompletionPair(PairKey(prompt_id, temperature, k), a["prompt"], a["completion"], b["completion"], a, b)
+        )
     return pairs
 
 
-def _at(key: tuple[Any, float | None]) -> str:
+def _group_text(key: tuple[Any, float | None]) -> str:
     return f"prompt_id {key[0]}" + ("" if key[1] is None else f" at temperature {key[1]}")
 
 
-def _in_order(value: Any) -> tuple[bool, Any]:
-    """Numbers before texts, and no number (None) first of all."""
+def _sort_key(value: Any) -> tuple[bool, Any]:
+    """Sorts None first, then numbers, then texts."""
     return (isinstance(value, str), -1.0 if value is None else value)

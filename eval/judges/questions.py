@@ -1,8 +1,8 @@
-"""From pairs to questions for a server, and from its replies to verdicts.
+"""Asks a server about pairs of answers, and reads verdicts from its replies.
 
-1. `before`: what the task asks about each prompt alone.
-2. Every pair in both orders; with a pointwise task each answer by itself.
-3. `reconsider`: in both orders again, where the two contradict each other.
+1. `before`: the task's questions about each prompt alone.
+2. Every pair in both orders; a pointwise task asks about each answer alone.
+3. `reconsider`: a second question in both orders, where the two verdicts contradict each other.
 """
 
 import json
@@ -10,79 +10,84 @@ from collections.abc import Sequence
 from typing import Any
 
 from eval.judges.cache import Reply
-from eval.judges.pairs import Judged, Pair, cut, winner_of
+from eval.judges.pairs import CompletionPair, Judgement, shortened, winner_of
 from eval.judges.server import Failure, Request, Server
-from eval.judges.task import OVERALL, Question, Task, readable
+from eval.judges.task import OVERALL, JudgeTask, Question, readable
 from eval.judges.verdict import UNPARSABLE, verdict
 
 ORDERS = ("ab", "ba")
-Answer = Reply | Failure
+ServerAnswer = Reply | Failure
 
 
-class Asked:
-    """A task, put to a server. `replies` are all that the judgements rest on, each once."""
+class ServerJudge:
+    """Judges pairs by asking a server the questions of a task; `replies` collects every reply once."""
 
-    def __init__(self, server: Server, task: Task) -> None:
+    def __init__(self, server: Server, task: JudgeTask) -> None:
         self.server, self.task = server, task
         self.replies: dict[Request, Reply] = {}
 
-    def judge(self, pairs: Sequence[Pair]) -> list[Judged]:
-        """What the server says of each pair."""
+    def judge(self, pairs: Sequence[CompletionPair]) -> list[Judgement]:
+        """One judgement per pair."""
         before = self._before(pairs)
         if self.task.answer == "score":
             return self._scores(pairs, before)
         values = [[self._values(pair, order, before[i]) for order in ORDERS] for i, pair in enumerate(pairs)]
-        return self._again(pairs, values, self._both_orders(pairs, values, self.task, self.task.question))
+        return self._reconsidered(pairs, values, self._both_orders(pairs, values, self.task, self.task.question))
 
-    def _before(self, pairs: Sequence[Pair]) -> list[dict[str, Answer]]:
-        """For each pair the replies about its prompt, by name."""
+    def _before(self, pairs: Sequence[CompletionPair]) -> list[dict[str, ServerAnswer]]:
+        """The replies about each pair's prompt, by name."""
         named = self.task.before.items()
-        asked = [
+        requests = [
             {name: self._request(question, {"prompt": readable(pair.prompt)}) for name, question in named}
             for pair in pairs
         ]
-        answers = self._ask([request for one in asked for request in one.values()], "before")
-        return [{name: answers[request] for name, request in one.items()} for one in asked]
+        answers = self._ask([request for by_name in requests for request in by_name.values()], "before")
+        return [{name: answers[request] for name, request in by_name.items()} for by_name in requests]
 
     def _both_orders(
-        self, pairs: Sequence[Pair], values: list[list[dict[str, str] | Failure]], task: Task, question: Question
-    ) -> list[Judged]:
+        self,
+        pairs: Sequence[CompletionPair],
+        values: list[list[dict[str, str] | Failure]],
+        task: JudgeTask,
+        question: Question,
+    ) -> list[Judgement]:
         requests = [
             [one if isinstance(one, Failure) else self._request(question, one) for one in both] for both in values
         ]
         answers = self._ask([r for both in requests for r in both if isinstance(r, Request)], "pairs")
-        found = [[r if isinstance(r, Failure) else answers[r] for r in both] for both in requests]
+        order_answers = [[r if isinstance(r, Failure) else answers[r] for r in both] for both in requests]
         return [
-            Judged([read_order(order, answer, task) for order, answer in zip(ORDERS, both, strict=True)])
-            for both in found
+            Judgement([read_order(order, answer, task) for order, answer in zip(ORDERS, both, strict=True)])
+            for both in order_answers
         ]
 
-    def _again(
-        self, pairs: Sequence[Pair], values: list[list[dict[str, str] | Failure]], judged: list[Judged]
-    ) -> list[Judged]:
-        """The second verdicts of the pairs whose two orders contradict each other; the first ones of all others."""
+    def _reconsidered(
+        self, pairs: Sequence[CompletionPair], values: list[list[dict[str, str] | Failure]], judged: list[Judgement]
+    ) -> list[Judgement]:
+        """Replaces the judgements whose two orders contradict each other by those of the second question."""
         if self.task.reconsider is None:
             return judged
-        torn = [i for i, one in enumerate(judged) if {order["winner"] for order in one.orders} == {"a", "b"}]
-        more: list[list[dict[str, str] | Failure]] = [
+        conflicts = [i for i, first in enumerate(judged) if {order["winner"] for order in first.orders} == {"a", "b"}]
+        again: list[list[dict[str, str] | Failure]] = [
             [
-                dict(one) | explanations(self.task, judged[i], order)
-                for order, one in zip(ORDERS, values[i], strict=True)
-                if not isinstance(one, Failure)
+                dict(inserted) | explanations(self.task, judged[i], order)
+                for order, inserted in zip(ORDERS, values[i], strict=True)
+                if not isinstance(inserted, Failure)
             ]
-            for i in torn
+            for i in conflicts
         ]
-        second = self._both_orders([pairs[i] for i in torn], more, self.task.of_reconsidering(), self.task.reconsider)
-        for i, one in zip(torn, second, strict=True):
-            for order, first in zip(one.orders, judged[i].orders, strict=True):
-                order["before"] = first
-            judged[i] = one
+        task = self.task.of_reconsidering()
+        second = self._both_orders([pairs[i] for i in conflicts], again, task, self.task.reconsider)
+        for i, judgement in zip(conflicts, second, strict=True):
+            for order, before in zip(judgement.orders, judged[i].orders, strict=True):
+                order["before"] = before
+            judged[i] = judgement
         return judged
 
-    def _scores(self, pairs: Sequence[Pair], before: Sequence[dict[str, Answer]]) -> list[Judged]:
+    def _scores(self, pairs: Sequence[CompletionPair], before: Sequence[dict[str, ServerAnswer]]) -> list[Judgement]:
         asked: list[list[Request | Failure]] = []
         for i, pair in enumerate(pairs):
-            given = self._given(pair, before[i])
+            given = self._shared_values(pair, before[i])
             if isinstance(given, Failure):
                 asked.append([given, given])
             else:
@@ -91,37 +96,37 @@ class Asked:
         answers = self._ask([r for both in asked for r in both if isinstance(r, Request)], "answers")
         judged = []
         for requests in asked:
-            read = [read_reply(r if isinstance(r, Failure) else answers[r], self.task) for r in requests]
+            read = [read_answer(r if isinstance(r, Failure) else answers[r], self.task) for r in requests]
             faults = [row["kind"] for row, _ in read if row["kind"] not in ("strict", "fallback")]
             orders = [row | {"answer": side} for (row, _), side in zip(read, "ab", strict=True)]
             scores = (read[0][1].score, read[1][1].score)
-            judged.append(Judged(orders, scores, kind=faults[0] if faults else None))
+            judged.append(Judgement(orders, scores, kind=faults[0] if faults else None))
         return judged
 
-    def _given(self, pair: Pair, before: dict[str, Answer]) -> dict[str, str] | Failure:
-        """What is put into a question whatever the order; where a reply about the prompt is missing, why."""
+    def _shared_values(self, pair: CompletionPair, before: dict[str, ServerAnswer]) -> dict[str, str] | Failure:
+        """The values of a question that do not depend on the order; the Failure if a reply about the prompt failed."""
         for answer in before.values():
             if isinstance(answer, Failure):
                 return answer
-        told = {name: answer.text for name, answer in before.items() if isinstance(answer, Reply)}
-        return {"prompt": readable(pair.prompt)} | told
+        prompt_replies = {name: answer.text for name, answer in before.items() if isinstance(answer, Reply)}
+        return {"prompt": readable(pair.prompt)} | prompt_replies
 
-    def _values(self, pair: Pair, order: str, before: dict[str, Answer]) -> dict[str, str] | Failure:
-        given, (first, second) = self._given(pair, before), pair.shown(order)
+    def _values(self, pair: CompletionPair, order: str, before: dict[str, ServerAnswer]) -> dict[str, str] | Failure:
+        given, (first, second) = self._shared_values(pair, before), pair.shown(order)
         return given if isinstance(given, Failure) else given | {"first": first, "second": second}
 
     def _request(self, question: Question, values: dict[str, str]) -> Request:
         schema = json.dumps(self.task.schema()) if question.answer == "json" else None
         return Request.of(question.messages(values), max_tokens=question.max_tokens, schema=schema)
 
-    def _ask(self, requests: Sequence[Request], title: str) -> dict[Request, Answer]:
+    def _ask(self, requests: Sequence[Request], title: str) -> dict[Request, ServerAnswer]:
         answers = self.server.ask(requests, title) if requests else {}
         self.replies |= {request: answer for request, answer in answers.items() if isinstance(answer, Reply)}
         return answers
 
 
-def explanations(task: Task, judged: Judged, order: str) -> dict[str, str]:
-    """The two contradicting replies, as they would read if both had seen the answers in this order."""
+def explanations(task: JudgeTask, judged: Judgement, order: str) -> dict[str, str]:
+    """The two contradicting replies, rewritten as if both had seen the answers in this order."""
     replies = {}
     for one in judged.orders:
         own = one["shown"] == order
@@ -130,18 +135,18 @@ def explanations(task: Task, judged: Judged, order: str) -> dict[str, str]:
     return replies
 
 
-def read_reply(answer: Answer, task: Task) -> tuple[dict[str, Any], Any]:
-    """What is kept of an answer, and its verdict."""
+def read_answer(answer: ServerAnswer, task: JudgeTask) -> tuple[dict[str, Any], Any]:
+    """Returns the fields to store of an answer, and its verdict."""
     if isinstance(answer, Failure):
         kind = "too_long" if answer.too_long else "failed"
         return {"kind": kind, "reply": answer.why, "text": "", "finish_reason": None}, UNPARSABLE
-    found = UNPARSABLE if answer.cut_off else verdict(answer.text, task)
+    parsed = UNPARSABLE if answer.cut_off else verdict(answer.text, task)
     tokens = {"prompt_tokens": answer.prompt_tokens, "completion_tokens": answer.completion_tokens}
-    kept = {"reply": cut(answer.text), "text": answer.text, "finish_reason": answer.finish_reason}
-    return {"kind": found.kind} | kept | tokens, found
+    stored = {"reply": shortened(answer.text), "text": answer.text, "finish_reason": answer.finish_reason}
+    return {"kind": parsed.kind} | stored | tokens, parsed
 
 
-def read_order(order: str, answer: Answer, task: Task) -> dict[str, Any]:
-    row, found = read_reply(answer, task)
-    aspects = {aspect: winner_of(order, winner) for aspect, winner in found.winners.items()}
+def read_order(order: str, answer: ServerAnswer, task: JudgeTask) -> dict[str, Any]:
+    row, parsed = read_answer(answer, task)
+    aspects = {aspect: winner_of(order, winner) for aspect, winner in parsed.winners.items()}
     return {"shown": order, "winner": aspects.get(OVERALL), "aspects": aspects} | row

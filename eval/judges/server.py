@@ -1,8 +1,8 @@
-"""A judge behind an OpenAI-compatible server: many requests at a time, none asked twice, none lost.
+"""A judge behind an OpenAI-compatible server: concurrent requests, none sent twice, no reply lost.
 
-The `openai` client asks again, with growing pauses or those that the server names (Retry-After), after failures of the
-connection, time-outs, 408, 409, 429 and errors of the server. What comes is written to the cache at once. Worker
-threads ask; the cache and all decisions are the main thread's.
+The `openai` client retries after connection failures, time-outs, 408, 409, 429 and server errors, with growing pauses
+or the server's own (Retry-After). Every reply is written to the cache on arrival. Worker threads send the requests; the
+main thread alone uses the cache and decides.
 """
 
 import contextlib
@@ -29,14 +29,13 @@ from rich.progress import (
 from eval.judges.cache import Cache, Reply, content_key
 from train.console import console
 
-FORMATS = ("json_schema", "json_object", "none")  # ways to ask for JSON, the strictest first
-PAUSE = 0.5  # seconds, after a reply that is broken; all other pauses are the client's
-LEAST_IN_A_ROW = 8  # failures before the rest is given up: two orders of one bad pair are not yet a bad server
-PATIENCE = 2.5  # seconds for the replies that are under way when it stops
-SHORTEST_SECRET = 6  # characters; keys such as "none" are none
-LEAST_REFUSED = 4  # questions, before all are taken to be: a refusal is faster than a reply that comes
-LONGEST_KEPT = 250_000  # characters of a reply; a longer one is cut, which makes it unparsable
-
+FORMATS = ("json_schema", "json_object", "none")  # ways to request JSON, the strictest first
+PAUSE = 0.5  # seconds, after a broken reply; the client makes all other pauses
+LEAST_IN_A_ROW = 8  # failures that stop a run: both orders of one bad pair alone do not show a bad server
+PATIENCE = 2.5  # seconds to wait at the end for replies in flight
+SHORTEST_SECRET = 6  # characters; shorter keys, such as "none", are no secret
+LEAST_REFUSED = 4  # questions, before all count as refused: a refusal arrives sooner than a reply
+LONGEST_REPLY = 250_000  # characters of a reply; a longer reply is cut, and so unparsable
 
 TOO_LONG = (
     *("context_length_exceeded", "context length", "maximum context", "available context size"),  # OpenAI, llama.cpp
@@ -48,11 +47,11 @@ FILTERED = ("content_policy_violation", "content_filter", "content management po
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked, all that the reply depends on but for server and model."""
+    """Everything that a reply depends on, except server and model."""
 
     messages: tuple[tuple[str, str], ...]  # (role, content)
     max_tokens: int | None = None
-    schema: str | None = None  # the JSON schema of the reply, as JSON
+    schema: str | None = None  # JSON schema of the reply, as JSON text
 
     @classmethod
     def of(cls, messages: Sequence[dict[str, str]], **options: Any) -> "Request":
@@ -61,14 +60,14 @@ class Request:
 
 @dataclass(frozen=True)
 class Failure:
-    """No reply: the server could not be asked, or `too_long`: the model cannot read as much."""
+    """The reason why a request got no reply; `too_long`: the question exceeds the model's context."""
 
     why: str
     too_long: bool = False
     by_connection: bool = False
-    refused: bool = False  # key or model: nothing else will be answered either
-    of_question: bool = False  # 400 or 422: this question, or every one
-    filtered: bool = False  # certainly this question alone
+    refused: bool = False  # wrong key or model: all other requests will fail too
+    of_question: bool = False  # 400 or 422: the server refuses this question, or every question
+    filtered: bool = False  # a content filter refused this question only
 
 
 @dataclass
@@ -76,12 +75,12 @@ class Server:
     """A model on a server.
 
     Raises:
-      ValueError: no key in OPENAI_API_KEY; a server given by base_url may do without.
+      ValueError: no key in OPENAI_API_KEY; not needed with base_url.
     """
 
     model: str
     cache: Cache
-    base_url: str | None = None  # default: OPENAI_BASE_URL of the environment, else OpenAI's own
+    base_url: str | None = None  # default: environment variable OPENAI_BASE_URL, else OpenAI's server
     concurrency: int = 16  # requests at a time
     timeout: float = 60.0  # seconds until a request has failed
     max_retries: int = 5
@@ -89,7 +88,7 @@ class Server:
     requests: int = 0  # answered in this run
     cached: int = 0
     _format: int = 0
-    _limit_name: str = "max_tokens"  # or max_completion_tokens, for models that know that name alone
+    _limit_name: str = "max_tokens"  # or max_completion_tokens, for models that only know that name
     _secret: str = field(default="", repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -104,34 +103,34 @@ class Server:
         self.client = openai.OpenAI(api_key=key, base_url=self.base_url, **options)
 
     def ask(self, requests: Sequence[Request], title: str) -> dict[Request, Reply | Failure]:
-        """The replies, from the cache or the server; equal requests are one.
+        """Answers the requests from the cache or the server; equal requests are sent once.
 
         Raises:
-          ValueError: the server refuses key or model, or each request from the first on, cannot be reached, or fails
-            again and again.
+          ValueError: the server refuses the key, the model or every request so far, cannot be reached, or has failed
+            many times in a row.
         """
-        found: dict[Request, Reply | Failure] = {}
+        answers: dict[Request, Reply | Failure] = {}
         missing: list[Request] = []
         for request in dict.fromkeys(requests):
-            reply = self._known(request)
+            reply = self._cached_reply(request)
             if reply is None:
                 missing.append(request)
             else:
-                found[request] = reply
-        self.cached += len(found)
+                answers[request] = reply
+        self.cached += len(answers)
         if missing:
-            bar = ProgressBar(title, len(missing), len(found))
-            with bar as advance, contextlib.closing(self._answers(missing)) as answers:
-                for request, answer in answers:
-                    found[request] = answer
+            bar = ProgressBar(title, len(missing), len(answers))
+            with bar as advance, contextlib.closing(self._answers(missing)) as arriving:
+                for request, answer in arriving:
+                    answers[request] = answer
                     advance(answer)
-        return found
+        return answers
 
     def close(self) -> None:
         self.client.close()
 
     def key(self, request: Request, how: str) -> str:
-        """By what a reply is kept: everything that determines it."""
+        """Cache key of a reply: a hash of everything that determines it."""
         return content_key(
             {
                 "backend": "server",
@@ -144,15 +143,15 @@ class Server:
             }
         )
 
-    def _known(self, request: Request) -> Reply | None:
-        """A reply that was received before, whichever format the server could do then."""
+    def _cached_reply(self, request: Request) -> Reply | None:
+        """The cached reply to a request, in whichever format it was requested."""
         for how in FORMATS if request.schema else ("none",):
             if reply := self.cache.get(self.key(request, how)):
                 return reply
         return None
 
     def _answers(self, requests: Sequence[Request]) -> Generator[tuple[Request, Reply | Failure], None, None]:
-        """Each request with its answer, in the order in which they come."""
+        """Yields each request with its answer, in the order of arrival."""
         todo: queue.SimpleQueue[Request] = queue.SimpleQueue()
         done: queue.SimpleQueue[tuple[Request, str, Reply | Failure]] = queue.SimpleQueue()
         for request in requests:
@@ -167,23 +166,23 @@ class Server:
                     return
                 try:
                     done.put((request, *self._request(request)))
-                except BaseException as error:  # whatever it is, the main thread has to hear of it
+                except BaseException as error:  # the main thread has to learn of any error
                     done.put((request, "none", Failure(f"{type(error).__name__}: {error}")))
 
         threads = [threading.Thread(target=work, daemon=True) for _ in range(min(self.concurrency, len(requests)))]
         for thread in threads:
-            thread.start()  # daemon: Ctrl-C waits for no server longer than PATIENCE
-        failed, answered = 0, 0
+            thread.start()  # daemon: after Ctrl-C the program waits at most PATIENCE
+        failures, answered = 0, 0
         try:
             for _ in requests:
                 request, how, answer = done.get()
                 answer = self._without_key(answer)
-                self._keep(request, how, answer)
+                self._store(request, how, answer)
                 if isinstance(answer, Failure) and not (answer.too_long or answer.filtered):
-                    failed += 1
-                    self._check_going(answer, failed, answered, len(requests))
+                    failures += 1
+                    self._check_hopeless(answer, failures, answered, len(requests))
                 else:
-                    failed, answered = 0, answered + 1
+                    failures, answered = 0, answered + 1
                 yield request, answer
         finally:
             stop.set()
@@ -192,34 +191,34 @@ class Server:
                 for thread in threads:
                     thread.join(max(0.0, until - time.monotonic()))
             finally:  # also after a second Ctrl-C
-                while not done.empty():  # what has come meanwhile
-                    self._keep(*done.get())
+                while not done.empty():  # replies that have arrived meanwhile
+                    self._store(*done.get())
 
-    def _keep(self, request: Request, how: str, answer: Reply | Failure) -> None:
+    def _store(self, request: Request, how: str, answer: Reply | Failure) -> None:
         if isinstance(answer, Reply):
             self.cache.put(self.key(request, how), answer)
             self.requests += 1
 
     def _without_key(self, answer: Reply | Failure) -> Reply | Failure:
-        """A failure is printed and written; a server may have put the key into it."""
+        """Removes the key from a failure, which is printed and written; a server may quote it."""
         if isinstance(answer, Reply) or len(self._secret) < SHORTEST_SECRET:
             return answer
         return replace(answer, why=answer.why.replace(self._secret, "***"))
 
-    def _check_going(self, failure: Failure, failed: int, answered: int, asked: int) -> None:
-        """Stop where nothing is to be hoped for."""
+    def _check_hopeless(self, failure: Failure, failed: int, answered: int, asked: int) -> None:
+        """Raises ValueError where further requests would be futile."""
         where = f"{self.model} at {self.client.base_url}"
         all_refused = failure.of_question and failed >= min(max(self.concurrency, LEAST_REFUSED), asked)
         if failure.refused or (all_refused and not self.requests + self.cached):
             raise ValueError(f"{where}: {failure.why}")
-        kept = f"{len(self.cache)} replies are kept; the same command goes on from there"
+        progress = f"{len(self.cache)} replies are kept; the same command goes on from there"
         if failure.by_connection and not answered:
-            raise ValueError(f"{where}: cannot be reached ({failure.why}). Is the server running? {kept}")
+            raise ValueError(f"{where}: cannot be reached ({failure.why}). Is the server running? {progress}")
         if failed >= max(2 * self.concurrency, LEAST_IN_A_ROW):
-            raise ValueError(f"{where}: {failed} requests in a row have failed, the last: {failure.why}. {kept}")
+            raise ValueError(f"{where}: {failed} requests in a row have failed, the last: {failure.why}. {progress}")
 
     def _request(self, request: Request) -> tuple[str, Reply | Failure]:
-        """One request, in the strictest format that the server knows; how it was asked, and the answer."""
+        """Sends one request in the strictest format that the server accepts; returns that format and the answer."""
         import openai
 
         broken = "no reply"
@@ -228,11 +227,11 @@ class Server:
             level, limit_name = (self._format if request.schema else FORMATS.index("none")), self._limit_name
             try:
                 reply = self.client.chat.completions.create(**self._options(request, FORMATS[level], limit_name))
-                return FORMATS[level], read_reply(reply)
+                return FORMATS[level], read_completion(reply)
             except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
                 if too_long(error):
                     return FORMATS[level], Failure(str(error), too_long=True)
-                if not self._asked_otherwise(error, level, limit_name):
+                if not self._relax_option(error, level, limit_name):
                     return FORMATS[level], Failure(with_advice(error), of_question=True, filtered=filtered(error))
             except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
                 return FORMATS[level], Failure(with_advice(error), refused=True)
@@ -259,14 +258,14 @@ class Server:
             options["response_format"] = response_format(request.schema, how)
         return options
 
-    def _asked_otherwise(self, error: Any, level: int, limit_name: str) -> bool:
-        """Whether a refused option can be left out or named otherwise, for the rest of the run; said once."""
-        said = what_it_says(error)
+    def _relax_option(self, error: Any, level: int, limit_name: str) -> bool:
+        """Whether a refused option can be renamed or relaxed for the rest of the run; prints a change once."""
+        refusal = error_text(error)
         with self._lock:
-            if "max_completion_tokens" in said and limit_name == "max_tokens":
+            if "max_completion_tokens" in refusal and limit_name == "max_tokens":
                 self._limit_name = "max_completion_tokens"
                 return True
-            if not about_format(said) or FORMATS[level] == "none":
+            if not about_format(refusal) or FORMATS[level] == "none":
                 return False
             if self._format == level:
                 self._format = level + 1
@@ -278,11 +277,11 @@ class Server:
 
 
 class NotACompletionError(ValueError):
-    """A reply that is no chat completion."""
+    """A server's reply is not a chat completion."""
 
 
 class ProgressBar:
-    """How far it is, how fast, and what came from the cache."""
+    """Shows progress, requests per second, tokens and the number of cached replies."""
 
     def __init__(self, title: str, total: int, cached: int) -> None:
         columns: tuple[ProgressColumn, ...] = (
@@ -310,18 +309,17 @@ class ProgressBar:
 
 
 def response_format(schema: str, how: str) -> dict[str, Any]:
-    """The option by which a server is told to reply in JSON."""
-
+    """The request option that makes a server reply in JSON."""
     if how == "json_object":
         return {"type": "json_object"}
     return {"type": "json_schema", "json_schema": {"name": "judgement", "strict": True, "schema": json.loads(schema)}}
 
 
-def read_reply(reply: Any) -> Reply:
-    """Text, end and tokens of a chat completion.
+def read_completion(reply: Any) -> Reply:
+    """Extracts text, finish reason and token counts of a chat completion.
 
     Raises:
-      NotACompletionError: something else.
+      NotACompletionError: the reply is not a chat completion.
     """
     choices = getattr(reply, "choices", None)
     if not choices or getattr(choices[0], "message", None) is None:
@@ -330,42 +328,42 @@ def read_reply(reply: Any) -> Reply:
     refusal = getattr(message, "refusal", None)
     text = message.content if isinstance(message.content, str) else refusal or ""
     return Reply(
-        # half of a surrogate pair, which no file holds, becomes "?"
-        text=text[:LONGEST_KEPT].encode("utf-8", "replace").decode("utf-8"),
+        # a lone surrogate cannot be written to a file: it becomes "?"
+        text=text[:LONGEST_REPLY].encode("utf-8", "replace").decode("utf-8"),
         finish_reason="refusal" if refusal else str(choices[0].finish_reason or ""),
         prompt_tokens=int(getattr(usage, "prompt_tokens", 0) or 0),
         completion_tokens=int(getattr(usage, "completion_tokens", 0) or 0),
     )
 
 
-def what_it_says(error: Any) -> str:
-    """An error of the server in one text: its message, code and the name of the option that it is about."""
+def error_text(error: Any) -> str:
+    """Joins a server error's message, code and parameter name into one text."""
     return f"{error} {getattr(error, 'code', '')} {getattr(error, 'param', '')}".lower()
 
 
 def with_advice(error: Any) -> str:
-    """What the server refuses, and which setting that is about."""
+    """Adds to a server's error the setting to check."""
     if error.status_code in (401, 403):
         return f"{error}. Is the key in OPENAI_API_KEY right?"
     if error.status_code == 404:
         return f"{error}. Are --model and --base_url right?"
-    if "temperature" in what_it_says(error):
+    if "temperature" in error_text(error):
         return f"{error}. If the model takes no temperature, use --temperature null"
     return str(error)
 
 
-def about_format(said: str) -> bool:
-    """Whether an error is about the format of the reply."""
-    return any(word in said for word in ("response_format", "json_schema", "json_object", "guided_json"))
+def about_format(text: str) -> bool:
+    """Whether an error concerns the format of the reply."""
+    return any(word in text for word in ("response_format", "json_schema", "json_object", "guided_json"))
 
 
 def too_long(error: Any) -> bool:
-    """Whether a request was refused because the model cannot read as much."""
-    said = what_it_says(error)
-    return any(words in said for words in TOO_LONG) or bool(TOO_LONG_COUNTS.search(said))
+    """Whether a request was refused because it exceeds the model's context."""
+    text = error_text(error)
+    return any(words in text for words in TOO_LONG) or bool(TOO_LONG_COUNTS.search(text))
 
 
 def filtered(error: Any) -> bool:
-    """Whether a question was refused for what it says; another one may well be answered."""
-    said = what_it_says(error)
-    return any(words in said for words in FILTERED)
+    """Whether a content filter refused the question; others may still be answered."""
+    text = error_text(error)
+    return any(words in text for words in FILTERED)

@@ -1,27 +1,27 @@
-"""A judging task: one readable YAML file with what is asked and how the reply has to look.
+"""A judging task: one readable YAML file with the question and the form of the reply.
 
     answer: json                 # json, choice, closing or score: see below
-    labels: [A, B]               # what a reply calls the answer that is shown first, and the other
-    aspects: [helpfulness, ...]  # json alone: its keys; `overall` must be among them and decides
-    ties: true                   # whether "tie" may be a verdict; default: for json alone
-    range: [0, 9]                # score alone: the least and the best score
-    max_tokens: 1024             # of a reply; null: as many as the server gives
-    system: ...                  # the system message; may be left out
-    user: ...                    # the question: {prompt}, {first} and {second}; of a score {prompt} and {answer}
-    reply: ...                   # how to reply: stands behind the question, and is left out by the likelihood back end
-    before: {NAME: {system: ..., user: ...}}   # questions about the prompt alone; their replies are put in for {NAME};
-                                 # a NAME has letters a-z and _ alone
-    reconsider: {answer: closing, system: ..., user: ..., reply: ...}   # asked again, in both orders, where the two
+    labels: [A, B]               # names in a reply for the answer shown first and the one shown second
+    aspects: [helpfulness, ...]  # json only: its keys; `overall` must be among them and decides
+    ties: true                   # whether "tie" may be a verdict; default: for json only
+    range: [0, 9]                # score only: the lowest and the highest score
+    max_tokens: 1024             # limit of a reply; null: the server's limit
+    system: ...                  # the system message; optional
+    user: ...                    # the question, with {prompt}, {first} and {second}; for score {prompt} and {answer}
+    reply: ...                   # how to reply: appended to the question; the likelihood back end omits it
+    before: {NAME: {system: ..., user: ...}}   # questions about the prompt only; their replies replace {NAME};
+                                 # a NAME consists of a-z and _
+    reconsider: {answer: closing, system: ..., user: ..., reply: ...}   # asked in both orders where the two verdicts
                                  # contradict each other; {explanation_first}, {explanation_second}: the replies in
-                                 # favour of the answer that is now shown first, and of the other
+                                 # favour of the answer that is now shown first, and of the one shown second
 
 answer:
   json     a JSON object with a label, or "tie", for every aspect
-  choice   a label and nothing else
+  choice   only a label
   closing  reasoning that ends with `closing`, by default "Therefore, {label} is better."
-  score    a whole number; each answer is asked about alone, and the higher score wins
+  score    an integer; each answer is scored alone, and the higher score wins
 
-What is put in for a placeholder is never looked at again: a completion may say {second} or hold any braces.
+Substituted values are not searched for placeholders: a completion may contain {second} or any other braces.
 """
 
 import re
@@ -35,7 +35,14 @@ import yaml
 TASKS = Path(__file__).parent / "tasks"
 FORMS = ("json", "choice", "closing", "score")
 OVERALL, TIE = "overall", "tie"
-TAKEN = ("prompt", "first", "second", "answer", "explanation_first", "explanation_second")  # placeholders with a value
+RESERVED = (
+    "prompt",
+    "first",
+    "second",
+    "answer",
+    "explanation_first",
+    "explanation_second",
+)  # placeholders with a value
 PLACEHOLDER = re.compile(r"\{([a-z_]+)\}")
 KEYS = {
     *("answer", "labels", "aspects", "ties", "range", "max_tokens", "closing"),
@@ -45,19 +52,21 @@ KEYS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """What is asked of the judge, and the form of its answer."""
+    """A question for the judge, and the form of its answer."""
 
     user: str
     system: str = ""
-    reply: str = ""  # how to reply; behind the question
+    reply: str = ""  # how to reply; appended to the question
     answer: Literal["json", "choice", "closing", "score", "text"] = "text"
     max_tokens: int | None = 1024
 
     def messages(self, values: Mapping[str, str], reply: str | None = None) -> list[dict[str, str]]:
-        """The chat messages, with the values in the places of their names; `reply` instead of the question's own."""
+        """Chat messages with the placeholders filled in; `reply` replaces the question's own instruction."""
         how = self.reply if reply is None else reply
-        user = "\n\n".join(part for part in (fill(self.user, values), fill(how, values)) if part)
-        system = [{"role": "system", "content": fill(self.system, values)}] if self.system else []
+        user = "\n\n".join(
+            part for part in (fill_placeholders(self.user, values), fill_placeholders(how, values)) if part
+        )
+        system = [{"role": "system", "content": fill_placeholders(self.system, values)}] if self.system else []
         return [*system, {"role": "user", "content": user}]
 
     @property
@@ -66,8 +75,8 @@ class Question:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task:
-    """A task file, read and checked."""
+class JudgeTask:
+    """A validated task file."""
 
     name: str
     question: Question
@@ -84,11 +93,11 @@ class Task:
     def answer(self) -> str:
         return self.question.answer
 
-    def of_reconsidering(self) -> "Task":
-        """The task by which the replies to the second question are read."""
+    def of_reconsidering(self) -> "JudgeTask":
+        """The task that reads the replies to `reconsider`."""
         if self.reconsider is None:
             raise ValueError(f"{self.name}: this task has no second question")
-        return Task(name=self.name, question=self.reconsider, labels=self.labels, closing=self.closing)
+        return JudgeTask(name=self.name, question=self.reconsider, labels=self.labels, closing=self.closing)
 
     def schema(self) -> dict[str, Any]:
         """The JSON schema of a reply."""
@@ -101,19 +110,19 @@ class Task:
         }
 
     def exchanged(self, text: str) -> str:
-        """The text with the two labels exchanged: a reply about the other order."""
+        """Swaps the two labels in a text, which turns a reply into one about the other order."""
         first, second = self.labels
         other = {first: second, second: first}
         return re.sub("|".join(re.escape(label) for label in self.labels), lambda match: other[match[0]], text)
 
 
-def fill(template: str, values: Mapping[str, str]) -> str:
-    """The template with the values in the places of their names, in one pass; other braces stay as they are."""
+def fill_placeholders(template: str, values: Mapping[str, str]) -> str:
+    """Replaces {name} by its value, in one pass; other braces stay unchanged."""
     return PLACEHOLDER.sub(lambda match: values.get(match[1], match[0]), template)
 
 
 def readable(prompt: Any) -> str:
-    """A prompt as text: what it says, or, of several chat messages, who says what.
+    """Returns a prompt as text; several chat messages are marked with their roles.
 
     Raises:
       ValueError: neither text nor chat messages.
@@ -130,11 +139,11 @@ def readable(prompt: Any) -> str:
     return "\n\n".join(f"[{message['role']}]\n{message['content']}" for message in prompt)
 
 
-def load_task(name: str) -> Task:
-    """A task that comes with the program, by its name, or the task in a YAML file.
+def load_task(name: str) -> JudgeTask:
+    """Loads a built-in task by name, or a task from a YAML file.
 
     Raises:
-      FileNotFoundError: there is none.
+      FileNotFoundError: no such task.
       ValueError: a file that is not a task; the message says why.
     """
     known = sorted(file.stem for file in TASKS.glob("*.yaml"))
@@ -151,8 +160,8 @@ def load_task(name: str) -> Task:
         raise ValueError(f"{file}: {error}") from error
 
 
-def read_task(name: str, values: Any) -> Task:
-    """The task that a YAML file's values describe.
+def read_task(name: str, values: Any) -> JudgeTask:
+    """Builds and validates a task from the values of a YAML file.
 
     Raises:
       ValueError: see `load_task`.
@@ -177,7 +186,7 @@ def read_task(name: str, values: Any) -> Task:
     if type(ties) is not bool:
         raise ValueError(f"ties: expected true or false, got {ties!r}")
     lowest, highest = _range(values.get("range", [0, 9]))
-    task = Task(
+    task = JudgeTask(
         name=name,
         question=question,
         labels=_labels(values.get("labels", ["A", "B"])),
@@ -218,8 +227,8 @@ def _before(values: Any) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"before: expected 'name: question' lines, got {values!r}")
     for name in values:
-        if not isinstance(name, str) or not re.fullmatch("[a-z_]+", name) or name in TAKEN:
-            raise ValueError(f"before: expected a name of a-z and _ other than {', '.join(TAKEN)}, got {name!r}")
+        if not isinstance(name, str) or not re.fullmatch("[a-z_]+", name) or name in RESERVED:
+            raise ValueError(f"before: expected a name of a-z and _ other than {', '.join(RESERVED)}, got {name!r}")
     return values
 
 
@@ -262,8 +271,8 @@ def _range(limits: Any) -> tuple[int, int]:
     return limits[0], limits[1]
 
 
-def _check_placeholders(task: Task) -> None:
-    """Every value has its place, and every place its value."""
+def _check_placeholders(task: JudgeTask) -> None:
+    """Refuses missing and unknown placeholders."""
     shown = {"answer"} if task.answer == "score" else {"first", "second"}
     inserted = {*task.before}
     parts = [("user", task.question, {"prompt", *shown, *inserted}, set[str]())]

@@ -1,10 +1,10 @@
-"""What a judge's reply says, and never what it may have meant.
+"""Parses a judge's reply into a verdict, without guessing what the reply may have meant.
 
-`verdict` reads the form that was asked for. A reply in another form is read by fixed rules, of which each knows whole
-forms: all of a reply, or all of its last sentence, has to be one of them, and nothing else in it may say otherwise. So
-"Overall, Response B is better" is B, and a reply that no rule knows is unparsable, which is counted.
+`verdict` first parses the requested form. Fixed fallback rules then match whole forms: the entire reply, or its entire
+last sentence, has to match one, and no other sentence may contradict it. So "Overall, Response B is better" is B, and
+a reply that no rule matches is unparsable, which is counted.
 
-No rule looks at a part of the text more than a few times: 100 kB of braces cost milliseconds.
+Every rule runs in linear time: 100 kB of braces cost milliseconds.
 """
 
 import json
@@ -33,10 +33,10 @@ from eval.judges.grammar import (
     unwrapped,
     without_emphasis,
 )
-from eval.judges.task import OVERALL, TIE, Task
+from eval.judges.task import OVERALL, TIE, JudgeTask
 
-LONGEST = 200_000  # characters; nobody who was asked for a label writes a book
-SENTENCE_ENDS = re.compile(  # so that what stands behind begins a sentence
+LONGEST = 200_000  # characters; longer replies are unparsable
+SENTENCE_ENDS = re.compile(  # the text that follows a match begins a sentence
     r"(?:[.!?…。！？][)\"'*`”’»\]]{0,3}\s+|[^\w\s:,;–—\-(\[{“‘\"'`*<>~/=+]\s+|\n\s*)$"
 )
 EXPLANATION = re.compile(
@@ -50,7 +50,7 @@ SCORED = re.compile(
     rf"(?:\s*(?:/|out of)\s*(?P<of>{NUMBER}))?[.!]?",
     re.IGNORECASE,
 )
-# All of what may stand on a line that leads to a JSON object: it has no other words than these.
+# A line that introduces a JSON object may contain only these words.
 HARMLESS = re.compile(
     r"(?:(?:here|here'?s|is|are|the|my|your|in|json|format(?:ted)?|form|requested|required|response|object|verdict|"
     r"evaluations?|judge?ment|comparison|assessment|analysis|results?|output|reply|final|overall|you|asked|for|as|below|"
@@ -67,9 +67,9 @@ COURTESY = re.compile(
 
 
 class Verdict(NamedTuple):
-    """`kind`: the form that was asked for, another one that leaves no doubt, or none.
+    """`kind`: "strict" for the requested form, "fallback" for another unambiguous form, else "unparsable".
 
-    `winners` has "first", "second" or "tie" for the aspects that the reply judges, `score` a pointwise reply's number.
+    `winners` maps each judged aspect to "first", "second" or "tie"; `score` is the number of a pointwise reply.
     """
 
     kind: Literal["strict", "fallback", "unparsable"]
@@ -84,11 +84,11 @@ class Verdict(NamedTuple):
 UNPARSABLE = Verdict("unparsable")
 
 
-def verdict(reply: str, task: Task) -> Verdict:
-    """What the reply says in the form that the task asks for, or beyond doubt in another one; else "unparsable"."""
+def verdict(reply: str, task: JudgeTask) -> Verdict:
+    """Parses a reply in the form that the task requests, or in another unambiguous form; else UNPARSABLE."""
     if len(reply) > LONGEST:
         return UNPARSABLE
-    thoughts, closed, rest = reply.partition("</think>")  # templates that open them leave no <think> in the reply
+    thoughts, closed, rest = reply.partition("</think>")  # a template that opens the thoughts leaves no <think>
     text = (rest if closed and "<think>" not in thoughts.strip().removeprefix("<think>") else reply).strip()
     if not text or "<think>" in text or "</think>" in text:
         return UNPARSABLE
@@ -97,24 +97,24 @@ def verdict(reply: str, task: Task) -> Verdict:
     strict = STRICT[task.answer](text, task)
     if strict is not None:
         return Verdict("strict", strict)
-    winners = _otherwise(text, task)
+    winners = _fallback(text, task)
     return Verdict("fallback", winners) if winners else UNPARSABLE
 
 
-# The forms that are asked for
+# Requested forms
 
 
-def _strict_json(text: str, task: Task) -> dict[str, str] | None:
-    return _judged(text, task, lambda value: _label(value, task))
+def _strict_json(text: str, task: JudgeTask) -> dict[str, str] | None:
+    return _json_winners(text, task, lambda value: _label(value, task))
 
 
-def _strict_choice(text: str, task: Task) -> dict[str, str] | None:
+def _strict_choice(text: str, task: JudgeTask) -> dict[str, str] | None:
     winner = _label(text, task)
     return {OVERALL: winner} if winner else None
 
 
-def _strict_closing(text: str, task: Task) -> dict[str, str] | None:
-    """The closing sentence ends the reply and begins a sentence; no other sentence is a verdict for the other label."""
+def _strict_closing(text: str, task: JudgeTask) -> dict[str, str] | None:
+    """The closing sentence ends the reply and starts a sentence; no other sentence is a verdict for the other label."""
     closings = [task.closing.replace("{label}", label) for label in task.labels]
     for winner, own, other in ((FIRST, *closings), (SECOND, *closings[::-1])):
         if not text.endswith(own):
@@ -135,24 +135,24 @@ def _strict_closing(text: str, task: Task) -> dict[str, str] | None:
     return None
 
 
-STRICT: dict[str, Callable[[str, Task], dict[str, str] | None]] = {
+STRICT: dict[str, Callable[[str, JudgeTask], dict[str, str] | None]] = {
     "json": _strict_json,
     "choice": _strict_choice,
     "closing": _strict_closing,
 }
 
 
-def _label(value: Any, task: Task) -> str | None:
-    """The winner that a label, exactly as the task writes it, stands for."""
+def _label(value: Any, task: JudgeTask) -> str | None:
+    """The winner for a label, written exactly as in the task."""
     if value == TIE:
         return TIE if task.ties else None
     return {task.labels[0]: FIRST, task.labels[1]: SECOND}.get(value) if isinstance(value, str) else None
 
 
-def _judged(text: str, task: Task, winner_of: Callable[[Any], str | None]) -> dict[str, str] | None:
-    """The winners in a JSON object that has every aspect once, and nothing else."""
+def _json_winners(text: str, task: JudgeTask, winner_of: Callable[[Any], str | None]) -> dict[str, str] | None:
+    """The winners in a JSON object that has every aspect exactly once and no other key."""
     try:
-        pairs = json.loads(text, object_pairs_hook=list, parse_constant=_refuse)  # pairs: a second key is seen
+        pairs = json.loads(text, object_pairs_hook=list, parse_constant=_refuse)  # pairs: duplicate keys are seen
     except (ValueError, RecursionError):
         return None
     if not isinstance(pairs, list) or not all(isinstance(pair, tuple) for pair in pairs):
@@ -166,31 +166,31 @@ def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is not JSON")
 
 
-def _score(text: str, task: Task) -> Verdict:
-    """A number alone; or one that is called the score, in the last paragraph, if no other one is spoken of."""
+def _score(text: str, task: JudgeTask) -> Verdict:
+    """A number alone; or a number named as the score in the last paragraph, if no other score is mentioned."""
     if re.fullmatch(NUMBER, text):
         kind, value, of = "strict", text, None
     else:
         before, _, last = text.rpartition("\n\n")
         last = unwrapped(last.strip())
         object_ = re.fullmatch(rf'\{{\s*"(?:score|rating)"\s*:\s*({NUMBER})\s*\}}', last)
-        found = object_ or SCORED.fullmatch(last)
-        spoken = re.search(r"\b(?:scor|rat(?:e|ing)|grad|point)|[0-9]\s*(?:/|out of)|~~", before, re.IGNORECASE)
-        if found is None or (
-            before and (spoken or not (object_ or found["called"]) or not before.rstrip().endswith("."))
+        match = object_ or SCORED.fullmatch(last)
+        mentioned = re.search(r"\b(?:scor|rat(?:e|ing)|grad|point)|[0-9]\s*(?:/|out of)|~~", before, re.IGNORECASE)
+        if match is None or (
+            before and (mentioned or not (object_ or match["called"]) or not before.rstrip().endswith("."))
         ):
             return UNPARSABLE
-        kind, value, of = "fallback", found[1] if object_ else found["value"], None if object_ else found["of"]
+        kind, value, of = "fallback", match[1] if object_ else match["value"], None if object_ else match["of"]
     if not task.lowest <= int(value) <= task.highest or (of is not None and int(of) != task.highest):
         return UNPARSABLE
     return Verdict("strict" if kind == "strict" else "fallback", {}, int(value))
 
 
-# Other forms
+# Fallback forms
 
 
-def _otherwise(text: str, task: Task) -> dict[str, str] | None:
-    """One JSON object, a label alone or with its explanation, or a last sentence that says it."""
+def _fallback(text: str, task: JudgeTask) -> dict[str, str] | None:
+    """Matches one JSON object in prose, a label with or without an explanation, or a last sentence with a verdict."""
     grammar = grammar_of(task)
     if alone := grammar.alone(text):
         return {OVERALL: alone}
@@ -202,39 +202,39 @@ def _otherwise(text: str, task: Task) -> dict[str, str] | None:
     return {OVERALL: winner} if winner else None
 
 
-def _json_in_prose(text: str, task: Task, grammar: Grammar) -> dict[str, str] | None:
-    """The winners of the only JSON object, if all that stands beside it is known to be harmless."""
+def _json_in_prose(text: str, task: JudgeTask, grammar: Grammar) -> dict[str, str] | None:
+    """The winners of the only JSON object, if the text around it is known to be harmless."""
     blocks = [block for block in re.finditer(r"\{[^{}]*\}", text) if any(f'"{a}"' in block[0] for a in task.aspects)]
     if len(blocks) != 1:
         return None
     start, end = blocks[0].span()
     before, after = text[:start], text[end:]
     if any(sign in before + after for sign in ("{", "}", *(f'"{aspect}"' for aspect in task.aspects))):
-        return None  # a part of something, or a second one that is broken
-    winners = _judged(blocks[0][0], task, lambda value: grammar.alone(value) if isinstance(value, str) else None)
+        return None  # part of a larger object, or a second, broken one
+    winners = _json_winners(blocks[0][0], task, lambda value: grammar.alone(value) if isinstance(value, str) else None)
     if winners is None:
         return None
     fence = re.compile(r"^[ \t]*```(?:json)?[ \t]*$", re.IGNORECASE | re.MULTILINE)
     before, after = fence.sub("", before), fence.sub("", after)
-    beside = [before.rpartition("\n")[2], after.partition("\n")[0]]  # on the object's own lines
-    if any(part.strip() for part in beside) or not _leads_to_object(before, winners[OVERALL], grammar):
+    adjacent = [before.rpartition("\n")[2], after.partition("\n")[0]]  # on the object's own lines
+    if any(part.strip() for part in adjacent) or not _leads_to_object(before, winners[OVERALL], grammar):
         return None
     return winners if _follows(after, winners[OVERALL], grammar) else None
 
 
 def _leads_to_object(before: str, winner: str, grammar: Grammar) -> bool:
-    """Whether what stands before the object is an introduction of known words, or whole sentences of reasons."""
-    told = list(sentences(before))
-    for sentence in told:
-        said = grammar.statement(sentence) or grammar.alone(sentence)
-        if said and said != winner:
+    """Whether the text before the object is an introduction of known words, or complete sentences of reasons."""
+    earlier = list(sentences(before))
+    for sentence in earlier:
+        claim = grammar.statement(sentence) or grammar.alone(sentence)
+        if claim and claim != winner:
             return False
-        if said or HARMLESS.fullmatch(_plain(sentence)):
+        if claim or HARMLESS.fullmatch(_plain(sentence)):
             continue
         doubt = FAVOUR.search(sentence) or SUSPECT.search(sentence) or NO_WINNER.search(sentence)
         if doubt or not grammar.mention.search(sentence) or not re.search(r"[.!][)\"'*]{0,3}$", sentence):
             return False
-    last = told[-1] if told else ""
+    last = earlier[-1] if earlier else ""
     return (
         HARMLESS.fullmatch(_plain(last)) is not None
         or grammar.mention.search(last) is not None
@@ -247,7 +247,7 @@ def _plain(sentence: str) -> str:
 
 
 def _follows(after: str, winner: str, grammar: Grammar) -> bool:
-    """Whether what stands behind a verdict is an explanation of it, the same once more, or a courtesy."""
+    """Whether the text after a verdict explains it, repeats it, or is a courtesy."""
     heading = EXPLANATION.match(after)
     for sentence in sentences(after[heading.end() :] if heading else after):
         same = grammar.statement(sentence) == winner
@@ -261,7 +261,7 @@ def _follows(after: str, winner: str, grammar: Grammar) -> bool:
 
 
 def _explained_label(text: str, grammar: Grammar) -> str | None:
-    """A label alone on the first line with an explanation of it behind, or alone in the last paragraph."""
+    """A label alone on the first line followed by its explanation, or alone in the last paragraph."""
     line, _, rest = text.partition("\n")
     winner = grammar.alone(line.strip())
     if winner and EXPLANATION.match(rest) and _follows(rest, winner, grammar):
@@ -270,21 +270,21 @@ def _explained_label(text: str, grammar: Grammar) -> str | None:
     winner = grammar.alone(last.strip())
     if winner is None or not re.search(r"[.!][)\"'*]{0,3}\s*$", before[-9:]):
         return None
-    told = ["", *sentences(before)]
-    doubt = HYPOTHETICAL.search(told[-1]) or ABOUT_QUESTION.search(told[-1])
-    return winner if not doubt and _agree(told, winner, grammar) else None
+    earlier = ["", *sentences(before)]
+    doubt = HYPOTHETICAL.search(earlier[-1]) or ABOUT_QUESTION.search(earlier[-1])
+    return winner if not doubt and _uncontradicted(earlier, winner, grammar) else None
 
 
-def _last_sentence(text: str, task: Task, grammar: Grammar) -> str | None:
-    """What the last sentence says, if it is nothing but a verdict and no other sentence says otherwise."""
-    told = ["", "", *sentences(text)]
-    before, last = told[-2], told[-1]
+def _last_sentence(text: str, task: JudgeTask, grammar: Grammar) -> str | None:
+    """The verdict of the last sentence, if that is all it says and no other sentence contradicts it."""
+    all_sentences = ["", "", *sentences(text)]
+    before, last = all_sentences[-2], all_sentences[-1]
     winner = grammar.statement(last)
     if winner in (None, UNDECIDED) or (winner == TIE and not grammar.ties) or len(grammar.bracketed.findall(text)) > 1:
         return None
     if not grammar.led.match(without_emphasis(last)):
         if HYPOTHETICAL.search(before) and not grammar.mention.search(before):
-            return None  # a sentence about no answer may be about the next sentence
+            return None  # a sentence that names no answer may be about the next sentence
         if _is_fragment(before) or _names_aspect(before, task):
             return None
     if re.search(r"\banswer\b", last, re.IGNORECASE) and ABOUT_QUESTION.search(before):
@@ -298,23 +298,23 @@ def _last_sentence(text: str, task: Task, grammar: Grammar) -> str | None:
         and (ASPECT.search(headings[-1]) or _names_aspect(headings[-1], task) or not led)
     ):
         return None
-    return winner if _agree(told[:-1], winner, grammar) else None
+    return winner if _uncontradicted(all_sentences[:-1], winner, grammar) else None
 
 
 def _is_fragment(sentence: str) -> bool:
-    """Three words or fewer: a heading of what comes next, unless it is one of a conclusion."""
+    """At most three words: a heading for the next text, unless it announces a conclusion."""
     return 0 < len(sentence.split()) <= 3 and not CONCLUSION.search(sentence)
 
 
-def _names_aspect(sentence: str, task: Task) -> bool:
+def _names_aspect(sentence: str, task: JudgeTask) -> bool:
     return any(re.search(rf"\b{aspect}\b", sentence, re.IGNORECASE) for aspect in task.aspects if aspect != OVERALL)
 
 
-def _agree(told: list[str], winner: str | None, grammar: Grammar) -> bool:
-    """Whether no earlier sentence leans to anything else than the winner, or says that what comes next is not meant."""
-    before = told[-1]
+def _uncontradicted(earlier: list[str], winner: str | None, grammar: Grammar) -> bool:
+    """Whether no earlier sentence leans against the winner, or says that the next sentence is not meant."""
+    before = earlier[-1]
     asked = before.endswith("?") and ABOUT_QUESTION.search(before)
     if asked or DENIED.search(before) or QUOTED.search(before):
         return False
-    said = [grammar.leaning(sentence) or grammar.alone(sentence) for sentence in told]
-    return all(other in (None, winner) for other in said)
+    leanings = [grammar.leaning(sentence) or grammar.alone(sentence) for sentence in earlier]
+    return all(other in (None, winner) for other in leanings)

@@ -1,4 +1,4 @@
-"""The lab's cells: one method in one situation, several seeds side by side. Their names, the grid, their files."""
+"""The lab's cells, each one method in one situation with several seeds: their names, the grid, their files."""
 
 import json
 import os
@@ -19,15 +19,15 @@ REGIMES = ("tuned", "equal_rms", "equal_norm")
 
 @dataclass(frozen=True)
 class Cell:
-    """One setting of everything that the lab varies; the seeds are inside.
+    """One setting of every factor that the lab varies; a cell runs all seeds.
 
     Args:
       method: name of the advantage.
       group_size: G; prompts x G is the same in all cells.
-      noise: share of the comparisons behind the proxy whose label is turned.
-      distortion: of the proxy's scale; all but bf16's ties keep the order.
+      noise: share of the proxy's training comparisons with a flipped label.
+      distortion: of the proxy's scale; it keeps the order, except for the ties of bf16.
       regime: "tuned" uses the method's own tuned learning rate; "equal_rms" one learning rate for all, with advantages
-        scaled so that their root mean square at the start is 1; "equal_norm" that, and every gradient scaled to norm 1.
+        scaled so that their root mean square at the start is 1; "equal_norm" also scales every gradient to norm 1.
     """
 
     method: str
@@ -52,73 +52,74 @@ def cells(
     return [Cell(method, *rest) for rest in situations for method in methods]
 
 
-PAIR, PLAIN = ("gopo", "grpo"), METHODS[:3]  # RLOO's advantage is Dr. GRPO's times G / (G - 1), equal where scaled
+TWO_METHODS = ("gopo", "grpo")
+THREE_METHODS = METHODS[:3]  # RLOO's advantage is Dr. GRPO's times G / (G - 1), equal where scaled
 PARTS: dict[str, list[Cell]] = {
-    "default": cells(PAIR),
+    "default": cells(TWO_METHODS),
     "methods": cells(),
-    "regimes": cells(PLAIN, regimes=REGIMES[1:]),
-    "distortions": cells(PLAIN, distortions=DISTORTIONS[1:], noises=(0.0,)),
-    "group_size": cells(PAIR, GROUP_SIZES, (0.0,)) + cells(PAIR, GROUP_SIZES, regimes=("equal_rms",)),
-    "noise": cells(PAIR, noises=NOISES),
+    "regimes": cells(THREE_METHODS, regimes=REGIMES[1:]),
+    "distortions": cells(THREE_METHODS, distortions=DISTORTIONS[1:], noises=(0.0,)),
+    "group_size": cells(TWO_METHODS, GROUP_SIZES, (0.0,)) + cells(TWO_METHODS, GROUP_SIZES, regimes=("equal_rms",)),
+    "noise": cells(TWO_METHODS, noises=NOISES),
 }
 PARTS["factors"] = list(dict.fromkeys(cell for part in PARTS.values() for cell in part))  # one factor at a time
 _CROSSED = (
     cells(group_sizes=GROUP_SIZES, noises=NOISES)
-    + cells(PLAIN, GROUP_SIZES, NOISES, regimes=REGIMES[1:])
+    + cells(THREE_METHODS, GROUP_SIZES, NOISES, regimes=REGIMES[1:])
     + cells(distortions=DISTORTIONS[1:], noises=NOISES)
-    + cells(PLAIN, distortions=DISTORTIONS[1:], noises=NOISES, regimes=("equal_rms",))
+    + cells(THREE_METHODS, distortions=DISTORTIONS[1:], noises=NOISES, regimes=("equal_rms",))
 )
 PARTS["full"] = list(dict.fromkeys(PARTS["factors"] + _CROSSED))
 
 
-class Outcome(NamedTuple):
-    """What a cell gave. N seeds, E evaluations, P validation prompts, G completions of each, M steps.
+class CellOutcome(NamedTuple):
+    """The result of a cell. N seeds, M evaluations, P validation prompts, G completions of each, Y training steps.
 
-    Rewards are in standard deviations over the starting policy's completions, whose mean is 0; the proxy is the
-    undistorted one. Evaluation 0 is the starting policy.
+    Rewards are standardized to mean 0 and standard deviation 1 over the start policy's completions; the proxy is the
+    undistorted one. Evaluation 0 is the start policy.
     """
 
     cell: Cell
     about: dict[str, Any]  # learning_rate, beta, seeds, seconds; proxy_accuracy, one per seed; versions
-    steps_E: np.ndarray
-    proxy_NEPG: np.ndarray
-    gold_NEPG: np.ndarray
-    length_NEPG: np.ndarray
-    kl_NEPG: np.ndarray  # sum over a completion's tokens of log policy - log reference, in nats
-    training: dict[str, np.ndarray]  # [N, M] each, by name: what `eval.lab.program` measures at every step
+    steps_M: np.ndarray
+    proxy_NMPG: np.ndarray
+    gold_NMPG: np.ndarray
+    length_NMPG: np.ndarray
+    kl_NMPG: np.ndarray  # sum over a completion's tokens of log policy - log reference, in nats
+    training: dict[str, np.ndarray]  # [N, Y] each, by name: the metrics that `eval.lab.program` measures at every step
 
     def save(self, folder: Path) -> None:
-        """FOLDER/NAME.npz, whole or not at all."""
+        """Writes FOLDER/NAME.npz atomically."""
         arrays: dict[str, Any] = {
             name: value for name, value in self._asdict().items() if isinstance(value, np.ndarray)
         }
         arrays |= {f"training/{name}": value for name, value in self.training.items()}
         about = json.dumps({"cell": asdict(self.cell), "about": self.about})
-        write_arrays(place(folder, self.cell), {"about": np.array(about), **arrays})
+        write_arrays(outcome_file(folder, self.cell), {"about": np.array(about), **arrays})
 
 
 def write_arrays(file: Path, arrays: Mapping[str, Any]) -> None:
-    """A .npz file, whole or not at all; two processes do not write into one another's."""
+    """Writes a .npz file atomically, also beside other processes."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(f".{os.getpid()}.partial.npz")
     np.savez_compressed(partial, **arrays)
     partial.replace(file)
 
 
-def place(folder: Path, cell: Cell) -> Path:
+def outcome_file(folder: Path, cell: Cell) -> Path:
     return folder / f"{cell.name}.npz"
 
 
-def load(file: Path) -> Outcome:
+def load_outcome(file: Path) -> CellOutcome:
     with np.load(file) as arrays:
-        given: Mapping[str, Any] = json.loads(str(arrays["about"]))
-        plain = {name: arrays[name] for name in arrays.files if name != "about" and "/" not in name}
+        header: Mapping[str, Any] = json.loads(str(arrays["about"]))
+        fields = {name: arrays[name] for name in arrays.files if name != "about" and "/" not in name}
         training = {name.removeprefix("training/"): arrays[name] for name in arrays.files if "/" in name}
-    return Outcome(Cell(**given["cell"]), given["about"], training=training, **plain)
+    return CellOutcome(Cell(**header["cell"]), header["about"], training=training, **fields)
 
 
-def outcomes(folder: Path) -> Iterator[Outcome]:
-    """All that have ended, in the order of the grid."""
+def load_outcomes(folder: Path) -> Iterator[CellOutcome]:
+    """Loads the finished cells, in the order of the grid."""
     for cell in PARTS["full"]:
-        if place(folder, cell).is_file():
-            yield load(place(folder, cell))
+        if outcome_file(folder, cell).is_file():
+            yield load_outcome(outcome_file(folder, cell))

@@ -1,5 +1,5 @@
-"""The lab's pictures. A method keeps its colour, line style and marker in all of them; bars and bands are intervals
-over seeds. Whatever part of the grid is missing is left out, and what is left out is said."""
+"""The lab's pictures. A method keeps its colour, line style and marker in all pictures; bars and bands are intervals
+over seeds. Missing cells are left out, and a caption or sentence says so."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
 from eval.lab.cells import DISTORTIONS, METHODS, NOISES, PARTS, REGIMES, Cell
-from eval.lab.results import BASELINE, CurvePoint, Estimate, SeedRow, Tables, by_cell, estimate, place_of, situation
+from eval.lab.results import BASELINE, CurvePoint, Estimate, SeedRow, Tables, by_cell, cell_order, estimate, situation
 from eval.lab.tables import situation_text
 from eval.pictures import DASHES, MARKERS, MUTED, SERIES, Picture, Studio, over_steps
 
@@ -19,12 +19,12 @@ SHOWN_NOISES = (NOISES[0], NOISES[-1])
 USUAL = Cell("")
 PANEL = (4.4, 2.9)  # inches
 BANDS, BARS = "Bands: 95 % intervals over seeds", "Bars: 95 % intervals over seeds"
-ENDS = "Bars at the ends: 95 % intervals over seeds"
+END_BARS = "Bars at the ends: 95 % intervals over seeds"
 Cells = Mapping[Cell, Sequence[SeedRow]]
 
 
 class Series(NamedTuple):
-    """A method's estimates beside each other."""
+    """A method's estimates at positions x."""
 
     method: str
     x: np.ndarray
@@ -32,36 +32,36 @@ class Series(NamedTuple):
 
 
 def lab_pictures(folder: Path, tables: Tables) -> tuple[list[Picture], list[str]]:
-    """All that there is something to draw for, and a sentence for each picture that is not drawn."""
+    """Draws every picture that has data; returns pictures, and a sentence for each picture left out."""
     cells = by_cell(tables.rows)
     names = list(METHODS) + sorted({cell.method for cell in cells} - set(METHODS))
     studio = Studio(folder, names)
     drawn = [
-        curves(studio, tables.curves, "steps"),
-        curves(studio, tables.curves, "kl"),
-        differences(studio, cells),
-        distortions(studio, cells),
-        effects(studio, cells),
+        reward_picture(studio, tables.curves, "steps"),
+        reward_picture(studio, tables.curves, "kl"),
+        difference_picture(studio, cells),
+        distortion_picture(studio, cells),
+        effect_picture(studio, cells),
     ]
-    pictures = [found for found in drawn if isinstance(found, Picture)]
-    return pictures, [found for found in drawn if isinstance(found, str)]
+    pictures = [result for result in drawn if isinstance(result, Picture)]
+    return pictures, [result for result in drawn if isinstance(result, str)]
 
 
 def panels(axes: Axes, columns: int, rows: int = 1, **shared: Any) -> np.ndarray:
-    """[rows, columns] axes in place of the one, in a picture that is as much larger."""
+    """Replaces the axes by [rows, columns] panels, and enlarges the picture accordingly."""
     figure = axes.figure
     figure.set_size_inches(PANEL[0] * columns + 0.6, PANEL[1] * rows + 0.5)  # type: ignore[union-attr]
     axes.remove()
-    found = figure.subplots(rows, columns, squeeze=False, **shared)
-    for one in found.flat:
+    axes_grid = figure.subplots(rows, columns, squeeze=False, **shared)
+    for one in axes_grid.flat:
         one.set_axisbelow(True)
-    return found
+    return axes_grid
 
 
-def legend(of: Axes, panels_RC: np.ndarray) -> None:
-    """One legend above all panels, with each name once."""
+def legend(of: Axes, grid: np.ndarray) -> None:
+    """Draws one legend above all panels, with each name once."""
     named: dict[str, Any] = {}
-    for axes in panels_RC.flat:
+    for axes in grid.flat:
         handles, labels = axes.get_legend_handles_labels()
         named |= {label: handle for handle, label in zip(handles, labels, strict=True) if label not in named}
     of.figure.legend(named.values(), named, loc="outside upper left", ncols=4, handlelength=2.6)
@@ -70,10 +70,10 @@ def legend(of: Axes, panels_RC: np.ndarray) -> None:
 # against steps, and against KL
 
 
-def curves(studio: Studio, points: Sequence[CurvePoint], against: Literal["steps", "kl"]) -> Picture | str:
+def reward_picture(studio: Studio, points: Sequence[CurvePoint], against: Literal["steps", "kl"]) -> Picture | str:
     """Proxy and gold reward of the methods, a column for each noise.
 
-    Against KL at one learning rate for all, where there are such cells: a larger one alone has more KL.
+    Against KL, cells with one learning rate for all methods are preferred: a larger rate alone gives more KL.
     """
     usual = [point for point in points if situation(point.cell) == usual_with(point.noise)]
     at_one_rate = [p for p in points if situation(p.cell) == replace(usual_with(p.noise), regime="equal_rms")]
@@ -90,9 +90,9 @@ def curves(studio: Studio, points: Sequence[CurvePoint], against: Literal["steps
             grid[0, column].set_title(f"noise {noise:g}", fontsize=11)
             for row, reward in enumerate(("proxy", "gold")):
                 for method in studio.style:
-                    found = [point for point in usual if point.noise == noise and point.method == method]
-                    if found:
-                        one_curve(grid[row, column], studio, found, reward, against)
+                    curve_points = [point for point in usual if point.noise == noise and point.method == method]
+                    if curve_points:
+                        draw_curve(grid[row, column], studio, curve_points, reward, against)
         for column in range(len(noises)):
             if against == "steps":
                 over_steps(grid[1, column], "")
@@ -104,43 +104,43 @@ def curves(studio: Studio, points: Sequence[CurvePoint], against: Literal["steps
 
     caption = (
         "Above the reward that is trained on, below the gold reward that is kept from training, in standard deviations "
-        f"of the start. {interval_text(BANDS if against == 'steps' else ENDS, usual)}"
+        f"of the start. {interval_note(BANDS if against == 'steps' else END_BARS, usual)}"
     )
     if against == "kl" and at_one_rate:
         caption += " Regime equal_rms: one learning rate, one size of advantages."
     if against == "kl":
         caption += " Where gold falls while proxy rises, the proxy is over-optimised (after Gao et al.)."
-    wanted = [cell.method for cell in PARTS["full"] if situation(cell) == situation(usual[0].cell)]
-    caption += missing_text(noise=(SHOWN_NOISES, noises), methods=(wanted, methods_of(usual)))
+    grid_methods = [cell.method for cell in PARTS["full"] if situation(cell) == situation(usual[0].cell)]
+    caption += missing_note(noise=(SHOWN_NOISES, noises), methods=(grid_methods, methods_of(usual)))
     title = "Proxy and gold reward " + what
     return studio.draw(f"reward_{against}", title, caption, paint)
 
 
-def one_curve(axes: Axes, studio: Studio, found: Sequence[CurvePoint], reward: str, against: str) -> None:
-    x = np.array([p.step if against == "steps" else max(p.kl, 0) ** 0.5 for p in found])
-    mean = np.array([getattr(p, reward) for p in found])
-    half = np.array([getattr(p, f"{reward}_half") for p in found])
-    look = studio.look(found[0].method)
+def draw_curve(axes: Axes, studio: Studio, points: Sequence[CurvePoint], reward: str, against: str) -> None:
+    x = np.array([p.step if against == "steps" else max(p.kl, 0) ** 0.5 for p in points])
+    mean = np.array([getattr(p, reward) for p in points])
+    half = np.array([getattr(p, f"{reward}_half") for p in points])
+    look = studio.look(points[0].method)
     if against == "steps":
         axes.fill_between(x, mean - half, mean + half, color=look["color"], alpha=0.15, linewidth=0)
-    else:  # a policy may go back and forth in KL, where bands would lie in tatters
+    else:  # KL may fall between evaluations, which would tear a band
         axes.errorbar(x[-1:], mean[-1:], half[-1:], color=look["color"], capsize=3, linewidth=1.2)
-    axes.plot(x, mean, marker=studio.marker(found[0].method), markersize=4, markevery=[-1], **look)
+    axes.plot(x, mean, marker=studio.marker(points[0].method), markersize=4, markevery=[-1], **look)
 
 
 # every situation
 
 
-def differences(studio: Studio, cells: Cells) -> Picture | str:
+def difference_picture(studio: Studio, cells: Cells) -> Picture | str:
     """Final gold reward minus the baseline's, a line for each situation."""
     compared = {
-        cell: found
+        cell: difference
         for cell, rows in cells.items()
-        if cell.method != BASELINE and np.isfinite((found := estimate(rows, "gold_difference")).mean)
+        if cell.method != BASELINE and np.isfinite((difference := estimate(rows, "gold_difference")).mean)
     }
     if not compared:
         return f"differences to {BASELINE}; no situation has {BASELINE} and another method."
-    places = sorted({situation(cell) for cell in compared}, key=place_of)
+    places = sorted({situation(cell) for cell in compared}, key=cell_order)
     methods = [method for method in studio.style if any(cell.method == method for cell in compared)]
     kinds = [(cell.regime, cell.distortion != "none", cell.group_size) for cell in places]
     breaks = np.cumsum([0] + [0.6 * (one != other) for one, other in zip(kinds[1:], kinds, strict=False)])
@@ -149,9 +149,9 @@ def differences(studio: Studio, cells: Cells) -> Picture | str:
     def paint(axes: Axes) -> None:
         axes.figure.set_size_inches(6.4, 1.3 + 0.32 * (max(y_of.values()) + 1.5))  # type: ignore[union-attr]
         axes.axvline(0, color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)))
-        for method, shift in zip(methods, beside(len(methods), 0.24), strict=True):
-            found = [(y_of[situation(cell)] + shift, one) for cell, one in compared.items() if cell.method == method]
-            y, estimates = zip(*found, strict=True)
+        for method, shift in zip(methods, centred_shifts(len(methods), 0.24), strict=True):
+            points = [(y_of[situation(cell)] + shift, one) for cell, one in compared.items() if cell.method == method]
+            y, estimates = zip(*points, strict=True)
             errorbars(axes, studio, Series(method, np.array(y), estimates), across=True)
         axes.set_yticks(list(y_of.values()), [situation_text(cell) for cell in y_of])
         axes.set_ylim(max(y_of.values()) + 0.6, -0.6)
@@ -161,9 +161,9 @@ def differences(studio: Studio, cells: Cells) -> Picture | str:
     caption = (
         f"In standard deviations of the start, paired by seed; right of the dashed line a method is better than "
         f"{BASELINE}. "
-        f"{interval_text(BARS, rows_in(cells))} Of many intervals without any difference, one in 20 would miss 0."
+        f"{interval_note(BARS, rows_in(cells))} Of many intervals without any difference, one in 20 would miss 0."
     )
-    caption += missing_text(
+    caption += missing_note(
         methods=([method for method in METHODS if method != BASELINE], methods),
         regimes=(REGIMES, [cell.regime for cell in places]),
         distortions=(DISTORTIONS, [cell.distortion for cell in places]),
@@ -174,7 +174,7 @@ def differences(studio: Studio, cells: Cells) -> Picture | str:
 # distortions
 
 
-def distortions(studio: Studio, cells: Cells) -> Picture | str:
+def distortion_picture(studio: Studio, cells: Cells) -> Picture | str:
     """Final gold reward under every distortion of the proxy's scale, a panel for each noise."""
     usual = {cell: rows for cell, rows in cells.items() if situation(cell) == usual_with(cell.noise, cell.distortion)}
     distorted = {cell.noise for cell in usual if cell.distortion != "none"}
@@ -188,11 +188,11 @@ def distortions(studio: Studio, cells: Cells) -> Picture | str:
         grid = panels(axes, len(noises), sharey=True)
         for one, noise in zip(grid.flat, noises, strict=True):
             one.set_title(f"noise {noise:g}", fontsize=11)
-            for method, shift in zip(methods, beside(len(methods), 0.17), strict=True):
-                there = [(i + shift, Cell(method, USUAL.group_size, noise, kind)) for i, kind in enumerate(kinds)]
-                found = [(x, estimate(usual[cell], "gold")) for x, cell in there if cell in usual]
-                if found:
-                    x, estimates = zip(*found, strict=True)
+            for method, shift in zip(methods, centred_shifts(len(methods), 0.17), strict=True):
+                positions = [(i + shift, Cell(method, USUAL.group_size, noise, kind)) for i, kind in enumerate(kinds)]
+                drawn = [(x, estimate(usual[cell], "gold")) for x, cell in positions if cell in usual]
+                if drawn:
+                    x, estimates = zip(*drawn, strict=True)
                     errorbars(one, studio, Series(method, np.array(x), estimates))
             one.set_xticks(range(len(kinds)), [kind.replace("_", "\n") for kind in kinds])
             one.grid(visible=False, axis="x")
@@ -201,21 +201,21 @@ def distortions(studio: Studio, cells: Cells) -> Picture | str:
 
     caption = (
         "Every distortion but bf16, which makes ties, keeps the order of the proxy's rewards; ranks do not see it. "
-        f"{interval_text(BARS, rows_in(usual))}"
+        f"{interval_note(BARS, rows_in(usual))}"
     )
-    caption += missing_text(noise=(SHOWN_NOISES, noises), distortions=(DISTORTIONS, kinds), methods=(METHODS, methods))
+    caption += missing_note(noise=(SHOWN_NOISES, noises), distortions=(DISTORTIONS, kinds), methods=(METHODS, methods))
     return studio.draw("distortions", "Gold reward when the proxy's scale is distorted", caption, paint)
 
 
 # noise and group size
 
 
-def effects(studio: Studio, cells: Cells) -> Picture | str:
+def effect_picture(studio: Studio, cells: Cells) -> Picture | str:
     """Final gold reward and rank/length correlation against label noise and against the group size."""
-    found = {cell: rows for cell, rows in cells.items() if cell.distortion == "none" and cell.regime == "tuned"}
-    over_noise = {cell: rows for cell, rows in found.items() if cell.group_size == USUAL.group_size}
-    at = max((cell.noise for cell in found if cell.group_size != USUAL.group_size), default=None)
-    over_group = {cell: rows for cell, rows in found.items() if cell.noise == at}
+    plain = {cell: rows for cell, rows in cells.items() if cell.distortion == "none" and cell.regime == "tuned"}
+    over_noise = {cell: rows for cell, rows in plain.items() if cell.group_size == USUAL.group_size}
+    at = max((cell.noise for cell in plain if cell.group_size != USUAL.group_size), default=None)
+    over_group = {cell: rows for cell, rows in plain.items() if cell.noise == at}
     sides: list[tuple[Cells, str, str, Callable[[Cell], float]]] = []
     if len({cell.noise for cell in over_noise}) > 1:
         sides.append((over_noise, f"G {USUAL.group_size}", "label noise", lambda cell: cell.noise))
@@ -227,15 +227,15 @@ def effects(studio: Studio, cells: Cells) -> Picture | str:
 
     def paint(axes: Axes) -> None:
         grid = panels(axes, len(sides), 2, sharex="col", sharey="row")
-        for column, (there, title, label, x_of) in enumerate(sides):
+        for column, (cells_of_side, title, label, x_of) in enumerate(sides):
             grid[0, column].set_title(title, fontsize=11)
             for row, name in enumerate(("gold", "rank_length")):
-                x_axis(grid[row, column], sorted({x_of(cell) for cell in there}))
-                for method, shift in zip(methods, beside(len(methods), 0.02), strict=True):
-                    own = {cell: rows for cell, rows in there.items() if cell.method == method}
-                    if own:
-                        x = np.array([shifted(x_of(cell), shift) for cell in own])
-                        series = Series(method, x, [estimate(rows, name) for rows in own.values()])
+                x_axis(grid[row, column], sorted({x_of(cell) for cell in cells_of_side}))
+                for method, shift in zip(methods, centred_shifts(len(methods), 0.02), strict=True):
+                    method_cells = {cell: rows for cell, rows in cells_of_side.items() if cell.method == method}
+                    if method_cells:
+                        x = np.array([shifted(x_of(cell), shift) for cell in method_cells])
+                        series = Series(method, x, [estimate(rows, name) for rows in method_cells.values()])
                         errorbars(grid[row, column], studio, series, joined=True)
             grid[1, column].set_xlabel(label)
         for row, label in enumerate(("final gold reward", "rank/length correlation")):
@@ -245,21 +245,21 @@ def effects(studio: Studio, cells: Cells) -> Picture | str:
 
     caption = (
         "Above the final gold reward, below the correlation of a completion's reward rank with its length, mean over "
-        f"the steps of training. {interval_text(BARS, rows_in(found))}"
+        f"the steps of training. {interval_note(BARS, rows_in(plain))}"
     )
     if len(sides) == 1:
         caption += f" Left out: {'label noise' if over_group else 'the group size'}, of which there is one value."
-    caption += missing_text(methods=(METHODS, methods))
+    caption += missing_note(methods=(METHODS, methods))
     return studio.draw("effects", "The effect of label noise and of the group size", caption, paint)
 
 
 def shifted(x: float, shift: float) -> float:
-    """A little beside a noise, or beside a group size on its scale of doublings."""
+    """Shifts a noise level, or a group size on its log scale, by a small amount."""
     return x * 2 ** (4 * shift) if x >= 1 else x + shift / 4
 
 
 def x_axis(axes: Axes, values: Sequence[float]) -> None:
-    """A mark at every value, on a scale of doublings for group sizes."""
+    """Puts a tick at every value; group sizes get a log scale of base 2."""
     if min(values) >= 1:
         axes.set_xscale("log", base=2)
     axes.xaxis.set_major_locator(FixedLocator(list(values)))
@@ -281,8 +281,8 @@ def errorbars(axes: Axes, studio: Studio, series: Series, *, across: bool = Fals
         axes.errorbar(series.x, means, yerr=halves, **style)
 
 
-def beside(count: int, distance: float) -> np.ndarray:
-    """Shifts that put some points beside each other, centred."""
+def centred_shifts(count: int, distance: float) -> np.ndarray:
+    """Shifts that place `count` points side by side, centred."""
     return distance * (np.arange(count) - (count - 1) / 2)
 
 
@@ -294,25 +294,26 @@ def rows_in(cells: Cells) -> list[SeedRow]:
     return [row for rows in cells.values() for row in rows]
 
 
-def methods_of(found: Any) -> list[str]:
+def methods_of(items: Any) -> list[str]:
     """The methods of cells, rows or points, in the order of the grid."""
-    given = {one.method for one in found}
-    return [method for method in METHODS if method in given] + sorted(given - set(METHODS))
+    methods = {one.method for one in items}
+    return [method for method in METHODS if method in methods] + sorted(methods - set(METHODS))
 
 
-def interval_text(text: str, found: Sequence[CurvePoint | SeedRow]) -> str:
-    """What bands or bars are; that there are none for a single seed."""
-    if isinstance(found[0], CurvePoint):
-        several = any(point.seeds > 1 for point in found if isinstance(point, CurvePoint))
+def interval_note(text: str, rows: Sequence[CurvePoint | SeedRow]) -> str:
+    """Explains bands or bars; a single seed has no intervals."""
+    if isinstance(rows[0], CurvePoint):
+        several = any(point.seeds > 1 for point in rows if isinstance(point, CurvePoint))
     else:
-        several = len({row.seed for row in found if isinstance(row, SeedRow)}) > 1
+        several = len({row.seed for row in rows if isinstance(row, SeedRow)}) > 1
     return f"{text}." if several else "A single seed: no intervals."
 
 
-def missing_text(**wanted: tuple[Sequence[Any], Sequence[Any]]) -> str:
-    """A sentence on what of NAME=(all there may be, what there is) is missing; nothing if nothing is."""
+def missing_note(**wanted: tuple[Sequence[Any], Sequence[Any]]) -> str:
+    """A sentence about the missing values of each NAME=(possible, available); empty if none is missing."""
     parts = []
-    for name, (possible, there) in wanted.items():
-        if missing := [value if isinstance(value, str) else f"{value:g}" for value in possible if value not in there]:
-            parts.append(f"{name} {', '.join(missing)}")
+    for name, (possible, available) in wanted.items():
+        missing = [value for value in possible if value not in available]
+        if missing:
+            parts.append(f"{name} " + ", ".join(value if isinstance(value, str) else f"{value:g}" for value in missing))
     return f" Left out, as no such cell has ended: {'; '.join(parts)}." if parts else ""

@@ -1,10 +1,10 @@
 """The lab's training: several runs side by side, in one compiled program.
 
-What one run does is what train/loop.py does: prompts, rollouts, rewards, `ADVANTAGES[method]`, the trainer's own
-`policy_objective`, Adam behind a clip of the gradient's norm. Methods differ in the advantage alone: all have the same
-loss, a mean over the batch's tokens with a k3 penalty. Everything that a cell may vary but G is traced, so one
-program serves all cells of a G. Two runs of the same seed see the same proxy, prompts and random numbers, whatever
-their method. `jax.vmap` puts the runs side by side; what one does, the others do not change.
+A run takes the steps of train/loop.py: prompts, rollouts, rewards, `ADVANTAGES[method]`, the trainer's own
+`policy_objective`, Adam after clipping the gradient's norm. Methods differ only in the advantage: all share one loss, a
+mean over the batch's tokens with a k3 penalty. Every factor of a cell except G is traced, so one program serves all
+cells of a G. Runs of the same seed see the same proxy, prompts and random numbers, whatever their method. `jax.vmap`
+puts the runs side by side; they do not affect each other.
 """
 
 from functools import partial
@@ -17,39 +17,39 @@ import optax
 from flax import nnx
 
 from eval.lab.cells import DISTORTIONS, METHODS, Cell
-from eval.lab.world import POOL_COMPLETIONS, Prompts, Scorer, World, score
+from eval.lab.world import POOL_COMPLETIONS, PromptIds, StandardScorer, World, standard_rewards
 from gopo_jax import ADVANTAGES, gopo_advantages, loss_count
 from models.sampler import Rollout, sample
 from train.config import DataConfig, LossConfig, ModelConfig, PolicyConfig, RewardSpec
 from train.objective import completion_logprobs, policy_objective
 from train.packing import MicroBatch
 
-COMPLETIONS = 64  # per step, prompts x G, in every cell
+STEP_COMPLETIONS = 64  # per step, prompts x G, in every cell
 VALIDATION_COMPLETIONS = 2  # of each validation prompt
-WARMUP, MAX_GRAD_NORM = 5, 1.0
+LR_WARMUP_STEPS, MAX_GRAD_NORM = 5, 1.0
 OUTLIER = 30.0  # standard deviations of the start policy's rewards
 
 
 class Member(NamedTuple):
-    """One of the runs; stacked on an axis N."""
+    """Settings of one run; stacked on an axis N."""
 
     seed: jax.Array
     method: jax.Array  # index into METHODS
     distortion: jax.Array  # index into DISTORTIONS
     learning_rate: jax.Array
     equal_rms: jax.Array  # whether advantages are scaled to root mean square 1 at the start
-    equal_norm: jax.Array  # whether every gradient is scaled to norm MAX_GRAD_NORM, not only the larger ones
-    proxy: Scorer
+    equal_norm: jax.Array  # whether all gradients are scaled to norm MAX_GRAD_NORM, not only larger ones
+    proxy: StandardScorer
 
 
-class State(NamedTuple):
+class TrainingState(NamedTuple):
     params: Any
     opt_state: Any
     advantage_scale: jax.Array
 
 
-def members(cell: Cell, seeds: tuple[int, ...], learning_rates: np.ndarray, proxy: Scorer) -> Member:
-    """The runs of a cell: one for each seed, with a learning rate of its own."""
+def members(cell: Cell, seeds: tuple[int, ...], learning_rates: np.ndarray, proxy: StandardScorer) -> Member:
+    """The runs of a cell: one for each pair of seed and learning rate."""
     N = len(seeds)
 
     def same(value: Any) -> jax.Array:
@@ -71,14 +71,14 @@ def distorted(rewards_PG: jax.Array, distortion: jax.Array, key: jax.Array) -> j
 
     exp        e^r
     cubic      r^3
-    outliers_x the best of a group is moved up by OUTLIER, in so many groups that x % of all completions are moved
+    outliers_x the best of a group is raised by OUTLIER, in as many groups as raise x % of all completions
     bf16       r rounded to bfloat16
     """
     G = rewards_PG.shape[-1]
     uniform_P1 = jax.random.uniform(key, (*rewards_PG.shape[:-1], 1))
 
     def outliers(share: float) -> jax.Array:
-        best_PG = rewards_PG == rewards_PG.max(-1, keepdims=True)  # equals stay equal
+        best_PG = rewards_PG == rewards_PG.max(-1, keepdims=True)  # equal rewards stay equal
         return rewards_PG + OUTLIER * (best_PG & (uniform_P1 < share * G))
 
     scales = {
@@ -97,24 +97,24 @@ def advantages_of(rewards_PG: jax.Array, method: jax.Array) -> jax.Array:
 
 
 def rank_length_correlation(rewards_PG: jax.Array, lengths_PG: jax.Array) -> jax.Array:
-    """Spearman's correlation of reward and length within a group, its mean over the groups in which both differ.
+    """Spearman's correlation of reward and length within a group, averaged over the groups in which both vary.
 
-    NaN where there is no such group.
+    NaN without such a group.
     """
     a_PG, b_PG = gopo_advantages(rewards_PG), gopo_advantages(lengths_PG.astype(jnp.float32))  # centred ranks
     scale_P = jnp.sqrt(jnp.square(a_PG).sum(-1) * jnp.square(b_PG).sum(-1))
-    found_P = scale_P > 0
-    total = jnp.where(found_P, (a_PG * b_PG).sum(-1) / jnp.where(found_P, scale_P, 1), 0).sum()
-    return total / found_P.sum()
+    varies_P = scale_P > 0
+    total = jnp.where(varies_P, (a_PG * b_PG).sum(-1) / jnp.where(varies_P, scale_P, 1), 0).sum()
+    return total / varies_P.sum()
 
 
-class Program:
-    """The compiled parts, for one G. All take members and states stacked on N, and give arrays stacked on N."""
+class LabProgram:
+    """The compiled functions for one G. They take members and states stacked on N, and return arrays stacked on N."""
 
     def __init__(self, world: World, group_size: int, *, beta: float, max_completion_length: int, every: int) -> None:
         self.world, self.G, self.T = world, group_size, max_completion_length
         self.optimizer = optax.scale_by_adam()
-        self.config = PolicyConfig(  # what the trainer's objective reads of it
+        self.config = PolicyConfig(  # the fields that the trainer's objective reads
             output_dir="",
             max_steps=1,
             data=DataConfig(train=""),
@@ -122,37 +122,37 @@ class Program:
             rewards=[RewardSpec(function="length")],
             num_generations=group_size,
             max_completion_length=max_completion_length,
-            loss=LossConfig(beta=beta, logprob_chunk=COMPLETIONS * max_completion_length),
+            loss=LossConfig(beta=beta, logprob_chunk=STEP_COMPLETIONS * max_completion_length),
         )
         self.start = jax.jit(jax.vmap(self._start))
         self.advance = jax.jit(jax.vmap(partial(self._advance, every=every), in_axes=(0, 0, None)))
         self.evaluate = jax.jit(jax.vmap(self._evaluate, in_axes=(0, 0, None)))
 
-    def _start(self, member: Member) -> State:
-        """The start policy, and what the member's advantages are multiplied by: 1, or 1 / their RMS on the pool."""
+    def _start(self, member: Member) -> TrainingState:
+        """The start state; advantage_scale is 1, or 1 / RMS of the advantages on the pool."""
         world = self.world
         groups_PG = member.proxy.pool_PG.reshape(-1, POOL_COMPLETIONS // self.G, self.G).reshape(-1, self.G)
         key = jax.random.fold_in(jax.random.key(2), member.seed)
         advantages_PG = advantages_of(distorted(groups_PG, member.distortion, key), member.method)
         rms = jnp.sqrt(jnp.square(advantages_PG).mean())
-        return State(world.start, self.optimizer.init(world.start), jnp.where(member.equal_rms, 1 / rms, 1.0))
+        return TrainingState(world.start, self.optimizer.init(world.start), jnp.where(member.equal_rms, 1 / rms, 1.0))
 
     def _advance(
-        self, member: Member, state: State, first: jax.Array, *, every: int
-    ) -> tuple[State, dict[str, jax.Array]]:
-        """So many steps; the metrics of each."""
+        self, member: Member, state: TrainingState, first: jax.Array, *, every: int
+    ) -> tuple[TrainingState, dict[str, jax.Array]]:
+        """Takes `every` steps; returns the state and the metrics of each step."""
         return jax.lax.scan(partial(self._step, member), state, first + jnp.arange(every))
 
-    def _step(self, member: Member, state: State, t: jax.Array) -> tuple[State, dict[str, jax.Array]]:
+    def _step(self, member: Member, state: TrainingState, t: jax.Array) -> tuple[TrainingState, dict[str, jax.Array]]:
         world, G = self.world, self.G
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(3), member.seed), t)
         choose, draw, shake = jax.random.split(key, 3)
-        rows_P = jax.random.choice(choose, len(world.train.lengths_P), (COMPLETIONS // G,), replace=False)
-        prompts = Prompts(world.train.tokens_PS[rows_P], world.train.lengths_P[rows_P])
+        rows_P = jax.random.choice(choose, len(world.train.lengths_P), (STEP_COMPLETIONS // G,), replace=False)
+        prompts = PromptIds(world.train.tokens_PS[rows_P], world.train.lengths_P[rows_P])
         rollout = self._rollout(state.params, prompts, draw, G)
-        rewards_PG = score(world.proxy_graph, member.proxy, prompts, *text_of(rollout))
-        given_PG = distorted(rewards_PG, member.distortion, shake)
-        advantages_PG = state.advantage_scale * advantages_of(given_PG, member.method)
+        rewards_PG = standard_rewards(world.proxy_graph, member.proxy, prompts, *without_end_token(rollout))
+        distorted_PG = distorted(rewards_PG, member.distortion, shake)
+        advantages_PG = state.advantage_scale * advantages_of(distorted_PG, member.method)
         batch = self._batch(prompts, rollout)._replace(advantages_PG=advantages_PG)
         loss = partial(policy_objective, graphdef=world.policy, config=self.config)
         denominator = loss_count(batch.mask_PGT)
@@ -161,36 +161,36 @@ class Program:
         largest = jnp.where(member.equal_norm, norm, jnp.maximum(norm, MAX_GRAD_NORM))
         gradient = jax.tree.map(lambda g: g * MAX_GRAD_NORM / largest, gradient)
         updates, opt_state = self.optimizer.update(gradient, state.opt_state)
-        rate = member.learning_rate * jnp.minimum((t + 1) / WARMUP, 1.0)
+        rate = member.learning_rate * jnp.minimum((t + 1) / LR_WARMUP_STEPS, 1.0)
         updates = jax.tree.map(lambda u: -rate * u, updates)
         measured = {
             "reward": rewards_PG.mean(),
             "kl": metrics["kl"][0] / metrics["kl"][1],
             "grad_norm": norm,
-            "step_norm": optax.tree.norm(gradient),  # of the gradient that Adam gets
+            "step_norm": optax.tree.norm(gradient),  # of the gradient after clipping
             "update_norm": optax.tree.norm(updates),
             "advantage_rms": jnp.sqrt(jnp.square(advantages_PG).mean()),
             "length": rollout.lengths_PG.mean(),
             "rank_length": rank_length_correlation(rewards_PG, rollout.lengths_PG),
-            "ties": _tied(given_PG),
+            "ties": _tie_share(distorted_PG),
         }
-        return State(optax.apply_updates(state.params, updates), opt_state, state.advantage_scale), measured
+        return TrainingState(optax.apply_updates(state.params, updates), opt_state, state.advantage_scale), measured
 
-    def _evaluate(self, member: Member, state: State, number: jax.Array) -> dict[str, jax.Array]:
-        """[P, G] over the validation prompts: proxy, gold, length, kl."""
+    def _evaluate(self, member: Member, state: TrainingState, number: jax.Array) -> dict[str, jax.Array]:
+        """proxy, gold, length and kl [P, G] of completions of the validation prompts."""
         world, prompts = self.world, self.world.validation
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(4), member.seed), number)
         rollout = self._rollout(state.params, prompts, key, VALIDATION_COMPLETIONS)
         batch = self._batch(prompts, rollout)
         ref_PGT = completion_logprobs(world.policy, self.config, world.start, batch)
         return {
-            "proxy": score(world.proxy_graph, member.proxy, prompts, *text_of(rollout)),
-            "gold": score(world.gold_graph, world.gold, prompts, *text_of(rollout)),
+            "proxy": standard_rewards(world.proxy_graph, member.proxy, prompts, *without_end_token(rollout)),
+            "gold": standard_rewards(world.gold_graph, world.gold, prompts, *without_end_token(rollout)),
             "length": rollout.lengths_PG,
             "kl": jnp.where(batch.mask_PGT, rollout.logprobs_PGT - ref_PGT, 0).sum(-1),
         }
 
-    def _rollout(self, params: Any, prompts: Prompts, key: jax.Array, G: int) -> Rollout:
+    def _rollout(self, params: Any, prompts: PromptIds, key: jax.Array, G: int) -> Rollout:
         return sample(
             nnx.merge(self.world.policy, params),
             *prompts,
@@ -202,8 +202,8 @@ class Program:
             pad_id=self.world.tokenizer.pad_id,
         )
 
-    def _batch(self, prompts: Prompts, rollout: Rollout) -> MicroBatch:
-        """As `train.packing` makes it, but every completion has a row of its own: a program's shapes are fixed."""
+    def _batch(self, prompts: PromptIds, rollout: Rollout) -> MicroBatch:
+        """A batch as `train.packing` makes it, but with a row per completion: the program's shapes are fixed."""
         P, G, T = rollout.tokens_PGT.shape
         return MicroBatch(
             prompt_PS=prompts.tokens_PS,
@@ -216,13 +216,13 @@ class Program:
         )
 
 
-def text_of(rollout: Rollout) -> tuple[jax.Array, jax.Array]:
-    """Tokens and lengths without the end-of-text token, as `score` takes them."""
+def without_end_token(rollout: Rollout) -> tuple[jax.Array, jax.Array]:
+    """Tokens and lengths without the end-of-text token, as `standard_rewards` takes them."""
     return rollout.tokens_PGT, rollout.lengths_PG - rollout.finished_PG
 
 
-def _tied(rewards_PG: jax.Array) -> jax.Array:
-    """The share of pairs in a group whose rewards are equal."""
+def _tie_share(rewards_PG: jax.Array) -> jax.Array:
+    """Share of pairs in a group with equal rewards."""
     G = rewards_PG.shape[-1]
     equal_PGG = rewards_PG[..., :, None] == rewards_PG[..., None, :]
     return (equal_PGG.sum((-2, -1)) - G).mean() / (G * (G - 1))

@@ -1,14 +1,14 @@
-"""What the lab's policies live in: a start policy, a gold reward model that none is trained on, and noisy proxies.
+"""The lab's environment: a start policy, a gold reward model that no policy is trained on, and noisy proxies.
 
     start    a small Qwen3, supervised on review sentences (data/reviews, the demo's cut)
-    gold     a reward model trained on all labelled pairs of those sentences. It is the truth here: it labels
-             comparisons and judges policies, and no policy's reward comes from it
+    gold     a reward model trained on all labelled pairs of those sentences. It defines the truth: it labels
+             comparisons and judges policies, but never rewards a policy
     pool     completions of the start policy to the training prompts, with their gold rewards
-    proxies  one reward model for each seed, trained on that seed's comparisons of pool completions of one prompt,
-             of which a share has its label turned; the same pairs at every noise, and the turned ones are nested
+    proxies  one reward model for each seed, trained on that seed's comparisons of pool completions of one prompt;
+             a share of the labels is flipped; every noise has the same pairs, and the flipped sets are nested
 
-Rewards are shifted and scaled to mean 0 and standard deviation 1 over the pool, gold's and every proxy's.
-All of it is kept in the lab's directory and read from there the next time.
+Rewards of gold and of every proxy are shifted and scaled to mean 0 and standard deviation 1 over the pool.
+The lab's directory stores everything, and a later run reads it from there.
 """
 
 import runpy
@@ -48,8 +48,8 @@ from train.supervised.reward_model import train_reward_model
 from train.supervised.sft import train_sft
 
 PREPARE = Path(__file__).parents[2] / "data" / "reviews" / "prepare.py"
-POOL_COMPLETIONS, POOL_PROMPTS = 16, 32  # of each training prompt; scored at a time
-POOL = ("tokens_PGT", "lengths_PG", "raw_PG")
+POOL_COMPLETIONS, POOL_PROMPTS = 16, 32  # completions per training prompt; prompts scored at a time
+POOL_ARRAYS = ("tokens_PGT", "lengths_PG", "raw_PG")
 WIDTH = {"vocab_size": 2048, "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
 START = Qwen3Config(hidden_size=96, intermediate_size=288, num_hidden_layers=2, head_dim=24, **WIDTH)  # type: ignore[arg-type]
 GOLD = Qwen3Config(hidden_size=128, intermediate_size=384, num_hidden_layers=2, head_dim=32, **WIDTH)  # type: ignore[arg-type]
@@ -79,22 +79,22 @@ class WorldConfig:
             )
 
 
-class Prompts(NamedTuple):
+class PromptIds(NamedTuple):
     tokens_PS: jax.Array
     lengths_P: jax.Array
 
 
-class Scorer(NamedTuple):
-    """A reward model's parameters with what makes its rewards standard on the pool; with a seed axis in front too."""
+class StandardScorer(NamedTuple):
+    """A reward model's parameters with its mean and scale on the pool; may have a leading seed axis."""
 
     params: Any
     mean: jax.Array
     scale: jax.Array
-    pool_PG: jax.Array  # its rewards of the pool, standard
-    accuracy: jax.Array  # how often it orders two completions of the pool as gold does
+    pool_PG: jax.Array  # its standardized rewards of the pool
+    accuracy: jax.Array  # share of completion pairs in the pool that it orders as gold does
 
 
-ABOUT = Scorer._fields[1:]
+SCORER_FIELDS = StandardScorer._fields[1:]
 
 
 class World(NamedTuple):
@@ -102,28 +102,28 @@ class World(NamedTuple):
     policy: Any  # the start policy's graph
     start: Any  # its parameters
     gold_graph: Any
-    gold: Scorer
+    gold: StandardScorer
     proxy_graph: Any
-    train: Prompts
-    validation: Prompts
+    train: PromptIds
+    validation: PromptIds
     pool_PGT: jax.Array
     pool_lengths_PG: jax.Array  # without end-of-text tokens, as `raw_rewards` takes them
 
     @property
     def sampling(self) -> SamplingParams:
-        return sampling(self.tokenizer)
+        return untruncated_sampling(self.tokenizer)
 
 
-def sampling(tokenizer: Tokenizer) -> SamplingParams:
-    """The policy's own distribution, nothing cut off."""
+def untruncated_sampling(tokenizer: Tokenizer) -> SamplingParams:
+    """Sampling from the policy's own distribution: temperature 1, no top-k or top-p."""
     return SamplingParams(1.0, 0, 1.0, 0, np.array(tokenizer.eos_ids, np.int32))
 
 
-def raw_rewards(model: Qwen3RewardModel, prompts: Prompts, tokens_PGT: jax.Array, lengths_PG: jax.Array) -> jax.Array:
-    """float32 [P, G], read as train/rewards/__init__.py reads texts: the end-of-text token is no part of them.
+def raw_rewards(model: Qwen3RewardModel, prompts: PromptIds, tokens_PGT: jax.Array, lengths_PG: jax.Array) -> jax.Array:
+    """Rewards [P, G], float32, scored as train/rewards/__init__.py scores texts: without the end-of-text token.
 
     Args:
-      lengths_PG: of the completions without that token; of an empty one the prompt's last token is read.
+      lengths_PG: lengths without that token; an empty completion is scored at the prompt's last token.
     """
     hidden_PSD, hidden_PGTD = model.prefill_and_extend(prompts.tokens_PS, prompts.lengths_P, tokens_PGT)
     last = jnp.maximum(lengths_PG - 1, 0)[..., None, None]
@@ -132,32 +132,34 @@ def raw_rewards(model: Qwen3RewardModel, prompts: Prompts, tokens_PGT: jax.Array
     return model.score_hidden(jnp.where(lengths_PG[..., None] > 0, own_PGD, asked_PD[:, None]))
 
 
-def score(graph: Any, scorer: Scorer, prompts: Prompts, tokens_PGT: jax.Array, lengths_PG: jax.Array) -> jax.Array:
-    """`raw_rewards`, standard on the pool."""
+def standard_rewards(
+    graph: Any, scorer: StandardScorer, prompts: PromptIds, tokens_PGT: jax.Array, lengths_PG: jax.Array
+) -> jax.Array:
+    """`raw_rewards`, standardized on the pool."""
     raw_PG = raw_rewards(nnx.merge(graph, scorer.params), prompts, tokens_PGT, lengths_PG)
     return (raw_PG - scorer.mean) / scorer.scale
 
 
-def standard(params: Any, raw_PG: jax.Array, gold_PG: jax.Array) -> Scorer:
+def standardized_scorer(params: Any, raw_PG: jax.Array, gold_PG: jax.Array) -> StandardScorer:
     mean, scale = raw_PG.mean(), raw_PG.std()
-    return Scorer(params, mean, scale, (raw_PG - mean) / scale, agreement(raw_PG, gold_PG))
+    return StandardScorer(params, mean, scale, (raw_PG - mean) / scale, order_agreement(raw_PG, gold_PG))
 
 
-def pool_rewards(model: Qwen3RewardModel, train: Prompts, tokens_PGT: jax.Array, lengths_PG: jax.Array) -> jax.Array:
-    """`raw_rewards` of the pool, some prompts at a time: it has thousands of completions."""
+def pool_rewards(model: Qwen3RewardModel, train: PromptIds, tokens_PGT: jax.Array, lengths_PG: jax.Array) -> jax.Array:
+    """`raw_rewards` of the pool, POOL_PROMPTS prompts at a time: it has thousands of completions."""
 
     def one(of_prompt: tuple[jax.Array, ...]) -> jax.Array:
         tokens_S, length, tokens_GT, lengths_G = (array[None] for array in of_prompt)
-        return raw_rewards(model, Prompts(tokens_S, length), tokens_GT, lengths_G)[0]
+        return raw_rewards(model, PromptIds(tokens_S, length), tokens_GT, lengths_G)[0]
 
     return jax.lax.map(one, (*train, tokens_PGT, lengths_PG), batch_size=POOL_PROMPTS)
 
 
-def build(folder: Path, config: WorldConfig) -> World:
-    """The world in a directory: what is missing is made.
+def build_world(folder: Path, config: WorldConfig) -> World:
+    """Loads the world of a directory, and makes its missing parts.
 
     Raises:
-      SetupError: the repository's data is not there, or has fewer prompts; before anything is trained.
+      SetupError: the repository's data is missing or has too few prompts; before anything is trained.
     """
     if not PREPARE.is_file():
         raise SetupError(f"{PREPARE}: not there; the lab needs the repository's data/, run it in a checkout")
@@ -175,7 +177,7 @@ def build(folder: Path, config: WorldConfig) -> World:
             *train,
             jnp.arange(len(train.lengths_P)),
             key,
-            sampling(tokenizer),
+            untruncated_sampling(tokenizer),
             num_generations=POOL_COMPLETIONS,
             max_completion_length=config.max_completion_length,
             pad_id=tokenizer.pad_id,
@@ -184,50 +186,50 @@ def build(folder: Path, config: WorldConfig) -> World:
         raw_PG = pool_rewards(nnx.merge(gold_graph, gold_params), train, rollout.tokens_PGT, lengths_PG)
         return rollout.tokens_PGT, lengths_PG, raw_PG
 
-    drawn = kept_in(folder / "pool.npz", lambda: dict(zip(POOL, pool(jax.random.key(0)), strict=True)))
-    tokens_PGT, lengths_PG, raw_PG = (drawn[name] for name in POOL)
-    gold = standard(gold_params, raw_PG, raw_PG)
+    arrays = cached_arrays(folder / "pool.npz", lambda: dict(zip(POOL_ARRAYS, pool(jax.random.key(0)), strict=True)))
+    tokens_PGT, lengths_PG, raw_PG = (arrays[name] for name in POOL_ARRAYS)
+    gold = standardized_scorer(gold_params, raw_PG, raw_PG)
     proxy_graph, _ = split(nnx.eval_shape(lambda: _new_proxy(jax.random.key(0), tokenizer)))
     return World(tokenizer, policy, start, gold_graph, gold, proxy_graph, train, validation, tokens_PGT, lengths_PG)
 
 
-def proxies(world: World, folder: Path, config: WorldConfig, seeds: tuple[int, ...], noise: float) -> Scorer:
-    """One proxy for each seed, stacked; read from the directory where they have been trained before."""
+def proxies(world: World, folder: Path, config: WorldConfig, seeds: tuple[int, ...], noise: float) -> StandardScorer:
+    """One proxy for each seed, stacked; read from the directory if they were trained before."""
     named = f"noise{round(100 * noise)}_seeds{seeds[0]}-{seeds[-1]}"
 
     def train() -> dict[str, jax.Array]:
-        found = jax.jit(jax.vmap(lambda seed: _train_proxy(world, config, seed, noise)))(jnp.array(seeds))
-        return flatten(found.params) | {name: getattr(found, name) for name in ABOUT}
+        trained = jax.jit(jax.vmap(lambda seed: _train_proxy(world, config, seed, noise)))(jnp.array(seeds))
+        return flatten(trained.params) | {name: getattr(trained, name) for name in SCORER_FIELDS}
 
-    kept = kept_in(folder / "proxies" / f"{named}.npz", train)
-    about = {name: kept.pop(name) for name in ABOUT}
-    return Scorer(nest(kept), **about)
+    arrays = cached_arrays(folder / "proxies" / f"{named}.npz", train)
+    about = {name: arrays.pop(name) for name in SCORER_FIELDS}
+    return StandardScorer(nest(arrays), **about)
 
 
-def kept_in(file: Path, make: Callable[[], Mapping[str, jax.Array]]) -> dict[str, jax.Array]:
-    """The arrays of a file; made and written, whole or not at all, where it is not there."""
+def cached_arrays(file: Path, make: Callable[[], Mapping[str, jax.Array]]) -> dict[str, jax.Array]:
+    """Loads the arrays of a file, after making and writing it atomically if it is missing."""
     if not file.is_file():
         write_arrays(file, {name: np.asarray(array) for name, array in make().items()})
     with np.load(file) as stored:
         return {name: jnp.asarray(stored[name]) for name in stored.files}
 
 
-def _train_proxy(world: World, config: WorldConfig, seed: jax.Array, noise: float) -> Scorer:
-    """Bradley-Terry on the seed's comparisons, each seen once, AdamW with a linear decay to 0."""
+def _train_proxy(world: World, config: WorldConfig, seed: jax.Array, noise: float) -> StandardScorer:
+    """Trains a Bradley-Terry model on the seed's comparisons, one epoch, AdamW with linear decay to 0."""
     draw, init = jax.random.split(jax.random.fold_in(jax.random.key(1), seed))
-    pairs_M2, prompt_M, chosen_M = comparisons(world, config, draw, noise)
+    pairs_J2, prompt_J, chosen_J = comparisons(world, config, draw, noise)
     params = split(_new_proxy(init, world.tokenizer))[1]
     steps = config.comparisons // config.proxy_batch
     optimizer = optax.adamw(optax.linear_schedule(config.proxy_learning_rate, 0.0, steps), weight_decay=0.1)
 
     def loss(params: Any, rows: jax.Array) -> jax.Array:
-        prompts, these_B2 = prompt_M[rows], pairs_M2[rows]
-        asked = Prompts(world.train.tokens_PS[prompts], world.train.lengths_P[prompts])
-        tokens_B2T = world.pool_PGT[prompts[:, None], these_B2]
-        lengths_B2 = world.pool_lengths_PG[prompts[:, None], these_B2]
-        rewards_B2 = raw_rewards(nnx.merge(world.proxy_graph, params), asked, tokens_B2T, lengths_B2)
-        chosen_B = chosen_M[rows][:, None]
-        chosen, rejected = (jnp.take_along_axis(rewards_B2, at, 1)[:, 0] for at in (chosen_B, 1 - chosen_B))
+        prompts, batch_J2 = prompt_J[rows], pairs_J2[rows]
+        asked = PromptIds(world.train.tokens_PS[prompts], world.train.lengths_P[prompts])
+        tokens_J2T = world.pool_PGT[prompts[:, None], batch_J2]
+        lengths_J2 = world.pool_lengths_PG[prompts[:, None], batch_J2]
+        rewards_J2 = raw_rewards(nnx.merge(world.proxy_graph, params), asked, tokens_J2T, lengths_J2)
+        chosen_J1 = chosen_J[rows][:, None]
+        chosen, rejected = (jnp.take_along_axis(rewards_J2, at, 1)[:, 0] for at in (chosen_J1, 1 - chosen_J1))
         return preference_loss(chosen, rejected)[0]
 
     def step(state: tuple[Any, Any], i: jax.Array) -> tuple[tuple[Any, Any], None]:
@@ -239,25 +241,25 @@ def _train_proxy(world: World, config: WorldConfig, seed: jax.Array, noise: floa
     (params, _), _ = jax.lax.scan(step, (params, optimizer.init(params)), jnp.arange(steps))
     model = nnx.merge(world.proxy_graph, params)
     raw_PG = pool_rewards(model, world.train, world.pool_PGT, world.pool_lengths_PG)
-    return standard(params, raw_PG, world.gold.pool_PG)
+    return standardized_scorer(params, raw_PG, world.gold.pool_PG)
 
 
 def comparisons(world: World, config: WorldConfig, key: jax.Array, noise: float) -> tuple[jax.Array, ...]:
-    """Two completions of each of M prompts, and which is said to be the better one, 0 or 1: gold's word, or turned."""
-    which, first, second, turned = jax.random.split(key, 4)
-    M, (P, G) = config.comparisons, world.gold.pool_PG.shape
-    prompt_M = jax.random.randint(which, (M,), 0, P)
-    first_M = jax.random.randint(first, (M,), 0, G)
-    second_M = (first_M + jax.random.randint(second, (M,), 1, G)) % G
-    pairs_M2 = jnp.stack([first_M, second_M], 1)
-    gold_M2 = world.gold.pool_PG[prompt_M[:, None], pairs_M2]
-    wrong_M = jax.random.uniform(turned, (M,)) < noise
-    chosen_M = (gold_M2[:, 1] > gold_M2[:, 0]) ^ wrong_M
-    return pairs_M2, prompt_M, chosen_M.astype(jnp.int32)
+    """Draws J pairs of one prompt's completions; a label is the index gold prefers, flipped for a share `noise`."""
+    prompt_key, first_key, second_key, flip_key = jax.random.split(key, 4)
+    J, (P, G) = config.comparisons, world.gold.pool_PG.shape
+    prompt_J = jax.random.randint(prompt_key, (J,), 0, P)
+    first_J = jax.random.randint(first_key, (J,), 0, G)
+    second_J = (first_J + jax.random.randint(second_key, (J,), 1, G)) % G
+    pairs_J2 = jnp.stack([first_J, second_J], 1)
+    gold_J2 = world.gold.pool_PG[prompt_J[:, None], pairs_J2]
+    flipped_J = jax.random.uniform(flip_key, (J,)) < noise
+    chosen_J = (gold_J2[:, 1] > gold_J2[:, 0]) ^ flipped_J
+    return pairs_J2, prompt_J, chosen_J.astype(jnp.int32)
 
 
-def agreement(proxy_PG: jax.Array, gold_PG: jax.Array) -> jax.Array:
-    """How often two of a prompt's completions are ordered as gold orders them; ties of the proxy count one half."""
+def order_agreement(proxy_PG: jax.Array, gold_PG: jax.Array) -> jax.Array:
+    """Share of a prompt's completion pairs that are ordered as gold orders them; ties of the proxy count one half."""
     sign_PGG, gold_PGG = (jnp.sign(r[:, :, None] - r[:, None, :]) for r in (proxy_PG, gold_PG))
     return (gold_PGG * sign_PGG).sum() / jnp.abs(gold_PGG).sum() / 2 + 0.5
 
@@ -304,8 +306,8 @@ def _has_ended(config: SftConfig | RewardModelConfig) -> bool:
     return is_run(config.output_dir) and find_step(config.output_dir)[1] == config.max_steps
 
 
-def _prompts(folder: Path, tokenizer: Tokenizer, config: WorldConfig) -> tuple[Prompts, Prompts]:
-    """Training and validation prompts, short enough, none of them twice."""
+def _prompts(folder: Path, tokenizer: Tokenizer, config: WorldConfig) -> tuple[PromptIds, PromptIds]:
+    """Distinct training and validation prompts of at most `max_prompt_length` tokens."""
 
     def read(part: str) -> list[str]:
         texts = [row["prompt"] for row in load_rows(str(folder / "data" / f"prompts_{part}.jsonl"))]
@@ -313,8 +315,8 @@ def _prompts(folder: Path, tokenizer: Tokenizer, config: WorldConfig) -> tuple[P
         short = [text for text, n in zip(texts, lengths, strict=True) if n <= config.max_prompt_length]
         return list(dict.fromkeys(short))
 
-    def encode(texts: list[str]) -> Prompts:
-        return Prompts(*map(jnp.asarray, tokenizer.encode_prompts(texts, config.max_prompt_length)))
+    def encode(texts: list[str]) -> PromptIds:
+        return PromptIds(*map(jnp.asarray, tokenizer.encode_prompts(texts, config.max_prompt_length)))
 
     validation = read("validation")
     if config.validation_prompts > len(validation):

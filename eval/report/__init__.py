@@ -1,1 +1,1 @@
-"""Tables and pictures of finished runs: a comparison of two, a report of many."""
+"""Tables and pictures of finished runs: a comparison of two policies, a report of several."""

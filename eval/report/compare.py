@@ -1,10 +1,10 @@
-"""Two policies on the same prompts, judged by a reward model that neither was trained against.
+"""`python -m eval compare`: two policies on the same prompts, judged by a reward model that trained neither.
 
-At every validation step that both runs have: the win rate of A over B with its interval over prompts, and each
-policy's judge score and trained-against reward. Over the steps: each policy's paired gain, last minus first, and the
-step at which it reaches the other one's end. Beside it, verdicts of `eval judge` on texts of the two.
+At every common validation step: the win rate of A over B with its interval over prompts, and each policy's mean judge
+score and training reward. Over the steps: each policy's paired gain, last minus first, and the step at which it reaches
+the other's final score. Also shown: results of `eval judge` on texts of the two.
 Writes OUT/compare.json, OUT/compare.md, OUT/tables/*.tex, OUT/figures/*.png and *.svg, and the judge's scores to
-OUT/scores/NAME/, from which a repeated call takes what is not older than the completions and the judge.
+OUT/scores/NAME/; a repeated call reuses scores that are not older than the completions and the judge.
 """
 
 import json
@@ -15,9 +15,9 @@ from typing import Any, Literal
 
 from eval.report import judged_tables
 from eval.report.judged import read_judged
-from eval.report.steps import both_ways
+from eval.report.steps import steps_to_each_end
 from eval.report.tables import by_step, policies, rewards_by_step, steps_to_reach
-from eval.runs import Completions, PolicyRun, same_model
+from eval.runs import CompletionTable, PolicyRun, same_model
 from eval.sheets import Sheet
 from eval.stats import (
     CONFIDENCE,
@@ -42,7 +42,7 @@ from train.rewards.model import RewardModelScorer
 from train.run.files import write_jsonl, write_whole
 from train.running import setup_errors
 
-RESULT, SCORES, JUDGE_SCORE = "compare.json", "scores", "judge_score"
+COMPARE_JSON, SCORES, JUDGE_SCORE = "compare.json", "scores", "judge_score"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,10 +67,10 @@ def parse_compare(arguments: list[str]) -> CompareConfig:
 
 
 def compare(config: CompareConfig) -> dict[str, Any]:
-    """Write the comparison to `config.out`; returns what compare.json holds.
+    """Writes the comparison to `config.out`; returns the content of compare.json.
 
     Raises:
-      SetupError: runs that cannot be compared, or a judge that cannot judge them.
+      SetupError: the runs cannot be compared, or the judge is no reward model or a policy was trained against it.
     """
     with setup_errors():
         runs = (PolicyRun.open(config.run_a, config.name_a), PolicyRun.open(config.run_b, config.name_b))
@@ -80,7 +80,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         tables = {run.name: {step: run.completions(step) for step in steps} for run in runs}
         check_prompts(runs, tables)
         judged = [read_judged(folder, runs) for folder in config.judged]
-        judge = Judge(config, runs)
+        judge = JudgeScores(config, runs)
         scores = {run.name: {step: judge.scores(run, step, tables[run.name][step]) for step in steps} for run in runs}
     result: dict[str, Any] = {
         "a": runs[0].name,
@@ -90,24 +90,24 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         "seed": config.seed,
         "interval": f"bootstrap over prompts, BCa, {100 * CONFIDENCE:.0f} %, {RESAMPLES} resamples; Wilson's score "
         f"interval where all prompts agree, or there are fewer than {ENOUGH}",
-        "win_rate": [win_rate(config.seed, step, runs, tables, scores) for step in steps],
-        "runs": {run.name: describe(run, tables[run.name], scores[run.name]) for run in runs},
-        "steps_to_reach": reaching(config.seed, runs, tables, scores),
+        "win_rate": [win_rate_at_step(config.seed, step, runs, tables, scores) for step in steps],
+        "runs": {run.name: describe_policy(run, tables[run.name], scores[run.name]) for run in runs},
+        "steps_to_reach": mutual_reach(config.seed, runs, tables, scores),
         "judged": judged,
     }
     result = without_nan(result)
-    write(result, Path(config.out))
+    write_comparison(result, Path(config.out))
     return result
 
 
-def write(result: dict[str, Any], out: Path) -> None:
-    """compare.json, compare.md, tables/ and figures/; the main tables to the terminal."""
-    from eval.report.compare_plots import comparison_pictures, judged_pictures  # matplotlib: after what may be refused
+def write_comparison(result: dict[str, Any], out: Path) -> None:
+    """Writes compare.json, compare.md, tables/ and figures/; prints the main tables."""
+    from eval.report.compare_plots import comparison_pictures, judged_pictures  # slow (matplotlib): after all checks
 
-    write_whole(out / RESULT, json.dumps(result, indent=2, allow_nan=False) + "\n")
-    main = [policies(result["runs"]), by_step(result), steps_to_reach(result)]
+    write_whole(out / COMPARE_JSON, json.dumps(result, indent=2, allow_nan=False) + "\n")
+    main_sheets = [policies(result["runs"]), by_step(result), steps_to_reach(result)]
     judged = judged_tables.all_of(result)
-    sheets = [*main, rewards_by_step(result["runs"]), *judged]
+    sheets = [*main_sheets, rewards_by_step(result["runs"]), *judged]
     pictures = comparison_pictures(out / "figures", result, result["runs"])
     pictures += judged_pictures(out / "figures", result, result["judged"])
     write_tables(out / "tables", sheets)
@@ -115,12 +115,12 @@ def write(result: dict[str, Any], out: Path) -> None:
     text = "\n".join(f"## {sheet.title}\n\n{sheet.markdown()}" for sheet in sheets)
     drawn = "".join(f"\n## {p.title}\n\n![{p.title}](figures/{p.name}.png)\n\n{p.caption}\n" for p in pictures)
     write_whole(out / "compare.md", title + text + drawn)
-    shown = [*main, *(sheet.first(4) for sheet in judged[:1])]  # what a terminal has room for
-    console.print(*(sheet.rich() for sheet in shown), f"{out / RESULT}", sep="\n")
+    printed = [*main_sheets, *(sheet.first(4) for sheet in judged[:1])]  # as wide as a terminal
+    console.print(*(sheet.rich() for sheet in printed), f"{out / COMPARE_JSON}", sep="\n")
 
 
 def write_tables(folder: Path, sheets: Sequence[Sheet]) -> None:
-    """FOLDER/NAME.tex of each table."""
+    """Writes FOLDER/NAME.tex of each table."""
     folder.mkdir(parents=True, exist_ok=True)
     for sheet in sheets:
         write_whole(folder / f"{sheet.name}.tex", sheet.latex())
@@ -155,8 +155,8 @@ def common_steps(runs: Sequence[PolicyRun]) -> list[int]:
     return steps
 
 
-def check_prompts(runs: Sequence[PolicyRun], tables: dict[str, dict[int, Completions]]) -> None:
-    """Every file must hold the same prompts under the same ids."""
+def check_prompts(runs: Sequence[PolicyRun], tables: dict[str, dict[int, CompletionTable]]) -> None:
+    """Refuses files with different prompts under the same ids."""
     files = [(run.file(step), table.prompts) for run in runs for step, table in tables[run.name].items()]
     first, expected = files[0]
     for file, prompts in files[1:]:
@@ -169,8 +169,8 @@ def check_prompts(runs: Sequence[PolicyRun], tables: dict[str, dict[int, Complet
             )
 
 
-class Judge:
-    """The judge's scores of completions, kept in OUT/scores; loaded when the first of them is missing."""
+class JudgeScores:
+    """The judge's scores of completions, stored in OUT/scores; loads the judge at the first missing score."""
 
     def __init__(self, config: CompareConfig, runs: Sequence[PolicyRun]) -> None:
         self.config, self.folder = config, Path(config.out) / SCORES
@@ -182,7 +182,7 @@ class Judge:
         self._forget_others(runs)
 
     def _forget_others(self, runs: Sequence[PolicyRun]) -> None:
-        """Scores by another judge, or of other runs under the same names, are no scores of these."""
+        """Deletes stored scores of another judge, other settings, or other runs under the same names."""
         about = {
             "judge": self.config.judge,
             "dtype": self.config.dtype,
@@ -190,15 +190,15 @@ class Judge:
             "runs": {run.name: str(run.path) for run in runs},
         }
         file = self.folder / "about.json"
-        if _noted(file) != about:
-            self.scorer = self._load()  # before anything is thrown away: it may be no judge at all
+        if _read_note(file) != about:
+            self.scorer = self._load()  # before deleting: loading fails if it is not a reward model
             for old in self.folder.glob("*/validation_*.jsonl"):
                 old.unlink()
             self.folder.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
-    def scores(self, run: PolicyRun, step: int, table: Completions) -> list[float | None]:
-        """One score per row of the run's completions at a step."""
+    def scores(self, run: PolicyRun, step: int, table: CompletionTable) -> list[float | None]:
+        """One score per row of a run's completions at a step."""
         source = run.file(step)
         file = self.folder / run.name / source.name
         if not file.is_file() or file.stat().st_mtime < max(source.stat().st_mtime, self.changed):
@@ -217,8 +217,8 @@ class Judge:
         )
 
 
-def _noted(file: Path) -> Any:
-    """What a note of ours says; None if there is none, or a broken one."""
+def _read_note(file: Path) -> Any:
+    """Reads about.json; None if it is missing or broken."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError):
@@ -226,12 +226,12 @@ def _noted(file: Path) -> Any:
 
 
 def read_scores(out: str | Path, name: str, step: int) -> list[Row]:
-    """The rows of a run's completions at a step, with the judge's score of each."""
+    """Loads a run's completions at a step with their judge scores."""
     return load_rows(str(Path(out) / SCORES / name / f"validation_{step:06d}.jsonl"))
 
 
 def last_change(model: str) -> float:
-    """When the weights of a model were last written; 0 for one that is on the Hub."""
+    """Time of the last change to a model's weights; 0 for a name on the Hub."""
     directory = Path(model.partition("@")[0])
     if is_run(directory):
         run, step = find_step(model)
@@ -239,37 +239,39 @@ def last_change(model: str) -> float:
     return max((file.stat().st_mtime for file in directory.glob("*.safetensors")), default=0.0)
 
 
-def win_rate(
+def win_rate_at_step(
     seed: int,
     step: int,
     runs: Sequence[PolicyRun],
-    tables: dict[str, dict[int, Completions]],
+    tables: dict[str, dict[int, CompletionTable]],
     scores: dict[str, dict[int, list[float | None]]],
 ) -> dict[str, Any]:
-    """A against B at one step."""
+    """Win rate of A over B at one step."""
     table_a, table_b = (tables[run.name][step] for run in runs)
     judged = (table.grouped(scores[run.name][step]) for run, table in zip(runs, (table_a, table_b), strict=True))
     return {"step": step, **summary(win_rates(*same_text_same_score(table_a.texts, table_b.texts, *judged)), seed)}
 
 
-def reaching(
+def mutual_reach(
     seed: int,
     runs: Sequence[PolicyRun],
-    tables: dict[str, dict[int, Completions]],
+    tables: dict[str, dict[int, CompletionTable]],
     scores: dict[str, dict[int, list[float | None]]],
 ) -> list[dict[str, Any]]:
-    """When each run reaches the other's end: by the judge's score, and by the reward if both have the same one."""
+    """The steps at which each run reaches the other's final score: by the judge, and by the reward if both share it."""
     judge = {
-        run.name: {step: prompt_means(table.grouped(scores[run.name][step])) for step, table in found.items()}
-        for run, found in ((run, tables[run.name]) for run in runs)
+        run.name: {step: prompt_means(table.grouped(scores[run.name][step])) for step, table in by_step.items()}
+        for run, by_step in ((run, tables[run.name]) for run in runs)
     }
     reward = {run.name: {step: table.means("reward") for step, table in tables[run.name].items()} for run in runs}
     same = runs[0].config.get("rewards") == runs[1].config.get("rewards")
-    return both_ways(({"reward": reward} if same else {}) | {"judge": judge}, seed)
+    return steps_to_each_end(({"reward": reward} if same else {}) | {"judge": judge}, seed)
 
 
-def describe(run: PolicyRun, tables: dict[int, Completions], scores: dict[int, list[float | None]]) -> dict[str, Any]:
-    """A policy over its steps, and its paired gains from the first to the last."""
+def describe_policy(
+    run: PolicyRun, tables: dict[int, CompletionTable], scores: dict[int, list[float | None]]
+) -> dict[str, Any]:
+    """A policy's scores at its steps, and its paired gains from the first to the last."""
     reward_P = {step: table.means("reward") for step, table in tables.items()}
     judge_P = {step: prompt_means(table.grouped(scores[step])) for step, table in tables.items()}
     first, last = min(tables), max(tables)

@@ -1,4 +1,4 @@
-"""The pictures of a comparison: validation curves, win rates, steps to reach; and of what other evaluations found."""
+"""Pictures of a comparison: validation curves, win rates, steps to reach; and of results of other evaluations."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,25 +17,25 @@ OVER_PROMPTS = "Band: ± one standard error over prompts."
 
 
 def comparison_pictures(folder: Path, result: Mapping[str, Any], runs: Mapping[str, Any]) -> list[Picture]:
-    """All that a comparison alone has numbers for; `runs`: result["runs"], or these and others to be drawn too."""
+    """Draws the pictures of a comparison; `runs`: result["runs"], or these and further runs."""
     studio = Studio(folder, list(runs))
-    found = [
+    pictures = [
         validation_curve(studio, runs, "reward", "validation_reward", "Validation reward", OVER_PROMPTS),
         validation_curve(studio, runs, "judge", "judge", "Score of the independent judge", OVER_PROMPTS),
-        win_rate(studio, result),
-        *reaching(studio, result),
+        win_rate_picture(studio, result),
+        *reach_pictures(studio, result),
     ]
-    return [picture for picture in found if picture is not None]
+    return [picture for picture in pictures if picture is not None]
 
 
 def judged_pictures(folder: Path, result: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> list[Picture]:
-    """Pictures of what `eval judge` found, where there is something."""
+    """Draws the results of `eval judge`, if any."""
     studio = Studio(folder, [])
-    found = [every_judge(studio, result, others)] if others else []
-    return found + ([over_temperatures(studio, others)] if any(o.get("temperatures") for o in others) else [])
+    pictures = [judges_picture(studio, result, others)] if others else []
+    return pictures + ([temperature_picture(studio, others)] if any(o.get("temperatures") for o in others) else [])
 
 
-def win_rate(studio: Studio, result: Mapping[str, Any]) -> Picture:
+def win_rate_picture(studio: Studio, result: Mapping[str, Any]) -> Picture:
     rates = [rate for rate in result["win_rate"] if not missing(rate["mean"]) and not missing(rate["low"])]
     a, b = result["a"], result["b"]
 
@@ -62,18 +62,20 @@ def win_rate(studio: Studio, result: Mapping[str, Any]) -> Picture:
     return studio.draw("win_rate", f"Win rate of {a} over {b}", caption, paint)
 
 
-def reaching(studio: Studio, result: Mapping[str, Any]) -> list[Picture]:
-    """For each score, the curves with a mark where the sooner run is at the other one's end."""
+def reach_pictures(studio: Studio, result: Mapping[str, Any]) -> list[Picture]:
+    """Draws for each score the curves, with a mark where the sooner run reaches the other's final score."""
     pictures = []
     for score, label in (("reward", "reward"), ("judge", "judge's score")):
-        marks = [found for found in result.get("steps_to_reach") or [] if found["score"] == score]
+        marks = [mark for mark in result.get("steps_to_reach") or [] if mark["score"] == score]
         marks = [mark for mark in marks if mark["step"] is not None and mark["step"] < mark["final_step"]]
         if marks:
-            pictures.append(reach(studio, result["runs"], score, label, min(marks, key=lambda mark: mark["step"])))
+            pictures.append(
+                reach_picture(studio, result["runs"], score, label, min(marks, key=lambda mark: mark["step"]))
+            )
     return pictures
 
 
-def reach(studio: Studio, runs: Mapping[str, Any], score: str, label: str, mark: Mapping[str, Any]) -> Picture:
+def reach_picture(studio: Studio, runs: Mapping[str, Any], score: str, label: str, mark: Mapping[str, Any]) -> Picture:
     def paint(axes: Axes) -> None:
         for name, run in runs.items():
             points = [(s["step"], s[score]["mean"]) for s in run["steps"] if not missing(s[score]["mean"])]
@@ -97,26 +99,28 @@ def reach(studio: Studio, runs: Mapping[str, Any], score: str, label: str, mark:
     return studio.draw(f"steps_to_reach_{score}", title, caption, paint)
 
 
-def every_judge(studio: Studio, result: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> Picture:
-    """One line for each judge: its win rate, and that at equal length."""
-    rows: list[tuple[Any, ...]] = [(short(f"{result['judge']}, validation texts"), result["win_rate"][-1], None)]
+def judges_picture(studio: Studio, result: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> Picture:
+    """Draws a line for each judge: its win rate, and its win rate at equal length."""
+    rows: list[tuple[Any, ...]] = [
+        (shortened_name(f"{result['judge']}, validation texts"), result["win_rate"][-1], None)
+    ]
     rows += [
-        (short(label), found["win_rate"], found.get("length_controlled"))
-        for label, found in zip(labels(others), others, strict=True)
+        (shortened_name(label), judged["win_rate"], judged.get("length_controlled"))
+        for label, judged in zip(labels(others), others, strict=True)
     ]
     kinds = ((1, 0.0, "o", INK, "win rate"), (2, 0.22, "D", MUTED, "at equal length"))
 
     def paint(axes: Axes) -> None:
-        at = np.arange(len(rows))  # beside the points alone: no line through a name
+        at = np.arange(len(rows))  # only beside the points: no line through a name
         axes.vlines(np.full(len(rows), 0.5), at - 0.14, at + 0.36, color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)))
         for column, below, marker, colour, kind in kinds:
-            found = [(i + below, row[column]) for i, row in enumerate(rows)]
-            points = [(y, r["mean"], r["low"], r["high"]) for y, r in found if r and not missing(r["low"])]
+            rates = [(i + below, row[column]) for i, row in enumerate(rows)]
+            points = [(y, r["mean"], r["low"], r["high"]) for y, r in rates if r and not missing(r["low"])]
             if points:
                 y, means, lows, highs = np.array(points).T
                 style: Any = {"color": colour, "marker": marker, "linestyle": "none", "capsize": 4}
                 axes.errorbar(means, y, xerr=(means - lows, highs - means), label=kind, **style)
-        for i, (name, *_) in enumerate(rows):  # above its points: beside the axes a name leaves no room for them
+        for i, (name, *_) in enumerate(rows):  # above its points: beside the axes names would leave no room for them
             axes.text(0.01, i - 0.28, name, transform=axes.get_yaxis_transform(), va="center")
         ends = [r[end] for row in rows for r in row[1:] if r and not missing(r["low"]) for end in ("low", "high")]
         reach = max(0.06, 1.1 * max((abs(end - 0.5) for end in ends), default=0))
@@ -129,16 +133,16 @@ def every_judge(studio: Studio, result: Mapping[str, Any], others: Sequence[Mapp
     return studio.draw("judges", "Win rate by every judge", caption, paint)
 
 
-def over_temperatures(studio: Studio, others: Sequence[Mapping[str, Any]]) -> Picture:
+def temperature_picture(studio: Studio, others: Sequence[Mapping[str, Any]]) -> Picture:
     lines: dict[str, list[tuple[float, ...]]] = {}
-    names = [name_of(found) for found in others]
+    names = [name_of(judged) for judged in others]
     names = names if len(set(names)) == len(names) else labels(others)
-    for label, found in zip(names, others, strict=True):
-        for temperature, rate in (found.get("temperatures") or {}).items():
+    for label, judged in zip(names, others, strict=True):
+        for temperature, rate in (judged.get("temperatures") or {}).items():
             if not missing(rate["mean"]) and not missing(rate["low"]):
                 point = (float(temperature), rate["mean"], rate["low"], rate["high"])
-                lines.setdefault(short(label), []).append(point)
-    first = next(found for found in others if found.get("temperatures"))
+                lines.setdefault(shortened_name(label), []).append(point)
+    first = next(judged for judged in others if judged.get("temperatures"))
 
     def paint(axes: Axes) -> None:
         axes.axhline(0.5, color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)))
@@ -155,8 +159,8 @@ def over_temperatures(studio: Studio, others: Sequence[Mapping[str, Any]]) -> Pi
     return studio.draw("temperatures", title, "Bars: 95 % intervals over prompts; dashed: no difference.", paint)
 
 
-def ifeval(folder: Path, results: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Picture:
-    """The four accuracies as bars, one colour for each result; a run has the colour of the other pictures."""
+def ifeval_picture(folder: Path, results: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Picture:
+    """Draws the four accuracies as bars, one colour per result; a run keeps its colour of the other pictures."""
     order = [*names, *(result["name"] for result in results if result["name"] not in names)]
     studio = Studio(folder, order)
     width = 0.8 / len(results)
@@ -178,8 +182,8 @@ def ifeval(folder: Path, results: Sequence[Mapping[str, Any]], names: Sequence[s
     return studio.draw("ifeval", "IFEval", caption, paint)
 
 
-def short(name: str, letters: int = 44) -> str:
-    """A judge's name that fits into a picture: of a path its end, from a folder on if that fits."""
+def shortened_name(name: str, letters: int = 44) -> str:
+    """Shortens a judge's name to fit a picture: keeps the end of a path, from a folder on if possible."""
     rest = name
     while len(rest) > letters - 2 and "/" in rest:
         rest = rest.partition("/")[2]

@@ -1,4 +1,4 @@
-"""The pictures of a report: training and validation curves, advantages, reliability."""
+"""Pictures of a report: training and validation curves, advantages, reliability."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,9 +14,9 @@ from gopo_jax import gopo_advantages, grpo_advantages
 
 
 def training_pictures(folder: Path, runs: Sequence[PolicyRun]) -> list[Picture]:
-    """The pictures of what the runs logged at every step."""
+    """Draws the metrics that the runs logged at every step."""
     studio = Studio(folder, [run.name for run in runs])
-    smooth = f"Thick: mean over {window(runs)} neighbouring steps; faint: every step."
+    smooth = f"Thick: mean over {smoothing_width(runs)} neighbouring steps; faint: every step."
     training = [
         ("reward", "training_reward", "Training reward", "mean reward of a step", smooth),
         ("kl", "kl", "KL to the start", "nats per token", smooth),
@@ -24,19 +24,19 @@ def training_pictures(folder: Path, runs: Sequence[PolicyRun]) -> list[Picture]:
         ("entropy", "entropy", "Entropy of the policy", "nats per token", smooth),
         ("grad_norm", "grad_norm", "Gradient norm", "before clipping", smooth),
     ]
-    found = [
+    pictures = [
         training_curve(studio, runs, key, file, title, label, caption) for key, file, title, label, caption in training
     ]
-    return [picture for picture in found if picture is not None]
+    return [picture for picture in pictures if picture is not None]
 
 
-def window(runs: Sequence[PolicyRun]) -> int:
-    """The odd number of steps that smoothing averages over: about a tenth of the longest run."""
+def smoothing_width(runs: Sequence[PolicyRun]) -> int:
+    """The odd number of steps to smooth over: about a tenth of the longest run."""
     return 2 * (max(len(run.metrics) for run in runs) // 20) + 1
 
 
 def smoothed(values: np.ndarray, width: int) -> np.ndarray:
-    """The centred moving mean, over fewer values at both ends."""
+    """Centred moving mean; near both ends it covers fewer values."""
     kernel = np.ones(min(width, 2 * len(values) - 1))
     full = np.convolve(values, kernel) / np.convolve(np.ones(len(values)), kernel)
     return full[len(kernel) // 2 :][: len(values)]
@@ -48,7 +48,7 @@ def training_curve(
     series = {run.name: run.series(key) for run in runs}
     if not any(len(steps) for steps, _ in series.values()):
         return None
-    width = window(runs)
+    width = smoothing_width(runs)
 
     def paint(axes: Axes) -> None:
         for name, (steps, values) in series.items():
@@ -72,13 +72,13 @@ def validation_curve(
         ]
         for name, run in described.items()
     }
-    points = {name: found for name, found in points.items() if found}
+    points = {name: scores for name, scores in points.items() if scores}
     if not points:
         return None
 
     def paint(axes: Axes) -> None:
-        for name, found in points.items():
-            steps, means, errors = np.array(found).T
+        for name, scores in points.items():
+            steps, means, errors = np.array(scores).T
             look = studio.look(name)
             axes.fill_between(steps, means - errors, means + errors, color=look["color"], alpha=0.18, linewidth=0)
             axes.plot(steps, means, marker=studio.marker(name), markersize=5, **look)
@@ -87,9 +87,8 @@ def validation_curve(
     return studio.draw(file, title, caption, paint)
 
 
-def reliability(folder: Path, bins: Mapping[str, Sequence[Mapping[str, Any]]]) -> Picture:
-    """How often each of some reward models is right, against how sure it is; `bins` as
-    `train.supervised.calibration` makes them.
+def reliability_picture(folder: Path, bins: Mapping[str, Sequence[Mapping[str, Any]]]) -> Picture:
+    """Draws the accuracy of reward models against their confidence; `bins` come from `train.supervised.calibration`.
 
     The area of a point is its share of the comparisons.
     """
@@ -99,8 +98,8 @@ def reliability(folder: Path, bins: Mapping[str, Sequence[Mapping[str, Any]]]) -
         axes.plot([0.5, 1], [0.5, 1], color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)))
         lowest = 0.5
         for name, rows in bins.items():
-            found = [(row["confidence"], row["accuracy"], row["count"]) for row in rows if row["count"]]
-            confidence, accuracy, count = np.array(found).T
+            points = [(row["confidence"], row["accuracy"], row["count"]) for row in rows if row["count"]]
+            confidence, accuracy, count = np.array(points).T
             look = studio.look(name)
             axes.plot(confidence, accuracy, **look | {"linewidth": 1.2})
             axes.scatter(
@@ -119,7 +118,7 @@ def reliability(folder: Path, bins: Mapping[str, Sequence[Mapping[str, Any]]]) -
 
 
 def advantage_pictures(folder: Path, runs: Sequence[PolicyRun], groups: Sequence["Group"]) -> list[Picture]:
-    """The same rewards as z-scores and as ranks, one picture a group; the colours are those of the two methods."""
+    """Draws the same rewards as z-scores and as ranks, a picture per group, in the colours of the two methods."""
     studio = Studio(folder, [run.name for run in runs])
     colours = {str(run.config.get("advantage")): studio.look(run.name)["color"] for run in reversed(runs)}
     spare = [colour for colour in SERIES if colour not in colours.values()]
@@ -162,17 +161,16 @@ class Group:
 
 
 def pick_groups(runs: Sequence[PolicyRun], size: int = 8) -> list[Group]:
-    """Real groups of `size` completions of one prompt, by rule: of all prompts, those with the lowest, the smallest
-    absolute and the highest skewness of the rewards.
+    """Picks three real groups of `size` completions: with the lowest, the smallest absolute and the highest skewness.
 
-    Validation may draw fewer than `size` completions of a prompt; a group is then filled from the runs with the
-    first one's rewards, and from earlier steps: newest step first, the runs in turn.
+    If validation samples fewer than `size` completions of a prompt, a group is filled from the runs with the first
+    run's rewards and from earlier steps: newest step first, the runs in turn.
     """
-    alike = [run for run in runs if run.config.get("rewards") == runs[0].config.get("rewards")]
+    same_reward = [run for run in runs if run.config.get("rewards") == runs[0].config.get("rewards")]
     rewards: dict[int, list[float]] = {}
     prompts: dict[int, Any] = {}
-    for step in sorted({step for run in alike for step in run.steps}, reverse=True):
-        for run in (run for run in alike if step in run.steps):
+    for step in sorted({step for run in same_reward for step in run.steps}, reverse=True):
+        for run in (run for run in same_reward if step in run.steps):
             table = run.completions(step)
             prompts |= table.prompts
             for prompt_id, values in zip(table.prompts, table.column("reward"), strict=True):

@@ -1,4 +1,4 @@
-"""Reliability diagrams of reward models, from the calibration.json that `train reward` left in their runs."""
+"""`python -m eval reliability`: reliability diagrams of reward models, from the calibration.json of their runs."""
 
 import json
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eval.pictures import Picture
-from eval.report.plots import reliability
+from eval.report.plots import reliability_picture
 from train.console import console
 from train.parse import parse
 from train.run.directory import CALIBRATION
@@ -25,7 +25,11 @@ def parse_reliability(arguments: list[str]) -> ReliabilityConfig:
 
 
 def draw_reliability(config: ReliabilityConfig) -> None:
-    """Raises: SetupError: a run that has not validated."""
+    """Draws RM/reliability.png and .svg of each run.
+
+    Raises:
+      SetupError: a run that has not validated.
+    """
     runs = list(dict.fromkeys(run.partition("@")[0] for run in config.runs))
     with setup_errors():
         for run in runs:
@@ -40,7 +44,7 @@ def draw_reliability(config: ReliabilityConfig) -> None:
 
 
 def reliability_pictures(folder: Path, models: Sequence[str]) -> list[Picture]:
-    """One picture of all the models, and of all their held-out sets, that have been validated."""
+    """Draws one picture of all validated models and all their held-out sets."""
     bins = {}
     paths = list(dict.fromkeys(model.partition("@")[0] for model in models))
     folders = [Path(path).resolve().name for path in paths]
@@ -51,4 +55,4 @@ def reliability_pictures(folder: Path, models: Sequence[str]) -> list[Picture]:
         for name, rows in sets.items():
             short = name.removeprefix("validation/")
             bins[short if len(models) == 1 else f"{title}, {short}"] = rows
-    return [reliability(folder, bins)] if bins else []
+    return [reliability_picture(folder, bins)] if bins else []

@@ -1,8 +1,8 @@
-"""The report of some policies: tables, pictures, samples, and what happened in plain words.
+"""`python -m eval report`: a page of tables, pictures, samples and findings in plain words about some policies.
 
-Reads the runs' metrics and validation completions, the reward models' metrics, a comparison, and what `eval judge`,
-`eval ifeval` and `eval summaries` wrote; computes nothing that is not in them. Writes OUT/report.html, which stands
-alone and holds the raw numbers to download, OUT/report.md and OUT/figures/.
+Reads the runs' metrics and validation completions, the reward models' metrics, a comparison, and results of `eval
+judge`, `eval ifeval` and `eval summaries`; computes no other numbers. Writes OUT/report.html, a self-contained file
+with the raw numbers to download, OUT/report.md and OUT/figures/.
 """
 
 import os
@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from eval.report import compare_plots, judged_tables, story
-from eval.report.compare import JUDGE_SCORE, RESULT, SCORES, describe, read_scores
-from eval.report.judged import JUDGE_RESULT, read_ifeval, read_json, read_judged, read_summaries
+from eval.report.compare import COMPARE_JSON, JUDGE_SCORE, SCORES, describe_policy, read_scores
+from eval.report.judged import JUDGE_RESULT, read_ifeval, read_judged, read_result, read_summaries
 from eval.report.page import (
     Answer,
     Block,
@@ -33,7 +33,7 @@ from eval.report.page import (
 from eval.report.plots import advantage_pictures, pick_groups, training_pictures
 from eval.report.reliability import reliability_pictures
 from eval.report.tables import by_step, final_win_rate, policies, reward_models, rewards_by_step, steps_to_reach
-from eval.runs import Completions, PolicyRun, differences, same_model
+from eval.runs import CompletionTable, PolicyRun, config_differences, same_model
 from eval.sheets import Sheet
 from eval.stats import without_nan
 from models.checkpoint import is_run
@@ -66,16 +66,16 @@ def parse_report(arguments: list[str]) -> ReportConfig:
 
 
 def report(config: ReportConfig) -> Content:
-    """Write the report to `config.out`; returns what it shows.
+    """Writes the report to `config.out`, and returns its content.
 
     Raises:
-      SetupError: a path that is not what it should be, or a comparison of other runs.
+      SetupError: an invalid path, or a comparison of other runs.
     """
     with setup_errors():
-        result = read_result(config.compare)
+        result = read_comparison(config.compare)
         runs = open_runs(config.runs, result)
-        described = {run.name: result["runs"].get(run.name) or alone(run) for run in runs}
-        models = [reward_model(path, result, runs) for path in config.reward_models]
+        described = {run.name: result["runs"].get(run.name) or describe_unjudged(run) for run in runs}
+        models = [reward_model_row(path, result, runs) for path in config.reward_models]
         result |= {"judged": all_judged(config, runs, result)}
         followed = read_ifeval(config.ifeval, runs)
         summarized = read_summaries(config.summaries, runs)
@@ -95,7 +95,7 @@ def report(config: ReportConfig) -> Content:
         Section("Summaries", [judged_tables.summaries(summarized)] if summarized else []),
         Section("The same rewards as ranks and as z-scores", ranks_and_scores(drawn, runs)),
         Section("Samples", [ABOUT_SAMPLES, *samples]),
-        Section("Where the numbers come from", [difference_sheet(runs), *raw(config, runs, result)]),
+        Section("Where the numbers come from", [difference_sheet(runs), *raw_numbers(config, runs, result)]),
     ]
     content = Content(
         title=config.title or f"{story.listing([run.name for run in runs])}, trained and judged",
@@ -119,42 +119,42 @@ ABOUT_ADVANTAGES = (
 ABOUT_SAMPLES = f"{SAMPLES} prompts at equal distances through the validation set, of each the first completion."
 
 
-def read_result(folder: str) -> dict[str, Any]:
+def read_comparison(folder: str) -> dict[str, Any]:
     keys = ("a", "b", "judge", "prompts", "seed", "interval", "win_rate", "runs", "steps_to_reach", "judged")
-    return read_json(Path(folder) / RESULT, "--compare", keys, "compare")
+    return read_result(Path(folder) / COMPARE_JSON, "--compare", keys, "compare")
 
 
 def open_runs(paths: Sequence[str], result: dict[str, Any]) -> list[PolicyRun]:
-    """The runs, under the names that the comparison gave them."""
+    """Opens the runs under their names in the comparison."""
     names = {name: run["path"] for name, run in result["runs"].items()}
-    known = [next((name for name, its in names.items() if same_model(its, path)), None) for path in paths]
+    run_names = [next((name for name, compared in names.items() if same_model(compared, path)), None) for path in paths]
     for name, path in names.items():
-        if name not in known:
+        if name not in run_names:
             raise ValueError(f"the comparison is of {path}, which is not among the runs given; add it, or compare anew")
-    runs = [PolicyRun.open(path, name) for path, name in zip(paths, known, strict=True)]
-    found = [run.name for run in runs]
-    if len(set(found)) < len(found):
-        raise ValueError(f"the runs' names must differ, got {', '.join(found)}")
+    runs = [PolicyRun.open(path, name) for path, name in zip(paths, run_names, strict=True)]
+    open_names = [run.name for run in runs]
+    if len(set(open_names)) < len(open_names):
+        raise ValueError(f"the runs' names must differ, got {', '.join(open_names)}")
     return runs
 
 
-def alone(run: PolicyRun) -> dict[str, Any]:
-    """What compare.json would say of a run that the judge has not scored."""
-    found = {step: run.completions(step) for step in run.steps}
-    unscored: dict[int, list[float | None]] = {step: [None] * len(table.rows) for step, table in found.items()}
-    return without_nan(describe(run, found, unscored))
+def describe_unjudged(run: PolicyRun) -> dict[str, Any]:
+    """The entry that compare.json would have for a run that the judge has not scored."""
+    completions = {step: run.completions(step) for step in run.steps}
+    unscored: dict[int, list[float | None]] = {step: [None] * len(table.rows) for step, table in completions.items()}
+    return without_nan(describe_policy(run, completions, unscored))
 
 
-def reward_model(path: str, result: dict[str, Any], runs: Sequence[PolicyRun]) -> dict[str, Any]:
-    """Accuracy, calibration error and length baseline: from the last row of the metrics that has them, or the best."""
+def reward_model_row(path: str, result: dict[str, Any], runs: Sequence[PolicyRun]) -> dict[str, Any]:
+    """A reward model's role, accuracy, calibration error and length baseline, at its best step or else its last."""
     if not Path(path.partition("@")[0]).is_dir():
         raise FileNotFoundError(f"--reward_models {path}: no such directory")
     best = best_step(path.partition("@")[0])
     rows = [row for row in read_metrics(path.partition("@")[0]) if "validation/accuracy" in row]
     rows = [row for row in rows if best is None or row["step"] == best]
     last = rows[-1] if rows else {}
-    against = [run.name for run in runs if any(same_model(path, model) for model in run.reward_models())]
-    roles = ["trained against" + ("" if len(against) == len(runs) else f" ({', '.join(against)})")] if against else []
+    trained = [run.name for run in runs if any(same_model(path, model) for model in run.reward_models())]
+    roles = ["trained against" + ("" if len(trained) == len(runs) else f" ({', '.join(trained)})")] if trained else []
     roles += ["judge"] if same_model(path, result["judge"]) else []
     return {
         "path": path,
@@ -167,7 +167,7 @@ def reward_model(path: str, result: dict[str, Any], runs: Sequence[PolicyRun]) -
 
 
 def warn_if_old(config: ReportConfig, runs: Sequence[PolicyRun], result: dict[str, Any]) -> None:
-    written = (Path(config.compare) / RESULT).stat().st_mtime
+    written = (Path(config.compare) / COMPARE_JSON).stat().st_mtime
     for run in runs:
         newer = [step for step in run.steps if run.file(step).stat().st_mtime > written]
         if run.name in result["runs"] and newer:
@@ -175,10 +175,10 @@ def warn_if_old(config: ReportConfig, runs: Sequence[PolicyRun], result: dict[st
 
 
 def all_judged(config: ReportConfig, runs: Sequence[PolicyRun], result: dict[str, Any]) -> list[dict[str, Any]]:
-    """What the comparison was shown, and what this report is: each folder once, the compared runs in their order."""
+    """Judge results of the comparison and of this report, each folder once, the compared runs in their order."""
     ordered = sorted(runs, key=lambda run: (run.name != result["a"], run.name != result["b"]))
-    known = {Path(found["source"]).resolve() for found in result["judged"]}
-    return result["judged"] + [read_judged(f, ordered) for f in config.judged if Path(f).resolve() not in known]
+    compared = {Path(entry["source"]).resolve() for entry in result["judged"]}
+    return result["judged"] + [read_judged(f, ordered) for f in config.judged if Path(f).resolve() not in compared]
 
 
 def other_judges(folder: Path, result: dict[str, Any]) -> list[Block]:
@@ -191,7 +191,7 @@ def other_judges(folder: Path, result: dict[str, Any]) -> list[Block]:
 def instructions(folder: Path, followed: Sequence[dict[str, Any]], runs: Sequence[PolicyRun]) -> list[Block]:
     if not followed:
         return []
-    picture = compare_plots.ifeval(folder, followed, [run.name for run in runs])
+    picture = compare_plots.ifeval_picture(folder, followed, [run.name for run in runs])
     return [judged_tables.ifeval(followed), Gallery([picture])]
 
 
@@ -201,7 +201,7 @@ def ranks_and_scores(folder: Path, runs: Sequence[PolicyRun]) -> list[Block]:
 
 
 def pick_samples(folder: str, runs: Sequence[PolicyRun], result: dict[str, Any]) -> list[Sample]:
-    """The same prompts before and after, side by side."""
+    """Completions of the same prompts before and after training, side by side."""
     scored = {run.name: [scored_completions(folder, run, i, result) for i in (0, -1)] for run in runs}
     befores = [first for first, _ in scored.values()]
     alike = all(table.texts == befores[0].texts for table in befores)
@@ -213,79 +213,81 @@ def pick_samples(folder: str, runs: Sequence[PolicyRun], result: dict[str, Any])
     chosen = np.unique(np.linspace(0, len(common) - 1, min(SAMPLES, len(common))).round().astype(int))
     return [
         Sample(
-            common[i], columns[0][1].prompts[common[i]], [answer(label, table, common[i]) for label, table in columns]
+            common[i],
+            columns[0][1].prompts[common[i]],
+            [sample_answer(label, table, common[i]) for label, table in columns],
         )
         for i in chosen
     ]
 
 
-def scored_completions(folder: str, run: PolicyRun, which: int, result: dict[str, Any]) -> Completions:
-    """A run's first (0) or last (-1) completions, with the judge's scores where it has been judged."""
+def scored_completions(folder: str, run: PolicyRun, which: int, result: dict[str, Any]) -> CompletionTable:
+    """A run's first (0) or last (-1) completions, with the judge's scores if the run was judged."""
     if run.name not in result["runs"]:
         return run.completions(run.steps[which])
     step = result["runs"][run.name]["steps"][which]["step"]
-    return Completions.from_rows(read_scores(folder, run.name, step), str(Path(folder) / SCORES / run.name))
+    return CompletionTable.from_rows(read_scores(folder, run.name, step), str(Path(folder) / SCORES / run.name))
 
 
-def answer(label: str, table: Completions, prompt_id: int) -> Answer:
+def sample_answer(label: str, table: CompletionTable, prompt_id: int) -> Answer:
     row = next(row for row in table.rows if row["prompt_id"] == prompt_id)
     return Answer(label, row["completion"], row.get("reward"), row.get(JUDGE_SCORE))
 
 
 def difference_sheet(runs: Sequence[PolicyRun]) -> Sheet:
-    rows = [(key, *map(str, values)) for key, values in differences(runs).items()]
+    rows = [(key, *map(str, values)) for key, values in config_differences(runs).items()]
     note = "" if rows else "Every setting but the directory is the same."
     columns = ("setting", *(run.name for run in runs))
     return Sheet("Settings in which the runs differ", columns, rows, note, "differences")
 
 
-def raw(config: ReportConfig, runs: Sequence[PolicyRun], result: dict[str, Any]) -> list[Block]:
-    """The raw numbers: those that the page holds, those that lie beside it, and how to make them again."""
-    held = [("win rates, gains, steps", Path(config.compare) / RESULT, RESULT)]
-    held += [("verdicts of a judge", Path(f["source"]) / JUDGE_RESULT, JUDGE_RESULT) for f in result["judged"]]
-    held += [("IFEval, every outcome", Path(file), Path(file).name) for file in config.ifeval]
-    held += [("summaries, every measure", Path(file), Path(file).name) for file in config.summaries]
-    names = [name for *_, name in held]
+def raw_numbers(config: ReportConfig, runs: Sequence[PolicyRun], result: dict[str, Any]) -> list[Block]:
+    """The raw numbers: downloads inside the page, files beside it, and the commands that reproduce them."""
+    texts_held = [("win rates, gains, steps", Path(config.compare) / COMPARE_JSON, COMPARE_JSON)]
+    texts_held += [("verdicts of a judge", Path(f["source"]) / JUDGE_RESULT, JUDGE_RESULT) for f in result["judged"]]
+    texts_held += [("IFEval, every outcome", Path(file), Path(file).name) for file in config.ifeval]
+    texts_held += [("summaries, every measure", Path(file), Path(file).name) for file in config.summaries]
+    names = [name for *_, name in texts_held]
     texts = [
         (f"{what} ({file})", name if names.count(name) == 1 else f"{i}_{name}", file.read_text(encoding="utf-8"))
-        for i, (what, file, name) in enumerate(held, 1)
+        for i, (what, file, name) in enumerate(texts_held, 1)
         if file.is_file()
     ]
-    return [Downloads(texts), Files(sources(config, runs)), Commands(commands(config, runs, result))]
+    return [Downloads(texts), Files(raw_files(config, runs)), Commands(rerun_commands(config, runs, result))]
 
 
-def sources(config: ReportConfig, runs: Sequence[PolicyRun]) -> list[tuple[str, str]]:
-    """The raw files, by their path from the report."""
-    found = [("win rates, judge scores, gains", Path(config.compare) / RESULT)]
-    found += [("the judge's score of every completion", Path(config.compare) / SCORES)]
+def raw_files(config: ReportConfig, runs: Sequence[PolicyRun]) -> list[tuple[str, str]]:
+    """Descriptions and paths, relative to the report, of the raw files."""
+    files = [("win rates, judge scores, gains", Path(config.compare) / COMPARE_JSON)]
+    files += [("the judge's score of every completion", Path(config.compare) / SCORES)]
     for run in runs:
-        found += [
+        files += [
             (f"{run.name}: training metrics of every step", run.path / METRICS),
             (f"{run.name}: all settings", run.path / "config.yaml"),
             (f"{run.name}: validation completions with their rewards", run.path / "completions"),
         ]
-    found += [
+    files += [
         (f"{path}: accuracy and length baseline", Path(path.partition("@")[0]) / METRICS)
         for path in config.reward_models
     ]
-    return [(what, Path(os.path.relpath(path, config.out)).as_posix()) for what, path in found if path.exists()]
+    return [(what, Path(os.path.relpath(path, config.out)).as_posix()) for what, path in files if path.exists()]
 
 
-def commands(config: ReportConfig, runs: Sequence[PolicyRun], result: dict[str, Any]) -> list[str]:
-    """How to make every number again."""
+def rerun_commands(config: ReportConfig, runs: Sequence[PolicyRun], result: dict[str, Any]) -> list[str]:
+    """The commands that reproduce every number."""
     models = [p.partition("@")[0] for p in config.reward_models if is_run(p)]
     lines = [f"python -m train reward --config {shlex.quote(model)}/config.yaml" for model in models]
     lines += [f"python -m train policy --config {shlex.quote(str(run.path))}/config.yaml" for run in runs]
     a, b = (result["runs"][result[side]]["path"] for side in "ab")
-    words = ["python", "-m", "eval", "compare", a, b, "--judge", result["judge"], "--out", config.compare]
+    compare_again = ["python", "-m", "eval", "compare", a, b, "--judge", result["judge"], "--out", config.compare]
     for option, side, path in (("--name_a", "a", a), ("--name_b", "b", b)):
-        words += [option, result[side]] if Path(path).name != result[side] else []
-    words += ["--seed", str(result["seed"])] if result["seed"] else []
-    already = [found["source"] for found in result["judged"] if found["source"] not in config.judged]
-    words += ["--judged", *already] if already else []
-    again = ["python", "-m", "eval", "report", *config.runs, "--reward_models", *config.reward_models]
-    again += ["--compare", config.compare, "--out", config.out]
+        compare_again += [option, result[side]] if Path(path).name != result[side] else []
+    compare_again += ["--seed", str(result["seed"])] if result["seed"] else []
+    judged = [entry["source"] for entry in result["judged"] if entry["source"] not in config.judged]
+    compare_again += ["--judged", *judged] if judged else []
+    report_again = ["python", "-m", "eval", "report", *config.runs, "--reward_models", *config.reward_models]
+    report_again += ["--compare", config.compare, "--out", config.out]
     for option in ("judged", "ifeval", "summaries"):
-        again += [f"--{option}", *getattr(config, option)] if getattr(config, option) else []
-    again += ["--title", config.title] if config.title else []
-    return [*lines, shlex.join(words), shlex.join(again)]
+        report_again += [f"--{option}", *getattr(config, option)] if getattr(config, option) else []
+    report_again += ["--title", config.title] if config.title else []
+    return [*lines, shlex.join(compare_again), shlex.join(report_again)]

@@ -1,1 +1,1 @@
-"""How long a step takes, and beside other trainers."""
+"""`python -m eval speed`: seconds and memory of a training step, also beside other trainers."""

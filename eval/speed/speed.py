@@ -1,8 +1,8 @@
-"""`python -m eval speed`: how long a step takes, what it needs, and what share of the machine's arithmetic that is.
+"""`python -m eval speed`: seconds and memory of a training step, and its share of the machine's peak arithmetic.
 
-A workload is a network with random weights and prompts of fixed lengths. What is timed is the program itself:
-`python -m train policy` in a process of its own, with nothing in its compilation cache and then with what the first
-process left there. The peak is the best square matrix product on the same machine just before.
+A workload is a network with random weights and prompts of fixed lengths. The timed program is `python -m train policy`
+in a process of its own, first with an empty compilation cache, then with the cache of the first process. The peak is
+the best rate of a square matrix product, measured on the same machine.
 """
 
 import json
@@ -30,7 +30,7 @@ from train.parse import parse
 from train.run.directory import read_metrics
 from train.running import setup_errors
 
-WARMUP = 2  # steps left out of every median
+UNTIMED = 2  # first steps, left out of every median
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,10 +80,10 @@ def parse_speed(arguments: list[str]) -> SpeedConfig:
 
 
 def speed(config: SpeedConfig) -> dict[str, Any]:
-    """Measure a workload, print a table; returns what `--json` holds.
+    """Measures a workload and prints a table; returns the content of `--json`.
 
     Raises:
-      SetupError: the program, or a peer's, did not run to its end.
+      SetupError: the program, or a peer's, failed.
     """
     workload = WORKLOADS[config.workload]
     with setup_errors():
@@ -92,25 +92,25 @@ def speed(config: SpeedConfig) -> dict[str, Any]:
         elif config.against is not None:
             result = compare_with_peers(config, workload)
         else:
-            result = measure(config, workload)
+            result = measure_workload(config, workload)
     if config.json:
         Path(config.json).write_text(json.dumps(result, indent=2) + "\n")
     return result
 
 
-def measure(config: SpeedConfig, workload: Workload) -> dict[str, Any]:
-    """The program on a workload, once cold and once warm."""
+def measure_workload(config: SpeedConfig, workload: Workload) -> dict[str, Any]:
+    """Runs the program on a workload, once cold and once warm."""
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        prepare(workload, work, WARMUP + config.steps)
+        prepare(workload, work, UNTIMED + config.steps)
         cold = run_program(work, max_steps=1)
-        warm = run_program(work, max_steps=WARMUP + config.steps)
+        warm = run_program(work, max_steps=UNTIMED + config.steps)
         rows = load_rows(str(work / "prompts.jsonl"))
         prompts = Tokenizer(work / "tokenizer").encode([row["prompt"] for row in rows])
-        length = round(statistics.median(row["completions/mean_length"] for row in warm.rows[WARMUP:]))
+        length = round(statistics.median(row["completions/mean_length"] for row in warm.rows[UNTIMED:]))
         reward_model_s = score_seconds(workload, work, prompts, length)
     peak, copy = matmul_gflops(workload.dtype), copy_gbytes()
-    timed = warm.rows[WARMUP:]
+    timed = warm.rows[UNTIMED:]
 
     def median(name: str) -> float:
         return statistics.median(row[name] for row in timed)
@@ -142,12 +142,12 @@ def measure(config: SpeedConfig, workload: Workload) -> dict[str, Any]:
         "compilations": warm.compilations,
         "steps": [{name: row[f"timing_s/{name}"] for name in seconds} for row in timed],
     }
-    show(result, workload)
+    print_figures(result, workload)
     return result
 
 
 def compare_with_peers(config: SpeedConfig, workload: Workload) -> dict[str, Any]:
-    """Peer, ours, peer, ours; every one of our cold starts with an empty compilation cache."""
+    """Runs peers and gopo_jax in turn; each cold start of gopo_jax has an empty compilation cache."""
     assert config.against is not None
     turns = [(name, name, python) for name, python in config.peers.items()]
     turns += [("trl_tuned", "trl", config.peers["trl"])] if config.tuned else []
@@ -156,17 +156,17 @@ def compare_with_peers(config: SpeedConfig, workload: Workload) -> dict[str, Any
     lengths |= {"ENDS": END_SHARE} if workload.ends else {}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        prepare(workload, work, WARMUP + config.steps)
+        prepare(workload, work, UNTIMED + config.steps)
         for _ in range(config.rounds):
             for label, name, python in turns:
                 script = Path(config.against).resolve() / SCRIPTS[name]
                 tuned = label != name
-                peers[label].add(run_peer(script, python, work / "peers", config.steps, WARMUP, lengths, tuned=tuned))
+                peers[label].add(run_peer(script, python, work / "peers", config.steps, UNTIMED, lengths, tuned=tuned))
                 shutil.rmtree(work / "xla", ignore_errors=True)
-                mine = run_program(work, WARMUP + config.steps)
+                run = run_program(work, UNTIMED + config.steps)
                 ours.add(
                     Timings(
-                        [row["timing_s/step"] for row in mine.rows[WARMUP:]], [mine.first_step_s], [mine.peak_rss_mib]
+                        [row["timing_s/step"] for row in run.rows[UNTIMED:]], [run.first_step_s], [run.peak_rss_mib]
                     )
                 )
         warm = run_program(work, max_steps=1)
@@ -182,11 +182,11 @@ SWEEPS = {
     "completion": [64, 128, 256, 512],
     "vocab_size": [4096, 16384, 65536, 151_936],
 }
-PARTS = ("step", "generate", "update")
+STEP_PARTS = ("step", "generate", "update")
 
 
 def sweep(workload: Workload, steps: int, picture: Path) -> dict[str, Any]:
-    """Step time against each setting, the others as in the workload."""
+    """Step time against each setting of SWEEPS, the others as in the workload."""
     points: dict[str, list[dict[str, float]]] = {}
     for name, values in SWEEPS.items():
         points[name] = []
@@ -195,14 +195,14 @@ def sweep(workload: Workload, steps: int, picture: Path) -> dict[str, Any]:
                 {name: value} if name != "vocab_size" else {"network": replace(workload.network, vocab_size=value)}
             )
             with tempfile.TemporaryDirectory() as folder:
-                prepare(replace(workload, **changed), Path(folder), WARMUP + steps)
-                run = run_program(Path(folder), WARMUP + steps)
-            timed = run.rows[WARMUP:]
-            parts = {part: statistics.median(row[f"timing_s/{part}"] for row in timed) for part in PARTS}
+                prepare(replace(workload, **changed), Path(folder), UNTIMED + steps)
+                run = run_program(Path(folder), UNTIMED + steps)
+            timed = run.rows[UNTIMED:]
+            parts = {part: statistics.median(row[f"timing_s/{part}"] for row in timed) for part in STEP_PARTS}
             points[name].append({"value": value, **parts, "peak_rss_mib": run.peak_rss_mib})
             console.print(
                 f"{name:16}{value:8d}  "
-                + "  ".join(f"{part} {parts[part]:7.3f} s" for part in PARTS)
+                + "  ".join(f"{part} {parts[part]:7.3f} s" for part in STEP_PARTS)
                 + f"  {run.peak_rss_mib:6.0f} MiB",
                 highlight=False,
             )
@@ -211,13 +211,13 @@ def sweep(workload: Workload, steps: int, picture: Path) -> dict[str, Any]:
 
 
 def draw_sweep(points: dict[str, list[dict[str, float]]], picture: Path) -> None:
-    """One panel for each setting, seconds of a step and of its parts, on logarithmic axes."""
+    """Draws a panel for each setting: seconds of a step and of its parts, on logarithmic axes."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 6.4), layout="constrained")
     for axes, (name, rows) in zip(figure.subplots(2, 2).flat, points.items(), strict=True):
         values = [row["value"] for row in rows]
-        for part, marker in zip(PARTS, "os^", strict=False):
+        for part, marker in zip(STEP_PARTS, "os^", strict=False):
             axes.plot(values, [row[part] for row in rows], marker=marker, label=part)
         axes.plot(values, [rows[0]["step"] * value / values[0] for value in values], ":", color="0.6", label="linear")
         axes.set(xscale="log", yscale="log", xlabel=name, ylabel="seconds")
@@ -229,7 +229,7 @@ def draw_sweep(points: dict[str, list[dict[str, float]]], picture: Path) -> None
     figure.savefig(picture, dpi=120)
 
 
-def show(result: dict[str, Any], workload: Workload) -> None:
+def print_figures(result: dict[str, Any], workload: Workload) -> None:
     P, G = workload.prompts_per_step, workload.num_generations
     console.print(
         f"{result['workload']}: {P} prompts of at most {workload.prompt} tokens, {G} completions of at most "
@@ -254,20 +254,20 @@ def show(result: dict[str, Any], workload: Workload) -> None:
 
 
 @dataclass
-class Measured:
-    """What a run of the program left behind."""
+class RunFigures:
+    """Figures of one run of the program."""
 
-    rows: list[dict[str, float]]  # metrics, one row a step
+    rows: list[dict[str, float]]  # metrics, one row per step
     first_step_s: float  # from the start of the process to the end of its first step
     peak_rss_mib: float
-    compilations: dict[str, int]  # in the whole run, and in its timed steps
+    compilations: dict[str, int]  # "all": in the whole run; "timed": in its timed steps
 
 
-def run_program(work: Path, max_steps: int) -> Measured:
-    """`python -m train policy` on a prepared workload, from scratch, with the workload's own compilation cache.
+def run_program(work: Path, max_steps: int) -> RunFigures:
+    """Runs `python -m train policy` on a prepared workload, from scratch, with the workload's compilation cache.
 
     Raises:
-      ValueError: it failed; the message has the end of what it printed.
+      ValueError: the program failed; the message ends with its last output.
     """
     shutil.rmtree(work / "run", ignore_errors=True)
     command = [sys.executable, "-m", "train", "policy", "--config", str(work / "config.yaml")]
@@ -279,18 +279,18 @@ def run_program(work: Path, max_steps: int) -> Measured:
     )
     log: list[tuple[float, str]] = []
 
-    def read() -> None:
+    def read_log() -> None:
         assert process.stderr is not None
         log.extend((time.monotonic(), line.decode(errors="replace")) for line in process.stderr)
 
-    reader = threading.Thread(target=read)
+    reader = threading.Thread(target=read_log)
     reader.start()
-    ends: list[float] = []  # of steps
+    ends: list[float] = []  # times at which steps ended
     ended, status, usage = 0, 0, None
-    while not ended:  # not by Popen's own means, which do not tell the memory
+    while not ended:  # os.wait4 also returns the peak memory, Popen.wait does not
         ended, status, usage = os.wait4(process.pid, os.WNOHANG)
-        found = sum(row["step"] > 0 for row in read_metrics(work / "run"))
-        ends += [time.monotonic()] * (found - len(ends))
+        steps = sum(row["step"] > 0 for row in read_metrics(work / "run"))
+        ends += [time.monotonic()] * (steps - len(ends))
         time.sleep(0.01)
     process.returncode = os.waitstatus_to_exitcode(status)
     reader.join()
@@ -300,8 +300,8 @@ def run_program(work: Path, max_steps: int) -> Measured:
         tail = "".join(line for _, line in log[-5:]).strip()
         raise ValueError(f"{' '.join(command)}: failed ({process.returncode}): {tail}")
     compiled = [at for at, line in log if re.search(r"Finished XLA compilation", line)]
-    timed = ends[min(WARMUP, len(ends)) - 1]
-    return Measured(
+    timed = ends[min(UNTIMED, len(ends)) - 1]
+    return RunFigures(
         [row for row in read_metrics(work / "run") if row["step"] > 0],
         ends[0] - began,
         usage.ru_maxrss / 1024,
@@ -310,7 +310,7 @@ def run_program(work: Path, max_steps: int) -> Measured:
 
 
 def score_seconds(workload: Workload, work: Path, prompts: list[list[int]], length: int, repeats: int = 5) -> float:
-    """Median seconds in which a reward model with random weights scores one batch of such completions."""
+    """Median seconds for a reward model with random weights to score one batch of such completions."""
     from flax import nnx
 
     from models.hf_weights import save_pretrained
@@ -333,7 +333,7 @@ def score_seconds(workload: Workload, work: Path, prompts: list[list[int]], leng
 
 
 def copy_gbytes(repeats: int = 9) -> float:
-    """The median rate at which 256 MiB are read and written, 10^9 bytes per second."""
+    """Median rate of reading and writing 256 MiB, in 10^9 bytes per second."""
     import jax
     import jax.numpy as jnp
 
@@ -347,7 +347,7 @@ def copy_gbytes(repeats: int = 9) -> float:
 
 
 def matmul_gflops(dtype: str, repeats: int = 9) -> float:
-    """The best median rate of a square matrix product, 10^9 floating point operations per second."""
+    """Best median rate of a square matrix product, in 10^9 floating point operations per second."""
     import jax
     import jax.numpy as jnp
 

@@ -10,22 +10,22 @@ import yaml
 from models.config import Qwen3Config
 from models.tokenizer import Tokenizer, train_bpe
 
-SMALL = Qwen3Config(4096, 256, 768, 4, 8, 4, 32, tie_word_embeddings=True)
-END_SHARE = 100  # w3: every so many ids one ends a completion, so lengths are geometric with this mean
+SMALL_NETWORK = Qwen3Config(4096, 256, 768, 4, 8, 4, 32, tie_word_embeddings=True)
+END_SHARE = 100  # w3: every END_SHARE-th token id ends a completion, so lengths are geometric with this mean
 
 
 @dataclass(frozen=True)
 class Workload:
-    """P prompts of at most `prompt` tokens (the first of every step has just as many), G completions of each."""
+    """P prompts of at most `prompt` tokens (the first of every step has exactly `prompt`), G completions of each."""
 
     prompt: int
     completion: int
-    network: Qwen3Config = SMALL
+    network: Qwen3Config = SMALL_NETWORK
     prompts_per_step: int = 8
     num_generations: int = 8
     microbatch_prompts: int = 8
     dtype: str = "float32"
-    ends: bool = False  # completions end by themselves, most of them early
+    ends: bool = False  # completions may end early
 
 
 def _qwen3(width: int, mlp: int, layers: int, heads: int, tied: bool, microbatch_prompts: int) -> Workload:
@@ -45,17 +45,17 @@ WORKLOADS = {
 
 
 def even_share(prompts: list[str], completions: list[str]) -> list[float]:
-    """The reward of the workloads: the share of a completion's characters with an even code point."""
+    """Reward of the workloads: share of a completion's characters with an even code point."""
     return [sum(ord(c) % 2 == 0 for c in text) / max(len(text), 1) for text in completions]
 
 
 def prepare(workload: Workload, work: Path, steps: int) -> None:
-    """Tokenizer, prompts and config of a workload, from the source texts of Python's own library."""
+    """Writes tokenizer, prompts and config of a workload, made from the source files of Python's standard library."""
     texts = [
         file.read_text(encoding="utf-8", errors="ignore")
         for file in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:80]
     ]
-    tokenizer_size = min(SMALL.vocab_size, workload.network.vocab_size)
+    tokenizer_size = min(SMALL_NETWORK.vocab_size, workload.network.vocab_size)
     train_bpe(texts, work / "tokenizer", tokenizer_size)
     tokenizer = Tokenizer(work / "tokenizer")
     if workload.ends:
@@ -65,10 +65,10 @@ def prepare(workload: Workload, work: Path, steps: int) -> None:
     count, shortest = workload.prompts_per_step * 8, workload.prompt // 2
     span = max(2000, 8 * workload.prompt)
     for piece in (text[start : start + span] for text in texts for start in range(0, len(text) - span, span)):
-        wanted = workload.prompt if len(rows) % workload.prompts_per_step == 0 else None
-        wanted = wanted or shortest + 7 * len(rows) % (workload.prompt - shortest + 1)
-        prompt = tokenizer.hf.decode(tokenizer.encode([piece])[0][:wanted])
-        if len(tokenizer.encode([prompt])[0]) == wanted:
+        length = workload.prompt if len(rows) % workload.prompts_per_step == 0 else None
+        length = length or shortest + 7 * len(rows) % (workload.prompt - shortest + 1)
+        prompt = tokenizer.hf.decode(tokenizer.encode([piece])[0][:length])
+        if len(tokenizer.encode([prompt])[0]) == length:
             rows.append({"prompt": prompt})
         if len(rows) == count:
             break

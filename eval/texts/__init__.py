@@ -1,1 +1,1 @@
-"""Completions of a policy: drawn, scored and measured, from JSONL to JSONL."""
+"""Completions of a policy: sampled, scored and measured, from JSONL to JSONL."""

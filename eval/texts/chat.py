@@ -1,8 +1,8 @@
-"""Talk to a policy in the terminal, or by lines on standard input.
+"""`python -m eval chat`: talk to a policy in the terminal, or by lines on standard input.
 
-A line is what the user says; the whole conversation goes through the model's chat template, and the answer is printed
-when it is complete. A model without a chat template goes on with each line as plain text. A line that begins with "/"
-is a command; see HELP. The same seed and the same lines give the same answers.
+Each line is a user message; the model's chat template renders the whole conversation, and the complete answer is
+printed. A model without a chat template continues each line as plain text. A line that begins with "/" is a command;
+see HELP. The same seed and the same lines give the same answers.
 """
 
 import math
@@ -62,7 +62,7 @@ def parse_chat(arguments: list[str]) -> TalkConfig:
 
 
 def chat(config: TalkConfig) -> None:
-    """Read lines and answer them until there are no more."""
+    """Answers lines until the input ends."""
     with setup_errors():
         check_loadable(config.checkpoint)
         layout = make_layout_for(config.mesh)
@@ -70,21 +70,21 @@ def chat(config: TalkConfig) -> None:
         tokenizer = Tokenizer(tokenizer_path(config.checkpoint), settings.enable_thinking)
         generator, params = load_policy(config, tokenizer, layout)
     generator.sampling = generator.sampling._replace(temperature=config.temperature)
-    talk = Talk(config, settings, generator, params)
+    talk = Conversation(config, settings, generator, params)
     how = "goes on with each line as plain text" if talk.plain else "answers"
     console.print(f"{resolve_step(config.checkpoint)} {how}; /help lists the commands", markup=False)
-    for line in lines():
+    for line in input_lines():
         if line.strip() == "/quit":
             return
         if line.strip():
             console.print(talk.hear(line), markup=False, highlight=False)
 
 
-def lines() -> Iterator[str]:
-    """What is typed, with a prompt on a terminal; else the lines of standard input."""
+def input_lines() -> Iterator[str]:
+    """Yields lines from the terminal, with a prompt, or from standard input."""
     if not sys.stdin.isatty():
-        given: Iterable[str] = sys.stdin
-        yield from (line.rstrip("\n") for line in given)
+        stdin: Iterable[str] = sys.stdin
+        yield from (line.rstrip("\n") for line in stdin)
         return
     while True:
         try:
@@ -93,8 +93,8 @@ def lines() -> Iterator[str]:
             return
 
 
-class Talk:
-    """A conversation so far."""
+class Conversation:
+    """A conversation with a policy, and its commands."""
 
     def __init__(self, config: TalkConfig, chat: ChatConfig, generator: Generator, params: Any) -> None:
         self.config, self.generator, self.params = config, generator, params
@@ -103,31 +103,31 @@ class Talk:
         self.reset()
 
     def reset(self) -> None:
-        self.said: list[dict[str, str]] = []
-        self.turn = 0  # answers since then, each with a key of its own
+        self.messages: list[dict[str, str]] = []
+        self.turn = 0  # number of answers since the reset; each has its own key
 
     def hear(self, line: str) -> str:
-        """What to print of a line: the answer, or what a command did."""
+        """Answers a line, or obeys it as a command; returns the text to print."""
         return self.obey(line) if line.startswith("/") else self.answer(line)
 
     def answer(self, line: str) -> str:
         system = [{"role": "system", "content": self.system}] if self.system is not None else []
         user = {"role": "user", "content": line}
-        prompt: Prompt = line if self.plain else [*system, *self.said, user]
+        prompt: Prompt = line if self.plain else [*system, *self.messages, user]
         longest = self.config.max_prompt_length
         try:
             length = len(self.generator.tokenizer.prompt_ids([prompt])[0])
-        except ValueError as error:  # of the chat template
+        except ValueError as error:  # from the chat template
             return f"error: {error}"
         if length > longest:
             return (
                 f"error: {length} tokens with this line, more than max_prompt_length = {longest}; /reset forgets them"
             )
         key: jax.Array = stream_key(self.seed, EVALUATION, self.turn)
-        drawn = self.generator.complete(self.params, [prompt], key, 1, 1)
-        text, self.turn = drawn.texts_PG[0][0], self.turn + 1
-        self.said += [user, {"role": "assistant", "content": text}]
-        return text if drawn.finished_PG[0, 0] else f"{text} [cut: {self.config.max_completion_length} tokens]"
+        rollout = self.generator.complete(self.params, [prompt], key, 1, 1)
+        text, self.turn = rollout.texts_PG[0][0], self.turn + 1
+        self.messages += [user, {"role": "assistant", "content": text}]
+        return text if rollout.finished_PG[0, 0] else f"{text} [cut: {self.config.max_completion_length} tokens]"
 
     def obey(self, line: str) -> str:
         command, _, value = line.strip().partition(" ")

@@ -1,16 +1,16 @@
-"""Completions of a policy, to JSONL: at each temperature n of each prompt.
+"""`python -m eval generate`: samples n completions per prompt and temperature from a policy, to JSONL.
 
-A row is {prompt_id, prompt, completion, length, temperature, sample, stop_reason, seed, checkpoint} and what else the
-data has: `prompt_id` is the row's number in the data, `length` is in tokens with the one that ended it, `stop_reason`
-is "stop" (the policy ended) or "length" (it was cut), `sample` counts a prompt's completions at a temperature from 0.
-Rows are in the order of temperatures, then prompts, then samples.
+A row is {prompt_id, prompt, completion, length, temperature, sample, stop_reason, seed, checkpoint} and the data's
+other columns: `prompt_id` is the row's number in the data, `length` counts tokens with the end token, `stop_reason` is
+"stop" (the policy ended) or "length" (cut), `sample` numbers a prompt's completions at a temperature from 0. Rows are
+in the order of temperatures, then prompts, then samples.
 
-What is drawn depends on the policy, the sampling settings, the seed and (prompt_id, temperature, sample) alone: not on
-`n`, `batch_prompts`, `limit` or the devices, but for rounding. The same seed gives every checkpoint and every
-temperature the same random numbers, so that what differs between them is theirs.
+A completion depends only on the policy, the sampling settings, the seed and (prompt_id, temperature, sample): not on
+`n`, `batch_prompts`, `limit` or the devices, except for rounding. The same seed gives every checkpoint and every
+temperature the same random numbers, so that differences between them are not due to the draw.
 
-Killed and started again, it goes on where it was (see `eval.texts.resumable`). On several processes each draws its
-share on its devices, and the first one writes.
+A restarted program resumes its file (see `eval.texts.resumable`). Each process samples its share on its own devices;
+process 0 writes.
 """
 
 import hashlib
@@ -51,11 +51,11 @@ from train.parse import parse
 from train.running import setup_errors
 from train.state import EVALUATION, stream_key
 
-MOST = 1024  # completions of a prompt at a temperature: row * MOST + sample is the number of a random stream
+MAX_SAMPLES = 1024  # completions of a prompt at a temperature: row * MAX_SAMPLES + sample numbers a random stream
 STREAMS = 2**32
-OURS = ("completion", "length", "temperature", "sample", "stop_reason", "seed", "checkpoint", "prompt_id", "prompt")
-# What changes no row, or is in the hash of the data.
-_MAY_CHANGE = ("out", "overwrite", "batch_prompts", "mesh", "checkpoint", "data", "split", "columns", "limit", "chat")
+ROW_KEYS = ("completion", "length", "temperature", "sample", "stop_reason", "seed", "checkpoint", "prompt_id", "prompt")
+# Settings that change no row, or that the hashes and the checkpoint's exact name cover.
+_IRRELEVANT = ("out", "overwrite", "batch_prompts", "mesh", "checkpoint", "data", "split", "columns", "limit", "chat")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,8 +95,8 @@ class GenerateConfig:
                 f"temperatures: at 0 the {self.n} completions of a prompt would be one and the same; expected n = 1, "
                 f"or temperatures above 0"
             )
-        if self.n > MOST:
-            raise ValueError(f"n: expected at most {MOST}, got {self.n}")
+        if self.n > MAX_SAMPLES:
+            raise ValueError(f"n: expected at most {MAX_SAMPLES}, got {self.n}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p: expected a number in (0, 1], got {self.top_p}")
         if self.limit is not None and self.limit < 1:
@@ -108,29 +108,29 @@ def parse_generate(arguments: list[str]) -> GenerateConfig:
 
 
 def generate(config: GenerateConfig) -> list[Row]:
-    """Write the completions to `config.out`; returns its rows (of several processes, to the first).
+    """Writes the completions to `config.out`, and returns its rows on process 0 ([] elsewhere).
 
     Raises:
-      SetupError: a mistake in the settings or the data, before anything is drawn.
+      SetupError: invalid settings or data, before anything is sampled.
     """
     with setup_errors():
         check_out(config.out, config.data, several=True)
-        check_loadable(config.checkpoint)  # first: of a wrong name, that there is no tokenizer is half the story
+        check_loadable(config.checkpoint)  # first: a wrong name would otherwise be reported as a missing tokenizer
         layout = make_layout_for(config.mesh, config.batch_prompts)
         chat = config.chat or trained_chat(config.checkpoint)
         tokenizer = Tokenizer(tokenizer_path(config.checkpoint), chat.enable_thinking)
-        rows = load_prompts(config, tokenizer, chat)
+        rows = load_fitting_prompts(config, tokenizer, chat)
         file = GrowingFile(config.out, settings_of(config, chat, rows), overwrite=config.overwrite)
         if file.complete:
             console.print(f"{config.out}: is complete, made with the same settings", markup=False)
             return file.finish()
         generator, params = load_policy(config, tokenizer, layout)
-    draw_all(config, file, generator, params, rows)
+    sample_all(config, file, generator, params, rows)
     return file.finish()
 
 
 class PolicySettings(Protocol):
-    """What `load_policy` has to know: GenerateConfig and eval.texts.chat's TalkConfig say it."""
+    """The settings that `load_policy` reads from GenerateConfig or eval.texts.chat's TalkConfig."""
 
     @property
     def checkpoint(self) -> str: ...
@@ -147,10 +147,10 @@ class PolicySettings(Protocol):
 
 
 def load_policy(config: PolicySettings, tokenizer: Tokenizer, layout: Layout) -> tuple[Generator, Any]:
-    """A policy with its sampler, and what it samples from.
+    """Loads a policy; returns its sampler and the weights to sample from.
 
     Raises:
-      ValueError: a reward model, or one with too few embeddings for the tokenizer.
+      ValueError: a reward model, or a policy with too few embeddings for the tokenizer.
     """
     model = load_model(config.checkpoint, mesh=layout, dtype=config.dtype)
     if not isinstance(model, Qwen3):
@@ -169,30 +169,30 @@ def load_policy(config: PolicySettings, tokenizer: Tokenizer, layout: Layout) ->
     return generator, generator.sampling_weights(params)
 
 
-def draw_all(
+def sample_all(
     config: GenerateConfig, file: GrowingFile, generator: Generator, params: Any, rows: Sequence[tuple[int, Row]]
 ) -> None:
-    """Draw what is not in the file yet, batch by batch."""
+    """Samples the completions that the file lacks, batch by batch."""
     key = stream_key(config.seed, EVALUATION, 0)
     origin = {"seed": config.seed, "checkpoint": resolve_step(config.checkpoint)}
     total = len(rows) * len(config.temperatures) * config.n
-    done = skipped(config, file.rows, len(rows))
+    done = whole_batches(config, file.rows, len(rows))
     file.keep(sum(size for _, _, size in islice(batches(config, len(rows)), done)))
     if file.rows:
         console.print(f"{config.out}: goes on behind {file.rows} of {total} completions", markup=False)
     ways = generator.layout.shard_count("prompt")
-    size = min(config.batch_prompts, -(-len(rows) // ways) * ways)  # no room for prompts that do not exist
+    size = min(config.batch_prompts, -(-len(rows) // ways) * ways)  # no padding beyond the prompts
     began, tokens, cut, first = time.perf_counter(), 0, 0, file.rows
     with progress_bar() as bar:
         task = bar.add_task(Path(config.out).name, total=total, completed=file.rows)
         for temperature, start, _ in islice(batches(config, len(rows)), done, None):
-            part = rows[start : start + config.batch_prompts]
-            streams_PG = np.array([[i * MOST + g for g in range(config.n)] for i, _ in part], np.uint32)
+            batch = rows[start : start + config.batch_prompts]
+            streams_PG = np.array([[i * MAX_SAMPLES + g for g in range(config.n)] for i, _ in batch], np.uint32)
             generator.sampling = generator.sampling._replace(temperature=temperature)
-            prompts = [row["prompt"] for _, row in part]
-            drawn = generator.complete(params, prompts, key, config.n, size, streams_PG)
-            file.append(list(as_rows(part, drawn, temperature, origin)))
-            tokens, cut = tokens + int(drawn.lengths_PG.sum()), cut + int((~drawn.finished_PG).sum())
+            prompts = [row["prompt"] for _, row in batch]
+            rollouts = generator.complete(params, prompts, key, config.n, size, streams_PG)
+            file.append(list(completion_rows(batch, rollouts, temperature, origin)))
+            tokens, cut = tokens + int(rollouts.lengths_PG.sum()), cut + int((~rollouts.finished_PG).sum())
             bar.update(task, completed=file.rows)
     new, seconds = file.rows - first, time.perf_counter() - began
     console.print(
@@ -203,51 +203,51 @@ def draw_all(
 
 
 def batches(config: GenerateConfig, count: int) -> Iterator[tuple[float, int, int]]:
-    """Temperature, first prompt and number of rows of each batch, in the file's order."""
+    """Yields temperature, first prompt and number of rows of each batch, in the file's order."""
     for temperature in config.temperatures:
         for start in range(0, count, config.batch_prompts):
             yield temperature, start, min(config.batch_prompts, count - start) * config.n
 
 
-def skipped(config: GenerateConfig, rows: int, count: int) -> int:
-    """How many batches so many rows hold from the beginning, whole."""
-    held = 0
+def whole_batches(config: GenerateConfig, rows: int, count: int) -> int:
+    """Number of complete batches in the first `rows` rows."""
+    complete = 0
     for _, _, size in batches(config, count):
         rows -= size
         if rows < 0:
             break
-        held += 1
-    return held
+        complete += 1
+    return complete
 
 
-def as_rows(
-    part: Sequence[tuple[int, Row]], drawn: Completions, temperature: float, origin: Mapping[str, Any]
+def completion_rows(
+    batch: Sequence[tuple[int, Row]], rollouts: Completions, temperature: float, origin: Mapping[str, Any]
 ) -> Iterator[Row]:
-    for p, (prompt_id, row) in enumerate(part):
-        others = {name: value for name, value in row.items() if name not in OURS}
-        for g, text in enumerate(drawn.texts_PG[p]):
+    for p, (prompt_id, row) in enumerate(batch):
+        columns = {name: value for name, value in row.items() if name not in ROW_KEYS}
+        for g, text in enumerate(rollouts.texts_PG[p]):
             yield {
                 "prompt_id": prompt_id,
                 "prompt": row["prompt"],
                 "completion": text,
-                "length": int(drawn.lengths_PG[p, g]),
+                "length": int(rollouts.lengths_PG[p, g]),
                 "temperature": temperature,
                 "sample": g,
-                "stop_reason": "stop" if drawn.finished_PG[p, g] else "length",
+                "stop_reason": "stop" if rollouts.finished_PG[p, g] else "length",
                 **origin,
-                **others,
+                **columns,
             }
 
 
 def trained_chat(checkpoint: str) -> ChatConfig:
-    """How the prompts of a run were rendered."""
+    """The chat settings that a run was trained with; the defaults for a model directory."""
     if not is_run(checkpoint):
         return ChatConfig()
     return ChatConfig(**read_about(checkpoint)["run"].get("chat", {}))
 
 
-def load_prompts(config: GenerateConfig, tokenizer: Tokenizer, chat: ChatConfig) -> list[tuple[int, Row]]:
-    """The rows whose prompt fits, with their number in the data; the prompt as it is asked is in column "prompt"."""
+def load_fitting_prompts(config: GenerateConfig, tokenizer: Tokenizer, chat: ChatConfig) -> list[tuple[int, Row]]:
+    """Loads (prompt_id, row) of the prompts that fit; column "prompt" holds the prompt as it is asked."""
     column = config.prompt_column
     loaded = load_rows(config.data, config.split, config.columns, "columns")[: config.limit]
     rows = normalize_prompts(loaded, config.data, column, chat, "--prompt_column")
@@ -255,9 +255,11 @@ def load_prompts(config: GenerateConfig, tokenizer: Tokenizer, chat: ChatConfig)
     if len(fit) < len(rows):
         longer = f"longer than {config.max_prompt_length} tokens"
         console.print(f"{config.data}: {len(rows) - len(fit)} of {len(rows)} prompts left out, {longer}", markup=False)
-    if fit[-1] >= STREAMS // MOST:
-        raise ValueError(f"{config.data}: expected at most {STREAMS // MOST} rows, got {len(rows)}; --limit them")
-    clashing = sorted({name for row in rows for name in row} & {*OURS} - {"prompt_id", column})
+    if fit[-1] >= STREAMS // MAX_SAMPLES:
+        raise ValueError(
+            f"{config.data}: expected at most {STREAMS // MAX_SAMPLES} rows, got {len(rows)}; --limit them"
+        )
+    clashing = sorted({name for row in rows for name in row} & {*ROW_KEYS} - {"prompt_id", column})
     if clashing:
         console.print(
             f"{config.data}: its columns {', '.join(clashing)} are not carried along: the completions' own have these "
@@ -269,7 +271,7 @@ def load_prompts(config: GenerateConfig, tokenizer: Tokenizer, chat: ChatConfig)
 
 
 def settings_of(config: GenerateConfig, chat: ChatConfig, rows: Sequence[tuple[int, Row]]) -> dict[str, Any]:
-    """All that the file's rows depend on."""
+    """Every setting that the file's rows depend on."""
     digest = hashlib.sha256()
     for i, row in rows:
         digest.update(as_line({"prompt_id": i} | row).encode())
@@ -278,21 +280,21 @@ def settings_of(config: GenerateConfig, chat: ChatConfig, rows: Sequence[tuple[i
         "weights": weights_hash(config.checkpoint),
         "data": digest.hexdigest(),
         "chat": asdict(chat),
-        **{name: value for name, value in asdict(config).items() if name not in _MAY_CHANGE},
+        **{name: value for name, value in asdict(config).items() if name not in _IRRELEVANT},
     }
 
 
 def weights_hash(checkpoint: str) -> str | None:
-    """Tells a model from one that has taken its place, by a few bytes of its files; None of a name on the Hub."""
-    if is_run(checkpoint):  # Orbax notes when it wrote a step
+    """Hashes a few bytes of a model's files, to notice replaced weights; None for a name on the Hub."""
+    if is_run(checkpoint):  # Orbax writes a time stamp with each step
         run, step = find_step(checkpoint)
-        ends = [(checkpoints_folder(run) / str(step) / "_CHECKPOINT_METADATA").read_bytes()]
+        pieces = [(checkpoints_folder(run) / str(step) / "_CHECKPOINT_METADATA").read_bytes()]
     elif Path(checkpoint).is_dir():
         files = sorted(file for file in Path(checkpoint).iterdir() if re.search(r"\.(json|safetensors)$", file.name))
-        ends = [part for file in files for part in _both_ends(file)]
+        pieces = [part for file in files for part in _both_ends(file)]
     else:
         return None
-    return hashlib.sha256(b"\0".join(ends)).hexdigest()
+    return hashlib.sha256(b"\0".join(pieces)).hexdigest()
 
 
 def _both_ends(file: Path, size: int = 1 << 16) -> Iterator[bytes]:

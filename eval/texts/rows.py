@@ -1,7 +1,4 @@
-"""Rows of responses as the evaluations of texts read them, and the file that an evaluation writes.
-
-`python -m eval generate` writes such rows, or anyone else.
-"""
+"""Reads rows of responses, from `python -m eval generate` or any other source, and checks the file to write."""
 
 import json
 import math
@@ -16,63 +13,63 @@ from train.run.files import write_whole
 
 
 def check_out(out: str, *others: str, several: bool = False) -> None:
-    """Refuse, before anything is computed, a file that cannot be written, or would replace another one in use.
+    """Refuses, before anything is computed, an output file that cannot be written or would replace a file in use.
 
     Args:
-      others: what is read, and what else is written; names that are no files, such as a Hub data set's, are none.
-      several: this may be one of several processes, of which the first alone writes.
+      others: files that are read or also written; names that are not files, such as a Hub data set's, are allowed.
+      several: this may be one of several processes; only process 0 writes.
 
     Raises:
-      ValueError: see above.
+      ValueError: the file is refused.
     """
-    refused = broadcast_from_first(lambda: _refused(out, others)) if several else _refused(out, others)
+    refused = broadcast_from_first(lambda: _write_problem(out, others)) if several else _write_problem(out, others)
     if refused:
         raise ValueError(refused)
 
 
-def _refused(out: str, others: Sequence[str]) -> str | None:
+def _write_problem(out: str, others: Sequence[str]) -> str | None:
     file = Path(out)
     if file.is_dir():
         return f"{out}: is a directory; expected the name of a file to write"
-    there = next((other for other in others if Path(other).resolve() == file.resolve()), None)
-    if there is not None:
-        return f"{out}: is the same file as {there}, which it would replace; name another file to write"
-    above = next(parent for parent in file.absolute().parents if parent.exists())
-    if not above.is_dir():
-        return f"{out}: cannot be written, {above} is a file; expected a directory there, or another file to write"
-    if not os.access(above, os.W_OK | os.X_OK):
-        return f"{out}: cannot be written, {above} does not permit it; name a file in another directory"
+    clash = next((other for other in others if Path(other).resolve() == file.resolve()), None)
+    if clash is not None:
+        return f"{out}: is the same file as {clash}, which it would replace; name another file to write"
+    parent = next(parent for parent in file.absolute().parents if parent.exists())
+    if not parent.is_dir():
+        return f"{out}: cannot be written, {parent} is a file; expected a directory there, or another file to write"
+    if not os.access(parent, os.W_OK | os.X_OK):
+        return f"{out}: cannot be written, {parent} does not permit it; name a file in another directory"
     return None
 
 
 def write_json(out: str, result: Mapping[str, Any]) -> None:
-    """A result as one line of JSON, whole, in a directory that is made if need be."""
+    """Writes a result as one line of JSON, atomically; creates the directory."""
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     write_whole(Path(out), json.dumps(result, ensure_ascii=False) + "\n")
 
 
-def asked(prompt: Any) -> str:
-    """What a prompt asks: itself, or of chat messages the last one of the user.
+def user_text(prompt: Any) -> str:
+    """The text that a prompt asks: a text prompt, or the last user message of a chat.
 
     Raises:
-      ValueError: neither text nor messages with one of the user.
+      ValueError: neither text nor chat messages with a user message.
     """
     if isinstance(prompt, str):
         return prompt
-    said = [m.get("content") for m in prompt if isinstance(m, dict)] if isinstance(prompt, list) else []
-    users = [text for text, m in zip(said, prompt, strict=True) if m.get("role") == "user"] if said else []
+    contents = [m.get("content") for m in prompt if isinstance(m, dict)] if isinstance(prompt, list) else []
+    users = [text for text, m in zip(contents, prompt, strict=True) if m.get("role") == "user"] if contents else []
     if not users or not isinstance(users[-1], str):
         raise ValueError(f"expected a prompt that is text, or chat messages with a user's, got {str(prompt)[:80]!r}")
     return users[-1]
 
 
-def answered(row: Row) -> str:
-    """A row's response; null is an empty one. Of a row with a prompt_id it is "completion", of others "response".
+def response_text(row: Row) -> str:
+    """A row's response: column "completion" if the row has a prompt_id, else "response"; null is the empty text.
 
-    A row that has only one of the two columns means that one.
+    A row with only one of the two columns uses that column.
 
     Raises:
-      ValueError: it has none, or it is not text.
+      ValueError: the row has neither column, or the response is not text.
     """
     names = [name for name in ("completion", "response") if name in row]
     if not names:
@@ -87,35 +84,35 @@ def answered(row: Row) -> str:
     return text
 
 
-def read(rows: Sequence[Any], source: str, what: Callable[[Any], Any]) -> list[Any]:
-    """what(row) of every row; its errors say which row."""
-    found = []
+def map_rows(rows: Sequence[Any], source: str, function: Callable[[Any], Any]) -> list[Any]:
+    """Applies `function` to every row; errors name the row."""
+    values = []
     for number, row in enumerate(rows, 1):
         try:
-            found.append(what(row))
+            values.append(function(row))
         except ValueError as error:
             raise ValueError(f"{source}: row {number}: {error}") from error
-    return found
+    return values
 
 
-def prompt_of(row: Row) -> str:
-    """The text that a row asks.
+def prompt_text(row: Row) -> str:
+    """The text that a row's prompt asks.
 
     Raises:
-      ValueError: it has no prompt.
+      ValueError: the row has no prompt.
     """
     if row.get("prompt") is None:
         raise ValueError(f"has no 'prompt'; its columns are {', '.join(row) or '(none)'}")
-    return asked(row["prompt"])
+    return user_text(row["prompt"])
 
 
-def squeezed(text: str) -> str:
-    """The text with its white space, of whatever kind, as single blanks and none at its ends."""
+def squeeze_blanks(text: str) -> str:
+    """Replaces every run of white space by one blank, and strips the ends."""
     return " ".join(text.split())
 
 
 def groups_of(keys: Iterable[Hashable]) -> list[list[int]]:
-    """The numbers of the rows of each key, in the order of its first row."""
+    """Row indices of each key, in the order of first appearance."""
     groups: dict[Hashable, list[int]] = {}
     for i, key in enumerate(keys):
         groups.setdefault(key, []).append(i)
@@ -123,15 +120,15 @@ def groups_of(keys: Iterable[Hashable]) -> list[list[int]]:
 
 
 def temperature_of(row: Row) -> float | None:
-    """A row's temperature; None where it has none, or something that is no finite number."""
-    given = row.get("temperature")
-    if not isinstance(given, int | float) or isinstance(given, bool) or not math.isfinite(given):
+    """A row's temperature; None if it is missing or not a finite number."""
+    temperature = row.get("temperature")
+    if not isinstance(temperature, int | float) or isinstance(temperature, bool) or not math.isfinite(temperature):
         return None
-    return float(given)
+    return float(temperature)
 
 
-def by_temperature(rows: Sequence[Row]) -> dict[str, list[int]]:
-    """The numbers of the rows at each temperature, in rising order; nothing where rows have none."""
+def rows_by_temperature(rows: Sequence[Row]) -> dict[str, list[int]]:
+    """Row indices at each temperature, in rising order; rows without a temperature are left out."""
     groups: dict[float, list[int]] = {}
     for i, row in enumerate(rows):
         if (temperature := temperature_of(row)) is not None:

@@ -1,6 +1,6 @@
-"""A reward model's scores of completions, from JSONL to JSONL; and of each prompt's completions the best.
+"""`python -m eval reward`: scores completions with a reward model, from JSONL to JSONL, and selects the best of n.
 
-Rows of one prompt_id are one group; groups need not be of one size. Best of n: see `eval.texts.best_of`.
+Rows of one prompt_id are one group; group sizes may differ. Best of n: see `eval.texts.best_of`.
 """
 
 import math
@@ -14,7 +14,7 @@ import numpy as np
 
 from eval.runs import by_prompt
 from eval.stats import mean_and_error, prompt_means
-from eval.texts.best_of import best_rows, by_temperature, sheet
+from eval.texts.best_of import best_of_by_temperature, best_of_sheet, best_rows
 from eval.texts.rows import check_out
 from train.build import make_layout_for
 from train.config import MeshConfig
@@ -51,10 +51,10 @@ def parse_reward(arguments: list[str]) -> RewardConfig:
 
 
 def reward(config: RewardConfig) -> list[Row]:
-    """Write the scored rows to `config.out`; returns them.
+    """Writes the scored rows to `config.out`, and returns them.
 
     Raises:
-      SetupError: a mistake in the settings or the data, before anything is scored.
+      SetupError: invalid settings or data, before anything is scored.
     """
     with setup_errors():
         check_out(config.out, config.responses, several=True)
@@ -74,42 +74,42 @@ def reward(config: RewardConfig) -> list[Row]:
     scored = [row | {"reward": score} for row, score in zip(rows, scores, strict=True)]
     if is_first():
         write_jsonl(Path(config.out), scored)
-    found = mean_and_error(prompt_means([[scores[i] for i in group] for group in groups]))
+    estimate = mean_and_error(prompt_means([[scores[i] for i in group] for group in groups]))
     console.print(
-        f"{config.out}: reward {found['mean']:.4f} ± {found['standard_error']:.4f} (standard error over "
-        f"{found['prompts']} prompts), {len(rows)} completions, {scores.count(None)} unscorable"
+        f"{config.out}: reward {estimate['mean']:.4f} ± {estimate['standard_error']:.4f} (standard error over "
+        f"{estimate['prompts']} prompts), {len(rows)} completions, {scores.count(None)} unscorable"
     )
     if config.best_of is not None:
-        keep_best(scored, config.best_of)
+        write_best(scored, config.best_of)
     return scored
 
 
-def keep_best(scored: Sequence[Row], file: str) -> None:
-    """Write the best rows, and print what the best of fewer would be."""
+def write_best(scored: Sequence[Row], file: str) -> None:
+    """Writes the best rows, and prints the expected best of every smaller k."""
     best = best_rows(scored)
     if is_first():
         write_jsonl(Path(file), best)
-    console.print(sheet(by_temperature(scored)).rich())
-    left = sum(row["reward"] is None for row in scored)
+    console.print(best_of_sheet(best_of_by_temperature(scored)).rich())
+    unscorable = sum(row["reward"] is None for row in scored)
     console.print(
-        f"{file}: {len(best)} completions, each the best of its prompt's at a temperature; {left} unscorable ones left "
-        f"out",
+        f"{file}: {len(best)} completions, each the best of its prompt's at a temperature; {unscorable} unscorable "
+        f"ones left out",
         markup=False,
     )
 
 
 def score_rows(scorer: RewardModelScorer, rows: Sequence[Row], groups: Sequence[Sequence[int]]) -> list[float | None]:
-    """One score per row, None where unscorable; groups of one size are scored together.
+    """One score per row, None where unscorable; groups of equal size are scored together.
 
-    Of several processes each tokenizes its share, and all of them get all scores.
+    Each process tokenizes its share; every process gets all scores.
     """
     scores: list[float | None] = [None] * len(rows)
     for size in sorted({len(group) for group in groups}):
         same = [group for group in groups if len(group) == size]
-        enough = same + same[-1:] * (jax.process_count() - len(same))  # at least one for each process
-        mine = enough[share(len(enough))]
-        prompts = [rows[group[0]]["prompt"] for group in mine]
-        rewards_PG = scorer(prompts, [[rows[i]["completion"] for i in group] for group in mine])[: len(same)]
+        padded = same + same[-1:] * (jax.process_count() - len(same))  # padded: at least one group for each process
+        own_groups = padded[share(len(padded))]
+        prompts = [rows[group[0]]["prompt"] for group in own_groups]
+        rewards_PG = scorer(prompts, [[rows[i]["completion"] for i in group] for group in own_groups])[: len(same)]
         for i, value in zip(np.ravel(same), np.ravel(rewards_PG), strict=True):
             scores[i] = None if math.isnan(value) else float(value)
     return scores

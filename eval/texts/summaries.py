@@ -1,15 +1,15 @@
-"""Summaries against references and against their posts: ROUGE, length, novelty, and how much is copied.
+"""`python -m eval summaries`: compares summaries with references and with their posts.
 
-  rouge1, rouge2, rougeL   F1 = 2 P R / (P + R) of what a summary and its reference have in common: n-grams, or their
-                           longest common subsequence; by the package rouge-score with Porter's stemmer
-  words, tokens            length between white space, and as the policy counted it
+  rouge1, rouge2, rougeL   F1 = 2 P R / (P + R) of the overlap of summary and reference: n-grams, or the longest common
+                           subsequence; by the package rouge-score with Porter's stemmer
+  words, tokens            length in words between white space, and in the policy's tokens
   compression              words of the summary / words of its post
-  novelty n                share of the summary's n-grams (each as often as it stands there) that are not in the post
-  coverage, density        over the fragments f that a summary shares with its post, found greedily from its start:
+  novelty n                share of the summary's n-grams (repeated ones count again) that are not in the post
+  coverage, density        over the fragments f that a summary shares with its post, matched greedily from its start:
                            sum |f| / |summary| and sum |f|^2 / |summary|, in words
 
-Completions of one prompt are averaged first; means and 95 % intervals (Student's t) are over prompts. Beside them
-stand the same measures of the post's first sentences and of the references.
+Completions of one prompt are averaged first; means and 95 % intervals (Student's t) are over prompts. The result also
+has these measures of each post's first sentences and of the references.
 
 References:
   Lin, ROUGE: A Package for Automatic Evaluation of Summaries, https://aclanthology.org/W04-1013.
@@ -27,22 +27,31 @@ import numpy as np
 
 from eval.sheets import Sheet, missing, number
 from eval.stats import mean_and_error, prompt_means
-from eval.texts.rows import answered, asked, by_temperature, check_out, groups_of, prompt_of, read, write_json
+from eval.texts.rows import (
+    check_out,
+    groups_of,
+    map_rows,
+    prompt_text,
+    response_text,
+    rows_by_temperature,
+    user_text,
+    write_json,
+)
 from train.console import console
 from train.data.rows import Row, load_rows
 from train.parse import parse
 from train.running import setup_errors
 
-REFERENCE = "reference"  # the column's usual name, which need not be there
+REFERENCE = "reference"  # default column, which may be absent
 ROUGES, NOVELTY = ("rouge1", "rouge2", "rougeL"), (1, 2, 3)
-PATHS: dict[str, tuple[str, ...]] = {  # where a measure stands in the result
+PATHS: dict[str, tuple[str, ...]] = {  # keys of each measure in the result
     **{name: (name,) for name in ROUGES},
     **{name: ("length", name) for name in ("words", "tokens", "compression")},
     **{f"new {n}-grams": ("novelty", str(n)) for n in NOVELTY},
     **{name: ("extractive", name) for name in ("coverage", "density")},
 }
-BRIEF = ("rouge1", "rouge2", "rougeL", "words", "new 2-grams")
-Measures = dict[str, float | None]  # of one text; None = there is none
+SHOWN_BY_TEMPERATURE = ("rouge1", "rouge2", "rougeL", "words", "new 2-grams")
+Measures = dict[str, float | None]  # of one text; None = undefined
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,76 +79,76 @@ def parse_summaries(arguments: list[str]) -> SummariesConfig:
     return parse(SummariesConfig, arguments, "python -m eval summaries")
 
 
-def summaries(config: SummariesConfig) -> dict[str, Any]:
-    """Write the measures of all summaries together and of each to `config.out`; returns them.
+def measure_summaries(config: SummariesConfig) -> dict[str, Any]:
+    """Writes the mean measures and those of each summary to `config.out`, and returns them.
 
     Raises:
-      SetupError: a mistake in the settings or the data.
+      SetupError: invalid settings or data.
     """
     with setup_errors():
         check_out(config.out, config.responses, *([config.data] if config.data else []))
         rows = load_rows(config.responses, columns=config.columns, setting="columns")
-        texts: list[str] = read(rows, config.responses, answered)
-        posts: list[str] = read(rows, config.responses, post_of)
+        texts: list[str] = map_rows(rows, config.responses, response_text)
+        posts: list[str] = map_rows(rows, config.responses, post_of)
         references = references_of(config, rows)
         score = rouge_scorer()
     prompts = [row.get("prompt_id", post) for row, post in zip(rows, posts, strict=True)]
     groups = groups_of(prompts)
-    each = [measures(*row, score) for row in zip(texts, posts, references, strict=True)]
-    for row, found in zip(rows, each, strict=True):
-        found["tokens"] = row.get("length")
-    first = [min(group) for group in groups]  # one row of each prompt: its post and its reference
+    row_measures = [measure_summary(*row, score) for row in zip(texts, posts, references, strict=True)]
+    for row, measures in zip(rows, row_measures, strict=True):
+        measures["tokens"] = row.get("length")
+    first = [min(group) for group in groups]  # one row per prompt, for its post and reference
     result: dict[str, Any] = {
         "responses": config.responses,
-        **together(each, groups),
+        **average_measures(row_measures, groups),
         "count": len(rows),
         "with_reference": sum(reference is not None for reference in references),
         "lead": None,
         "reference": None,
     }
     if config.lead:
-        leads = [measures(lead(posts[i], config.lead), posts[i], references[i], score) for i in first]
-        result["lead"] = {"sentences": config.lead, **together(leads, [[i] for i in range(len(first))])}
-    if known := [(text, posts[i]) for i in first if (text := references[i]) is not None]:
-        own = [measures(text, post, None, score) for text, post in known]
-        result["reference"] = together(own, [[i] for i in range(len(own))])
+        leads = [measure_summary(lead_sentences(posts[i], config.lead), posts[i], references[i], score) for i in first]
+        result["lead"] = {"sentences": config.lead, **average_measures(leads, [[i] for i in range(len(first))])}
+    if with_reference := [(text, posts[i]) for i in first if (text := references[i]) is not None]:
+        reference_measures = [measure_summary(text, post, None, score) for text, post in with_reference]
+        result["reference"] = average_measures(reference_measures, [[i] for i in range(len(reference_measures))])
     result["temperatures"] = {
-        name: together([each[i] for i in part], groups_of(prompts[i] for i in part))
-        for name, part in by_temperature(rows).items()
+        name: average_measures([row_measures[i] for i in part], groups_of(prompts[i] for i in part))
+        for name, part in rows_by_temperature(rows).items()
     }
     names = ("prompt_id", "temperature", "sample")
     result["rows"] = [
-        {name: row[name] for name in names if name in row} | found for row, found in zip(rows, each, strict=True)
+        {name: row[name] for name in names if name in row} | own for row, own in zip(rows, row_measures, strict=True)
     ]
     write_json(config.out, result)
-    show(result, config)
+    print_summaries(result, config)
     return result
 
 
-def measures(text: str, post: str, reference: str | None, score: Any) -> Measures:
-    """All there is to say of one summary; against no reference, no ROUGE."""
-    found: Measures = {}
+def measure_summary(text: str, post: str, reference: str | None, score: Any) -> Measures:
+    """Computes every measure of one summary; without a reference ROUGE is None."""
+    measures: Measures = {}
     overlaps = score(reference, text) if reference is not None else {}
     for name in ROUGES:
         f1, precision, recall = "fmeasure", "precision", "recall"
         for key, part in ((name, f1), (f"{name}_precision", precision), (f"{name}_recall", recall)):
-            found[key] = getattr(overlaps[name], part) if overlaps else None
-    length, of_post = len(text.split()), len(post.split())
-    found |= {"words": length, "compression": length / of_post if of_post else None}
+            measures[key] = getattr(overlaps[name], part) if overlaps else None
+    length, post_length = len(text.split()), len(post.split())
+    measures |= {"words": length, "compression": length / post_length if post_length else None}
     summary, source = words(text), words(post)
     for n in NOVELTY:
-        found[f"novelty{n}"] = novelty(summary, source, n)
+        measures[f"novelty{n}"] = novelty(summary, source, n)
     sizes = [len(fragment) for fragment in fragments(summary, source)]
-    found["coverage"] = sum(sizes) / len(summary) if summary else None
-    found["density"] = sum(size**2 for size in sizes) / len(summary) if summary else None
-    return found
+    measures["coverage"] = sum(sizes) / len(summary) if summary else None
+    measures["density"] = sum(size**2 for size in sizes) / len(summary) if summary else None
+    return measures
 
 
 def rouge_scorer() -> Any:
     """(reference, text) -> ROUGE by name.
 
     Raises:
-      ImportError: the package is missing.
+      ImportError: rouge-score is not installed.
     """
     try:
         from rouge_score.rouge_scorer import RougeScorer
@@ -149,59 +158,59 @@ def rouge_scorer() -> Any:
 
 
 def words(text: str) -> list[str]:
-    """The words in lower case, without what stands between them."""
+    """The words of a text in lower case, without punctuation."""
     return re.findall(r"\w+(?:['’]\w+)*", text.lower())
 
 
 def novelty(summary: Sequence[str], post: Sequence[str], n: int) -> float | None:
-    """The share of the summary's n-grams that are not in the post; None of fewer than n words."""
+    """Share of the summary's n-grams that are not in the post; None for fewer than n words."""
     grams = [tuple(summary[i : i + n]) for i in range(len(summary) - n + 1)]
-    there = {tuple(post[i : i + n]) for i in range(len(post) - n + 1)}
-    return sum(gram not in there for gram in grams) / len(grams) if grams else None
+    post_grams = {tuple(post[i : i + n]) for i in range(len(post) - n + 1)}
+    return sum(gram not in post_grams for gram in grams) / len(grams) if grams else None
 
 
 def fragments(summary: Sequence[str], post: Sequence[str]) -> list[Sequence[str]]:
-    """What the summary shares with the post: from its start on, always the longest piece that stands there."""
-    places: dict[str, list[int]] = {}
+    """Fragments that the summary shares with the post: from its start, always the longest match."""
+    positions: dict[str, list[int]] = {}
     for j, word in enumerate(post):
-        places.setdefault(word, []).append(j)
+        positions.setdefault(word, []).append(j)
 
-    def same(i: int, j: int) -> int:
+    def match_length(i: int, j: int) -> int:
         size = 0
         while i + size < len(summary) and j + size < len(post) and summary[i + size] == post[j + size]:
             size += 1
         return size
 
-    found, i = [], 0
+    matches, i = [], 0
     while i < len(summary):
-        size = max((same(i, j) for j in places.get(summary[i], ())), default=0)
+        size = max((match_length(i, j) for j in positions.get(summary[i], ())), default=0)
         if size:
-            found.append(summary[i : i + size])
+            matches.append(summary[i : i + size])
         i += max(size, 1)
-    return found
+    return matches
 
 
 def post_of(row: Row) -> str:
-    """What is summarized: the column "post", or what stands between POST: and TL;DR: of a prompt, or all of it."""
+    """The summarized text: column "post", else the prompt's text between POST: and TL;DR:, else the whole prompt."""
     if isinstance(row.get("post"), str):
         return row["post"]
-    text = prompt_of(row)
+    text = prompt_text(row)
     body = re.search(r"^POST:\s*(.*?)\s*(?:^TL;DR:\s*)?\Z", text, re.DOTALL | re.MULTILINE)
     return body[1] if body else text
 
 
-def lead(post: str, sentences: int) -> str:
-    """The first sentences, which end with . ! or ? before white space, or with a line."""
+def lead_sentences(post: str, sentences: int) -> str:
+    """The first sentences; a sentence ends with . ! or ? before white space, or with its line."""
     parts = [part for part in re.split(r"(?<=[.!?])\s+|\n+", post.strip()) if part.strip()]
     return " ".join(parts[:sentences])
 
 
 def references_of(config: SummariesConfig, rows: Sequence[Row]) -> list[str | None]:
-    """Each row's reference; None where there is none.
+    """The reference of each row, or None.
 
     Raises:
-      ValueError: `data` has another prompt under a row's prompt_id, or no such column; or no row has the column that
-        was named.
+      ValueError: `data` lacks the column, or has another prompt under a row's prompt_id; or no row has the
+        named column.
     """
     if config.data is None:
         if config.reference != REFERENCE and not any(config.reference in row for row in rows):
@@ -209,70 +218,72 @@ def references_of(config: SummariesConfig, rows: Sequence[Row]) -> list[str | No
             raise ValueError(
                 f"{config.responses}: no row has {config.reference!r} (--reference); the columns are {names}"
             )
-        return [_text(row.get(config.reference)) for row in rows]
+        return [_non_empty(row.get(config.reference)) for row in rows]
     data = load_rows(config.data)
     if not any(config.reference in row for row in data):
         names = ", ".join(data[0])
         raise ValueError(f"{config.data}: there is no {config.reference!r}; its columns are {names}; see --reference")
 
-    def one(row: Row) -> str | None:
+    def reference(row: Row) -> str | None:
         number = row.get("prompt_id")
         if not isinstance(number, int) or not 0 <= number < len(data):
             raise ValueError(
                 f"prompt_id {number!r}: expected the number of one of the {len(data)} rows of {config.data}"
             )
         prompt = data[number].get("prompt")
-        if prompt is not None and "prompt" in row and asked(prompt) != prompt_of(row):
+        if prompt is not None and "prompt" in row and user_text(prompt) != prompt_text(row):
             raise ValueError(f"prompt_id {number} is another prompt in {config.data}; expected the data it was made of")
-        return _text(data[number].get(config.reference))
+        return _non_empty(data[number].get(config.reference))
 
-    return read(rows, config.responses, one)
+    return map_rows(rows, config.responses, reference)
 
 
-def _text(reference: Any) -> str | None:
+def _non_empty(reference: Any) -> str | None:
     return reference if isinstance(reference, str) and reference.strip() else None
 
 
-def together(each: Sequence[Measures], groups: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """The means of all measures over prompts, with their intervals; None of what no text has."""
+def average_measures(row_measures: Sequence[Measures], groups: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """Means of all measures over prompts, with intervals; None for a measure that no text has."""
 
-    def of(name: str) -> dict[str, Any] | None:
-        return estimate(prompt_means([[each[i].get(name) for i in group] for group in groups]))
+    def estimate(name: str) -> dict[str, Any] | None:
+        return mean_with_t_interval(prompt_means([[row_measures[i].get(name) for i in group] for group in groups]))
 
-    parts = {name: (of(name), of(f"{name}_precision"), of(f"{name}_recall")) for name in ROUGES}
+    parts = {name: (estimate(name), estimate(f"{name}_precision"), estimate(f"{name}_recall")) for name in ROUGES}
     return {
         **{n: f1 and f1 | {"precision": p, "recall": r} for n, (f1, p, r) in parts.items()},
-        "length": {name: of(name) for name in ("words", "tokens", "compression")},
-        "novelty": {str(n): of(f"novelty{n}") for n in NOVELTY},
-        "extractive": {name: of(name) for name in ("coverage", "density")},
+        "length": {name: estimate(name) for name in ("words", "tokens", "compression")},
+        "novelty": {str(n): estimate(f"novelty{n}") for n in NOVELTY},
+        "extractive": {name: estimate(name) for name in ("coverage", "density")},
     }
 
 
-def estimate(values_P: np.ndarray) -> dict[str, Any] | None:
-    """Mean, standard error and 95 % interval by Student's t over the prompts that have a value; of one: no interval."""
+def mean_with_t_interval(values_P: np.ndarray) -> dict[str, Any] | None:
+    """Mean, standard error and Student's 95 % interval over prompts with a value; no interval for a single prompt."""
     from scipy.stats import t
 
-    found: dict[str, Any] = mean_and_error(values_P)
-    if not found["prompts"]:
+    estimate: dict[str, Any] = mean_and_error(values_P)
+    if not estimate["prompts"]:
         return None
-    if found["prompts"] == 1:
-        return found | {"standard_error": None, "low": None, "high": None, "method": None}
-    half = float(t.ppf(0.975, found["prompts"] - 1)) * found["standard_error"]
-    return found | {"low": found["mean"] - half, "high": found["mean"] + half, "method": "t"}
+    if estimate["prompts"] == 1:
+        return estimate | {"standard_error": None, "low": None, "high": None, "method": None}
+    half = float(t.ppf(0.975, estimate["prompts"] - 1)) * estimate["standard_error"]
+    return estimate | {"low": estimate["mean"] - half, "high": estimate["mean"] + half, "method": "t"}
 
 
-def show(result: Mapping[str, Any], config: SummariesConfig) -> None:
+def print_summaries(result: Mapping[str, Any], config: SummariesConfig) -> None:
     columns: list[tuple[str, Any]] = [("summaries", result)]
     columns += [(f"first {config.lead} sentences", result["lead"])] if result["lead"] else []
     columns += [("references", result["reference"])] if result["reference"] else []
     rows = [
-        (name, *(_cell(_at(part, path)) for _, part in columns)) for name, path in PATHS.items() if _any(columns, path)
+        (name, *(_cell(_entry(part, path)) for _, part in columns))
+        for name, path in PATHS.items()
+        if _has_any(columns, path)
     ]
     console.print(Sheet(f"Summaries of {config.responses}", ("mean over prompts", *dict(columns)), rows).rich())
     if len(result["temperatures"]) > 1:
-        shown = [(name, path) for name, path in PATHS.items() if name in BRIEF and _at(result, path)]
+        shown = [(name, path) for name, path in PATHS.items() if name in SHOWN_BY_TEMPERATURE and _entry(result, path)]
         parts = [
-            (name, *(number((_at(part, path) or {}).get("mean")) for _, path in shown))
+            (name, *(number((_entry(part, path) or {}).get("mean")) for _, path in shown))
             for name, part in result["temperatures"].items()
         ]
         console.print(Sheet("By temperature", ("temperature", *dict(shown)), parts).rich())
@@ -288,19 +299,19 @@ def show(result: Mapping[str, Any], config: SummariesConfig) -> None:
     )
 
 
-def _at(part: Mapping[str, Any], path: Sequence[str]) -> dict[str, Any] | None:
-    found: Any = part
+def _entry(part: Mapping[str, Any], path: Sequence[str]) -> dict[str, Any] | None:
+    entry: Any = part
     for key in path:
-        found = found and found[key]
-    return found
+        entry = entry and entry[key]
+    return entry
 
 
-def _any(columns: Sequence[tuple[str, Any]], path: Sequence[str]) -> bool:
-    return any(_at(part, path) for _, part in columns)
+def _has_any(columns: Sequence[tuple[str, Any]], path: Sequence[str]) -> bool:
+    return any(_entry(part, path) for _, part in columns)
 
 
-def _cell(found: Mapping[str, Any] | None) -> str:
-    if not found:
+def _cell(estimate: Mapping[str, Any] | None) -> str:
+    if not estimate:
         return number(None)
-    half = None if found["high"] is None else found["high"] - found["mean"]
-    return number(found["mean"]) if missing(half) else f"{number(found['mean'])} ± {number(half)}"
+    half = None if estimate["high"] is None else estimate["high"] - estimate["mean"]
+    return number(estimate["mean"]) if missing(half) else f"{number(estimate['mean'])} ± {number(half)}"

@@ -1,13 +1,13 @@
-"""`python -m eval theory`: softmax policies over a few answers, trained with the real losses, beside what is predicted.
+"""`python -m eval theory`: softmax policies over a few answers, trained with the real losses, beside predictions.
 
-1. Every case (an advantage, G, beta, an estimator of the penalty, noise of the rewards) is trained three ways: not at
-   all (`gopo_jax.theory.stationary_policy` solves for the end), by the exact expectation of the loss's gradient, and
-   by sampled groups, as train/loop.py does it for a network.
-2. The predictions are drawn as lines against beta, G and noise, the sampled ends as dots.
+1. Each case (an advantage, G, beta, an estimator of the penalty, noise of the rewards) is solved three ways: predicted
+   by `gopo_jax.theory.stationary_policy`, trained by the exact expected gradient of the loss, and trained on sampled
+   groups, as train/loop.py trains a network.
+2. Predictions are drawn as lines against beta, G and noise, results of sampled training as dots.
 3. The penalty's estimators k1, k2 and k3 are trained side by side.
 4. The norms of GOPO's and GRPO's expected gradients are compared over G.
 
-Everything is float64 and starts from the reference; the same settings write the same files.
+All numbers are float64, training starts from the reference, and the same settings write the same files.
 """
 
 import math
@@ -23,8 +23,8 @@ import numpy as np
 
 from eval.sheets import NONE, Sheet
 from eval.texts.rows import check_out, write_json
-from eval.theory.plots import pictures
-from eval.theory.tabular import Problem, trained_exactly, training
+from eval.theory.plots import theory_pictures
+from eval.theory.tabular import TabularProblem, trained_exactly, training
 from gopo_jax.theory import expected_advantage, expected_gradient, rlhf_policy, stationary_policy
 from gopo_jax.theory.games import AdvantageName, enumerable
 from train.console import console, progress_bar
@@ -33,7 +33,7 @@ from train.run.files import write_whole
 from train.running import SetupError, setup_errors
 
 EPSILON = 1e-4  # of `grpo_advantages`, whose standard deviation has ddof 1
-STEPS_SHOWN = 200  # of a training
+STEPS_SHOWN = 200  # points of a training curve
 RLHF = "RLHF's optimum"
 COLUMNS = ("advantage", "group_size", "beta", "kl", "noise", "predicted", "exact", "sampled", "difference")
 SHOWN = ("advantage", "G", *COLUMNS[2:-1], "apart")  # 80 letters wide
@@ -78,9 +78,9 @@ class TheoryConfig:
                 raise ValueError(f"{name}: expected at least one number, got []")
         for name, values in (("beta", self.beta), ("at_beta", [self.at_beta]), ("penalty_beta", [self.penalty_beta])):
             if not all(0 < value < math.inf for value in values):
-                raise ValueError(f"{name}: expected numbers above 0, got {listed(values)}")
+                raise ValueError(f"{name}: expected numbers above 0, got {number_list(values)}")
         if not all(0 <= value < math.inf for value in self.noise):
-            raise ValueError(f"noise: expected numbers of at least 0, got {listed(self.noise)}")
+            raise ValueError(f"noise: expected numbers of at least 0, got {number_list(self.noise)}")
         sizes = {"group_sizes": self.group_sizes, "sizes": self.sizes, "at_group_size": [self.at_group_size]}
         for name, size in ((name, size) for name, given in sizes.items() for size in given):
             if size < 2 or not enumerable(count, size):
@@ -95,12 +95,12 @@ class TheoryConfig:
                 raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
 
 
-def listed(values: Sequence[float]) -> str:
+def number_list(values: Sequence[float]) -> str:
     return ", ".join(f"{value:g}" for value in values)
 
 
 class Case(NamedTuple):
-    """What is trained to its end."""
+    """One training: its advantage, group size, penalty and noise."""
 
     advantage: AdvantageName
     group_size: int
@@ -114,38 +114,38 @@ def parse_theory(arguments: list[str]) -> TheoryConfig:
 
 
 def theory(config: TheoryConfig) -> dict[str, Any]:
-    """Write theory.json, theory.csv, theory.md and pictures into `config.out`; returns what theory.json holds.
+    """Writes theory.json, theory.csv, theory.md and pictures to `config.out`; returns the content of theory.json.
 
     Raises:
-      SetupError: a directory that cannot be written; no stationary policy was found.
+      SetupError: the directory cannot be written, or no stationary policy was found.
     """
     out = Path(config.out)
     with setup_errors():
         check_out(str(out / "theory.json"))
         out.mkdir(parents=True, exist_ok=True)
-    with solvable(), jax.enable_x64(True), progress_bar() as bar:
+    with unsolved_as_setup_error(), jax.enable_x64(True), progress_bar() as bar:
         todo = cases(config)
         work = bar.add_task("theory", total=len(todo) + 2 * config.points + len(config.sizes) + config.problems)
         result: dict[str, Any] = {"settings": asdict(config) | {"out": None}}
-        known = {case: predicted(config, case) for case in todo}  # first: where there is none, nothing is trained
-        lines = curves(config, lambda: bar.advance(work))
-        slopes = gradients(config, lambda: bar.advance(work))
+        known = {case: predicted(config, case) for case in todo}  # first: if one does not exist, nothing is trained
+        lines = predicted_curves(config, lambda: bar.advance(work))
+        slopes = gradient_ratios(config, lambda: bar.advance(work))
         result |= trainings(config, known, lambda: bar.advance(work))
         for axis, curve in lines.items():
-            curve["dots"] = dots(config, result["rows"], axis, list(curve["lines"]))
+            curve["dots"] = sampled_dots(config, result["rows"], axis, list(curve["lines"]))
         result |= {"curves": lines, "gradients": slopes}
         bar.update(work, completed=bar.tasks[0].total)
     write_json(str(out / "theory.json"), result)
-    write_whole(out / "theory.csv", table(result["rows"], whole=True).csv())
-    sheet = table(result["rows"])
-    drawn = (f"![{p.title}]({p.name}.png)\n\n{p.title}. {p.caption}\n" for p in pictures(out, result))
+    write_whole(out / "theory.csv", case_sheet(result["rows"], whole=True).csv())
+    sheet = case_sheet(result["rows"])
+    drawn = (f"![{p.title}]({p.name}.png)\n\n{p.title}. {p.caption}\n" for p in theory_pictures(out, result))
     write_whole(out / "theory.md", "\n".join([f"# {sheet.title}\n", sheet.markdown(), *drawn]))
     console.print(sheet.rich(), sheet.note, str(out), sep="\n")
     return result
 
 
 @contextmanager
-def solvable() -> Iterator[None]:
+def unsolved_as_setup_error() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
@@ -155,36 +155,36 @@ def solvable() -> Iterator[None]:
 
 
 def cases(config: TheoryConfig) -> list[Case]:
-    """Each once: all advantages, G and betas; noise; what RLHF asks for; the estimators of the penalty."""
-    found: list[Case] = []
-    both: tuple[AdvantageName, AdvantageName] = ("gopo", "grpo")
-    for advantage in both:
+    """Distinct cases: advantages x G x beta; noise; RLHF's optimum (RLOO with k2); the estimators of the penalty."""
+    all_cases: list[Case] = []
+    methods: tuple[AdvantageName, AdvantageName] = ("gopo", "grpo")
+    for advantage in methods:
         sizes = [*config.group_sizes, config.at_group_size]
-        found += [Case(advantage, G, beta) for G in config.group_sizes for beta in config.beta]
-        found += [Case(advantage, config.at_group_size, beta) for beta in config.beta]
-        found += [Case(advantage, G, config.at_beta) for G in sizes]
-        found += [Case(advantage, config.at_group_size, config.at_beta, noise=noise) for noise in config.noise]
-    found += [Case("rloo", config.at_group_size, beta, "k2") for beta in [*config.beta, config.at_beta]]
-    found += [Case("rloo", config.at_group_size, config.at_beta, "k2", noise) for noise in config.noise]
-    found += [Case("gopo", config.at_group_size, config.penalty_beta, kl) for kl in ("k3", "k2", "k1", "none")]
-    found += [Case("grpo", config.at_group_size, config.penalty_beta, kl) for kl in ("k3", "k2")]
-    return list(dict.fromkeys(found))
+        all_cases += [Case(advantage, G, beta) for G in config.group_sizes for beta in config.beta]
+        all_cases += [Case(advantage, config.at_group_size, beta) for beta in config.beta]
+        all_cases += [Case(advantage, G, config.at_beta) for G in sizes]
+        all_cases += [Case(advantage, config.at_group_size, config.at_beta, noise=noise) for noise in config.noise]
+    all_cases += [Case("rloo", config.at_group_size, beta, "k2") for beta in [*config.beta, config.at_beta]]
+    all_cases += [Case("rloo", config.at_group_size, config.at_beta, "k2", noise) for noise in config.noise]
+    all_cases += [Case("gopo", config.at_group_size, config.penalty_beta, kl) for kl in ("k3", "k2", "k1", "none")]
+    all_cases += [Case("grpo", config.at_group_size, config.penalty_beta, kl) for kl in ("k3", "k2")]
+    return list(dict.fromkeys(all_cases))
 
 
-def trainings(config: TheoryConfig, known: Mapping[Case, np.ndarray], done: Callable[[], None]) -> dict[str, Any]:
-    """A row for each case, of which the prediction is known, and GOPO's trainings with every estimator."""
+def trainings(config: TheoryConfig, known: Mapping[Case, np.ndarray], advance: Callable[[], None]) -> dict[str, Any]:
+    """Trains each case; returns its row beside the known prediction, and GOPO's curves with every estimator."""
     best = int(np.argmax(config.rewards))
     rows, paths = [], {}
     shown = np.unique(np.geomspace(1, config.steps, STEPS_SHOWN).astype(int)) - 1
     for i, case in enumerate(known):
         key = jax.random.fold_in(jax.random.key(config.seed), i)
-        policies_NO = np.asarray(sampled(config, case, key))
-        ends = {"predicted": known[case], "exact": exact(config, case)}
-        ends["sampled"] = policies_NO[config.steps // 2 :].mean(0)
-        rows.append(row(case, ends, best))
+        policies_YO = np.asarray(train_by_sampling(config, case, key))
+        ends = {"predicted": known[case], "exact": train_by_expectation(config, case)}
+        ends["sampled"] = policies_YO[config.steps // 2 :].mean(0)
+        rows.append(case_row(case, ends, best))
         if case == penalty_case(config, case.kl):
-            paths[case.kl] = policies_NO[shown, best].tolist()
-        done()
+            paths[case.kl] = policies_YO[shown, best].tolist()
+        advance()
     penalties = {"beta": config.penalty_beta, "steps": (shown + 1).tolist(), "paths": paths}
     fixed = {kl: known.get(penalty_case(config, kl)) for kl in ("k3", "k2")}
     penalties["fixed"] = {kl: policy_O[best].item() for kl, policy_O in fixed.items() if policy_O is not None}
@@ -195,19 +195,20 @@ def penalty_case(config: TheoryConfig, kl: str) -> Case:
     return Case("gopo", config.at_group_size, config.penalty_beta, kl)
 
 
-def row(case: Case, ends: dict[str, np.ndarray], best: int) -> dict[str, Any]:
-    """One line of the CSV and more: the best answer's probability, the whole policies, the largest differences."""
+def case_row(case: Case, ends: dict[str, np.ndarray], best: int) -> dict[str, Any]:
+    """A case's result: the best answer's probabilities, the whole policies, the largest differences."""
 
-    def apart(name: str) -> float | None:
+    def largest(name: str) -> float | None:
         return float(np.abs(ends[name] - ends["predicted"]).max()) if ends["predicted"].size else None
 
     probabilities = {name: float(end[best]) if end.size else None for name, end in ends.items()}
     whole = {f"{name}_policy": end.tolist() or None for name, end in ends.items()}
-    return case._asdict() | probabilities | {"difference": apart("sampled"), "difference_exact": apart("exact")} | whole
+    differences = {"difference": largest("sampled"), "difference_exact": largest("exact")}
+    return case._asdict() | probabilities | differences | whole
 
 
 def predicted(config: TheoryConfig, case: Case) -> np.ndarray:
-    """[O], the stationary policy; empty for k1 and no penalty, with which there is none but the answers alone."""
+    """The stationary policy [O]; empty for k1 and for no penalty, whose only fixed points are single answers."""
     if case.kl not in ("k2", "k3"):
         return np.zeros(0)
     if case.advantage == "rloo":  # with k2, in closed form
@@ -218,7 +219,7 @@ def predicted(config: TheoryConfig, case: Case) -> np.ndarray:
 def stationary(
     config: TheoryConfig, advantage: AdvantageName, group_size: float, beta: float, noise: float = 0.0, kl: str = "k3"
 ) -> jax.Array:
-    """With the advantages that train: GRPO's standard deviation has ddof 1 and, without noise, an epsilon."""
+    """The fixed point for the trained advantages: GRPO's standard deviation has ddof 1 and, without noise, EPSILON."""
     return stationary_policy(
         jnp.array(config.reference),
         jnp.array(config.rewards),
@@ -232,25 +233,29 @@ def stationary(
     )
 
 
-def problem(config: TheoryConfig, case: Case) -> Problem:
-    return Problem(jnp.array(config.reference), jnp.array(config.rewards), case.beta, case.noise)
+def tabular_problem(config: TheoryConfig, case: Case) -> TabularProblem:
+    return TabularProblem(jnp.array(config.reference), jnp.array(config.rewards), case.beta, case.noise)
 
 
-def exact(config: TheoryConfig, case: Case) -> np.ndarray:
-    return np.asarray(trained_exactly(problem(config, case), **options(case), steps=config.exact_steps))
+def train_by_expectation(config: TheoryConfig, case: Case) -> np.ndarray:
+    return np.asarray(
+        trained_exactly(tabular_problem(config, case), **training_options(case), steps=config.exact_steps)
+    )
 
 
-def sampled(config: TheoryConfig, case: Case, key: jax.Array) -> jax.Array:
-    return training(problem(config, case), key, **options(case), groups=config.groups, steps=config.steps)
+def train_by_sampling(config: TheoryConfig, case: Case, key: jax.Array) -> jax.Array:
+    return training(
+        tabular_problem(config, case), key, **training_options(case), groups=config.groups, steps=config.steps
+    )
 
 
-def options(case: Case) -> dict[str, Any]:
+def training_options(case: Case) -> dict[str, Any]:
     kl = None if case.kl == "none" else case.kl
     rate = min(1.0, 2 / case.beta)  # a heavy penalty pulls too far at 1
     return {"advantage": case.advantage, "group_size": case.group_size, "kl": kl, "learning_rate": rate}
 
 
-def curves(config: TheoryConfig, done: Callable[[], None]) -> dict[str, Any]:
+def predicted_curves(config: TheoryConfig, advance: Callable[[], None]) -> dict[str, Any]:
     """For each picture its x, and the best answer's predicted probability of each method there."""
     best, G, beta = int(np.argmax(config.rewards)), config.at_group_size, config.at_beta
     most_noise = max(config.noise) or 1.0
@@ -259,14 +264,14 @@ def curves(config: TheoryConfig, done: Callable[[], None]) -> dict[str, Any]:
         "group_size": [float(size) for size in sorted({*config.sizes, *config.group_sizes, G})],
         "noise": np.linspace(0, most_noise, config.points).tolist(),
     }
-    found: dict[str, Any] = {}
+    curves: dict[str, Any] = {}
     for axis, points in axes.items():
         lines: dict[str, list[float]] = {}
         for x in points:
-            now: dict[str, Any] = {"beta": beta, "noise": 0.0, "group_size": G} | {axis: x}
-            settings: Any = {"beta": now["beta"], "noise": now["noise"]}
+            values: dict[str, Any] = {"beta": beta, "noise": 0.0, "group_size": G} | {axis: x}
+            settings: Any = {"beta": values["beta"], "noise": values["noise"]}
             policies = {"GOPO": stationary(config, "gopo", G, **settings)}
-            for size in dict.fromkeys([now["group_size"], *config.group_sizes[:1], math.inf]):
+            for size in dict.fromkeys([values["group_size"], *config.group_sizes[:1], math.inf]):
                 if axis == "group_size" and size not in (x, math.inf):
                     continue
                 name = "GRPO" if axis == "group_size" and size == x else f"GRPO, G = {size_text(size)}"
@@ -275,57 +280,58 @@ def curves(config: TheoryConfig, done: Callable[[], None]) -> dict[str, Any]:
             policies[RLHF] = rlhf_policy(reference_O, rewards_O, settings["beta"])
             for name, policy_O in policies.items():
                 lines.setdefault(name, []).append(float(policy_O[best]))
-            done()
-        found[axis] = {"x": points, "lines": lines}
-    return found
+            advance()
+        curves[axis] = {"x": points, "lines": lines}
+    return curves
 
 
-def dots(
+def sampled_dots(
     config: TheoryConfig, rows: Sequence[dict[str, Any]], axis: str, names: Sequence[str]
 ) -> dict[str, list[list[float]]]:
-    """The sampled ends that belong into a picture: [x, probability] by the name of their line."""
+    """Results of sampled training for a picture over `axis`: [x, probability] by the name of their line."""
     fixed = {"beta": config.at_beta, "noise": 0.0}
     kinds = {"gopo": ("k3", "GOPO"), "rloo": ("k2", RLHF), "grpo": ("k3", "GRPO")}
-    found: dict[str, list[list[float]]] = {}
+    points: dict[str, list[list[float]]] = {}
     for end in rows:
         kl, name = kinds[end["advantage"]]
         if axis != "group_size" and name == "GRPO":
             name = f"GRPO, G = {size_text(end['group_size'])}"
         elif axis != "group_size" and end["group_size"] != config.at_group_size:
             continue
-        here = all(end[key] == value for key, value in fixed.items() if key != axis)
-        if here and end["kl"] == kl and name in names:
-            found.setdefault(name, []).append([end[axis], end["sampled"]])
-    return found
+        on_curve = all(end[key] == value for key, value in fixed.items() if key != axis)
+        if on_curve and end["kl"] == kl and name in names:
+            points.setdefault(name, []).append([end[axis], end["sampled"]])
+    return points
 
 
-def gradients(config: TheoryConfig, done: Callable[[], None]) -> dict[str, Any]:
-    """GOPO's expected gradient's norm over GRPO's (ddof 1), by G: here, and over random problems the range.
+def gradient_ratios(config: TheoryConfig, advance: Callable[[], None]) -> dict[str, Any]:
+    """Norm of GOPO's expected gradient over GRPO's (ddof 1), by G: for the settings, and the range over random ones.
 
-    Beside them two limits: of a better answer that is rare, 2 sqrt(G) / (G - 1), which is above 1 for
-    G < 3 + 2 sqrt(2), and the root mean square of one completion's advantages where no rewards are equal,
+    Two limits: for a rare better answer, 2 sqrt(G) / (G - 1), which is above 1 for G < 3 + 2 sqrt(2); and the ratio of
+    the root mean squares of one completion's advantages without equal rewards,
     sqrt(4 (G + 1) / (3 (G - 1)) / ((G - 1) / G)), which is above 1 for every G.
     """
     count = len(config.rewards)
     sizes = sorted(set(config.sizes))
-    here = ratios(jnp.array(config.reference), jnp.array(config.rewards), sizes)
+    own_ratios = norm_ratios(jnp.array(config.reference), jnp.array(config.rewards), sizes)
     rng = np.random.default_rng(config.seed)
-    others = []
+    random_ratios = []
     for _ in range(config.problems):
-        others.append(ratios(jnp.array(rng.dirichlet(np.ones(count))), jnp.array(rng.normal(size=count)), sizes))
-        done()
+        policy_O, rewards_O = jnp.array(rng.dirichlet(np.ones(count))), jnp.array(rng.normal(size=count))
+        random_ratios.append(norm_ratios(policy_O, rewards_O, sizes))
+        advance()
     return {
         "group_sizes": sizes,
-        "here": here,
-        "lowest": np.min(others, 0).tolist(),
-        "highest": np.max(others, 0).tolist(),
+        "here": own_ratios,
+        "lowest": np.min(random_ratios, 0).tolist(),
+        "highest": np.max(random_ratios, 0).tolist(),
         "rare": [2 * math.sqrt(G) / (G - 1) for G in sizes],
         "samples": [math.sqrt(4 * (G + 1) / (3 * (G - 1)) / ((G - 1) / G)) for G in sizes],
         "rare_above_1_up_to": 3 + 2 * math.sqrt(2),
     }
 
 
-def ratios(policy_O: jax.Array, rewards_O: jax.Array, sizes: Sequence[int]) -> list[float]:
+def norm_ratios(policy_O: jax.Array, rewards_O: jax.Array, sizes: Sequence[int]) -> list[float]:
     def norm(advantage: AdvantageName, size: int) -> float:
         advantage_O = expected_advantage(policy_O, rewards_O, advantage=advantage, group_size=size, ddof=1)
         return float(jnp.linalg.norm(expected_gradient(policy_O, advantage_O)))
@@ -338,8 +344,8 @@ def size_text(size: float) -> str:
     return "∞" if math.isinf(size) else f"{size:g}"
 
 
-def table(rows: Sequence[dict[str, Any]], whole: bool = False) -> Sheet:
-    """The rows to read, or with every digit."""
+def case_sheet(rows: Sequence[dict[str, Any]], whole: bool = False) -> Sheet:
+    """A table of the cases, rounded, or with all digits if `whole`."""
 
     def text(value: Any, digits: int) -> str:
         if value is None:
@@ -353,10 +359,12 @@ def table(rows: Sequence[dict[str, Any]], whole: bool = False) -> Sheet:
         + tuple(text(case[name], 4) for name in names)
         for case in rows
     ]
-    return Sheet("The best answer's probability in the end", COLUMNS if whole else SHOWN, cells, summary(rows))
+    return Sheet(
+        "The best answer's probability in the end", COLUMNS if whole else SHOWN, cells, largest_difference(rows)
+    )
 
 
-def summary(rows: Sequence[dict[str, Any]]) -> str:
+def largest_difference(rows: Sequence[dict[str, Any]]) -> str:
     known = [case for case in rows if case["difference"] is not None]
     worst = max(known, key=lambda case: case["difference"])
     steered = max(case["difference_exact"] for case in known)

@@ -1,7 +1,7 @@
-"""Softmax policies over finitely many answers, trained with the real losses: what `gopo_jax.theory` says, happening.
+"""Softmax policies over finitely many answers, trained with the real losses, to check `gopo_jax.theory`.
 
-`trained` samples groups and takes steps along the gradient of `policy_loss`, as train/loop.py does for a network;
-`trained_exactly` takes the expectation over groups instead. One prompt, one token per answer.
+`trained` samples groups and follows the gradient of `policy_loss`, as train/loop.py does for a network;
+`trained_exactly` follows the expected gradient over groups. One prompt, one token per answer.
 """
 
 from functools import partial
@@ -14,24 +14,24 @@ from gopo_jax import ADVANTAGES, policy_loss
 from gopo_jax.theory.games import Game, make_game
 
 
-class Problem(NamedTuple):
-    """What is trained on."""
+class TabularProblem(NamedTuple):
+    """Reference policy, rewards and penalty of a training."""
 
     reference_O: jax.Array
     rewards_O: jax.Array
     beta: float
-    noise: float = 0.0  # standard deviation of what is added to each reward
+    noise: float = 0.0  # standard deviation of the noise added to each reward
 
 
-def trained(problem: Problem, key: jax.Array, **options: Any) -> jax.Array:
-    """The mean policy [O] over the second half of the steps of `training`."""
-    policies_NO = training(problem, key, **options)
-    return policies_NO[len(policies_NO) // 2 :].mean(0)
+def trained(problem: TabularProblem, key: jax.Array, **options: Any) -> jax.Array:
+    """Mean policy [O] over the second half of the steps of `training`."""
+    policies_YO = training(problem, key, **options)
+    return policies_YO[len(policies_YO) // 2 :].mean(0)
 
 
 @partial(jax.jit, static_argnames=("advantage", "group_size", "kl", "groups", "steps"))
 def training(
-    problem: Problem,
+    problem: TabularProblem,
     key: jax.Array,
     *,
     advantage: str,
@@ -41,7 +41,7 @@ def training(
     steps: int = 4000,
     learning_rate: float = 1.0,
 ) -> jax.Array:
-    """The policy [steps, O] before each step, each on `groups` groups drawn from the policy itself.
+    """Trains on `groups` sampled groups per step; returns the policy [Y, O] before each of Y steps.
 
     The step's size falls as 1 / (1 + 10 t / steps): near the fixed point the policy wanders less.
     """
@@ -59,9 +59,9 @@ def training(
 
 
 def _loss(
-    logits_O: jax.Array, answers: jax.Array, advantages: jax.Array, problem: Problem, kl: str | None
+    logits_O: jax.Array, answers: jax.Array, advantages: jax.Array, problem: TabularProblem, kl: str | None
 ) -> jax.Array:
-    """`policy_loss` of answers of one token."""
+    """`policy_loss` of one-token answers."""
     logprobs = jax.nn.log_softmax(logits_O)[answers][..., None]
     reference = jnp.log(problem.reference_O)[answers][..., None]
     old, mask = jax.lax.stop_gradient(logprobs), jnp.ones(logprobs.shape, bool)
@@ -70,7 +70,7 @@ def _loss(
 
 
 def trained_exactly(
-    problem: Problem,
+    problem: TabularProblem,
     *,
     advantage: Any,
     group_size: float,
@@ -80,9 +80,9 @@ def trained_exactly(
     steps: int = 20_000,
     learning_rate: float = 1.0,
 ) -> jax.Array:
-    """The policy [O] after so many steps along the expected gradient of the same loss; ddof and epsilon as GRPO's.
+    """The policy [O] after `steps` steps along the expected gradient of the same loss; ddof and epsilon as in GRPO.
 
-    With noise epsilon is taken as 0, as `gopo_jax.theory` has it.
+    With noise, epsilon is 0, as in `gopo_jax.theory`.
     """
     reference_O, epsilon = problem.reference_O, 0.0 if problem.noise else epsilon
     options = (advantage, group_size, ddof, epsilon, reference_O.dtype, problem.noise)
@@ -91,7 +91,7 @@ def trained_exactly(
 
 
 @partial(jax.jit, static_argnames=("kl", "steps"))
-def _exactly(problem: Problem, game: Game, kl: str | None, steps: int, learning_rate: float) -> jax.Array:
+def _exactly(problem: TabularProblem, game: Game, kl: str | None, steps: int, learning_rate: float) -> jax.Array:
     answers_O = jnp.arange(problem.reference_O.size)
 
     def expected_loss(logits_O: jax.Array) -> jax.Array:

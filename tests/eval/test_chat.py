@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from eval.__main__ import main
-from eval.texts.best_of import best_rows, by_temperature, expected_best, kl_bound, sheet
+from eval.texts.best_of import best_of_by_temperature, best_of_sheet, best_rows, expected_best, kl_bound
 
 
 @pytest.fixture(scope="module")
@@ -135,14 +135,17 @@ def test_the_best_of_each_prompt_and_temperature() -> None:
     found = [(row["prompt_id"], row["temperature"], row["best_sample"], row["best_of"]) for row in best]
     assert found == [(0, 0.5, 1, 3), (0, 1.0, 1, 1), (1, 0.5, 0, 2)], "the first of equals; no unscorable one"
     assert {row["sample"] for row in best} == {0}
-    table = by_temperature(scored())
+    table = best_of_by_temperature(scored())
     assert [e["mean"] for e in table[0.5]] == [pytest.approx((7 / 3 + 0.25) / 2), (3 + 0.5) / 2, 3]
     assert [e["prompts"] for e in table[0.5]] == [2, 2, 1] and [e["prompts"] for e in table[1.0]] == [1]
 
 
 def test_a_temperature_that_is_no_number_is_none() -> None:
     rows = [row | {"temperature": "hot"} for row in scored()]
-    assert sheet(by_temperature(rows)).rows == sheet(by_temperature([row | {"temperature": None} for row in rows])).rows
+    assert (
+        best_of_sheet(best_of_by_temperature(rows)).rows
+        == best_of_sheet(best_of_by_temperature([row | {"temperature": None} for row in rows])).rows
+    )
 
 
 @pytest.mark.slow

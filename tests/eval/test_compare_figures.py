@@ -20,7 +20,7 @@ import yaml
 from eval.__main__ import main
 from eval.report.judged import mirrored, owner, read_judged
 from eval.report.judged_tables import labels
-from eval.report.steps import first_crossing, steps_to_reach
+from eval.report.steps import first_crossing, steps_to_target
 from eval.report.story import sooner, winner
 from eval.runs import PolicyRun
 from eval.sheets import Sheet, tex
@@ -117,27 +117,27 @@ def lines(slope: float, seed: int, noise: float = 0.0) -> dict[int, np.ndarray]:
 
 
 def test_twice_the_slope_is_twice_as_fast() -> None:
-    found = steps_to_reach(lines(2.0, 0), lines(1.0, 1), seed=0)
+    found = steps_to_target(lines(2.0, 0), lines(1.0, 1), seed=0)
     assert found is not None
     np.testing.assert_allclose([found[k] for k in ("target", "step", "low", "high")], [10, 5, 5, 5])
     assert (found["times_as_fast"], found["final_step"], found["reached"]) == (2.0, 10, 1.0)
-    never = steps_to_reach(lines(1.0, 1), lines(2.0, 0), seed=0)
+    never = steps_to_target(lines(1.0, 1), lines(2.0, 0), seed=0)
     assert never is not None and never["reached"] == 0.0
     assert [never[k] for k in ("step", "low", "high", "times_as_fast")] == [None] * 4
-    itself = steps_to_reach(lines(1.0, 1), lines(1.0, 1), seed=0)
+    itself = steps_to_target(lines(1.0, 1), lines(1.0, 1), seed=0)
     assert itself is not None and (itself["step"], itself["times_as_fast"]) == (10, 1.0)
 
 
 def test_the_interval_of_steps_covers_the_true_crossing() -> None:
     inside = 0
     for seed in range(40):
-        found = steps_to_reach(lines(2.0, 2 * seed, 2.0), lines(1.0, 2 * seed + 1, 2.0), seed)
+        found = steps_to_target(lines(2.0, 2 * seed, 2.0), lines(1.0, 2 * seed + 1, 2.0), seed)
         assert found is not None and found["low"] < found["step"] < found["high"]
         inside += found["low"] <= 5 <= found["high"]
     assert inside >= 34
     missing = {step: np.where(np.arange(P) == 3, math.nan, values) for step, values in lines(2.0, 0, 1.0).items()}
-    assert steps_to_reach(missing, lines(1.0, 1, 1.0), 0) is not None
-    assert steps_to_reach({step: np.full(P, math.nan) for step in STEPS}, lines(1.0, 1), 0) is None
+    assert steps_to_target(missing, lines(1.0, 1, 1.0), 0) is not None
+    assert steps_to_target({step: np.full(P, math.nan) for step in STEPS}, lines(1.0, 1), 0) is None
 
 
 @pytest.mark.parametrize(("high", "claimed"), [(8.0, True), (10.0, False), (None, False)])

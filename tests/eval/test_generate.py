@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from eval.texts import generate as module
-from eval.texts.generate import MOST, GenerateConfig, generate, parse_generate
+from eval.texts.generate import MAX_SAMPLES, GenerateConfig, generate, parse_generate
 from eval.texts.resumable import GrowingFile
 from eval.texts.rows import check_out
 from models.lora import Lora
@@ -98,7 +98,7 @@ def test_the_streams_of_all_completions_differ(draw: Callable[..., bytes], monke
 
     monkeypatch.setattr(module.Generator, "complete", noting)
     draw(temperatures=[1.0])
-    assert streams == [p * MOST + g for p in range(10) for g in range(2)]
+    assert streams == [p * MAX_SAMPLES + g for p in range(10) for g in range(2)]
 
 
 class Killed(BaseException):

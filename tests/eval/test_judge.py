@@ -14,10 +14,10 @@ import yaml
 
 from eval.__main__ import main
 from eval.judges.command import JudgeConfig, parse_judge
-from eval.judges.likelihood import INSTRUCTION, Likelihood
-from eval.judges.pairs import KEPT, Judged, Pair, Where, read_pairs
+from eval.judges.likelihood import INSTRUCTION, LikelihoodJudge
+from eval.judges.pairs import LONGEST_WRITTEN, CompletionPair, Judgement, PairKey, read_pairs
 from eval.judges.results import accuracy, outcome_of, read_judgements, results, row_of
-from eval.judges.task import TASKS, Task, load_task, read_task, readable
+from eval.judges.task import TASKS, JudgeTask, load_task, read_task, readable
 from eval.stats import cohen_kappa
 from models.checkpoint import load_model
 from models.sharding import make_layout
@@ -44,8 +44,8 @@ def completions(side: str, prompts: int = 4, **columns: Any) -> list[Row]:
 
 
 @pytest.fixture
-def pairs_of(tmp_path: Path) -> Callable[..., list[Pair]]:
-    def read(a: list[Row], b: list[Row], **options: Any) -> list[Pair]:
+def pairs_of(tmp_path: Path) -> Callable[..., list[CompletionPair]]:
+    def read(a: list[Row], b: list[Row], **options: Any) -> list[CompletionPair]:
         return read_pairs(write(tmp_path / "a.jsonl", a), write(tmp_path / "b.jsonl", b), **options)
 
     return read
@@ -129,7 +129,7 @@ def test_a_task_that_is_not_there() -> None:
 # Pairs
 
 
-def test_the_kth_completion_meets_the_kth(pairs_of: Callable[..., list[Pair]]) -> None:
+def test_the_kth_completion_meets_the_kth(pairs_of: Callable[..., list[CompletionPair]]) -> None:
     """By prompt and temperature, whatever the order of the files; `sample` says which is the k-th."""
     a = [
         {"prompt_id": p, "prompt": f"q{p}", "completion": f"a{p}{t}{k}", "temperature": t, "sample": k}
@@ -140,10 +140,10 @@ def test_the_kth_completion_meets_the_kth(pairs_of: Callable[..., list[Pair]]) -
     b = [row | {"completion": "b" + row["completion"][1:]} for row in a]
     pairs = pairs_of(a[::-1], b)
     assert [pair.a[1:] for pair in pairs] == [pair.b[1:] for pair in pairs] == [row["completion"][1:] for row in a]
-    assert pairs[0].where == Where(0, 0.1, 0) and len(pairs_of(a, b, limit=2)) == 8
+    assert pairs[0].key == PairKey(0, 0.1, 0) and len(pairs_of(a, b, limit=2)) == 8
 
 
-def test_response_is_a_completion(pairs_of: Callable[..., list[Pair]]) -> None:
+def test_response_is_a_completion(pairs_of: Callable[..., list[CompletionPair]]) -> None:
     a = [{"prompt_id": 0, "prompt": "q", "response": "x"}]
     assert pairs_of(a, completions("b", 1, prompt="q"))[0].a == "x"
 
@@ -176,14 +176,14 @@ def test_response_is_a_completion(pairs_of: Callable[..., list[Pair]]) -> None:
     ],
 )
 def test_what_cannot_be_paired_is_refused(
-    a: list[Row], b: list[Row], message: str, pairs_of: Callable[..., list[Pair]]
+    a: list[Row], b: list[Row], message: str, pairs_of: Callable[..., list[CompletionPair]]
 ) -> None:
     with pytest.raises(ValueError, match=message):
         pairs_of(a, b)
 
 
 def test_other_samples_are_paired_and_said(
-    pairs_of: Callable[..., list[Pair]], capsys: pytest.CaptureFixture[str]
+    pairs_of: Callable[..., list[CompletionPair]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     def rows(side: str, *samples: int) -> list[Row]:
         return [row | {"completion": f"{side}{k}"} for k in samples for row in completions(side, 1, sample=k)]
@@ -209,9 +209,11 @@ def test_earlier_judgements_that_are_none(change: Row, message: str, tmp_path: P
         read_judgements(str(tmp_path))
 
 
-def test_common_prompts_alone(pairs_of: Callable[..., list[Pair]], capsys: pytest.CaptureFixture[str]) -> None:
+def test_common_prompts_alone(
+    pairs_of: Callable[..., list[CompletionPair]], capsys: pytest.CaptureFixture[str]
+) -> None:
     pairs = pairs_of(completions("a", 4)[1:], completions("b", 3), common=True)
-    assert [pair.where.prompt_id for pair in pairs] == [1, 2]
+    assert [pair.key.prompt_id for pair in pairs] == [1, 2]
     assert capsys.readouterr().out.count("1 of 3 prompts left out") == 2
 
 
@@ -243,7 +245,7 @@ def order(shown: str, winner: str | None, kind: str = "strict", **aspects: str) 
     ],
 )
 def test_an_outcome_is_the_mean_of_both_orders(winners: tuple[Any, Any], expected: float | None) -> None:
-    judged = Judged([order("ab", winners[0]), order("ba", winners[1])])
+    judged = Judgement([order("ab", winners[0]), order("ba", winners[1])])
     assert outcome_of(judged)[1] == expected
 
 
@@ -257,19 +259,19 @@ def test_an_outcome_is_the_mean_of_both_orders(winners: tuple[Any, Any], expecte
     ],
 )
 def test_why_there_is_no_outcome(kinds: tuple[str, str], expected: str) -> None:
-    judged = Judged([order(o, "a" if k == "strict" else None, k) for o, k in zip(("ab", "ba"), kinds, strict=True)])
+    judged = Judgement([order(o, "a" if k == "strict" else None, k) for o, k in zip(("ab", "ba"), kinds, strict=True)])
     assert outcome_of(judged) == (expected, None)
 
 
-def made_up(seed: int, prompts: int = 30) -> list[tuple[Pair, Judged | None]]:
+def made_up(seed: int, prompts: int = 30) -> list[tuple[CompletionPair, Judgement | None]]:
     """Judgements of 2 samples a prompt, of which some are identical, some missing."""
     rng = np.random.default_rng(seed)
-    found: list[tuple[Pair, Judged | None]] = []
+    found: list[tuple[CompletionPair, Judgement | None]] = []
     for p in range(prompts):
         for k in range(2):
             a, b = "a" * int(rng.integers(1, 9)), "b" * int(rng.integers(1, 9))
             winners = rng.choice(["a", "b", "tie", ""], 2, p=[0.45, 0.35, 0.1, 0.1]).tolist()
-            judged = Judged(
+            judged = Judgement(
                 [
                     order(o, w or None, "strict" if w else "unparsable")
                     for o, w in zip(("ab", "ba"), winners, strict=True)
@@ -277,17 +279,19 @@ def made_up(seed: int, prompts: int = 30) -> list[tuple[Pair, Judged | None]]:
             )
             if rng.random() < 0.1:
                 b, judged = a, None  # type: ignore[assignment]
-            found.append((Pair(Where(p, float(k), 0), f"q{p}", a, b, {"length": len(a)}, {"length": len(b)}), judged))
+            found.append(
+                (CompletionPair(PairKey(p, float(k), 0), f"q{p}", a, b, {"length": len(a)}, {"length": len(b)}), judged)
+            )
     return found
 
 
-def exchange(pair: Pair, judged: Judged | None) -> tuple[Pair, Judged | None]:
+def exchange(pair: CompletionPair, judged: Judgement | None) -> tuple[CompletionPair, Judgement | None]:
     other = {"a": "b", "b": "a", "tie": "tie", None: None}
-    mirror = Pair(pair.where, pair.prompt, pair.b, pair.a, pair.row_b, pair.row_a)
+    mirror = CompletionPair(pair.key, pair.prompt, pair.b, pair.a, pair.row_b, pair.row_a)
     if judged is None:
         return mirror, None
     orders = [order(o["shown"][::-1], other[o["winner"]], o["kind"]) for o in judged.orders]
-    return mirror, Judged(orders[::-1])
+    return mirror, Judgement(orders[::-1])
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -309,7 +313,7 @@ def test_exchanging_the_sides_mirrors_everything(seed: int) -> None:
 
 def test_a_judge_that_looks_at_the_place_alone_finds_no_difference() -> None:
     pairs = [pair for pair, _ in made_up(0) if pair.a != pair.b]
-    result = results([row_of(pair, Judged([order("ab", "a"), order("ba", "b")])) for pair in pairs], 0)
+    result = results([row_of(pair, Judgement([order("ab", "a"), order("ba", "b")])) for pair in pairs], 0)
     assert result["win_rate"]["mean"] == 0.5 and result["ties"] == len(pairs)
     assert result["consistent"] == 0 and result["position_bias"]["share"] == 1
 
@@ -324,7 +328,7 @@ def test_a_missing_pair_is_left_out_not_counted_as_a_tie() -> None:
 
 
 def test_no_outcome_at_all() -> None:
-    row = row_of(made_up(0)[0][0], Judged([order("ab", None, "failed"), order("ba", None, "failed")]))
+    row = row_of(made_up(0)[0][0], Judgement([order("ab", None, "failed"), order("ba", None, "failed")]))
     result = results([row], 0, ["a"])
     assert math.isnan(result["win_rate"]["mean"]) and result["failed"] == 1
     assert result["position_bias"] is result["consistent"] is result["length_controlled"] is result["accuracy"] is None
@@ -333,9 +337,9 @@ def test_no_outcome_at_all() -> None:
 def test_accuracy() -> None:
     """ab right 3 of 4, ba 2 of 4 and a tie; both right twice."""
     winners = [("a", "a"), ("a", "b"), ("b", "b"), ("b", "tie")]
-    pairs = [Pair(Where(p, None, 0), "q", "x", "y", {}, {}) for p in range(4)]
+    pairs = [CompletionPair(PairKey(p, None, 0), "q", "x", "y", {}, {}) for p in range(4)]
     rows = [
-        row_of(pair, Judged([order("ab", one), order("ba", other)]))
+        row_of(pair, Judgement([order("ab", one), order("ba", other)]))
         for pair, (one, other) in zip(pairs, winners, strict=True)
     ]
     found = accuracy(rows, ["a", "a", "b", "a"])
@@ -344,11 +348,14 @@ def test_accuracy() -> None:
 
 
 def test_a_long_reply_is_cut_where_it_is_written_alone() -> None:
-    assert len(row_of(made_up(0)[0][0], Judged([order("ab", "a") | {"text": "x" * 10**6}] * 2))["orders"][0]) == 4
-    from eval.judges.pairs import cut
+    assert len(row_of(made_up(0)[0][0], Judgement([order("ab", "a") | {"text": "x" * 10**6}] * 2))["orders"][0]) == 4
+    from eval.judges.pairs import shortened
 
-    assert cut("x" * KEPT) == "x" * KEPT
-    assert cut("x" * 10**6).startswith("x" * KEPT + " [... cut: 1000000") and len(cut("x" * 10**6)) < KEPT + 50
+    assert shortened("x" * LONGEST_WRITTEN) == "x" * LONGEST_WRITTEN
+    assert (
+        shortened("x" * 10**6).startswith("x" * LONGEST_WRITTEN + " [... cut: 1000000")
+        and len(shortened("x" * 10**6)) < LONGEST_WRITTEN + 50
+    )
 
 
 # The command
@@ -458,23 +465,27 @@ def test_too_long_for_a_local_judge(run: Callable[..., Any]) -> None:
 
 
 @pytest.fixture
-def short_task() -> Task:
+def short_task() -> JudgeTask:
     return read_task("short", SHORT)
 
 
-def likelihood(path: Path, task: Task, batch_prompts: int = 4, max_length: int = 256) -> Likelihood:
+def likelihood(path: Path, task: JudgeTask, batch_prompts: int = 4, max_length: int = 256) -> LikelihoodJudge:
     options: Row = {"dtype": "float32", "max_length": max_length, "batch_prompts": batch_prompts}
-    return Likelihood(str(path), task, layout=make_layout(data=1), **options)
+    return LikelihoodJudge(str(path), task, layout=make_layout(data=1), **options)
 
 
-def local_pairs(sentences: list[str], count: int = 5) -> list[Pair]:
+def local_pairs(sentences: list[str], count: int = 5) -> list[CompletionPair]:
     return [
-        Pair(Where(i, None, 0), sentences[i][:10], sentences[i + 1][: 4 + 3 * i], sentences[i + 2][:9], {}, {})
+        CompletionPair(
+            PairKey(i, None, 0), sentences[i][:10], sentences[i + 1][: 4 + 3 * i], sentences[i + 2][:9], {}, {}
+        )
         for i in range(count)
     ]
 
 
-def test_likelihood_is_that_of_the_next_token(tiny_policy_dir: Path, short_task: Task, sentences: list[str]) -> None:
+def test_likelihood_is_that_of_the_next_token(
+    tiny_policy_dir: Path, short_task: JudgeTask, sentences: list[str]
+) -> None:
     """Each question alone and unpadded through the plain call; and the batch changes nothing beyond rounding."""
     pairs = local_pairs(sentences, 3)
     tokenizer, model = Tokenizer(tiny_policy_dir), load_model(tiny_policy_dir)
@@ -499,7 +510,7 @@ def test_likelihood_is_that_of_the_next_token(tiny_policy_dir: Path, short_task:
 
 
 def test_a_chat_template_is_used_with_thinking_off(
-    chatty: Tokenizer, tiny_policy_dir: Path, short_task: Task, tmp_path: Path, sentences: list[str]
+    chatty: Tokenizer, tiny_policy_dir: Path, short_task: JudgeTask, tmp_path: Path, sentences: list[str]
 ) -> None:
     for file in tiny_policy_dir.iterdir():
         if file.suffix == ".safetensors" or file.name == "config.json":

@@ -20,7 +20,7 @@ import pytest
 import yaml
 
 from eval.__main__ import main
-from eval.judges.task import TASKS, Task, load_task, read_task
+from eval.judges.task import TASKS, JudgeTask, load_task, read_task
 from eval.judges.verdict import FIRST, SECOND, verdict
 from eval.stats import cohen_kappa
 
@@ -69,7 +69,7 @@ def rounds(record: dict[str, Any]) -> list[dict[str, Any]]:
 class Recorded:
     """Answers a request by what it contains."""
 
-    def __init__(self, found: list[dict[str, Any]], task: Task) -> None:
+    def __init__(self, found: list[dict[str, Any]], task: JudgeTask) -> None:
         self.task, self.asked = task, {"pairs": 0, "again": 0, "before": 0}
         self.by_text: dict[str, dict[str, Any]] = {}
         self.again: list[tuple[dict[str, Any], str]] = []

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from eval.lab.cells import DISTORTIONS, METHODS, PARTS, Cell, load, outcomes, place
-from eval.lab.command import LabConfig, highest, keep_settings, lab, parse_lab, plan
-from eval.lab.program import OUTLIER, Program, advantages_of, distorted, members, rank_length_correlation
-from eval.lab.world import World, WorldConfig, agreement, build, comparisons, proxies, raw_rewards
+from eval.lab.cells import DISTORTIONS, METHODS, PARTS, Cell, load_outcome, load_outcomes, outcome_file
+from eval.lab.command import LabConfig, best_rate_index, keep_settings, lab, parse_lab, plan_sheet
+from eval.lab.program import OUTLIER, LabProgram, advantages_of, distorted, members, rank_length_correlation
+from eval.lab.world import World, WorldConfig, build_world, comparisons, order_agreement, proxies, raw_rewards
 from gopo_jax import ADVANTAGES
 from models.checkpoint import load_model
 from train.rewards.model import RewardModelScorer
@@ -73,16 +73,16 @@ def test_cells_of_other_settings_are_refused_and_the_plan_says_what_is_left(tmp_
     with pytest.raises(ValueError, match=r"steps: 40, now 70.*another --out"):
         keep_settings(tmp_path, replace(config, steps=70))
     (tmp_path / "lab.json").write_text(json.dumps(json.loads((tmp_path / "lab.json").read_text()) | {"format": 0}))
-    with pytest.raises(ValueError, match=r"format: 0, now 1"):
+    with pytest.raises(ValueError, match=r"format: 0, now 2"):
         keep_settings(tmp_path, config)
-    rows = {row[0]: row[1:3] for row in plan(tmp_path).rows}
+    rows = {row[0]: row[1:3] for row in plan_sheet(tmp_path).rows}
     assert rows["default"] == ("4", "0") and rows["full"] == (str(len(PARTS["full"])), "0")
 
 
 def test_the_highest_rate_is_taken_and_divergence_is_none() -> None:
-    assert highest(np.array([np.nan, 1.0, 2.0, np.nan]), "gopo") == 2
+    assert best_rate_index(np.array([np.nan, 1.0, 2.0, np.nan]), "gopo") == 2
     with pytest.raises(FloatingPointError, match="tuning gopo: diverged at every learning rate"):
-        highest(np.full(3, np.nan), "gopo")
+        best_rate_index(np.full(3, np.nan), "gopo")
 
 
 @pytest.mark.parametrize("G", [2, 8])
@@ -138,7 +138,7 @@ def test_comparisons_are_gold_s_word_turned_as_often_as_asked_and_nested() -> No
 
 def test_agreement_of_gold_with_itself_its_opposite_and_nothing() -> None:
     gold_PG = jax.random.normal(jax.random.key(0), (5, 4))
-    found = [float(agreement(r, gold_PG)) for r in (3 * gold_PG + 1, -gold_PG, 0 * gold_PG)]
+    found = [float(order_agreement(r, gold_PG)) for r in (3 * gold_PG + 1, -gold_PG, 0 * gold_PG)]
     assert found == [1.0, 0.0, 0.5]
 
 
@@ -149,12 +149,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def world(folder: Path) -> World:
-    return build(folder, TINY)
+    return build_world(folder, TINY)
 
 
 def run(world: World, folder: Path, cell: Cell, seeds: tuple[int, ...], steps: int = 4) -> tuple[Any, Any, Any]:
     """Final parameters, metrics of the steps, evaluation."""
-    program = Program(world, cell.group_size, beta=0.1, max_completion_length=6, every=steps)
+    program = LabProgram(world, cell.group_size, beta=0.1, max_completion_length=6, every=steps)
     member = members(cell, seeds, np.full(len(seeds), 3e-3), proxies(world, folder, TINY, seeds, cell.noise))
     state, measured = program.advance(member, program.start(member), 0)
     return state.params, measured, program.evaluate(member, state, 1)
@@ -228,7 +228,7 @@ def test_the_command_goes_on_where_it_was_killed(
     small = {"steps": 2, "evaluate_every": 1, "seeds": 2, "tuning_seeds": 1, "learning_rates": [1e-3, 3e-3]}
     config = LabConfig(out=str(folder), world=TINY, **small)  # type: ignore[arg-type]
     calls: list[str] = []
-    save = vars(__import__("eval.lab.cells", fromlist=["Outcome"]).Outcome)["save"]
+    save = vars(__import__("eval.lab.cells", fromlist=["CellOutcome"]).CellOutcome)["save"]
 
     def dies(self: Any, there: Path) -> None:
         if len(calls) == 2:
@@ -236,24 +236,28 @@ def test_the_command_goes_on_where_it_was_killed(
         calls.append(self.cell.name)
         save(self, there)
 
-    monkeypatch.setattr("eval.lab.cells.Outcome.save", dies)
+    monkeypatch.setattr("eval.lab.cells.CellOutcome.save", dies)
     with pytest.raises(KeyboardInterrupt):
         lab(config)
     there = folder / "cells"
-    first = {cell.name: place(there, cell).read_bytes() for cell in PARTS["default"] if place(there, cell).is_file()}
+    first = {
+        cell.name: outcome_file(there, cell).read_bytes()
+        for cell in PARTS["default"]
+        if outcome_file(there, cell).is_file()
+    }
     assert list(first) == calls and len(calls) == 2
-    monkeypatch.setattr("eval.lab.cells.Outcome.save", save)
+    monkeypatch.setattr("eval.lab.cells.CellOutcome.save", save)
     lab(config)
     assert "4 cells in part default, 2 to run" in capsys.readouterr().out
-    assert {cell.name: place(there, cell).read_bytes() for cell in PARTS["default"][:2]} == first
-    assert [outcome.cell for outcome in outcomes(there)] == PARTS["default"]
+    assert {cell.name: outcome_file(there, cell).read_bytes() for cell in PARTS["default"][:2]} == first
+    assert [outcome.cell for outcome in load_outcomes(there)] == PARTS["default"]
     tuning = json.loads((folder / "tuning.json").read_text())
     assert set(tuning) == {"gopo", "grpo"} and all(len(found["tried"]) == 2 for found in tuning.values())
 
-    again = load(place(there, PARTS["default"][2]))
-    place(there, again.cell).unlink()
+    again = load_outcome(outcome_file(there, PARTS["default"][2]))
+    outcome_file(there, again.cell).unlink()
     lab(config)
-    redone = load(place(there, again.cell))
-    for name in ("proxy_NEPG", "gold_NEPG", "kl_NEPG", "length_NEPG"):
+    redone = load_outcome(outcome_file(there, again.cell))
+    for name in ("proxy_NMPG", "gold_NMPG", "kl_NMPG", "length_NMPG"):
         np.testing.assert_array_equal(getattr(again, name), getattr(redone, name))
     assert (folder / "results.csv").is_file() and (folder / "curves.csv").is_file()

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from eval.lab.cells import METHODS, PARTS, Cell, Outcome
-from eval.lab.plots import differences, lab_pictures
-from eval.lab.results import SeedRow, Tables, by_cell, estimate, over_seeds, reached, summarize, win_rate
+from eval.lab.cells import METHODS, PARTS, Cell, CellOutcome
+from eval.lab.plots import difference_picture, lab_pictures
+from eval.lab.results import SeedRow, Tables, by_cell, estimate, over_seeds, pairwise_win_rate, reached, summarize
 from eval.lab.tables import CURVES, RESULTS, TABLE, read, sheet, write
 from eval.pictures import Picture, Studio
 
@@ -20,35 +20,35 @@ STEPS = np.array([0, 10, 20])
 
 def make(
     method: str,
-    curve_NE: np.ndarray | None = None,
+    curve_NM: np.ndarray | None = None,
     *,
     data: int = 0,
     seeds: Sequence[int] = range(N),
-    kl_NE: np.ndarray | None = None,
+    kl_NM: np.ndarray | None = None,
     **cell: object,
-) -> Outcome:
-    """A cell whose mean gold and proxy are `curve_NE` exactly, or random."""
+) -> CellOutcome:
+    """A cell whose mean gold and proxy are `curve_NM` exactly, or random."""
     rng = np.random.default_rng(data)
     shape = (len(seeds), len(STEPS))
     noise = rng.normal(size=(*shape, P, G))
     noise -= noise.mean((2, 3), keepdims=True)
-    gold_NE = rng.normal(size=shape) if curve_NE is None else curve_NE
-    kl_NE = np.broadcast_to(STEPS / 2.0, shape) if kl_NE is None else kl_NE
-    gold = gold_NE[..., None, None] + noise
+    gold_NM = rng.normal(size=shape) if curve_NM is None else curve_NM
+    kl_NM = np.broadcast_to(STEPS / 2.0, shape) if kl_NM is None else kl_NM
+    gold = gold_NM[..., None, None] + noise
     about = {"learning_rate": 1e-3, "beta": 0.1, "seeds": list(seeds), "proxy_accuracy": [0.75] * len(seeds)}
-    return Outcome(
+    return CellOutcome(
         Cell(method, **cell),  # type: ignore[arg-type]
         about | {"versions": {"python": "3", "jax": "0"}},
         STEPS,
-        proxy_NEPG=2 * gold,
-        gold_NEPG=gold,
-        length_NEPG=np.full((*shape, P, G), 7.0),
-        kl_NEPG=np.broadcast_to(kl_NE[..., None, None], (*shape, P, G)),
+        proxy_NMPG=2 * gold,
+        gold_NMPG=gold,
+        length_NMPG=np.full((*shape, P, G), 7.0),
+        kl_NMPG=np.broadcast_to(kl_NM[..., None, None], (*shape, P, G)),
         training={"rank_length": rng.normal(size=(len(seeds), 6))},
     )
 
 
-def rows_of(method: str, *outcomes: Outcome) -> list[SeedRow]:
+def rows_of(method: str, *outcomes: CellOutcome) -> list[SeedRow]:
     return [row for row in summarize(outcomes, "test").rows if row.method == method]
 
 
@@ -86,16 +86,16 @@ def test_identical_cells_differ_by_nothing() -> None:
 def test_the_win_rate_is_that_of_all_pairs_with_ties_one_half() -> None:
     a_NPG = np.array([[[0.0, 1.0], [5.0, 5.0]]])
     b_NPG = np.array([[[0.0, 2.0], [1.0, 2.0]]])
-    assert win_rate(a_NPG, b_NPG) == (1.5 / 4 + 1) / 2
-    assert np.isnan(win_rate(np.where(a_NPG == 1, math.nan, a_NPG), b_NPG))
+    assert pairwise_win_rate(a_NPG, b_NPG) == (1.5 / 4 + 1) / 2
+    assert np.isnan(pairwise_win_rate(np.where(a_NPG == 1, math.nan, a_NPG), b_NPG))
     with pytest.raises(ValueError, match="same seeds and prompts"):
-        win_rate(a_NPG[:, :1], b_NPG)
+        pairwise_win_rate(a_NPG[:, :1], b_NPG)
 
 
 def test_seeds_are_paired_by_their_numbers_not_by_their_places() -> None:
-    curve_NE = np.array([[0, 1, 2], [0, 2, 4], [0, 3, 6.0]])
-    baseline = make("grpo", curve_NE, seeds=(5, 6, 7))
-    rows = rows_of("gopo", make("gopo", curve_NE[::-1] + [0, 0, 1], seeds=(7, 6, 9)), baseline)
+    curve_NM = np.array([[0, 1, 2], [0, 2, 4], [0, 3, 6.0]])
+    baseline = make("grpo", curve_NM, seeds=(5, 6, 7))
+    rows = rows_of("gopo", make("gopo", curve_NM[::-1] + [0, 0, 1], seeds=(7, 6, 9)), baseline)
     assert [row.gold_difference for row in rows[:2]] == [1, 1]
     assert math.isnan(rows[2].gold_difference) and math.isnan(rows[2].steps_to_gold)
     assert [row.compared_at for row in rows] == [20, 20, 0]
@@ -113,8 +113,8 @@ def test_a_straight_curve_reaches_the_target_where_the_line_does() -> None:
 def test_cells_of_other_lengths_are_compared_at_the_last_common_step() -> None:
     long = make("gopo", np.ones((N, 1)) * STEPS)
     short = make("grpo", np.ones((N, 1)) * STEPS)
-    cut = {name: getattr(short, name)[:, :2] for name in ("proxy_NEPG", "gold_NEPG", "length_NEPG", "kl_NEPG")}
-    short = short._replace(steps_E=STEPS[:2], **cut)
+    cut = {name: getattr(short, name)[:, :2] for name in ("proxy_NMPG", "gold_NMPG", "length_NMPG", "kl_NMPG")}
+    short = short._replace(steps_M=STEPS[:2], **cut)
     assert [(row.gold_difference, row.gold, row.last_step) for row in rows_of("gopo", long, short)] == [(0, 20, 20)] * N
 
 
@@ -141,22 +141,22 @@ def test_peak_and_over_optimisation() -> None:
 
 
 def test_gold_at_the_smaller_final_kl_of_the_two() -> None:
-    curve_NE, ones_N1 = np.array([[0, 10, 12.0]]) * np.ones((N, 1)), np.ones((N, 1))
-    far, near = make("gopo", curve_NE, kl_NE=ones_N1 * [0, 4, 8]), make("grpo", curve_NE, kl_NE=ones_N1 * [0, 1, 2])
-    elsewhere = make("rloo", curve_NE, kl_NE=ones_N1 * [0, 0.5, 1], noise=0.3)
+    curve_NM, ones_N1 = np.array([[0, 10, 12.0]]) * np.ones((N, 1)), np.ones((N, 1))
+    far, near = make("gopo", curve_NM, kl_NM=ones_N1 * [0, 4, 8]), make("grpo", curve_NM, kl_NM=ones_N1 * [0, 1, 2])
+    elsewhere = make("rloo", curve_NM, kl_NM=ones_N1 * [0, 0.5, 1], noise=0.3)
     found = by_cell(summarize([far, near, elsewhere], "test").rows)
     assert [(row.common_kl, row.gold_at_kl) for row in found[Cell("gopo")]] == [(2, 5)] * N  # half the way to 10
     assert [(row.gold_at_kl, row.gold_at_kl_difference) for row in found[Cell("grpo")]] == [(12, 0)] * N
     assert [row.gold_at_kl_difference for row in found[Cell("gopo")]] == [5 - 12] * N
-    third = make("rloo", curve_NE, kl_NE=ones_N1 * [0, 0.5, 1])
+    third = make("rloo", curve_NM, kl_NM=ones_N1 * [0, 0.5, 1])
     more = by_cell(summarize([far, near, third], "test").rows)
     assert more[Cell("gopo")] == found[Cell("gopo")], "whatever other methods are there"
 
 
 def test_steps_without_a_correlation_are_left_out_of_its_mean() -> None:
     one = make("grpo")
-    values_NM = np.array([[0.5, math.nan, 0.25], [math.nan] * 3, [1, 1, 1]])
-    values = [row.rank_length for row in rows_of("grpo", one._replace(training={"rank_length": values_NM}))]
+    values_NY = np.array([[0.5, math.nan, 0.25], [math.nan] * 3, [1, 1, 1]])
+    values = [row.rank_length for row in rows_of("grpo", one._replace(training={"rank_length": values_NY}))]
     assert values == [0.375, pytest.approx(math.nan, nan_ok=True), 1]
 
 
@@ -174,7 +174,7 @@ def test_the_interval_is_students() -> None:
 
 def test_more_prompts_with_the_same_seed_means_leave_the_interval() -> None:
     one = make("grpo")
-    twice = {name: np.concatenate([getattr(one, name)] * 2, 2) for name in ("proxy_NEPG", "gold_NEPG", "kl_NEPG")}
+    twice = {name: np.concatenate([getattr(one, name)] * 2, 2) for name in ("proxy_NMPG", "gold_NMPG", "kl_NMPG")}
     narrow = estimate(rows_of("grpo", one._replace(**twice)), "gold")
     assert narrow == estimate(rows_of("grpo", one), "gold") and narrow.half > 0
 
@@ -186,8 +186,8 @@ def test_a_single_seed_has_no_interval_and_says_so() -> None:
 
 
 def test_a_seed_that_diverged_is_not_hidden() -> None:
-    curve_NE = np.array([[0, 1, 2], [0, 2, math.nan], [0, 3, 6.0]])
-    rows = rows_of("gopo", make("gopo", curve_NE, kl_NE=curve_NE), make("grpo"))
+    curve_NM = np.array([[0, 1, 2], [0, 2, math.nan], [0, 3, 6.0]])
+    rows = rows_of("gopo", make("gopo", curve_NM, kl_NM=curve_NM), make("grpo"))
     assert [math.isnan(row.win_rate) for row in rows] == [False, True, False]
     for name in ("gold", "gold_difference", "win_rate", "kl"):
         assert math.isnan(estimate(rows, name).mean) and estimate(rows, name).seeds == N
@@ -202,8 +202,8 @@ def test_what_cannot_be_summarized_is_refused() -> None:
         summarize([], "test")
     with pytest.raises(ValueError, match="gopo_g8.* once"):
         summarize([make("gopo"), make("gopo")], "test")
-    with pytest.raises(ValueError, match=r"gold_NEPG: expected \[3 seeds, 3 evaluations"):
-        summarize([make("gopo")._replace(gold_NEPG=np.zeros((N, 2, P, G)))], "test")
+    with pytest.raises(ValueError, match=r"gold_NMPG: expected \[3 seeds, 3 evaluations"):
+        summarize([make("gopo")._replace(gold_NMPG=np.zeros((N, 2, P, G)))], "test")
 
 
 # files
@@ -264,7 +264,7 @@ def test_other_data_is_another_picture_and_the_same_data_the_same(tmp_path: Path
     other = {cell: [row._replace(gold_difference=row.seed + 1) for row in rows] for cell, rows in cells.items()}
     svgs = []
     for i, given in enumerate((cells, cells, other)):
-        picture = differences(Studio(tmp_path / str(i), METHODS), given)
+        picture = difference_picture(Studio(tmp_path / str(i), METHODS), given)
         assert isinstance(picture, Picture) and "methods dr_grpo, rloo" in picture.caption
         svgs.append((tmp_path / str(i) / "differences.svg").read_text())
     assert svgs[0] == svgs[1] != svgs[2]

@@ -14,7 +14,7 @@ import yaml
 from eval.__main__ import main
 from eval.report.plots import pick_groups, skewness, smoothed
 from eval.report.reliability import reliability_pictures
-from eval.report.report import reward_model
+from eval.report.report import reward_model_row
 from eval.report.story import direction, headline, hints, what_happened
 from eval.runs import PolicyRun
 from eval.sheets import Sheet
@@ -202,7 +202,7 @@ def test_a_reward_model_that_stopped_early_is_its_best_step(made: Path) -> None:
     rows = [{"step": i, "validation/accuracy": a} for i, a in ((5, 0.9125), (10, 0.6))]
     write_jsonl(Path("runs", "reward", "metrics.jsonl"), rows)
     Path("runs", "reward", "stopped.json").write_text('{"step": 10, "best_step": 5}')
-    found = reward_model("runs/reward", {"judge": "runs/judge"}, [])
+    found = reward_model_row("runs/reward", {"judge": "runs/judge"}, [])
     assert (found["step"], found["accuracy"]) == (5, 0.9125)
 
 

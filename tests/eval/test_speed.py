@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-import eval.speed.speed as measuring
-import eval.speed.workloads as workloads
 from eval.__main__ import main
+from eval.speed import speed as measuring
+from eval.speed import workloads
 from eval.speed.peers import run_peer
-from eval.speed.speed import Measured, parse_speed
+from eval.speed.speed import RunFigures, parse_speed
 from eval.speed.workloads import WORKLOADS, Workload, even_share
 from models.config import REWARD_MODEL, Qwen3Config
 from models.flops import decode_bytes, forward_flops, step_flops
@@ -116,11 +116,11 @@ def test_peers_and_ours_take_turns(
     (tmp_path / "run_trl.py").write_text(PEER)
     turns: list[int] = []
 
-    def ours(work: Path, max_steps: int) -> Measured:
+    def ours(work: Path, max_steps: int) -> RunFigures:
         turns.append(max_steps)
         assert not (work / "xla").exists() or max_steps == 1
         (work / "xla").mkdir(exist_ok=True)
-        return Measured([{"timing_s/step": 9.0}] * 2 + [{"timing_s/step": 2.0}] * (max_steps - 2), 15.0, 1000.0, {})
+        return RunFigures([{"timing_s/step": 9.0}] * 2 + [{"timing_s/step": 2.0}] * (max_steps - 2), 15.0, 1000.0, {})
 
     monkeypatch.setattr(measuring, "prepare", lambda *_: None)
     monkeypatch.setattr(measuring, "run_program", ours)
@@ -147,9 +147,9 @@ def test_a_peer_that_fails_is_an_error(tmp_path: Path) -> None:
 def test_a_sweep_is_a_table_and_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Workload] = []
 
-    def ours(work: Path, max_steps: int) -> Measured:
+    def ours(work: Path, max_steps: int) -> RunFigures:
         row = {f"timing_s/{part}": float(len(asked)) for part in ("step", "generate", "update")}
-        return Measured([row] * max_steps, 1.0, 500.0, {})
+        return RunFigures([row] * max_steps, 1.0, 500.0, {})
 
     monkeypatch.setattr(measuring, "prepare", lambda workload, *_: asked.append(workload))
     monkeypatch.setattr(measuring, "run_program", ours)
@@ -165,7 +165,7 @@ def test_the_program_is_measured(
 ) -> None:
     network = Qwen3Config(2048, 32, 64, 1, 2, 1, 16, tie_word_embeddings=True)
     monkeypatch.setitem(measuring.WORKLOADS, "w1", Workload(16, 16, network, 4, 4, 2, ends=True))
-    monkeypatch.setattr(workloads, "SMALL", network)
+    monkeypatch.setattr(workloads, "SMALL_NETWORK", network)
     assert main(["speed", "--workload", "w1", "--steps", "2", "--json", str(tmp_path / "out.json")]) == 0
     result = json.loads((tmp_path / "out.json").read_text())
     for name in (

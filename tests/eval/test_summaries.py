@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 
 from eval.__main__ import main
-from eval.texts.summaries import estimate, fragments, lead, measures, novelty, post_of, rouge_scorer, words
+from eval.texts.summaries import (
+    fragments,
+    lead_sentences,
+    mean_with_t_interval,
+    measure_summary,
+    novelty,
+    post_of,
+    rouge_scorer,
+    words,
+)
 from train.run.files import write_jsonl
 
 POST = "The cat sat on the mat. It was happy! Then the dog came\nand barked."
@@ -34,7 +43,7 @@ def evaluate(tmp_path: Path) -> Callable[..., Row]:
 
 
 def test_rouge_is_the_overlap_of_stems() -> None:
-    found = measures("the cats sat", POST, "a cat sits on the mat", rouge_scorer())
+    found = measure_summary("the cats sat", POST, "a cat sits on the mat", rouge_scorer())
     # of 3 and 6 words: the, cat; in order: cat alone, or the alone ("sat" and "sits" have two stems)
     assert found["rouge1_precision"] == 2 / 3 and found["rouge1_recall"] == 2 / 6
     assert found["rouge1"] == pytest.approx(2 * (2 / 3) * (2 / 6) / (2 / 3 + 2 / 6))
@@ -43,20 +52,20 @@ def test_rouge_is_the_overlap_of_stems() -> None:
 
 @pytest.mark.parametrize("text", [POST, "Another text, of no importance."])
 def test_a_text_against_itself(text: str) -> None:
-    found = measures(text, text, text, rouge_scorer())
+    found = measure_summary(text, text, text, rouge_scorer())
     assert [found[name] for name in ("rouge1", "rouge2", "rougeL", "coverage", "compression")] == [1, 1, 1, 1, 1]
     assert [found[f"novelty{n}"] for n in (1, 2, 3)] == [0, 0, 0]
     assert found["density"] == len(words(text))
 
 
 def test_nothing_in_common() -> None:
-    found = measures("Nobody knows why", POST, "dogs bark", rouge_scorer())
+    found = measure_summary("Nobody knows why", POST, "dogs bark", rouge_scorer())
     assert [found[name] for name in ("rouge1", "rougeL", "coverage", "density")] == [0, 0, 0, 0]
     assert [found[f"novelty{n}"] for n in (1, 2, 3)] == [1, 1, 1]
 
 
 def test_an_empty_summary_has_no_shares() -> None:
-    found = measures("", POST, "dogs bark", rouge_scorer())
+    found = measure_summary("", POST, "dogs bark", rouge_scorer())
     assert found["rouge1"] == found["words"] == found["compression"] == 0
     assert all(found[name] is None for name in ("novelty1", "novelty3", "coverage", "density"))
 
@@ -80,20 +89,23 @@ def test_the_post_is_found_in_the_prompt() -> None:
 
 
 def test_the_lead_is_the_first_sentences() -> None:
-    assert lead(POST, 1) == "The cat sat on the mat." and lead(POST, 9).count(" ") == len(POST.split()) - 1
-    assert lead(POST, 3) == "The cat sat on the mat. It was happy! Then the dog came"
+    assert (
+        lead_sentences(POST, 1) == "The cat sat on the mat."
+        and lead_sentences(POST, 9).count(" ") == len(POST.split()) - 1
+    )
+    assert lead_sentences(POST, 3) == "The cat sat on the mat. It was happy! Then the dog came"
 
 
 def test_the_interval_is_over_prompts() -> None:
     values = np.array([1.0, 2.0, 4.0, np.nan])
-    found = estimate(values)
+    found = mean_with_t_interval(values)
     assert found is not None and found["prompts"] == 3
     from scipy.stats import ttest_1samp
 
     interval = ttest_1samp(values[:3], 0).confidence_interval(0.95)
     np.testing.assert_allclose([found["low"], found["high"]], interval)
-    assert estimate(np.array([np.nan])) is None
-    alone = estimate(np.array([3.0]))
+    assert mean_with_t_interval(np.array([np.nan])) is None
+    alone = mean_with_t_interval(np.array([3.0]))
     assert alone is not None and alone["mean"] == 3 and alone["low"] is None
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eval.theory.tabular import Problem, trained, trained_exactly
+from eval.theory.tabular import TabularProblem, trained, trained_exactly
 from gopo_jax.theory import stationary_policy
 
 REFERENCE_O, REWARDS_O = (0.5, 0.3, 0.15, 0.05), (0.0, 1.0, 0.2, 3.0)
@@ -21,8 +21,8 @@ def float64() -> Iterator[None]:
         yield
 
 
-def problem(beta: float) -> Problem:
-    return Problem(jnp.array(REFERENCE_O), jnp.array(REWARDS_O), beta)
+def problem(beta: float) -> TabularProblem:
+    return TabularProblem(jnp.array(REFERENCE_O), jnp.array(REWARDS_O), beta)
 
 
 def predicted(beta: float, **options: Any) -> jax.Array:

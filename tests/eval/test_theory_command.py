@@ -92,7 +92,7 @@ def test_every_case_is_trained_once_and_each_picture_has_its_dots() -> None:
     assert len(set(todo)) == len(todo)
     rows = [case._asdict() | {"sampled": 0.5} for case in todo]
     for axis, values in (("beta", [0.5, 1]), ("group_size", [2, 4, 8]), ("noise", [0, 1, 2, 4])):
-        found = command.dots(config, rows, axis, ["GOPO", "GRPO", "GRPO, G = 8"])
+        found = command.sampled_dots(config, rows, axis, ["GOPO", "GRPO", "GRPO, G = 8"])
         assert len(found) == 2
         assert all(sorted(x for x, _ in points) == values for points in found.values())
 
@@ -100,7 +100,7 @@ def test_every_case_is_trained_once_and_each_picture_has_its_dots() -> None:
 def test_the_files_hold_the_prediction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One case of many, without the pictures: the whole command takes longer, see below."""
     monkeypatch.setattr(command, "cases", lambda config: [Case("gopo", 2, 0.5)])
-    for name in ("curves", "gradients", "pictures"):
+    for name in ("predicted_curves", "gradient_ratios", "theory_pictures"):
         monkeypatch.setattr(command, name, lambda *given: {})
     for name in ("one", "two"):
         theory(parse_theory(["--out", str(tmp_path / name), *TINY.split()]))
@@ -186,7 +186,7 @@ def test_the_whole_command_writes_the_same_twice(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_what_the_command_trains_ends_where_it_predicts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in ("curves", "gradients", "pictures"):
+    for name in ("predicted_curves", "gradient_ratios", "theory_pictures"):
         monkeypatch.setattr(command, name, lambda *given: {})
     shorter = "--noise 0,2 --groups 128 --steps 1000 --exact_steps 4000"
     rows = theory(parse_theory(["--out", str(tmp_path), *shorter.split()]))["rows"]
