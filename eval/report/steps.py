@@ -6,30 +6,30 @@ from typing import Any
 
 import numpy as np
 
-from eval.stats import CONFIDENCE, RESAMPLES
+from eval.stats import percentile_interval, resampled_counts
 
 
-def first_crossing(steps_S: np.ndarray, means_BS: np.ndarray, target_B: np.ndarray) -> np.ndarray:
-    """The step [B] at which each curve first reaches its target.
+def first_crossing(steps_M: np.ndarray, means_XM: np.ndarray, target_X: np.ndarray) -> np.ndarray:
+    """Returns the step [X] at which each curve first reaches its target.
 
     On the straight line between validation steps: with m_i < target <= m_i+1,
       s = s_i + (target - m_i) / (m_i+1 - m_i) (s_i+1 - s_i);
     the first step for a curve that starts there, infinite for one that never gets there.
     """
-    reached_BS = means_BS >= target_B[:, None]
-    after = reached_BS.argmax(1)
+    reached_XM = means_XM >= target_X[:, None]
+    after = reached_XM.argmax(1)
     rows, before = np.arange(len(after)), np.maximum(after - 1, 0)
-    low, high = means_BS[rows, before], means_BS[rows, after]
+    low, high = means_XM[rows, before], means_XM[rows, after]
     with np.errstate(divide="ignore", invalid="ignore"):
-        share = np.where(after > 0, (target_B - low) / (high - low), 0.0)
-    found = steps_S[before] + share * (steps_S[after] - steps_S[before])
-    return np.where(reached_BS.any(1), found, math.inf)
+        share = np.where(after > 0, (target_X - low) / (high - low), 0.0)
+    found = steps_M[before] + share * (steps_M[after] - steps_M[before])
+    return np.where(reached_XM.any(1), found, math.inf)
 
 
 def steps_to_reach(
     values_a: Mapping[int, np.ndarray], values_b: Mapping[int, np.ndarray], seed: int
 ) -> dict[str, Any] | None:
-    """The step at which A's mean over prompts reaches B's mean at B's last step, and how much sooner that is.
+    """Finds the step at which A's mean over prompts reaches B's mean at B's last step, and how much sooner that is.
 
     Args:
       values_a, values_b: for each validation step [P], the prompts' values; NaN = none.
@@ -42,28 +42,24 @@ def steps_to_reach(
     """
     steps = sorted(values_a)
     final = max(values_b)
-    table_SP = np.stack([*(values_a[step] for step in steps), values_b[final]]).astype(np.float64)
-    if np.isnan(table_SP).all(1).any():
+    table_MP = np.stack([*(values_a[step] for step in steps), values_b[final]]).astype(np.float64)
+    if np.isnan(table_MP).all(1).any():
         return None
-    P = table_SP.shape[1]
-    rng = np.random.default_rng(seed)
-    batches: list[np.ndarray] = [np.ones((1, P))]
-    for start in range(0, RESAMPLES, size := max(1, 2**22 // P)):
-        batches.append(rng.multinomial(P, np.full(P, 1 / P), size=min(size, RESAMPLES - start)))
-    valid_SP, filled_SP = ~np.isnan(table_SP), np.nan_to_num(table_SP)
+    P = table_MP.shape[1]
+    counts = [np.ones((1, P)), *resampled_counts(P, seed)]  # the first row: every prompt once
+    valid_MP, filled_MP = ~np.isnan(table_MP), np.nan_to_num(table_MP)
     with np.errstate(invalid="ignore"):  # a resample without a valid value reaches nothing
-        means_BS = np.concatenate([(count @ filled_SP.T) / (count @ valid_SP.T) for count in batches])
-    crossing_B = first_crossing(np.array(steps, np.float64), means_BS[:, :-1], means_BS[:, -1])
-    tails = [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]
-    low, high = np.quantile(crossing_B[1:], tails, method="inverted_cdf")
-    step = float(crossing_B[0])
+        means_XM = np.concatenate([(count @ filled_MP.T) / (count @ valid_MP.T) for count in counts])
+    crossing_X = first_crossing(np.array(steps, np.float64), means_XM[:, :-1], means_XM[:, -1])
+    low, high, _ = percentile_interval(crossing_X[1:])
+    step = float(crossing_X[0])
     return {
-        "target": float(means_BS[0, -1]),
+        "target": float(means_XM[0, -1]),
         "final_step": final,
         "step": _finite(step),
         "low": _finite(low),
         "high": _finite(high),
-        "reached": float(np.isfinite(crossing_B[1:]).mean()),
+        "reached": float(np.isfinite(crossing_X[1:]).mean()),
         "times_as_fast": final / step if 0 < step < math.inf else None,
         "prompts": P,
     }

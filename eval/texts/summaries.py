@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from eval.sheets import Sheet, missing, number
-from eval.stats import mean_and_error, prompt_means
+from eval.stats import mean_and_interval, prompt_means, without_nan
 from eval.texts.rows import answered, asked, by_temperature, check_out, groups_of, prompt_of, read, write_json
 from train.console import console
 from train.data.rows import Row, load_rows
@@ -248,15 +248,8 @@ def together(each: Sequence[Measures], groups: Sequence[Sequence[int]]) -> dict[
 
 def estimate(values_P: np.ndarray) -> dict[str, Any] | None:
     """Mean, standard error and 95 % interval by Student's t over the prompts that have a value; of one: no interval."""
-    from scipy.stats import t
-
-    found: dict[str, Any] = mean_and_error(values_P)
-    if not found["prompts"]:
-        return None
-    if found["prompts"] == 1:
-        return found | {"standard_error": None, "low": None, "high": None, "method": None}
-    half = float(t.ppf(0.975, found["prompts"] - 1)) * found["standard_error"]
-    return found | {"low": found["mean"] - half, "high": found["mean"] + half, "method": "t"}
+    mean = mean_and_interval(values_P)
+    return without_nan(mean) if mean["prompts"] else None
 
 
 def show(result: Mapping[str, Any], config: SummariesConfig) -> None:
