@@ -6,7 +6,7 @@ from typing import Any
 
 from eval.report.judged import name_of
 from eval.runs import PolicyRun
-from eval.sheets import interval, missing, number, percent, signed, step_text
+from eval.sheets import interval_text, missing, number, percent, signed, tenths
 
 ENOUGH = 3.0  # paired standard errors that a gain must exceed to be called one
 LONGER, SHORTER, REPEATING = 1.25, 0.8, 0.8  # changes of length and of distinct completions worth a warning
@@ -117,7 +117,7 @@ def comparison(result: Result) -> str:
     last = rates[-1]
     text = (
         f"Against each other: at step {last['step']} the judge prefers {a} to {b} in {percent(last['mean'])} of pairs "
-        f"(95 % interval {interval(last)} over {last['prompts']} prompts). "
+        f"(95 % interval {interval_text(last)} over {last['prompts']} prompts). "
     )
     best = ahead(result, last)
     if best is None:
@@ -139,7 +139,7 @@ def sooner(result: Result) -> str:
         if found["times_as_fast"] is None or found["high"] is None or found["high"] >= found["final_step"]:
             continue
         what = "validation reward" if found["score"] == "reward" else "judge's score"
-        between = f"95 % interval [{step_text(found['low'])}, {step_text(found['high'])}] over prompts"
+        between = f"95 % interval [{tenths(found['low'])}, {tenths(found['high'])}] over prompts"
         parts.append(
             f"{found['run']} had {found['reaches']}'s final {what} ({number(found['target'])}) at step "
             f"{found['step']:.1f} of {found['final_step']} ({between}), {found['times_as_fast']:.2f} times as fast."
@@ -156,10 +156,10 @@ def verdicts(judged: Sequence[Mapping[str, Any]]) -> list[str]:
         text = (
             f"{name_of(found)}{step}: {found['name_a']} wins {percent(rate['mean'])} of {found['pairs']} pairs against "
         )
-        text += f"{found['name_b']}, ties as halves (95 % interval {interval(rate)} over {rate['prompts']} prompts)"
+        text += f"{found['name_b']}, ties as halves (95 % interval {interval_text(rate)} over {rate['prompts']} prompts)"
         equal = found.get("length_controlled")
         if equal is not None and not missing(equal["mean"]):
-            text += f", and {percent(equal['mean'])} {interval(equal)} at equal length"
+            text += f", and {percent(equal['mean'])} {interval_text(equal)} at equal length"
         if not missing(found.get("consistent")):
             text += f". Both orders gave the same verdict in {percent(found['consistent'])} of pairs"
         ahead_at = leads({"judge": name_of(found)}, found)
