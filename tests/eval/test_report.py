@@ -286,11 +286,11 @@ def test_the_headline_says_what_the_numbers_say(
 @pytest.mark.parametrize(
     ("reward", "judge", "says"),
     [
-        (9, 9, ["It rose", "judge agrees"]),
-        (9, 1, ["It rose", "does not confirm it"]),
-        (9, -9, ["It rose", "contradicts it"]),
-        (1, 9, ["no change is shown", "saw it rise"]),
-        (-9, -9, ["It fell", "fell too"]),
+        (9, 9, ["reward rose", "judge agrees"]),
+        (9, 1, ["reward rose", "does not confirm it"]),
+        (9, -9, ["reward rose", "contradicts it"]),
+        (1, 9, ["shows no change", "saw it rise"]),
+        (-9, -9, ["reward fell", "fell too"]),
     ],
 )
 def test_what_happened_to_a_run(made: Path, reward: float, judge: float, says: list[str]) -> None:
@@ -298,7 +298,7 @@ def test_what_happened_to_a_run(made: Path, reward: float, judge: float, says: l
     opened = [PolicyRun.open(f"runs/{name}") for name in runs]
     paragraphs = what_happened(versus(0.55, 0.65), runs, opened)
     assert [part for part in says if part not in paragraphs[0]] == []
-    assert "The interval excludes 0.5: gopo is ahead at the end" in paragraphs[2]
+    assert "excludes 0.5, gopo is ahead at the end" in paragraphs[2]
     assert "no difference that 100 prompts can show" in what_happened(versus(0.4, 0.6), runs, opened)[2]
 
 
