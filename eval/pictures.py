@@ -4,7 +4,6 @@ A run keeps its colour and its line style in every picture. The colours are Okab
 eyes); in the page's SVG they are CSS variables, so that they follow light and dark mode.
 """
 
-import html
 import io
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -49,7 +49,7 @@ class Picture:
     name: str  # file name without suffix
     title: str
     caption: str
-    svg: str  # SVG inside a page
+    svg: Markup  # SVG inside a page
 
 
 class Studio:
@@ -93,17 +93,17 @@ def drawing() -> Iterator[Figure]:
         yield Figure(figsize=SIZE, layout="constrained")  # no pyplot: no window, no global state
 
 
-def inline(svg: str, name: str, title: str, caption: str) -> str:
+def inline(svg: str, name: str, title: str, caption: str) -> Markup:
     """Turns an SVG file into a part of an HTML page: unique ids, the page's colours, no references to other files."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\s(?:xmlns(?::\w+)?|width|height|version)="[^"]*"', "", svg, count=5)
-    label = html.escape(f"{title}. {caption}")
+    label = escape(f"{title}. {caption}")
     svg = svg.replace("xlink:href", "href").replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
     for colour, variable in CSS_VARIABLES.items():
         svg = svg.replace(colour, f"var({variable})")
-    return svg.strip()
+    return Markup(svg.strip())
 
 
 def over_steps(axes: Axes, label: str) -> None:

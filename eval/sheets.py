@@ -1,30 +1,28 @@
-"""Tables, made once: shown in the terminal, in Markdown, LaTeX, CSV and HTML; and numbers as they stand in them."""
+"""Tables, made once: for the terminal by rich, as CSV, LaTeX and Markdown by pandas; and numbers as text for them."""
 
-import csv
-import html
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
-from urllib.parse import quote
 
 from rich.table import Table
 from rich.text import Text
 
 NONE = "–"
-PHONE = 38  # letters of a table that fit side by side on a phone; of a wider one, each row becomes a card there
-SHORT = 24  # letters of cells that are not broken in such a card
+# pandas' own escape leaves the signs that the OT1 encoding prints as others, and [ and *, which \\ takes as arguments.
 TEX = {
     "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}",
     ">": r"\textgreater{}", "|": r"\textbar{}", "[": "{[}", "]": "{]}", "*": "{*}", '"': "''",
     "–": "--", "−": "$-$", "±": r"$\pm$", "×": r"$\times$", "→": r"$\rightarrow$", "…": r"\ldots{}",
-    "“": "``", "”": "''", "’": "'", "\u00a0": "~",
+    "“": "``", "”": "''", "’": "'",
 } | {sign: "\\" + sign for sign in "&%$#_{}"}  # fmt: skip
+RULES: Any = [{"selector": rule, "props": ":hline"} for rule in ("toprule", "midrule", "bottomrule")]
 
 
 @dataclass(frozen=True)
 class Sheet:
+    """A table of texts."""
+
     title: str
     columns: tuple[str, ...]
     rows: Sequence[tuple[str, ...]]
@@ -32,10 +30,16 @@ class Sheet:
     name: str = ""  # of its files, without suffix
 
     def first(self, columns: int) -> "Sheet":
-        """The same with the first columns alone."""
-        return replace(self, columns=self.columns[:columns], rows=[row[:columns] for row in self.rows])
+        """Returns the first columns of the table."""
+        return self.select(self.columns[:columns])
+
+    def select(self, columns: Sequence[str]) -> "Sheet":
+        """Returns some columns of the table."""
+        at = [self.columns.index(column) for column in columns]
+        return replace(self, columns=tuple(columns), rows=[tuple(row[i] for i in at) for row in self.rows])
 
     def rich(self) -> Table:
+        """Returns the table for the terminal."""
         table = Table(title=self.title, title_justify="left", caption_justify="left")
         for i, column in enumerate(self.columns):
             table.add_column(column, justify="left" if i == 0 else "right")
@@ -43,71 +47,37 @@ class Sheet:
             table.add_row(*map(Text, row))  # as it is: "[not reached]" is no markup
         return table
 
+    def frame(self) -> Any:
+        """Returns the rows as a pandas.DataFrame."""
+        import pandas as pd  # slow to import
+
+        return pd.DataFrame(self.rows, columns=list(self.columns))
+
+    def csv(self) -> str:
+        """Returns the cells as they are shown."""
+        return str(self.frame().to_csv(index=False, lineterminator="\n"))
+
     def markdown(self) -> str:
-        lines = [self.columns, ("---", *["---:"] * (len(self.columns) - 1)), *self.rows]
-        text = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+        """Returns a pipe table and the note; white space in a cell is one blank."""
+        frame = self.frame().map(lambda cell: " ".join(cell.split()).replace("|", "\\|"))
+        align = ("left", *["right"] * (len(self.columns) - 1))
+        text = frame.to_markdown(index=False, tablefmt="pipe", disable_numparse=True, colalign=align)
         return f"{text}\n" + (f"\n{self.note}\n" if self.note else "")
 
     def latex(self) -> str:
-        """A plain tabular for \\input, which needs no package; title and note are comments."""
-        lines = [[tex(cell) for cell in line] for line in (self.columns, *self.rows)]
-        head, *body = (" & ".join(line) + r" \\" for line in lines)
-        frame = [
-            r"\begin{tabular}{l" + "r" * (len(self.columns) - 1) + "}",
-            r"\hline",
-            head,
-            r"\hline",
-            *body,
-            r"\hline",
-        ]
-        said = [f"% {line}" for text in (self.title, self.note) for line in text.splitlines()]
-        return "\n".join([*said[:1], *frame, r"\end{tabular}", *said[1:]]) + "\n"
-
-    def csv(self) -> str:
-        """The cells as they are shown."""
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows((self.columns, *self.rows))
-        return text.getvalue()
-
-    def html(self) -> str:
-        escape = html.escape
-        head = "".join(f'<th scope="col">{escape(column)}</th>' for column in self.columns)
-        body = "".join(
-            f'<tr><th scope="row" data-label="{escape(self.columns[0])}">{escape(row[0])}</th>'
-            + "".join(
-                f'<td data-label="{escape(column)}">{escape(cell)}</td>'
-                for column, cell in zip(self.columns[1:], row[1:], strict=True)
-            )
-            + "</tr>"
-            for row in self.rows
-        )
-        links = " ".join(
-            download(f"{self.name}.{kind}", text, label)
-            for kind, text, label in (("csv", self.csv(), "CSV"), ("tex", self.latex(), "LaTeX"))
-            if self.name
-        )
-        note = f'<p class="note">{" ".join(part for part in (escape(self.note), links) if part)}</p>'
-        longest = max((len(cell) for row in self.rows for cell in row[1:]), default=0)
-        kind = f' class="wide{" short" if longest <= SHORT else ""}"' if self.letters() > PHONE else ""
-        table = f"<table{kind}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-        return f"<h3>{escape(self.title)}</h3>{table}{note}"
+        """Returns a tabular for \\input that needs no package; title and note are comments."""
+        style = self.frame().style.hide(axis="index").format(tex).format_index(tex, axis=1).set_table_styles(RULES)
+        table = style.to_latex(column_format="l" + "r" * (len(self.columns) - 1))
+        comments = [f"% {line}\n" for text in (self.title, self.note) for line in text.splitlines()]
+        return "".join([*comments[:1], table, *comments[1:]])
 
     def letters(self) -> int:
-        """How wide it is: the longest cell of each column, and two between columns."""
+        """Returns the table's width: the longest cell of each column, and two between columns."""
         return sum(2 + max(map(len, column)) for column in zip(self.columns, *self.rows, strict=True))
 
 
-def download(file: str, text: str, label: str) -> str:
-    """A link that saves a text which the page itself holds."""
-    kind = {"csv": "text/csv", "json": "application/json"}.get(file.rpartition(".")[2], "text/plain")
-    return (
-        f'<a download="{html.escape(file)}" href="data:{kind};charset=utf-8,{quote(text, safe="")}">'
-        f"{html.escape(label)}</a>"
-    )
-
-
 def tex(text: str) -> str:
-    """A text in LaTeX: signs with a meaning there are escaped, white space is one blank."""
+    """Escapes a text for LaTeX; white space becomes one blank."""
     return "".join(TEX.get(sign, sign) for sign in " ".join(text.split()))
 
 
@@ -131,32 +101,26 @@ def count(value: float | None) -> str:
     return NONE if value is None or math.isnan(value) else f"{value:.0f}"
 
 
-def plus_minus(estimate: Mapping[str, Any]) -> str:
-    if missing(estimate["mean"]):
-        return NONE
-    return f"{number(estimate['mean'])} ± {number(estimate['standard_error'])}"
-
-
-def interval(estimate: Mapping[str, Any]) -> str:
-    return f"[{number(estimate['low'])}, {number(estimate['high'])}]"
-
-
 def tenths(value: float | None) -> str:
     return NONE if value is None or math.isnan(value) else f"{value:.1f}"
 
 
-def estimate(rate: Mapping[str, Any] | None) -> str:
-    return NONE if rate is None or missing(rate["mean"]) else f"{number(rate['mean'])} {interval(rate)}"
+def interval_text(rate: Mapping[str, Any]) -> str:
+    """ "[low, high]"."""
+    return f"[{number(rate['low'])}, {number(rate['high'])}]"
 
 
-def estimate_error(value: Mapping[str, Any]) -> str:
-    error = value.get("standard_error")
-    return number(value["mean"]) + ("" if missing(error) else f" ± {number(error)}")
+def rate_text(rate: Mapping[str, Any] | None) -> str:
+    """ "mean [low, high]"."""
+    return NONE if rate is None or missing(rate["mean"]) else f"{number(rate['mean'])} {interval_text(rate)}"
+
+
+def plus_minus(estimate: Mapping[str, Any]) -> str:
+    """ "mean ± standard error"; the mean alone where there is no error."""
+    error = estimate.get("standard_error")
+    return number(estimate["mean"]) + ("" if missing(error) or missing(estimate["mean"]) else f" ± {number(error)}")
 
 
 def percent_error(value: float, error: float | None) -> str:
+    """ "share ± standard error %"."""
     return f"{100 * value:.1f}" + ("" if error is None else f" ± {100 * error:.1f}") + " %"
-
-
-def step_text(step: float | None) -> str:
-    return NONE if step is None else f"{step:.1f}"

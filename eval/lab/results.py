@@ -18,7 +18,7 @@ import numpy as np
 import gopo_jax
 from eval.lab.cells import DISTORTIONS, METHODS, REGIMES, Cell, CellOutcome
 from eval.report.steps import first_crossing
-from eval.stats import CONFIDENCE
+from eval.stats import mean_and_interval, win_rate_of_pairs
 
 BASELINE, DIGITS = "grpo", 5
 LIBRARIES = ("jax", "flax", "optax", "numpy")
@@ -307,8 +307,7 @@ def pairwise_win_rate(a_NPG: np.ndarray, b_NPG: np.ndarray) -> np.ndarray:
             f"win rate: expected the same seeds and prompts on both sides, got {list(a_NPG.shape[:2])} and "
             f"{list(b_NPG.shape[:2])}; run both cells with one number of validation prompts"
         )
-    a_NPGG, b_NPGG = a_NPG[..., :, None], b_NPG[..., None, :]
-    rate_N = ((a_NPGG > b_NPGG) + 0.5 * (a_NPGG == b_NPGG)).mean((1, 2, 3))
+    rate_N = win_rate_of_pairs(a_NPG, b_NPG).mean(1)
     unscorable_N = np.isnan(a_NPG).any((1, 2)) | np.isnan(b_NPG).any((1, 2))
     return np.where(unscorable_N, math.nan, rate_N)
 
@@ -323,16 +322,11 @@ def over_seeds(values_N: Sequence[float] | np.ndarray) -> Estimate:
 
     No interval (half is NaN) for a single seed; a value that is not finite leaves neither mean nor interval.
     """
-    from scipy.stats import t  # slow to import
-
     values = np.asarray(values_N, np.float64)
-    N = values.size
-    if not N or not np.isfinite(values).all():
-        return Estimate(math.nan, math.nan, N)
-    if N == 1:
-        return Estimate(float(values[0]), math.nan, 1)
-    half = t.ppf((1 + CONFIDENCE) / 2, N - 1) * values.std(ddof=1) / math.sqrt(N)
-    return Estimate(float(values.mean()), float(half), N)
+    if not np.isfinite(values).all():
+        return Estimate(math.nan, math.nan, values.size)
+    mean = mean_and_interval(values)
+    return Estimate(mean["mean"], mean["high"] - mean["mean"], values.size)
 
 
 def estimate(rows: Iterable[SeedRow], name: str) -> Estimate:

@@ -21,7 +21,7 @@ from eval.runs import CompletionTable, PolicyRun, same_model
 from eval.sheets import Sheet
 from eval.stats import (
     CONFIDENCE,
-    ENOUGH,
+    MIN_PROMPTS,
     RESAMPLES,
     mean_and_error,
     paired_gain,
@@ -89,7 +89,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         "prompts": len(tables[runs[0].name][steps[0]].groups),
         "seed": config.seed,
         "interval": f"bootstrap over prompts, BCa, {100 * CONFIDENCE:.0f} %, {RESAMPLES} resamples; Wilson's score "
-        f"interval where all prompts agree, or there are fewer than {ENOUGH}",
+        f"interval where all prompts agree, or there are fewer than {MIN_PROMPTS}",
         "win_rate": [win_rate_at_step(config.seed, step, runs, tables, scores) for step in steps],
         "runs": {run.name: describe_policy(run, tables[run.name], scores[run.name]) for run in runs},
         "steps_to_reach": mutual_reach(config.seed, runs, tables, scores),

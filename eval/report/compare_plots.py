@@ -11,7 +11,7 @@ from eval.pictures import DASHES, INK, MARKERS, MUTED, SERIES, Picture, Studio, 
 from eval.report.judged import name_of
 from eval.report.judged_tables import IFEVAL, labels
 from eval.report.plots import validation_curve
-from eval.sheets import missing, step_text
+from eval.sheets import missing, tenths
 
 OVER_PROMPTS = "Band: ± one standard error over prompts."
 
@@ -94,7 +94,7 @@ def reach_picture(studio: Studio, runs: Mapping[str, Any], score: str, label: st
     caption = (
         f"The star: {mark['run']} has {mark['reaches']}'s mean of step {mark['final_step']} at step "
         f"{mark['step']:.1f}{times}. Grey bar: 95 % bootstrap interval over prompts, "
-        f"[{step_text(mark['low'])}, {step_text(mark['high'])}]."
+        f"[{tenths(mark['low'])}, {tenths(mark['high'])}]."
     )
     return studio.draw(f"steps_to_reach_{score}", title, caption, paint)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import scipy.stats
 from matplotlib.axes import Axes
 
 from eval.pictures import MUTED, SERIES, Picture, Studio, over_steps, text_of
@@ -178,17 +179,13 @@ def pick_groups(runs: Sequence[PolicyRun], size: int = 8) -> list[Group]:
         if all(len(values) >= size for values in rewards.values()):
             break
     groups = {i: np.array(values[:size]) for i, values in rewards.items() if len(values) >= size}
-    skew = {i: skewness(values) for i, values in groups.items() if np.ptp(values) > 0}
-    if not skew:
+    groups = {i: values for i, values in groups.items() if not np.allclose(values, values[0], rtol=1e-9, atol=0)}
+    if not groups:
         return []
+    skew = dict(zip(groups, scipy.stats.skew(list(groups.values()), axis=1).tolist(), strict=True))
     chosen = {
         "Most skewed down": min(skew, key=lambda i: skew[i]),
         "Least skewed": min(skew, key=lambda i: abs(skew[i])),
         "Most skewed up": max(skew, key=lambda i: skew[i]),
     }
     return [Group(title, text_of(prompts[i]), groups[i], skew[i]) for title, i in chosen.items()]
-
-
-def skewness(values: np.ndarray) -> float:
-    centred = values - values.mean()
-    return float((centred**3).mean() / (centred**2).mean() ** 1.5)

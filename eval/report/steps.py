@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from eval.stats import CONFIDENCE, RESAMPLES
+from eval.stats import percentile_interval, resampled_counts
 
 
 def first_crossing(steps_M: np.ndarray, means_XM: np.ndarray, target_X: np.ndarray) -> np.ndarray:
@@ -46,16 +46,12 @@ def steps_to_target(
     if np.isnan(table_MP).all(1).any():
         return None
     P = table_MP.shape[1]
-    rng = np.random.default_rng(seed)
-    batches: list[np.ndarray] = [np.ones((1, P))]
-    for start in range(0, RESAMPLES, size := max(1, 2**22 // P)):
-        batches.append(rng.multinomial(P, np.full(P, 1 / P), size=min(size, RESAMPLES - start)))
+    counts = [np.ones((1, P)), *resampled_counts(P, seed)]  # the first row: every prompt once
     valid_MP, filled_MP = ~np.isnan(table_MP), np.nan_to_num(table_MP)
-    with np.errstate(invalid="ignore"):  # a resample without valid values reaches nothing
-        means_XM = np.concatenate([(count @ filled_MP.T) / (count @ valid_MP.T) for count in batches])
+    with np.errstate(invalid="ignore"):  # a resample without a valid value reaches nothing
+        means_XM = np.concatenate([(count @ filled_MP.T) / (count @ valid_MP.T) for count in counts])
     crossing_X = first_crossing(np.array(steps, np.float64), means_XM[:, :-1], means_XM[:, -1])
-    tails = [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]
-    low, high = np.quantile(crossing_X[1:], tails, method="inverted_cdf")
+    low, high, _ = percentile_interval(crossing_X[1:])
     step = float(crossing_X[0])
     return {
         "target": float(means_XM[0, -1]),

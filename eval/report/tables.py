@@ -3,11 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from eval.sheets import NONE, Sheet, count, interval, missing, number, percent, plus_minus, signed, step_text, tenths
+from eval.sheets import NONE, Sheet, count, interval_text, missing, number, percent, plus_minus, signed, tenths
 
 
 def reward_models(models: Sequence[Mapping[str, Any]]) -> Sheet:
-    """Accuracy of each reward model beside what preferring the longer answer would get."""
+    """Returns the accuracy of each reward model beside that of preferring the longer answer."""
     return Sheet(
         "Reward models",
         ("reward model", "role", "step", "accuracy", "length alone", "ECE"),
@@ -22,7 +22,7 @@ def reward_models(models: Sequence[Mapping[str, Any]]) -> Sheet:
 
 
 def policies(runs: Mapping[str, Mapping[str, Any]]) -> Sheet:
-    """Reward and judge score of each policy before and after, with the paired gains."""
+    """Returns reward and judge score of each policy before and after, with the paired gains."""
     rows = []
     for name, run in runs.items():
         first, last, gain = run["steps"][0], run["steps"][-1], run["gain"]
@@ -42,24 +42,25 @@ def policies(runs: Mapping[str, Mapping[str, Any]]) -> Sheet:
 
 
 def final_win_rate(result: Mapping[str, Any]) -> Sheet:
+    """Returns the judge's win rate at the last common step."""
     last = result["win_rate"][-1]
     name = f"{result['a']} over {result['b']}"
     return Sheet(
         "Win rate at the last common step, by the judge",
         ("policies", "step", "win rate", "95 % interval", "prompts"),
-        [(name, count(last["step"]), number(last["mean"]), interval(last), count(last["prompts"]))],
+        [(name, count(last["step"]), number(last["mean"]), interval_text(last), count(last["prompts"]))],
         f"Over all pairs of completions of a prompt, equal scores count one half. Interval: {result['interval']}.",
         "final_win_rate",
     )
 
 
 def by_step(result: Mapping[str, Any]) -> Sheet:
-    """Win rate and judge score at every common step."""
+    """Returns win rate and judge score at every common step."""
     a, b = result["a"], result["b"]
     rows = []
     for i, rate in enumerate(result["win_rate"]):
         judged = (plus_minus(result["runs"][name]["steps"][i]["judge"]) for name in (a, b))
-        rows.append((count(rate["step"]), number(rate["mean"]), interval(rate), *judged))
+        rows.append((count(rate["step"]), number(rate["mean"]), interval_text(rate), *judged))
     return Sheet(
         f"{a} over {b}, step by step, by the judge",
         ("step", "win rate", "95 % interval", f"score {a}", f"score {b}"),
@@ -70,13 +71,13 @@ def by_step(result: Mapping[str, Any]) -> Sheet:
 
 
 def rewards_by_step(runs: Mapping[str, Mapping[str, Any]]) -> Sheet:
-    """Validation reward of every run at every step."""
-    found = {name: {step["step"]: step["reward"] for step in run["steps"]} for name, run in runs.items()}
-    steps = sorted({step for rewards in found.values() for step in rewards})
-    cells = [[plus_minus(rewards[step]) if step in rewards else NONE for rewards in found.values()] for step in steps]
+    """Returns the validation reward of every run at every step."""
+    rewards = {name: {step["step"]: step["reward"] for step in run["steps"]} for name, run in runs.items()}
+    steps = sorted({step for of_run in rewards.values() for step in of_run})
+    cells = [[plus_minus(of_run[step]) if step in of_run else NONE for of_run in rewards.values()] for step in steps]
     return Sheet(
         "Validation reward, step by step",
-        ("step", *found),
+        ("step", *rewards),
         [(count(step), *row) for step, row in zip(steps, cells, strict=True)],
         "By the reward model trained against; mean ± standard error over prompts.",
         "validation_reward",
@@ -84,24 +85,25 @@ def rewards_by_step(runs: Mapping[str, Mapping[str, Any]]) -> Sheet:
 
 
 def steps_to_reach(result: Mapping[str, Any]) -> Sheet:
-    """When each run is where the other one ends."""
+    """Returns the step at which each run reaches the other one's end."""
     rows = []
-    for found in result["steps_to_reach"]:
-        at = "not reached" if found["step"] is None else f"{step_text(found['step'])} of {found['final_step']}"
-        between = f"[{step_text(found['low'])}, {step_text(found['high'])}]" if found["low"] is not None else NONE
-        times = NONE if found["times_as_fast"] is None else f"{found['times_as_fast']:.2f}"
-        name = f"{found['run']} to {found['reaches']}, {found['score']}"
-        rows.append((name, number(found["target"]), at, between, times))
+    for reach in result["steps_to_reach"]:
+        at = "not reached" if reach["step"] is None else f"{tenths(reach['step'])} of {reach['final_step']}"
+        between = f"[{tenths(reach['low'])}, {tenths(reach['high'])}]" if reach["low"] is not None else NONE
+        times = NONE if reach["times_as_fast"] is None else f"{reach['times_as_fast']:.2f}"
+        name = f"{reach['run']} to {reach['reaches']}, {reach['score']}"
+        rows.append((name, number(reach["target"]), at, between, times))
     note = (
         "Target: the other run's mean at its last step. At step: where the validation curve first reaches it, on the "
         "straight line between validations; the interval is by percentiles of the bootstrap over prompts, – where "
         "resamples do not reach it. Times as fast: the other run's last step / at step."
     )
-    if {found["score"] for found in result["steps_to_reach"]} == {"judge"}:
+    if {reach["score"] for reach in result["steps_to_reach"]} == {"judge"}:
         note += " The runs were trained on different rewards, which cannot be compared."
     columns = ("run to other's end", "target", "at step", "95 % interval", "times as fast")
     return Sheet("Steps to the other run's final score", columns, rows, note, "steps_to_reach")
 
 
 def gain_text(gain: Mapping[str, Any]) -> str:
+    """ "+mean ± standard error"."""
     return NONE if missing(gain["mean"]) else f"{signed(gain['mean'])} ± {number(gain['standard_error'])}"

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from eval.sheets import Sheet, missing, number
-from eval.stats import mean_and_error, prompt_means
+from eval.stats import mean_and_interval, prompt_means, without_nan
 from eval.texts.rows import (
     check_out,
     groups_of,
@@ -259,15 +259,8 @@ def average_measures(row_measures: Sequence[Measures], groups: Sequence[Sequence
 
 def mean_with_t_interval(values_P: np.ndarray) -> dict[str, Any] | None:
     """Mean, standard error and Student's 95 % interval over prompts with a value; no interval for a single prompt."""
-    from scipy.stats import t
-
-    estimate: dict[str, Any] = mean_and_error(values_P)
-    if not estimate["prompts"]:
-        return None
-    if estimate["prompts"] == 1:
-        return estimate | {"standard_error": None, "low": None, "high": None, "method": None}
-    half = float(t.ppf(0.975, estimate["prompts"] - 1)) * estimate["standard_error"]
-    return estimate | {"low": estimate["mean"] - half, "high": estimate["mean"] + half, "method": "t"}
+    mean = mean_and_interval(values_P)
+    return without_nan(mean) if mean["prompts"] else None
 
 
 def print_summaries(result: Mapping[str, Any], config: SummariesConfig) -> None:

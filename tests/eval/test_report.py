@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.stats
 import yaml
 
 from eval.__main__ import main
-from eval.report.plots import pick_groups, skewness, smoothed
+from eval.report.page import Answer, Commands, Content, Files, Sample, Section, markdown, page
+from eval.report.plots import pick_groups, smoothed
 from eval.report.reliability import reliability_pictures
 from eval.report.report import reward_model_row
 from eval.report.story import direction, headline, hints, what_happened
@@ -210,7 +212,7 @@ def test_a_third_run_that_was_not_compared(made: Path) -> None:
     make_run(Path("runs/rloo"), 1.0, 3)
     assert main([REPORT[0], "runs/rloo", *REPORT[1:], "--out", "out"]) == 0
     text = Path("out/report.md").read_text()
-    assert re.search(r"\| rloo, judge \| 0 to 10 \| – \| – \| – \| – \|", text)
+    assert re.search(r"\| rloo, judge +\| +0 to 10 \| +– \| +– \| +– \| +– \|", text)
     assert "The judge has not scored this run." in text
 
 
@@ -284,11 +286,11 @@ def test_the_headline_says_what_the_numbers_say(
 @pytest.mark.parametrize(
     ("reward", "judge", "says"),
     [
-        (9, 9, ["It rose", "judge agrees"]),
-        (9, 1, ["It rose", "does not confirm it"]),
-        (9, -9, ["It rose", "contradicts it"]),
-        (1, 9, ["no change is shown", "saw it rise"]),
-        (-9, -9, ["It fell", "fell too"]),
+        (9, 9, ["reward rose", "judge agrees"]),
+        (9, 1, ["reward rose", "does not confirm it"]),
+        (9, -9, ["reward rose", "contradicts it"]),
+        (1, 9, ["shows no change", "saw it rise"]),
+        (-9, -9, ["reward fell", "fell too"]),
     ],
 )
 def test_what_happened_to_a_run(made: Path, reward: float, judge: float, says: list[str]) -> None:
@@ -296,7 +298,7 @@ def test_what_happened_to_a_run(made: Path, reward: float, judge: float, says: l
     opened = [PolicyRun.open(f"runs/{name}") for name in runs]
     paragraphs = what_happened(versus(0.55, 0.65), runs, opened)
     assert [part for part in says if part not in paragraphs[0]] == []
-    assert "The interval excludes 0.5: gopo is ahead at the end" in paragraphs[2]
+    assert "excludes 0.5, gopo is ahead at the end" in paragraphs[2]
     assert "no difference that 100 prompts can show" in what_happened(versus(0.4, 0.6), runs, opened)[2]
 
 
@@ -321,7 +323,7 @@ def test_groups_for_the_picture_are_real_and_chosen_by_skewness(made: Path) -> N
     real = {i: [v for run in runs for s in (10, 5) for v in run.completions(s).column("reward")[i]] for i in range(P)}
     for group in (low, even, high):
         assert sorted(group.rewards) == sorted(real[PROMPTS.index(group.prompt)])
-    skews = [skewness(np.array(values)) for values in real.values()]
+    skews = scipy.stats.skew(list(real.values()), axis=1)
     np.testing.assert_allclose([low.skewness, high.skewness], [min(skews), max(skews)])
     np.testing.assert_allclose(abs(even.skewness), min(abs(s) for s in skews))
 
@@ -334,6 +336,19 @@ def test_smoothing_is_the_mean_of_the_neighbours() -> None:
 
 
 def test_a_table_says_the_same_everywhere() -> None:
-    sheet = Sheet("T", ("a", "b<"), [("x|y", "1")], "n")
-    assert sheet.markdown() == "| a | b< |\n| --- | ---: |\n| x\\|y | 1 |\n\nn\n"
-    assert '<td data-label="b&lt;">1</td>' in sheet.html()
+    sheet = Sheet("T", ("a", "b<"), [("x|y", "1"), ("long", "1.50")], "n")
+    expected = ["| a    |   b< |", "|:-----|-----:|", "| x\\|y |    1 |", "| long | 1.50 |", "", "n"]
+    assert sheet.markdown().splitlines() == expected
+    whole = page(Content("", "", "", [Section("", [sheet])]))
+    assert '<th scope="row" data-label="a">x|y</th><td data-label="b&lt;">1</td>' in whole
+
+
+def test_only_pictures_are_html_and_markdown_has_the_texts_as_they_are() -> None:
+    foreign = "<i>&'\"</i>"
+    blocks = [foreign, Sheet(foreign, (foreign, "b"), [(foreign, foreign)], foreign, "t"), Files([(foreign, foreign)])]
+    blocks += [Sample(0, foreign, [Answer(foreign, foreign, None, None)]), Commands([foreign])]
+    content = Content(foreign, foreign, foreign, [Section(foreign, blocks)])
+    shown = 4 + 1 + 5 + 3 + 3 + 1  # titles and headline, then block by block
+    assert "<i>" not in page(content) and page(content).count("&lt;i&gt;&amp;&#39;&#34;&lt;/i&gt;") >= shown
+    assert Page(page(content)).open == []
+    assert markdown(content).count(foreign) == shown and "&lt;" not in markdown(content)

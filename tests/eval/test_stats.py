@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy.stats import binomtest
 
 from eval.stats import cohen_kappa, length_controlled, position_bias, summary, win_rate_interval
 
@@ -58,6 +59,13 @@ def test_prompts_that_all_agree_claim_no_certainty(value: float) -> None:
     centre, half = value + z * z / (2 * P), z * math.sqrt(value * (1 - value) / P + z * z / (4 * P * P))
     np.testing.assert_allclose([low, high], np.array([centre - half, centre + half]) / (1 + z * z / P), atol=1e-9)
     assert method == "wilson"
+
+
+@pytest.mark.parametrize("wins", [0, 1, 9, 10, 19])
+def test_whole_wins_have_scipy_s_wilson_interval(wins: int) -> None:
+    found = win_rate_interval(np.arange(19) < wins, seed=0)
+    np.testing.assert_allclose(found[:2], binomtest(wins, 19).proportion_ci(0.95, method="wilson"), atol=1e-12)
+    assert found.method == "wilson"
 
 
 def test_wilson_covers_small_samples_at_least() -> None:

@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,11 @@ def test_a_sample_of_the_official_labels(splits_sentences: bool) -> None:
 def test_the_sample_has_every_kind_of_instruction() -> None:
     registry = ifeval.load_verifiers().instructions_registry.INSTRUCTION_DICT
     assert {case["instruction_id"] for case in read(SAMPLE)} == registry.keys()
+
+
+def test_the_verifiers_are_loaded_without_the_package_around_them() -> None:
+    assert Path(ifeval.load_verifiers().__file__).parts[-4:] == ("lm_eval", "tasks", "ifeval", "utils.py")
+    assert [name for name in sys.modules if name.startswith("lm_eval.tasks")] == []
 
 
 @pytest.mark.slow

@@ -1,24 +1,29 @@
 """IFEval: whether a completion follows instructions that a program can check, by lm-eval's own verifiers.
 
 As a reward: `function: ifeval` (or train.rewards.ifeval.loose), for data with google/IFEval's columns
-instruction_id_list and kwargs. NLTK's sentence splitter is looked for, and downloaded if it is missing, before the
-first completion.
+instruction_id_list and kwargs. Before the first completion NLTK's sentence splitter is downloaded if it is missing.
+
+The verifiers are the files of lm_eval/tasks/ifeval, loaded one by one under names of our own: importing them as
+lm_eval.tasks.ifeval would run lm_eval/tasks/__init__.py first, which needs thirty packages (the verifiers need three).
 
 References:
   Zhou et al., Instruction-Following Evaluation for Large Language Models, https://arxiv.org/abs/2311.07911.
 """
 
+import ast
 import functools
 import logging
 import random
-import sys
-import types
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
+from importlib.machinery import SourceFileLoader
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import CodeType, ModuleType
 from typing import Any
 
 SPLITTER = "punkt_tab"
+PACKAGE = "lm_eval.tasks.ifeval"
+FILES = ("instructions_util", "instructions", "instructions_registry", "utils")  # each imports the one before it
 INSTALL = "pip install langdetect immutabledict nltk && pip install --no-deps lm-eval"
 
 Arguments = Sequence[Mapping[str, Any] | None]
@@ -33,7 +38,7 @@ def strict(
     all_or_nothing: bool = False,
     **_: Any,
 ) -> list[float | None]:
-    """The share of a prompt's instructions that its completion follows as it stands; None without instructions.
+    """Returns the share of its prompt's instructions that each completion follows; None without instructions.
 
     Args:
       instruction_id_list: of each completion's prompt, e.g. [["punctuation:no_comma"]].
@@ -52,17 +57,17 @@ def loose(
     all_or_nothing: bool = False,
     **_: Any,
 ) -> list[float | None]:
-    """As `strict`, but followed counts also what is so without "*", without the first or without the last line."""
+    """As `strict`, but a completion may also follow without its "*", its first line or its last line."""
     return _rewards("loose", all_or_nothing, prompts, completions, instruction_id_list, kwargs)
 
 
 def outcomes(
     prompt: Any, response: str, instruction_id_list: Sequence[str], kwargs: Arguments
 ) -> tuple[list[bool], list[bool]]:
-    """Which instructions a response follows, strictly and loosely; the same answer every time.
+    """Returns which instructions a response follows, strictly and loosely; deterministic.
 
     Args:
-      prompt: text, or chat messages, of which the last one's text is meant.
+      prompt: text, or chat messages, whose last one is the request.
 
     Raises:
       ValueError: an instruction that IFEval does not have, or not one mapping of arguments for each.
@@ -72,10 +77,10 @@ def outcomes(
 
 
 def check_instructions(names: Any, kwargs: Any) -> None:
-    """Refuse what is no list of IFEval's instructions with one mapping of arguments, or None, for each.
+    """Checks a list of instructions and their arguments.
 
     Raises:
-      ValueError: see above.
+      ValueError: not a list of IFEval's instructions, or not one mapping of arguments, or None, for each.
     """
     known = load_verifiers().instructions_registry.INSTRUCTION_DICT
     if isinstance(names, str) or not isinstance(names, Sequence):
@@ -94,37 +99,54 @@ def check_instructions(names: Any, kwargs: Any) -> None:
 
 @functools.cache
 def load_verifiers() -> Any:
-    """The module lm_eval.tasks.ifeval.utils, with all it needs.
+    """Returns lm-eval's module utils, with the sentence splitter it needs; a repeated call gives the same module.
 
     Raises:
       ImportError, FileNotFoundError: a package or NLTK's sentence splitter is missing.
     """
-    spec = find_spec("lm_eval")
+    spec = find_spec("lm_eval")  # finds the package, does not import it
     if spec is None or spec.origin is None:
         raise ImportError(f"ifeval: needs the verifiers of lm-eval; {INSTALL}")
     require_splitter()
-    # The verifiers need three small packages; what stands beside them in lm_eval.tasks needs thirty, and is left out.
-    name, before = "lm_eval.tasks", sys.modules.get("lm_eval.tasks")
-    package = types.ModuleType(name)
-    package.__path__ = [str(Path(spec.origin).parent / "tasks")]
-    sys.modules.setdefault(name, package)
     try:
         import langdetect
-        from lm_eval.tasks.ifeval import utils
+
+        verifiers = import_files(Path(spec.origin).parent / "tasks" / "ifeval")
     except ImportError as error:
         raise ImportError(f"ifeval: {error}; {INSTALL}") from error
-    finally:
-        if before is None:
-            del sys.modules[name]
-    langdetect.DetectorFactory.seed = 0  # with it an answer depends on the text alone, and may be kept
+    langdetect.DetectorFactory.seed = 0  # with it an answer depends on the text alone, and may be cached
     langdetect.detect = functools.lru_cache(maxsize=1 << 12)(langdetect.detect)  # a loose check asks up to 8 times
     # It reports each text whose language it cannot tell, such as "!!!", and counts it as followed.
-    logging.getLogger("lm_eval.tasks.ifeval.instructions").setLevel(logging.CRITICAL)
-    return utils
+    logging.getLogger(f"{__name__}.instructions").setLevel(logging.CRITICAL)
+    return verifiers
+
+
+def import_files(folder: Path) -> ModuleType:
+    """Imports FILES from lm_eval/tasks/ifeval; returns the last one."""
+    modules: dict[str, ModuleType] = {}
+    for name in FILES:
+        file, full_name = str(folder / f"{name}.py"), f"{__name__}.{name}"
+        loader = _FileWithoutPackage(full_name, file)
+        spec = spec_from_file_location(full_name, file, loader=loader)
+        assert spec is not None
+        modules[name] = module_from_spec(spec)
+        vars(modules[name]).update(modules)  # in place of the imports that the loader leaves out
+        loader.exec_module(modules[name])
+    return modules[FILES[-1]]
+
+
+class _FileWithoutPackage(SourceFileLoader):
+    """Loads a file without its `from lm_eval.tasks.ifeval import ...`; whoever loads it provides these modules."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        """Compiles the source anew: Python's cache of the file has the imports in it."""
+        tree = ast.parse(self.get_data(self.path), self.path)
+        tree.body = [node for node in tree.body if not (isinstance(node, ast.ImportFrom) and node.module == PACKAGE)]
+        return compile(tree, self.path, "exec")
 
 
 def require_splitter() -> None:
-    """Find NLTK's sentence splitter, or download it.
+    """Finds NLTK's sentence splitter, or downloads it.
 
     Raises:
       FileNotFoundError: neither was possible.

@@ -93,19 +93,19 @@ def rollout_metrics(rewards_PG: np.ndarray, lengths_PG: np.ndarray, finished_PG:
     rewards are all equal, rank/length_corr the mean Spearman correlation of reward and length within a group.
     """
     valid_PG = ~np.isnan(rewards_PG)
-    usable = [(r[v], n[v]) for r, n, v in zip(rewards_PG, lengths_PG, valid_PG, strict=True) if v.sum() >= 2]
-    ties = [(_tied_pairs(r) / (len(r) * (len(r) - 1) / 2)) for r, _ in usable]
-    flat = [float(np.ptp(r) == 0) for r, _ in usable]
-    correlations = [c for r, n in usable if not math.isnan(c := _spearman(r, n))]
+    usable = [r[v] for r, v in zip(rewards_PG, valid_PG, strict=True) if v.sum() >= 2]
+    ties = [(_tied_pairs(r) / (len(r) * (len(r) - 1) / 2)) for r in usable]
+    flat = [float(np.ptp(r) == 0) for r in usable]
+    correlation_P = rank_correlations(rewards_PG, np.where(valid_PG, lengths_PG, math.nan))
     mean = lambda values: float(np.mean(values)) if len(values) else math.nan  # noqa: E731
     return {
         "reward": mean(rewards_PG[valid_PG]),
-        "reward_std": mean([np.std(r, ddof=1) for r, _ in usable]),
+        "reward_std": mean([np.std(r, ddof=1) for r in usable]),
         "frac_reward_zero_std": mean(flat),
         "frac_reward_unscorable": 1 - mean(valid_PG),
         "rank/tie_frac": mean(ties),
         "rank/all_tied_frac": mean(flat),
-        "rank/length_corr": mean(correlations),
+        "rank/length_corr": mean(correlation_P[~np.isnan(correlation_P)]),
         "completions/mean_length": mean(lengths_PG),
         "completions/min_length": float(lengths_PG.min()),
         "completions/max_length": float(lengths_PG.max()),
@@ -119,9 +119,18 @@ def _tied_pairs(values: np.ndarray) -> float:
     return float((counts * (counts - 1) / 2).sum())
 
 
-def _spearman(a: np.ndarray, b: np.ndarray) -> float:
-    if np.ptp(a) == 0 or np.ptp(b) == 0:
-        return math.nan
-    ranks = [np.unique(x, return_inverse=True, return_counts=True) for x in (a, b)]
-    middles = [(np.cumsum(counts) - (counts - 1) / 2)[inverse] for _, inverse, counts in ranks]
-    return float(np.corrcoef(middles[0], middles[1])[0, 1])
+def rank_correlations(a_PG: np.ndarray, b_PG: np.ndarray) -> np.ndarray:
+    """Spearman's correlation of a and b in each group: Pearson's of their ranks, ties with their mean rank.
+
+    Args:
+      a_PG, b_PG: values; NaN, at the same places in both = left out.
+
+    Returns:
+      [P] float64; NaN for a group in which a or b is constant.
+    """
+    from scipy.stats import rankdata  # slow to import; scipy.stats.spearmanr takes one group at a time: 25 ms for 128
+
+    count_P1 = np.sum(~np.isnan(a_PG), -1, keepdims=True)
+    a_PG, b_PG = (rankdata(x, axis=-1, nan_policy="omit") - (count_P1 + 1) / 2 for x in (a_PG, b_PG))
+    norm_P = np.sqrt(np.nansum(a_PG**2, -1) * np.nansum(b_PG**2, -1))
+    return np.divide(np.nansum(a_PG * b_PG, -1), norm_P, out=np.full(len(norm_P), math.nan), where=norm_P > 0)
