@@ -16,7 +16,7 @@ TEX = {
     "–": "--", "−": "$-$", "±": r"$\pm$", "×": r"$\times$", "→": r"$\rightarrow$", "…": r"\ldots{}",
     "“": "``", "”": "''", "’": "'",
 } | {sign: "\\" + sign for sign in "&%$#_{}"}  # fmt: skip
-RULES: Any = [{"selector": rule, "props": ":hline"} for rule in ("toprule", "midrule", "bottomrule")]
+LATEX_RULES: Any = [{"selector": rule, "props": ":hline"} for rule in ("toprule", "midrule", "bottomrule")]
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,9 @@ class Sheet:
 
     def latex(self) -> str:
         """Returns a tabular for \\input that needs no package; title and note are comments."""
-        style = self.frame().style.hide(axis="index").format(tex).format_index(tex, axis=1).set_table_styles(RULES)
+        style = (
+            self.frame().style.hide(axis="index").format(tex).format_index(tex, axis=1).set_table_styles(LATEX_RULES)
+        )
         table = style.to_latex(column_format="l" + "r" * (len(self.columns) - 1))
         comments = [f"% {line}\n" for text in (self.title, self.note) for line in text.splitlines()]
         return "".join([*comments[:1], table, *comments[1:]])

@@ -1,7 +1,7 @@
 """`python -m train {sft,reward,policy} --config FILE [--key value ...]`; also inspect, plan and export."""
 
 import sys
-from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 from train.config import ExportConfig, PlanConfig, PolicyConfig, RewardModelConfig, SftConfig
@@ -27,6 +27,16 @@ USAGE = """usage: python -m train {sft,reward,policy} --config FILE [--variant N
   models see. Neither trains anything."""
 LEARNING: dict[str, type[Any]] = {"sft": SftConfig, "reward": RewardModelConfig, "policy": PolicyConfig}
 KINDS: dict[str, type[Any]] = LEARNING | {"plan": PlanConfig, "export": ExportConfig}
+PROGRAMS = {  # the module, imported when it is needed, and its function of the config and the options
+    "sft": ("train.supervised.sft", "train_sft"),
+    "reward": ("train.supervised.reward_model", "train_reward_model"),
+    "policy": ("train.loop", "train_policy"),
+    "plan": ("train.plan.command", "plan"),
+    "export": ("train.export", "export"),
+    "inspect": ("train.plan.inspect", "inspect"),
+    "show": ("train.plan.show", "show_rows"),
+    "dry_run": ("train.plan.dry_run", "dry_run"),
+}
 # Options that are no settings of a run: what is printed instead of training.
 PREVIEWS = {
     "dry_run": "print data, networks, memory and schedule; train nothing",
@@ -53,20 +63,22 @@ def main(arguments: list[str]) -> int:
         return 2
     from train.running import exit_code
 
-    return exit_code(lambda: program(task)(config, **options), own_devices=task in ("plan", "dry_run"))
+    module, name = PROGRAMS[task]
+    program = getattr(import_module(module), name)
+    return exit_code(lambda: program(config, **options), own_devices=task in ("plan", "dry_run"))
 
 
 def what_to_do(arguments: list[str]) -> tuple[str, list[str], str, dict[str, Any]]:
-    """The command whose config is read, its other arguments, and what `program` does with the config, with options.
+    """Splits a command line into the command whose config is read, its settings, a key of `PROGRAMS`, and options.
 
     Raises:
-      ValueError: an option of ours has no value or a wrong one.
+      ValueError: an option that is not a setting has no value, or a wrong one.
     """
     command, *rest = arguments
     if command == "inspect":
         command, *rest = rest
         rest, rows = take(rest, "--rows", alone="3")
-        return command, rest, "inspect", {"count": number("--rows", rows or "3")}
+        return command, rest, "inspect", {"count": positive("--rows", rows or "3")}
     if command in LEARNING:
         rest, shown = take(rest, "--show", alone="3")
         rest, dry = take(rest, "--dry_run", alone="true")
@@ -75,53 +87,19 @@ def what_to_do(arguments: list[str]) -> tuple[str, list[str], str, dict[str, Any
         if dry not in (None, "true", "false"):
             raise ValueError(f"--dry_run: expected nothing, true or false behind it, got {dry!r}")
         if dry == "true":
-            return command, rest, "dry_run", {"devices": number("--devices", devices), "chip": chip}
+            return command, rest, "dry_run", {"devices": positive("--devices", devices), "chip": chip}
         if devices is not None or chip is not None:
             raise ValueError("--devices, --chip: are for --dry_run, which plans a run without training it")
         if shown is not None:
-            return command, rest, "show", {"count": number("--show", shown)}
+            return command, rest, "show", {"count": positive("--show", shown)}
     return command, rest, command, {}
 
 
-def number(name: str, value: str | None) -> int | None:
+def positive(name: str, value: str | None) -> int | None:
+    """The whole number behind an option; None without the option."""
     if value is not None and (not value.isdigit() or int(value) < 1):
         raise ValueError(f"{name}: expected a number of at least 1, got {value!r}")
     return None if value is None else int(value)
-
-
-def program(task: str) -> Callable[..., None]:
-    """The function behind it, imported when it is needed."""
-    if task == "show":
-        from train.plan.show import show_rows
-
-        return show_rows
-    if task == "dry_run":
-        from train.plan.dry_run import dry_run
-
-        return dry_run
-    if task == "inspect":
-        from train.plan.inspect import inspect
-
-        return inspect
-    if task == "sft":
-        from train.supervised.sft import train_sft
-
-        return train_sft
-    if task == "reward":
-        from train.supervised.reward_model import train_reward_model
-
-        return train_reward_model
-    if task == "plan":
-        from train.plan.command import plan
-
-        return plan
-    if task == "export":
-        from train.export import export
-
-        return export
-    from train.loop import train_policy
-
-    return train_policy
 
 
 if __name__ == "__main__":

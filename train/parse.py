@@ -139,7 +139,7 @@ def _list_option(known: Known, setting: Setting, values: Sequence[str]) -> list[
         text = f"[{', '.join(values)}]"
     elif setting.item in (int, float):
         numbers = [number for value in values for number in value.split(",")]
-        if not all(map(_is_number, numbers)):
+        if not all(map(_reads_as_number, numbers)):
             raise ValueError(f"{key}: expected numbers such as 0.1,0.5,0.9, got {text}")
         text = f"[{','.join(numbers)}]"
     else:
@@ -155,7 +155,7 @@ def _emptied(known: Known, key: str) -> list[str]:
     return [f"--{key}=[]"] if setting and setting.item and setting.inner else []
 
 
-def _is_number(text: str) -> bool:
+def _reads_as_number(text: str) -> bool:
     try:
         return math.isfinite(float(text))
     except ValueError:

@@ -120,14 +120,14 @@ def sheet_row(cell: Cell, rows: Sequence[SeedRow]) -> tuple[str, ...]:
         f"{rows[0].learning_rate:.3g}" if math.isfinite(rows[0].learning_rate) else NONE,
         half_width_text(estimate(rows, "proxy")),
         half_width_text(estimate(rows, "gold")),
-        interval_text(difference, "+.3f") if compared else "baseline",
-        interval_text(rate, ".3f") if compared else "baseline",
+        seed_interval_text(difference, "+.3f") if compared else "baseline",
+        seed_interval_text(rate, ".3f") if compared else "baseline",
         steps_text(rows, "steps_to_gold"),
         steps_text(rows, "steps_to_proxy"),
         half_width_text(estimate(rows, "over_optimisation")),
         half_width_text(estimate(rows, "kl"), ".2f"),
         half_width_text(estimate(rows, "length"), ".1f"),
-        interval_text(estimate(rows, "gold_at_kl_difference"), "+.3f") if compared else "baseline",
+        seed_interval_text(estimate(rows, "gold_at_kl_difference"), "+.3f") if compared else "baseline",
         half_width_text(estimate(rows, "rank_length"), "+.3f"),
     )
 
@@ -145,7 +145,7 @@ def half_width_text(value: Estimate, form: str = ".3f") -> str:
     return f"{value.mean:{form}}" + ("" if math.isnan(value.half) else f" ± {value.half:{form.lstrip('+')}}")
 
 
-def interval_text(value: Estimate, form: str) -> str:
+def seed_interval_text(value: Estimate, form: str) -> str:
     """ "mean [low, high]"; the mean alone for a single seed."""
     if math.isnan(value.mean) or math.isnan(value.half):
         return half_width_text(value, form)

@@ -30,7 +30,7 @@ def length(
       target: the target length; with `ceiling` the greatest length without a penalty.
       unit: "words" (separated by white space) or "characters".
     """
-    _at_least("length", "target", target, 1)
+    _check_option("length", "target", target, 1)
     if unit not in LENGTH_UNITS:
         raise ValueError(f"length: unit: expected one of {', '.join(LENGTH_UNITS)}, got {unit!r}")
     excess = [len(LENGTH_UNITS[unit](text)) - target for text in completions]
@@ -64,8 +64,8 @@ def repetition_penalty(
       Yeo et al., Demystifying Long Chain-of-Thought Reasoning in LLMs, https://arxiv.org/abs/2502.03373, appendix C;
       open-r1's repetition penalty is the same with a negative max_penalty.
     """
-    _at_least("repetition_penalty", "ngram", ngram, 1)
-    _at_least("repetition_penalty", "max_penalty", max_penalty, 0)
+    _check_option("repetition_penalty", "ngram", ngram, 1)
+    _check_option("repetition_penalty", "max_penalty", max_penalty, 0)
 
     def penalty(text: str) -> float:
         words = text.lower().split()
@@ -139,6 +139,6 @@ def rouge(
     ]
 
 
-def _at_least(function: str, option: str, value: float, least: float) -> None:
+def _check_option(function: str, option: str, value: float, least: float) -> None:
     if not value >= least:
         raise ValueError(f"{function}: {option}: expected at least {least}, got {value}")
