@@ -5,7 +5,7 @@ from importlib import import_module
 
 from train.parse import no_command
 
-USAGE = """usage: python -m eval COMMAND ...
+EVAL_USAGE = """usage: python -m eval COMMAND ...
 
   generate  --checkpoint RUN[@STEP]|DIR --data FILE --out R.jsonl             completions of a policy
   reward    --responses R.jsonl --reward_model PATH --out SCORED.jsonl        a reward model's scores of them
@@ -41,7 +41,7 @@ SEVERAL = ("generate", "reward")  # those that may be one of several processes
 
 def main(arguments: list[str]) -> int:
     if not arguments or arguments[0] not in COMMANDS:
-        return no_command(arguments, COMMANDS, USAGE)
+        return no_command(arguments, COMMANDS, EVAL_USAGE)
     module, *names = COMMANDS[arguments[0]]
     parse, program = (getattr(import_module(module), name) for name in names)
     try:

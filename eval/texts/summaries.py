@@ -268,15 +268,15 @@ def print_summaries(result: Mapping[str, Any], config: SummariesConfig) -> None:
     columns += [(f"first {config.lead} sentences", result["lead"])] if result["lead"] else []
     columns += [("references", result["reference"])] if result["reference"] else []
     rows = [
-        (name, *(_cell(_entry(part, path)) for _, part in columns))
+        (name, *(_cell(_nested(part, path)) for _, part in columns))
         for name, path in PATHS.items()
         if _has_any(columns, path)
     ]
     console.print(Sheet(f"Summaries of {config.responses}", ("mean over prompts", *dict(columns)), rows).rich())
     if len(result["temperatures"]) > 1:
-        shown = [(name, path) for name, path in PATHS.items() if name in SHOWN_BY_TEMPERATURE and _entry(result, path)]
+        shown = [(name, path) for name, path in PATHS.items() if name in SHOWN_BY_TEMPERATURE and _nested(result, path)]
         parts = [
-            (name, *(number((_entry(part, path) or {}).get("mean")) for _, path in shown))
+            (name, *(number((_nested(part, path) or {}).get("mean")) for _, path in shown))
             for name, part in result["temperatures"].items()
         ]
         console.print(Sheet("By temperature", ("temperature", *dict(shown)), parts).rich())
@@ -292,7 +292,7 @@ def print_summaries(result: Mapping[str, Any], config: SummariesConfig) -> None:
     )
 
 
-def _entry(part: Mapping[str, Any], path: Sequence[str]) -> dict[str, Any] | None:
+def _nested(part: Mapping[str, Any], path: Sequence[str]) -> dict[str, Any] | None:
     entry: Any = part
     for key in path:
         entry = entry and entry[key]
@@ -300,7 +300,7 @@ def _entry(part: Mapping[str, Any], path: Sequence[str]) -> dict[str, Any] | Non
 
 
 def _has_any(columns: Sequence[tuple[str, Any]], path: Sequence[str]) -> bool:
-    return any(_entry(part, path) for _, part in columns)
+    return any(_nested(part, path) for _, part in columns)
 
 
 def _cell(estimate: Mapping[str, Any] | None) -> str:
