@@ -110,6 +110,18 @@ def test_rooms_stack_without_a_circle() -> None:
     assert circle(rooms) == []
 
 
+def test_no_modules_import_each_other() -> None:
+    modules = {module_of(path): path for path in SOURCES}
+    used = {
+        module: {next(filter(modules.__contains__, prefixes(name)), module) for _, name, _ in imports(text)} - {module}
+        for module, path in modules.items()
+        if "__main__" not in path
+        for text in [(ROOT / path).read_text(encoding="utf-8")]
+    }
+    packages = {folder.replace("/", ".") for folder in FOLDERS}
+    assert circle({module: names - packages for module, names in used.items() if module not in packages}) == []
+
+
 def test_the_root_of_eval_imports_none_of_its_stages() -> None:
     """What all stages share stands at the root; a stage may import the root, not the other way round."""
     rooms = rooms_of({path: (ROOT / path).read_text(encoding="utf-8") for path in SOURCES})

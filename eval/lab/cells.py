@@ -72,6 +72,12 @@ _CROSSED = (
 PARTS["full"] = list(dict.fromkeys(PARTS["factors"] + _CROSSED))
 
 
+def situation_text(cell: Cell) -> str:
+    """ "G 8, noise 0.3", and distortion and regime where they are not the usual ones."""
+    special = [value for value, usual in ((cell.distortion, "none"), (cell.regime, "tuned")) if value != usual]
+    return ", ".join([f"G {cell.group_size}", f"noise {cell.noise:g}", *special])
+
+
 class CellOutcome(NamedTuple):
     """The result of a cell. N seeds, M evaluations, P validation prompts, G completions of each, Y training steps.
 

@@ -10,9 +10,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
-from eval.lab.cells import DISTORTIONS, METHODS, NOISES, PARTS, REGIMES, Cell
+from eval.lab.cells import DISTORTIONS, METHODS, NOISES, PARTS, REGIMES, Cell, situation_text
 from eval.lab.results import BASELINE, CurvePoint, Estimate, SeedRow, Tables, by_cell, cell_order, estimate, situation
-from eval.lab.tables import situation_text
 from eval.pictures import DASHES, MARKERS, MUTED, SERIES, Picture, Studio, over_steps
 
 SHOWN_NOISES = (NOISES[0], NOISES[-1])

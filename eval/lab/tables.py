@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from eval.lab.cells import Cell
+from eval.lab.cells import Cell, situation_text
 from eval.lab.results import BASELINE, CurvePoint, Estimate, SeedRow, Tables, by_cell, estimate, reached
 from eval.sheets import NONE, Sheet
 from train.console import console
@@ -130,12 +130,6 @@ def sheet_row(cell: Cell, rows: Sequence[SeedRow]) -> tuple[str, ...]:
         seed_interval_text(estimate(rows, "gold_at_kl_difference"), "+.3f") if compared else "baseline",
         half_width_text(estimate(rows, "rank_length"), "+.3f"),
     )
-
-
-def situation_text(cell: Cell) -> str:
-    """ "G 8, noise 0.3", and distortion and regime where they are not the usual ones."""
-    special = [value for value, usual in ((cell.distortion, "none"), (cell.regime, "tuned")) if value != usual]
-    return ", ".join([f"G {cell.group_size}", f"noise {cell.noise:g}", *special])
 
 
 def half_width_text(value: Estimate, form: str = ".3f") -> str:
