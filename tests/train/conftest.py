@@ -17,7 +17,7 @@ from train.batch import Batch, Groups, make_batch
 from train.build import make_optimizer
 from train.config import PolicyConfig
 from train.objective import make_advantages
-from train.state import TrainState, copy, make_state
+from train.state import TrainState, copy_tree, make_state
 from train.update import Update
 
 VOCABULARY = 300  # of the tiny policy
@@ -65,7 +65,7 @@ def update_once() -> Callable[..., Updated]:
     def update(config: PolicyConfig, groups: Groups) -> Updated:
         graphdef, params = split(load_model(str(config.model.path), mesh=layout))
         optimizer, _ = make_optimizer(config.optimizer, config.max_steps * config.updates_per_step)
-        state = make_state(copy(params), optimizer, layout)
+        state = make_state(copy_tree(params), optimizer, layout)
         same = replace(config, output_dir="x", advantage="gopo", advantage_options={}, rewards=config.rewards[:1])
         key = repr(replace(same, rewards=[replace(same.rewards[0], options={})], dynamic_sampling_attempts=1))
         if key not in programs:
