@@ -2,8 +2,11 @@ VENV ?= .venv
 PYTHON ?= python3
 ACCELERATOR ?= cpu
 CONSTRAINTS ?= constraints.txt
+WORKERS ?= $(shell getconf _NPROCESSORS_ONLN)
 
 PY := $(VENV)/bin/python
+# worksteal: what lies together, and shares fixtures, runs in one worker; a worker that is done takes over
+PYTEST := $(PY) -m pytest --numprocesses=$(WORKERS) --maxprocesses=8 --dist=worksteal
 PIP_INSTALL := $(PY) -m pip install $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 EXTRAS_cpu := train,eval,dev
 EXTRAS_cuda := $(EXTRAS_cpu),cuda
@@ -21,7 +24,7 @@ endif
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "Variables: VENV=$(VENV) PYTHON=$(PYTHON) ACCELERATOR=$(ACCELERATOR) (cpu, cuda or tpu) CONSTRAINTS=$(CONSTRAINTS)"
+	@echo "Variables: VENV=$(VENV) PYTHON=$(PYTHON) ACCELERATOR=$(ACCELERATOR) (cpu, cuda or tpu) CONSTRAINTS=$(CONSTRAINTS) WORKERS=$(WORKERS)"
 
 install: $(STAMP)  ## make the virtual environment with everything in it
 
@@ -54,13 +57,13 @@ clean-demo:  ## remove what the demo made
 	rm -rf runs/demo
 
 test: install  ## run the quick tests
-	$(PY) -m pytest
+	$(PYTEST)
 
 test-slow: install  ## run the tests that take minutes
-	$(PY) -m pytest -m slow
+	$(PYTEST) -m slow
 
 parity: $(PARITY_STAMP)  ## compare with PyTorch (installs torch)
-	$(PY) -m pytest -m parity
+	$(PYTEST) -m parity
 
 check: lint format-check types  ## lint, formatting, types: what CI runs before the tests
 

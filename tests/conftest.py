@@ -3,13 +3,16 @@ server of chat completions."""
 
 import os
 
-# Before jax starts: most of a test's time is compiling, so compile quickly rather than well.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Before jax starts: most of a test's time is compiling, so compile quickly rather than well. The flags are those of the
+# jaxlib in constraints.txt; fusion emitters alone double the time.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 import contextlib
 import gzip
 import json
 import shutil
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -43,16 +46,13 @@ REVIEWS = Path(__file__).parent.parent / "data" / "reviews" / "sentiment_labelle
 VOCABULARY = 300  # 256 bytes, 2 special tokens, 42 merges
 
 
-@pytest.fixture(scope="session", autouse=True)
-def compile_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A compilation cache of this session: a second run of the same shapes does not compile again."""
-    with pytest.MonkeyPatch.context() as patch:
-        if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-            directory = str(tmp_path_factory.mktemp("xla"))
-            patch.setenv("JAX_COMPILATION_CACHE_DIR", directory)  # programs and subprocesses keep to it
-            jax.config.update("jax_compilation_cache_dir", directory)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-        yield
+def pytest_configure(config: pytest.Config) -> None:
+    """One compilation cache serves the session's workers and all programs that its tests start."""
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):  # a worker inherits it
+        cache = tempfile.TemporaryDirectory(prefix="xla-")
+        config.add_cleanup(cache.cleanup)
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = cache.name
+    jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 
 
 @pytest.fixture

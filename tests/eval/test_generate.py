@@ -296,10 +296,8 @@ def start(
     port: int = 0,
     command: str = "generate",
 ) -> Any:
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}",
-    }
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     several = (
         dict(zip(LAUNCH_VARIABLES, (f"localhost:{port}", str(count), str(index)), strict=True)) if count > 1 else {}
     )

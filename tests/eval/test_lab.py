@@ -1,6 +1,7 @@
 """The lab: its command line, its distortions and measures, its noisy comparisons, and its runs side by side."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,15 @@ import scipy.stats
 
 from eval.lab.cells import DISTORTIONS, METHODS, PARTS, Cell, load_outcome, load_outcomes, outcome_file
 from eval.lab.command import LabConfig, best_rate_index, keep_settings, lab, parse_lab, plan_sheet
-from eval.lab.program import OUTLIER, LabProgram, advantages_of, distorted, members, rank_length_correlation
+from eval.lab.program import (
+    MAX_GRAD_NORM,
+    OUTLIER,
+    LabProgram,
+    advantages_of,
+    distorted,
+    members,
+    rank_length_correlation,
+)
 from eval.lab.world import World, WorldConfig, build_world, comparisons, order_agreement, proxies, raw_rewards
 from gopo_jax import ADVANTAGES
 from models.checkpoint import load_model
@@ -152,27 +161,43 @@ def world(folder: Path) -> World:
     return build_world(folder, TINY)
 
 
-def run(world: World, folder: Path, cell: Cell, seeds: tuple[int, ...], steps: int = 4) -> tuple[Any, Any, Any]:
-    """Final parameters, metrics of the steps, evaluation."""
-    program = LabProgram(world, cell.group_size, beta=0.1, max_completion_length=6, every=steps)
-    member = members(cell, seeds, np.full(len(seeds), 3e-3), proxies(world, folder, TINY, seeds, cell.noise))
-    state, measured = program.advance(member, program.start(member), 0)
-    return state.params, measured, program.evaluate(member, state, 1)
+Run = Callable[..., tuple[Any, ...]]
+
+
+@pytest.fixture(scope="module")
+def run(world: World, folder: Path) -> Run:
+    """run(cell, seeds, steps): final parameters and metrics of the steps; `evaluated`: an evaluation too.
+
+    All cells of a group size share a program. `most`: another bound of the gradient's norm than the lab's.
+    """
+    programs: dict[Any, LabProgram] = {}
+
+    def train(
+        cell: Cell, seeds: tuple[int, ...], steps: int, *, most: float = MAX_GRAD_NORM, evaluated: bool = False
+    ) -> tuple[Any, ...]:
+        key, sizes = (cell.group_size, most), {"beta": 0.1, "max_completion_length": 6, "every": 1}
+        programs[key] = program = programs.get(key) or LabProgram(world, cell.group_size, **sizes)
+        member = members(cell, seeds, np.full(len(seeds), 3e-3), proxies(world, folder, TINY, seeds, cell.noise))
+        state, measured = program.start(member), []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("eval.lab.program.MAX_GRAD_NORM", most)
+            for t in range(steps):
+                state, of_step = program.advance(member, state, t)
+                measured.append(of_step)
+        joined = jax.tree.map(lambda *of_steps: np.concatenate(of_steps, 1), *measured)
+        return state.params, joined, *([program.evaluate(member, state, 1)] if evaluated else [])
+
+    return train
 
 
 @pytest.mark.slow
-def test_ranks_do_not_see_the_scale_of_the_reward_and_z_scores_do(world: World, folder: Path) -> None:
+def test_ranks_do_not_see_the_scale_of_the_reward_and_z_scores_do(run: Run) -> None:
     """The lab's own form of the invariance that tests/train/test_invariance.py shows of the trainer."""
-
-    def train(method: str, distortion: str) -> tuple[Any, Any]:
-        params, measured, _ = run(world, folder, Cell(method, distortion=distortion), (0, 1))
-        return params, measured
-
+    plain = run(Cell("gopo"), (0, 1), 4)
+    assert float(plain[1]["ties"].max()) == 0
     for distortion in ("exp", "cubic", "outliers_5"):
-        plain, bent = train("gopo", "none"), train("gopo", distortion)
-        assert float(plain[1]["ties"].max()) == 0
-        jax.tree.map(np.testing.assert_array_equal, plain, bent)  # NaN is NaN
-    plain, bent = train("grpo", "none"), train("grpo", "exp")
+        jax.tree.map(np.testing.assert_array_equal, plain, run(Cell("gopo", distortion=distortion), (0, 1), 4))
+    plain, bent = (run(Cell("grpo", distortion=distortion), (0, 1), 4) for distortion in ("none", "exp"))
     assert not np.array_equal(plain[0]["embed_VD"], bent[0]["embed_VD"])
 
 
@@ -192,30 +217,29 @@ def test_scores_are_those_of_the_trainer_s_reward_model(world: World, folder: Pa
 
 
 @pytest.mark.slow
-def test_runs_side_by_side_are_runs_alone(world: World, folder: Path) -> None:
+def test_runs_side_by_side_are_runs_alone(run: Run) -> None:
     """Sums may be rounded otherwise, so: the same completions and rewards, parameters within rounding."""
     cell = Cell("grpo", group_size=4, noise=0.3)
-    together = run(world, folder, cell, (0, 1, 2), steps=2)
+    together = run(cell, (0, 1, 2), 2, evaluated=True)
     for seed in range(3):
-        alone = run(world, folder, cell, (seed,), steps=2)
+        alone = run(cell, (seed,), 2, evaluated=True)
         for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
             np.testing.assert_allclose(np.asarray(a[seed], np.float64), np.asarray(b[0], np.float64), atol=2e-4)
 
 
 @pytest.mark.slow
-def test_equal_rms_and_equal_norm_do_what_they_say(world: World, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_rms_and_equal_norm_do_what_they_say(run: Run) -> None:
     scales = {}
     for method in METHODS:
-        _, tuned, _ = run(world, folder, Cell(method), (0, 1), steps=1)
-        _, rms, _ = run(world, folder, Cell(method, regime="equal_rms"), (0, 1), steps=1)
+        _, tuned = run(Cell(method), (0, 1), 1)
+        _, rms = run(Cell(method, regime="equal_rms"), (0, 1), 1)
         np.testing.assert_allclose(rms["advantage_rms"], 1, atol=0.5)  # 64 completions; the pool has thousands
         scales[method] = float((rms["advantage_rms"] / tuned["advantage_rms"]).mean())
     np.testing.assert_allclose(scales["gopo"], (12 / 7) ** -0.5, rtol=1e-2)  # 4 (G + 1) / (3 (G - 1)) at G = 8
     np.testing.assert_allclose(scales["grpo"], (7 / 8) ** -0.5, rtol=1e-2)  # (G - 1) / G
     np.testing.assert_allclose(scales["dr_grpo"], scales["rloo"] * 8 / 7, rtol=1e-5)
     for regime, most in (("equal_rms", 0.01), ("equal_rms", 100.0), ("equal_norm", 100.0)):
-        monkeypatch.setattr("eval.lab.program.MAX_GRAD_NORM", most)
-        _, found, _ = run(world, folder, Cell("grpo", regime=regime), (0, 1), steps=1)
+        _, found = run(Cell("grpo", regime=regime), (0, 1), 1, most=most)
         assert (np.asarray(found["grad_norm"]) > 0.01).all() and (np.asarray(found["grad_norm"]) < 100).all()
         clipped = np.minimum(found["grad_norm"], most) if regime == "equal_rms" else np.full((2, 1), most)
         np.testing.assert_allclose(found["step_norm"], clipped, rtol=1e-4)

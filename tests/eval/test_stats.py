@@ -34,7 +34,7 @@ def coverage(draw: Callable[[np.random.Generator], np.ndarray], true: float, rep
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["several pairs a prompt, with ties", "one pair a prompt"])
-@pytest.mark.parametrize("mean", [0.3, 0.5, 0.7])
+@pytest.mark.parametrize("mean", [0.3, 0.5])  # beyond 0.5 all is mirrored, see below
 def test_95_percent_intervals_cover_93_to_97_percent(kind: str, mean: float) -> None:
     tied = 0.2 if kind.startswith("several") else 0.0
     pairs = 4 if tied else 1

@@ -372,7 +372,8 @@ print("equal")
 @pytest.mark.parametrize("names", [["tiny_qwen3", "hf_tied_causal", "hf_reward_seqcls"]], ids=["all"])
 def test_eight_devices_hold_the_parts_and_give_back_the_bits(names: list[str], tmp_path: Path) -> None:
     program = [sys.executable, "-c", ON_EIGHT_DEVICES, str(tmp_path), *(str(MODELS / name) for name in names)]
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(program, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.stdout.strip().endswith("equal"), done.stderr[-3000:]
     for name in names:

@@ -87,9 +87,8 @@ def test_eight_devices_equal_one(tmp_path: Path) -> None:
     from models.qwen3 import Qwen3
 
     save_pretrained(Qwen3(CONFIG, nnx.Rngs(0)), tmp_path)
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 " + os.environ.get("XLA_FLAGS", "")
-    }
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", PROGRAM, str(tmp_path), json.dumps(MESHES)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

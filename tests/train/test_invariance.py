@@ -1,14 +1,13 @@
 """Only the order of the rewards matters to GOPO, bit for bit and all through training; to GRPO their size matters too.
 
-Pairs of runs of `train policy` whose rewards differ by a strictly increasing function. The reward has no ties: it is a
-few bits of a hash of the tokens and, below them, a completion's place in its group, so one of 2^16 numbers; that the
-distortions are strictly increasing in float32 is seen on all of them.
+Rewards that differ by a strictly increasing function: advantages and updates for all of these functions, with and
+without ties, with a tiny config and with the demo's; and a pair of whole runs of `train policy`, whose reward has no
+ties: it is a few bits of a hash of the tokens and, below them, a completion's place in its group, so one of 2^16
+numbers; that the distortions are strictly increasing in float32 is seen on all of them.
 """
 
 import json
-import os
 import re
-import subprocess
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -18,15 +17,17 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 import pyarrow.parquet as pq
 import pytest
-import yaml
 
+from train.batch import Groups
 from train.config import CheckpointConfig, LogConfig, PolicyConfig, RewardSpec
 from train.loop import train_policy
 from train.parse import parse
 from train.run.directory import read_metrics
+from train.state import TrainState
 
 ROOT = Path(__file__).parents[2]
 VALUES, PLACES = 2**16, 8  # PLACES: the largest group of these runs
@@ -37,8 +38,7 @@ DISTORTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "exp": lambda r: np.exp(4 * r) - 7,
     "cubic": lambda r: r**3,
 }
-slow = pytest.mark.slow
-MakeRun = Callable[..., dict[str, Any]]
+BENT = [name for name in DISTORTIONS if name != "none"]
 
 
 def distorted(name: str, values: np.ndarray) -> np.ndarray:
@@ -51,13 +51,8 @@ def hashed(completions: Sequence[str], completion_ids: Sequence[Sequence[int]], 
     return distorted(distortion, ALL_REWARDS[[PLACES * h + i % PLACES for i, h in enumerate(hashes)]]).tolist()
 
 
-def coarse(completions: Sequence[str], completion_ids: Sequence[Sequence[int]], *, distortion: str) -> list[float]:
-    """A reward of three values, so with many ties."""
-    return distorted(distortion, np.array([sum(ids) % 3 - 0.9 for ids in completion_ids])).tolist()
-
-
-def reward(name: str, distortion: str) -> list[RewardSpec]:
-    return [RewardSpec(function=f"rewards_of_test_invariance.{name}", name="r", options={"distortion": distortion})]
+def reward(distortion: str) -> list[RewardSpec]:
+    return [RewardSpec(function="rewards_of_test_invariance.hashed", name="r", options={"distortion": distortion})]
 
 
 def without_rewards(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -88,27 +83,6 @@ def rewards_on_the_path() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module")
-def run(policy_config: Callable[..., PolicyConfig], tmp_path_factory: pytest.TempPathFactory) -> MakeRun:
-    """run(advantage, distortion, reward="hashed"): what it left behind; the same run is not made twice."""
-    done: dict[tuple[str, ...], dict[str, Any]] = {}
-
-    def trained(advantage: str, distortion: str, name: str = "hashed") -> dict[str, Any]:
-        if (advantage, distortion, name) not in done:
-            config = policy_config(
-                tmp_path_factory.mktemp("run"),
-                advantage=advantage,
-                rewards=reward(name, distortion),
-                checkpoint=CheckpointConfig(every=100),
-                log=LogConfig(tensorboard=False, progress=False, completions_every=1),
-            )
-            train_policy(config)
-            done[advantage, distortion, name] = left_behind(config)
-        return done[advantage, distortion, name]
-
-    return trained
-
-
 def assert_the_same(a: dict[str, Any], b: dict[str, Any]) -> None:
     for part in ("params", "train"):
         jax.tree.map(np.testing.assert_array_equal, a[part], b[part])
@@ -116,60 +90,92 @@ def assert_the_same(a: dict[str, Any], b: dict[str, Any]) -> None:
         assert a[part] == b[part]
 
 
-def ties(run: dict[str, Any]) -> float:
-    return max(row["rank/tie_frac"] for row in run["metrics"] if "rank/tie_frac" in row)
-
-
 @pytest.mark.parametrize("name", DISTORTIONS)
 def test_the_distortions_are_strictly_increasing_in_float32(name: str) -> None:
     assert (np.diff(distorted(name, ALL_REWARDS)) > 0).all()
 
 
-@pytest.mark.parametrize("distortion", ["outliers", pytest.param("exp", marks=slow), pytest.param("cubic", marks=slow)])
-def test_gopos_run_is_the_same_to_the_last_bit(run: MakeRun, distortion: str) -> None:
-    assert ties(run("gopo", "none")) == 0
-    assert_the_same(run("gopo", "none"), run("gopo", distortion))
+# One update
 
 
-@pytest.mark.parametrize(
-    ("advantage", "distortion"),
-    [("grpo", "outliers")]
-    + [pytest.param("grpo", name, marks=slow) for name in ("exp", "cubic")]
-    + [pytest.param("dr_grpo", name, marks=slow) for name in ("outliers", "exp", "cubic")],
-)
-def test_grpos_run_is_another(run: MakeRun, advantage: str, distortion: str) -> None:
-    plain, other = run(advantage, "none"), run(advantage, distortion)
-    assert plain["tables"][0]["completion"] == other["tables"][0]["completion"]  # they begin alike
-    assert plain["tables"][0]["advantage"] != other["tables"][0]["advantage"]
-    far = jax.tree.map(lambda a, b: np.abs(a - b).max(), plain["params"], other["params"])
-    assert min(jax.tree.leaves(far)) > 1e-5  # every parameter's array has moved
+@pytest.fixture(scope="module", params=["tiny", "demo"])
+def config(request: pytest.FixtureRequest, policy_config: Callable[..., PolicyConfig]) -> PolicyConfig:
+    """A config of GOPO. The demo's has its own sizes, 16 x 8 completions, its loss and its optimizer."""
+    tiny = policy_config(Path("nowhere"))
+    if request.param == "tiny":
+        return replace(tiny, advantage="gopo")
+    demo = parse(PolicyConfig, ["--config", str(ROOT / "configs" / "demo" / "gopo.yaml")])
+    assert (demo.prompts_per_step, demo.num_generations, demo.advantage) == (16, 8, "gopo")
+    return replace(demo, model=tiny.model)
 
 
-@slow
-def test_ties_do_not_change_that(run: MakeRun) -> None:
+MakeUpdate = Callable[[str, str, str], Any]
+
+
+def drawn(name: str, config: PolicyConfig) -> np.ndarray:
+    """Rewards [P, G] as floats of `ALL_REWARDS`: all different, or with ties and a completion without a reward."""
+    shape = config.prompts_per_step, config.num_generations
+    if name == "distinct":
+        return np.random.default_rng(0).choice(ALL_REWARDS, shape, replace=False)
+    rewards_PG = np.random.default_rng(1).choice(ALL_REWARDS[:: VALUES // 3], shape)
+    rewards_PG[0, 1] = np.nan
+    return rewards_PG
+
+
+@pytest.fixture
+def updated(config: PolicyConfig, make_groups: Callable[..., Groups], update_once: Callable[..., Any]) -> MakeUpdate:
+    """updated(advantage, distortion, rewards): the update with the distorted rewards."""
+
+    def update(advantage: str, distortion: str, rewards: str) -> Any:
+        rewards_PG = distorted(distortion, drawn(rewards, config))
+        return update_once(replace(config, advantage=advantage), make_groups(config, rewards_PG))
+
+    return update
+
+
+@pytest.mark.parametrize("rewards", ["distinct", "with ties"])
+def test_gopos_update_is_the_same_to_the_last_bit(updated: MakeUpdate, config: PolicyConfig, rewards: str) -> None:
     """Equal rewards share their mean rank, so what is equal stays equal."""
-    assert ties(run("gopo", "none", "coarse")) > 0.2
-    assert_the_same(run("gopo", "none", "coarse"), run("gopo", "exp", "coarse"))
+    tied = [len(set(group)) < len(group) for group in drawn(rewards, config).tolist()]
+    assert any(tied) == (rewards == "with ties")
+    plain = updated("gopo", "none", rewards)
+    assert np.abs(plain.batch.advantages_PG).max() > 0.5
+    for distortion in BENT:
+        bent = updated("gopo", distortion, rewards)
+        np.testing.assert_array_equal(bent.batch.advantages_PG, plain.batch.advantages_PG)
+        jax.tree.map(np.testing.assert_array_equal, bent.after, plain.after)
+        assert bent.metrics == plain.metrics
 
 
-@slow
-def test_the_demos_run_is_the_same_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The demo's config, prompts and sizes, 16 x 8 completions a step; random weights, and this file's reward."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    prepare = [sys.executable, str(ROOT / "data" / "reviews" / "prepare.py"), "runs/demo"]
-    subprocess.run(prepare, cwd=tmp_path, env=environment, check=True, capture_output=True)
-    monkeypatch.chdir(tmp_path)
-    config, network = (ROOT / "configs" / "demo" / f"{name}.yaml" for name in ("gopo", "sft"))
-    model = {"path": None} | yaml.safe_load(network.read_text())["model"]
-    arguments = ["--config", str(config), "--model", json.dumps(model)]
-    arguments += ["--max_steps", "4", "--optimizer.warmup_steps", "1", "--validation.every", "2"]
-    demo = parse(PolicyConfig, [*arguments, "--log.tensorboard", "false", "--log.completions_every", "1"])
+@pytest.mark.parametrize("distortion", BENT)
+@pytest.mark.parametrize("advantage", ["grpo", "dr_grpo"])
+def test_grpos_update_is_another(updated: MakeUpdate, advantage: str, distortion: str) -> None:
+    plain, bent = (updated(advantage, name, "distinct") for name in ("none", distortion))
+    assert np.abs(bent.batch.advantages_PG - plain.batch.advantages_PG).max() > 0.1
 
-    def trained(distortion: str) -> dict[str, Any]:
-        run = replace(demo, output_dir=distortion, rewards=reward("hashed", distortion))
-        train_policy(run)
-        return left_behind(run)
+    def gradient(state: TrainState) -> Any:  # as Adam has it, which divides its size out of the first step
+        return optax.tree_utils.tree_get(state.opt_state, "mu")
 
-    plain = trained("none")
-    assert ties(plain) == 0 and len(plain["metrics"]) == 5
-    assert_the_same(plain, trained("exp"))
+    scale = jax.tree.map(lambda a: np.abs(a).max(), gradient(plain.after))
+    far = jax.tree.map(lambda a, b, s: np.abs(a - b).max() / s, gradient(plain.after), gradient(bent.after), scale)
+    assert min(jax.tree.leaves(far)) > 1e-3  # the gradient of every parameter's array
+
+
+# Whole runs
+
+
+def test_gopos_run_is_the_same_to_the_last_bit(policy_config: Callable[..., PolicyConfig], tmp_path: Path) -> None:
+    found, rewards = [], []
+    for distortion in ("none", "outliers"):
+        config = policy_config(
+            tmp_path / distortion,
+            rewards=reward(distortion),
+            checkpoint=CheckpointConfig(every=100),
+            log=LogConfig(tensorboard=False, progress=False, completions_every=1),
+        )
+        train_policy(config)
+        found.append(left_behind(config))
+        rewards.append([row.get("reward") for row in read_metrics(config.output_dir)])
+    assert rewards[0] != rewards[1]
+    assert max(row.get("rank/tie_frac", 0) for row in found[0]["metrics"]) == 0
+    assert_the_same(*found)

@@ -55,33 +55,31 @@ MakeConfig = Callable[..., PolicyConfig]
 numbers = partial(read_metrics, clock=False)
 
 
-def some_batch(config: PolicyConfig, vocabulary: int) -> Batch:
-    """A batch with unequal lengths, an unscorable completion and a group of equal rewards."""
-    P, G, S, T = config.prompts_per_step, config.num_generations, 6, config.max_completion_length
-    rng = np.random.default_rng(0)
-    rewards_PG = rng.normal(size=(P, G)).astype(np.float32)
-    rewards_PG[0, 1], rewards_PG[1] = np.nan, 3.0
-    rollout = Rollout(
-        jnp.asarray(rng.integers(0, vocabulary, (P, G, T))),
-        jnp.asarray(rng.normal(-3, 1, (P, G, T)), jnp.float32),
-        jnp.asarray(rng.integers(1, T + 1, (P, G))),
-        jnp.ones((P, G), bool),
-    )
-    prompt_PS, lengths_P = rng.integers(0, vocabulary, (P, S)), rng.integers(1, S + 1, P)
-    batch = make_batch(Groups([], prompt_PS, lengths_P, rollout, rewards_PG[..., None]), config)
-    return batch._replace(advantages_PG=np.asarray(ADVANTAGES["gopo"](rewards_PG)))
+@pytest.fixture
+def some_batch(make_groups: Callable[..., Groups]) -> Callable[[PolicyConfig], Batch]:
+    """some_batch(config): unequal lengths, an unscorable completion and a group of equal rewards, ranked."""
+
+    def make(config: PolicyConfig) -> Batch:
+        groups = make_groups(config)
+        return make_batch(groups, config)._replace(
+            advantages_PG=np.asarray(ADVANTAGES["gopo"](groups.rewards_PGR[..., 0]))
+        )
+
+    return make
 
 
 @pytest.mark.parametrize(
     "aggregate",
     ["token", pytest.param("sequence", marks=pytest.mark.slow), pytest.param("constant", marks=pytest.mark.slow)],
 )
-def test_the_cut_into_micro_batches_changes_nothing(aggregate: Any, policy_config: MakeConfig, tmp_path: Path) -> None:
+def test_the_cut_into_micro_batches_changes_nothing(
+    aggregate: Any, policy_config: MakeConfig, tmp_path: Path, some_batch: Callable[[PolicyConfig], Batch]
+) -> None:
     base = policy_config(tmp_path, loss=LossConfig(aggregate=aggregate, logprob_chunk=24))
     layout = make_layout(data=1)
     graphdef, params = split(load_model(str(base.model.path), mesh=layout))
     ref_params = jax.tree.map(lambda p: p * 1.01, params)
-    batch = some_batch(base, params["embed_VD"].shape[0])
+    batch = some_batch(base)
     sgd = optax.sgd(1.0)  # the step is the gradient
     after = {}
     for microbatch_prompts in (4, 1):
@@ -97,13 +95,15 @@ def test_the_cut_into_micro_batches_changes_nothing(aggregate: Any, policy_confi
 
 
 @pytest.mark.parametrize("tokens", [1, 8, 64])
-def test_so_many_tokens_have_logits_at_a_time(tokens: int, policy_config: MakeConfig, tmp_path: Path) -> None:
+def test_so_many_tokens_have_logits_at_a_time(
+    tokens: int, policy_config: MakeConfig, tmp_path: Path, some_batch: Callable[[PolicyConfig], Batch]
+) -> None:
     """`logprob_chunk` bounds the arrays of the update that have a vocabulary axis, however many rows there are."""
     config = policy_config(tmp_path, loss=LossConfig(logprob_chunk=tokens))
     layout = make_layout(data=1)
     graphdef, params = split(load_model(str(config.model.path), mesh=layout))
     V = params["embed_VD"].shape[0]
-    ((_, micro),) = microbatches(some_batch(config, V), config.prompts_per_step, layout)
+    ((_, micro),) = microbatches(some_batch(config), config.prompts_per_step, layout)
     rows = math.prod(micro.tokens_PBT.shape[:2])
     gradient = jax.grad(partial(policy_objective, graphdef=graphdef, config=config), has_aux=True)
     program = str(jax.make_jaxpr(gradient)(params, params, {}, micro, jnp.float32(1)))
@@ -216,13 +216,15 @@ def test_mfu_is_the_least_arithmetic_over_what_the_devices_could_do(
 
 
 @pytest.mark.slow
-def test_the_penalty_in_the_reward_and_the_mean_of_micro_batches(policy_config: MakeConfig, tmp_path: Path) -> None:
+def test_the_penalty_in_the_reward_and_the_mean_of_micro_batches(
+    policy_config: MakeConfig, tmp_path: Path, some_batch: Callable[[PolicyConfig], Batch]
+) -> None:
     in_reward = LossConfig(kl_in="reward", kl="k1", beta=0.3, logprob_chunk=24)
     base = policy_config(tmp_path, loss=in_reward, advantage="rloo")
     layout = make_layout(data=1)
     graphdef, params = split(load_model(str(base.model.path), mesh=layout))
     ref_params = jax.tree.map(lambda p: p * 1.1, params)
-    batch = some_batch(base, params["embed_VD"].shape[0])
+    batch = some_batch(base)
     sgd = optax.sgd(1.0)
 
     def update(config: PolicyConfig) -> Any:

@@ -73,7 +73,7 @@ def launch(config: PolicyConfig, folder: Path, count: int, devices: int) -> list
         port = free.getsockname()[1]
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)]),
     }
     command = [sys.executable, "-m", "train", "policy", "--config", str(file)]
@@ -116,14 +116,13 @@ def vowels(completions: list[str], wanted: list[str], **_: Any) -> list[float | 
 
 @pytest.fixture
 def config_of(policy_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> MakeConfig:
-    """policy_config with a reward model and a function, 5 steps."""
+    """policy_config with a reward model and a function, validated every other step."""
 
     def make(folder: Path, **overrides: Any) -> PolicyConfig:
         model = policy_config(folder).rewards[0]
         function = RewardSpec(function="test_processes.vowels", name="vowels")
         settings: dict[str, Any] = {
-            "max_steps": 5,
-            "validation": ValidationConfig(every=3, prompts=4, num_generations=2, batch_prompts=4),
+            "validation": ValidationConfig(every=2, prompts=4, num_generations=2, batch_prompts=4),
             "microbatch_prompts": 4,
             "checkpoint": CheckpointConfig(every=2),
         }
@@ -134,19 +133,18 @@ def config_of(policy_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> Mak
 
 @pytest.mark.slow
 def test_several_processes_equal_one(config_of: MakeConfig, tmp_path: Path) -> None:
-    """2 x 2 and 4 x 1 devices write the metrics of 1 x 4; what four processes saved goes on with two, and with one."""
-    folders = {count: tmp_path / str(count) for count in (1, 2, 4)}
-    for folder in folders.values():
+    """A run begun by 4 x 1 devices, gone on with by 2 x 2 and ended by 1 x 4 is the run of 1 x 4."""
+    folders = [tmp_path / name for name in ("whole", "parts")]
+    for folder in folders:
         folder.mkdir()
-    expected = run(config_of(folders[1]), folders[1], 1, 4)
-    assert [row["step"] for row in expected] == [0, 1, 2, 3, 4, 5]
-    assert_same(run(config_of(folders[2]), folders[2], 2, 2), expected)
-    assert_same(run(config_of(folders[4]), folders[4], 4, 1), expected)
-    texts = [(folder / "run" / "completions" / "validation_000003.jsonl").read_text() for folder in folders.values()]
-    assert texts[0] == texts[1] == texts[2]
-    expected = run(config_of(folders[1], max_steps=7), folders[1], 1, 4)
-    run(config_of(folders[4], max_steps=6), folders[4], 2, 2)
-    assert_same(run(config_of(folders[4], max_steps=7), folders[4], 1, 4), expected)
+    whole, parts = folders
+    expected = run(config_of(whole, max_steps=6), whole, 1, 4)
+    for steps, count, devices in ((2, 4, 1), (4, 2, 2), (6, 1, 4)):
+        found = run(config_of(parts, max_steps=steps), parts, count, devices)
+        assert [row["step"] for row in found] == list(range(steps + 1))
+        assert_same(found, expected[: steps + 1])
+        texts = [(folder / "run" / "completions" / f"validation_{steps:06d}.jsonl").read_text() for folder in folders]
+        assert texts[0] == texts[1]
 
 
 @pytest.mark.slow

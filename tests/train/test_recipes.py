@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from models.tokenizer import Tokenizer
+from train.__main__ import main
 from train.config import PolicyConfig, RewardModelConfig
 from train.data.prompts import load_splits
 from train.data.rows import load_rows
@@ -146,24 +147,25 @@ def test_every_shipped_config_passes_a_dry_run_without_the_network() -> None:
 
 
 @pytest.mark.slow
-def test_configs_whose_data_is_made_pass_a_dry_run_too(tmp_path: Path) -> None:
-    def run(*arguments: str) -> None:
-        environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-        subprocess.run([sys.executable, *arguments], cwd=tmp_path, env=environment, check=True, timeout=300)
+def test_configs_whose_data_is_made_pass_a_dry_run_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
 
-    def config(name: str) -> list[str]:
-        return ["--config", str(CONFIGS / f"{name}.yaml")]
+    def run(program: str, name: str, *arguments: str) -> None:
+        assert main([program, "--config", str(CONFIGS / f"{name}.yaml"), *arguments]) == 0
 
-    run(str(ROOT / "data" / "reviews" / "prepare.py"), "runs/demo")
-    run(str(ROOT / "data" / "preferences" / "prepare.py"), "runs/preferences")
+    for name, folder in (("reviews", "runs/demo"), ("preferences", "runs/preferences")):
+        prepare = [sys.executable, str(ROOT / "data" / name / "prepare.py"), folder]
+        subprocess.run(prepare, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True, timeout=300)
     for program, name in (("sft", "sft"), ("reward", "reward")):  # what the demo's policies start from
-        run("-m", "train", program, *config(f"demo/{name}"), "--max_steps", "1", "--optimizer.warmup_steps", "0")
+        run(program, f"demo/{name}", "--max_steps", "1", "--optimizer.warmup_steps", "0")
     programs = {"demo/sft": "sft", "demo/gopo": "policy", "demo/grpo": "policy"}
     programs |= dict.fromkeys(("demo/reward", "demo/judge", "preferences/hh", "preferences/tldr"), "reward")
     made = {str(file.relative_to(CONFIGS).with_suffix("")) for d in EXCLUDED[:2] for file in (CONFIGS / d).glob("*")}
     assert programs.keys() == made - {"demo/generate"}  # of `eval generate`, which draws nothing dry
     for name, program in programs.items():
-        run("-m", "train", program, *config(name), "--dry_run")
+        run(program, name, "--dry_run")
 
 
 @pytest.mark.parametrize("task", TASKS)

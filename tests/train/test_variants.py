@@ -1,6 +1,7 @@
-"""Every advantage, ratio, surrogate and variant by its name: the config takes it, a run of 3 steps learns with it."""
+"""Every advantage, ratio, surrogate and variant by its name: the config takes it, an update learns with it."""
 
 import math
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -9,11 +10,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import jax
 import numpy as np
+import optax
 import pytest
 import yaml
 
 from gopo_jax import ADVANTAGES, SURROGATES
+from train.batch import Groups, make_batch
 from train.config import LossConfig, PolicyConfig, RewardSpec
 from train.loop import train_policy
 from train.objective import make_advantages
@@ -24,6 +28,8 @@ ROOT = Path(__file__).parents[2]
 VARIANTS = sorted(file.stem for file in (ROOT / "configs" / "variants").glob("*.yaml"))
 RECIPE = str(ROOT / "configs" / "tldr" / "qwen3_8b_gopo.yaml")
 MakeConfig = Callable[..., PolicyConfig]
+MakeGroups = Callable[..., Groups]
+UpdateOnce = Callable[..., Any]
 numbers = partial(read_metrics, clock=False)
 
 
@@ -110,27 +116,34 @@ def test_impossible_settings_are_refused(policy_config: MakeConfig, tmp_path: Pa
         LossConfig(importance_sampling_clip_min=3.0)
 
 
-# Training
+def test_every_surrogate_and_advantage_is_in_some_variant() -> None:
+    settings = [yaml.safe_load((ROOT / "configs" / "variants" / f"{name}.yaml").read_text()) for name in VARIANTS]
+    assert {each["advantage"] for each in settings if "advantage" in each} == ADVANTAGES.keys()
+    assert {each["loss"]["surrogate"] for each in settings if "surrogate" in each.get("loss", {})} == SURROGATES.keys()
 
 
-def run(config: PolicyConfig) -> list[dict[str, float]]:
-    train_policy(config)
-    return numbers(Path(config.output_dir))
+# Learning
+
+
+def variant_settings(name: str) -> dict[str, Any]:
+    """What `--variant name` sets."""
+    variant = parse(PolicyConfig, ["--config", RECIPE, "--variant", name])
+    names = ("advantage", "advantage_options", "dynamic_sampling_attempts", "loss")
+    return {key: getattr(variant, key) for key in names}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*(f"advantage {name}" for name in ADVANTAGES), *VARIANTS])
-def test_every_name_trains_three_steps(name: str, policy_config: MakeConfig, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"advantage": name.removeprefix("advantage ")}
-    if not name.startswith("advantage "):
-        variant = parse(PolicyConfig, ["--config", RECIPE, "--variant", name])
-        names = ("advantage", "advantage_options", "dynamic_sampling_attempts", "loss")
-        settings = {key: getattr(variant, key) for key in names}
-    rows = run(policy_config(tmp_path, **settings))
-    assert [row["step"] for row in rows] == [0, 1, 2, 3]
-    assert all(math.isfinite(value) for row in rows for value in row.values())
-    cut_and_masked = [name == "dapo" and row["completions/clipped_ratio"] == 1 for row in rows[1:]]
-    assert all(row["grad_norm"] > 0 or nothing for row, nothing in zip(rows[1:], cut_and_masked, strict=True))
+def test_every_name_has_an_update(
+    name: str, policy_config: MakeConfig, tmp_path: Path, make_groups: MakeGroups, update_once: UpdateOnce
+) -> None:
+    plain = name.startswith("advantage ")
+    settings = {"advantage": name.removeprefix("advantage ")} if plain else variant_settings(name)
+    config = policy_config(tmp_path, **settings)
+    found = update_once(config, make_groups(config))
+    assert all(math.isfinite(value) for value in found.metrics.values()) and found.metrics["grad_norm"] > 0
+    gradient = optax.tree_utils.tree_get(found.after.opt_state, "mu")
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient))
 
 
 @pytest.mark.slow
@@ -139,59 +152,88 @@ def test_every_name_trains_three_steps(name: str, policy_config: MakeConfig, tmp
     [
         {"loss": LossConfig(token_broadcast="log_decay", kl="k2")},
         {"loss": LossConfig(token_broadcast="poly_decay", kl="k1")},
-        {"loss": LossConfig(token_broadcast="loglog_decay", importance_sampling_mode="token_truncate")},
-        {"loss": LossConfig(importance_sampling_mode="sequence_mask", aggregate="sequence")},
         {"loss": LossConfig(surrogate_options={"dual_clip": 3.0}), "num_iterations": 2, "minibatch_prompts": 2},
     ],
-    ids=["log", "poly", "loglog and truncation", "sequence mask", "dual clip, 4 updates"],
+    ids=["log", "poly", "dual clip, 4 updates"],
 )
-def test_every_option_trains_three_steps(settings: Any, policy_config: MakeConfig, tmp_path: Path) -> None:
-    rows = run(policy_config(tmp_path, **settings))
-    assert len(rows) == 4 and all(row["grad_norm"] > 0 for row in rows[1:])
-    if settings["loss"].importance_sampling_mode:
-        assert rows[1]["sampling/importance_sampling_ratio/mean"] == pytest.approx(1, abs=1e-3)
-        assert rows[1]["sampling/importance_sampling_ratio/max"] >= rows[1]["sampling/importance_sampling_ratio/min"]
-
-
-def test_every_surrogate_and_advantage_is_in_some_variant() -> None:
-    settings = [yaml.safe_load((ROOT / "configs" / "variants" / f"{name}.yaml").read_text()) for name in VARIANTS]
-    assert {each["advantage"] for each in settings if "advantage" in each} == ADVANTAGES.keys()
-    assert {each["loss"]["surrogate"] for each in settings if "surrogate" in each.get("loss", {})} == SURROGATES.keys()
-
-
-@pytest.mark.slow
-def test_several_updates_per_batch_leave_the_policy_that_sampled(policy_config: MakeConfig, tmp_path: Path) -> None:
-    """The ratio is 1 at the first update and moves away from it; one update per batch is as it was."""
-    once = run(policy_config(tmp_path / "1", validation=policy_config(tmp_path).validation))
-    often = run(policy_config(tmp_path / "2", num_iterations=3))
-    assert all(row["ratio"] == 1 for row in once[1:])
-    assert all(abs(row["ratio"] - 1) > 1e-6 for row in often[1:])
-    assert often[1]["reward"] == once[1]["reward"]  # drawn before anything was learned
+def test_every_option_has_an_update(
+    settings: Any, policy_config: MakeConfig, tmp_path: Path, make_groups: MakeGroups, update_once: UpdateOnce
+) -> None:
+    config = policy_config(tmp_path, **settings)
+    found = update_once(config, make_groups(config))
+    assert found.metrics["grad_norm"] > 0 and int(found.after.step) == config.updates_per_step
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "settings",
+    "loss",
     [
-        {"num_iterations": 2, "minibatch_prompts": 2},
-        {"dynamic_sampling_attempts": 3},
-        {"loss": LossConfig(kl_in="reward", kl="k1")},
+        LossConfig(importance_sampling_mode="token_truncate", token_broadcast="loglog_decay"),
+        LossConfig(importance_sampling_mode="sequence_mask", aggregate="sequence"),
     ],
-    ids=["several updates", "dynamic sampling", "penalty in the reward"],
+    ids=["loglog and truncation", "sequence mask"],
 )
-def test_interrupted_equals_uninterrupted(settings: Any, policy_config: MakeConfig, tmp_path: Path) -> None:
-    settings = settings | {"rewards": [RewardSpec(function=f"{__name__}_rewards.coarse")], "max_steps": 4}
+def test_completions_of_another_sampler_are_weighed(
+    loss: LossConfig, policy_config: MakeConfig, tmp_path: Path, make_groups: MakeGroups, update_once: UpdateOnce
+) -> None:
+    """The weight is the policy's probability over the sampler's, of a token or of a completion."""
+    config = policy_config(tmp_path, loss=loss, num_iterations=2, microbatch_prompts=4)
+    groups = make_groups(config)
+    old_PGT = update_once(config, groups).batch.old_PGT
+    apart_PGT = np.random.default_rng(0).normal(0, 0.1, old_PGT.shape).astype(np.float32)
+    groups = groups._replace(rollout=groups.rollout._replace(logprobs_PGT=old_PGT + apart_PGT))
+    found, mask_PGT = update_once(config, groups), make_batch(groups, config).mask_PGT
+    if loss.importance_sampling_mode == "sequence_mask":
+        apart_PGT = np.broadcast_to((apart_PGT * mask_PGT).sum(-1, keepdims=True), apart_PGT.shape)
+    weights = np.exp(-apart_PGT)[mask_PGT]
+    for what, expected in {"mean": weights.mean(), "min": weights.min(), "max": weights.max()}.items():
+        assert found.metrics[f"sampling/importance_sampling_ratio/{what}"] == pytest.approx(expected, rel=1e-4)
+    assert found.metrics["grad_norm"] > 0
+
+
+@pytest.mark.slow
+def test_several_updates_per_batch_leave_the_policy_that_sampled(
+    policy_config: MakeConfig, tmp_path: Path, make_groups: MakeGroups, update_once: UpdateOnce
+) -> None:
+    """The ratio is 1 at the first update and moves away from it."""
+    config = policy_config(tmp_path)
+    once, often = (update_once(replace(config, num_iterations=n), make_groups(config)) for n in (1, 3))
+    assert once.metrics["ratio"] == 1 and abs(often.metrics["ratio"] - 1) > 1e-6
+
+
+def run(config: PolicyConfig) -> list[dict[str, float]]:
+    train_policy(config)
+    return numbers(Path(config.output_dir))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dapo", "rloo"])  # groups drawn anew, cut completions; the penalty in the reward
+def test_a_variant_trains_three_steps(name: str, policy_config: MakeConfig, tmp_path: Path) -> None:
+    rows = run(policy_config(tmp_path, **variant_settings(name)))
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+    cut_and_masked = [name == "dapo" and row["completions/clipped_ratio"] == 1 for row in rows[1:]]
+    assert all(row["grad_norm"] > 0 or nothing for row, nothing in zip(rows[1:], cut_and_masked, strict=True))
+
+
+@pytest.mark.slow
+def test_interrupted_equals_uninterrupted(policy_config: MakeConfig, tmp_path: Path) -> None:
+    """With all that a step may do more often than once, and a penalty in the reward."""
+    settings: dict[str, Any] = {"num_iterations": 2, "minibatch_prompts": 2, "dynamic_sampling_attempts": 3}
+    settings |= {"loss": LossConfig(kl_in="reward", kl="k1"), "max_steps": 4}
     module = ModuleType(f"{__name__}_rewards")
     module.coarse = lambda prompts, completions: [float(len(text) > 6) for text in completions]  # type: ignore
+    settings["rewards"] = [RewardSpec(function=f"{module.__name__}.coarse")]
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, module.__name__, module)
         whole = policy_config(tmp_path / "whole", **settings)
         rows = run(whole)
-        part = replace(whole, output_dir=str(tmp_path / "part"), max_steps=2)
-        train_policy(part)
-        assert run(replace(part, max_steps=4))[-2:] == rows[-2:]
-    if "dynamic_sampling_attempts" in settings:
         assert max(row.get("sampling/attempts", 1) for row in rows) > 1
+        cut = replace(whole, output_dir=str(tmp_path / "cut"))
+        shutil.copytree(whole.output_dir, cut.output_dir)  # as a kill leaves it while step 3 is saved
+        for step in ("3", "4"):
+            shutil.rmtree(tmp_path / "cut" / "checkpoints" / step)
+        assert run(cut) == rows
 
 
 # An advantage of one's own, as docs/algorithms.md shows it
