@@ -11,15 +11,16 @@ import json
 import os
 import re
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from jinja2.exceptions import TemplateError
 
 from models.config import read_json
+from models.marks import Rendered, all_strings, insert_marks, token_start_pattern, unused_mark
 from models.weight_files import could_be_on_hub
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before its import; silences "PyTorch was not found"
@@ -27,18 +28,6 @@ os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # silences the report of eve
 
 Prompt = str | list[dict[str, str]]
 ROLES = ("system", "user", "assistant", "tool")
-
-
-class Rendered(NamedTuple):
-    """A text for the model, with `mark` inside of everything in a message that looks like a special token."""
-
-    marked: str
-    mark: str = ""
-
-    @property
-    def text(self) -> str:
-        """The text without marks."""
-        return self.marked.replace(self.mark, "") if self.mark else self.marked
 
 
 def check_text(text: str) -> None:
@@ -208,14 +197,14 @@ class Tokenizer:
                 raise ValueError(f"{self.path}: the chat template refuses these messages: {error}") from error
 
         (added, special), text = self._token_starts, render(messages)
-        contents = _all_strings([value for message in messages for key, value in message.items() if key != "role"])
+        contents = all_strings([value for message in messages for key, value in message.items() if key != "role"])
         if not any(added.search(content) for content in contents):
             return Rendered(text)
-        mark = _unused_mark(contents)
+        mark = unused_mark(contents)
 
         def marked(message: dict[str, str], pattern: re.Pattern[str]) -> dict[str, str]:
             return {
-                key: value if key == "role" else _insert_marks(value, pattern, mark) for key, value in message.items()
+                key: value if key == "role" else insert_marks(value, pattern, mark) for key, value in message.items()
             }
 
         # An assistant's added tokens that are not special (<think>) are for the template to read. In other messages
@@ -232,7 +221,7 @@ class Tokenizer:
 
     def _render_continuation(self, prompt: str, completion: str) -> Rendered:
         """Renders prompt + completion, with marks in special tokens' texts that end in the completion."""
-        mark, (_, special) = _unused_mark([prompt, completion]), self._token_starts
+        mark, (_, special) = unused_mark([prompt, completion]), self._token_starts
         text, start = prompt + completion, len(prompt)
         marked = special.sub(lambda match: match[0] + mark if match.start() + len(match[1]) > start else match[0], text)
         return Rendered(marked, mark) if mark in marked else Rendered(text)
@@ -242,7 +231,7 @@ class Tokenizer:
         """`_token_start_pattern` of all added tokens, and of the special ones among them."""
         tokens = self.hf.added_tokens_decoder.values()
         special = (token.content for token in tokens if token.special)
-        return _token_start_pattern(token.content for token in tokens), _token_start_pattern(special)
+        return token_start_pattern(token.content for token in tokens), token_start_pattern(special)
 
     @cached_property
     def _without_added_tokens(self) -> Any:
@@ -305,38 +294,6 @@ def _load_hf(path: str) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-
-
-def _token_start_pattern(tokens: Iterable[str]) -> re.Pattern[str]:
-    """Returns the pattern of the first character of a token's text; group 1 is the whole text."""
-    longest_first = sorted({token for token in tokens if len(token) > 1}, key=len, reverse=True)
-    return re.compile(f"(?=({'|'.join(map(re.escape, longest_first)) or '(?!)'})).", re.DOTALL)
-
-
-def _all_strings(value: Any) -> list[str]:
-    """Returns all strings in nested lists and dictionaries."""
-    if isinstance(value, str):
-        return [value]
-    inner = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return [text for item in inner for text in _all_strings(item)]
-
-
-def _insert_marks(value: Any, starts: re.Pattern[str], mark: str) -> Any:
-    """Inserts the mark behind the first character of each token's text in nested lists and dictionaries."""
-    if isinstance(value, str):
-        return starts.sub(lambda match: match[0] + mark, value)
-    if isinstance(value, dict):
-        return {_insert_marks(key, starts, mark): _insert_marks(item, starts, mark) for key, item in value.items()}
-    return [_insert_marks(item, starts, mark) for item in value] if isinstance(value, list) else value
-
-
-def _unused_mark(texts: Sequence[str]) -> str:
-    """Returns a noncharacter (Unicode reserves them for internal use) that is in none of the texts."""
-    free = (chr(code) for code in range(0xFDD0, 0xFDF0))
-    mark = next((mark for mark in free if not any(mark in text for text in texts)), None)
-    if mark is None:
-        raise ValueError("a text has all 32 noncharacters U+FDD0 to U+FDEF; expected text, remove one of them")
-    return mark
 
 
 def train_bpe(
