@@ -23,7 +23,8 @@ class Rendered(NamedTuple):
             if count <= len(part):
                 break
             start, count = start + len(part) + len(self.mark), count - len(part)
-        return Rendered(self.marked[start + count :], self.mark)
+        rest = self.marked[start + count :]
+        return Rendered(rest, self.mark) if self.mark and self.mark in rest else Rendered(rest)
 
 
 def token_start_pattern(tokens: Iterable[str]) -> re.Pattern[str]:

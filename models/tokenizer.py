@@ -21,12 +21,14 @@ from jinja2.exceptions import TemplateError
 
 from models.config import read_json
 from models.marks import Rendered, all_strings, insert_marks, token_start_pattern, unused_mark
+from models.tool_calls import Message, Tools, check_tool_calls, check_tools_are_rendered, without_empty_fields
 from models.weight_files import could_be_on_hub
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before its import; silences "PyTorch was not found"
 os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # silences the report of every retry
 
-Prompt = str | list[dict[str, str]]
+Prompt = str | list[Message]
+PROBE = "x\ufdd0x"  # an answer that no template writes of its own accord
 ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -51,6 +53,9 @@ def check_messages(messages: Any) -> None:
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"expected text or a list of chat messages with role and content, got {str(messages)[:60]!r}")
     for message in messages:
+        if isinstance(message, dict) and message.get("role") == "assistant" and message.get("tool_calls"):
+            check_tool_calls(message["tool_calls"])
+            message = without_empty_fields(message)  # a call needs no content
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
             raise ValueError(
                 f"expected text or a list of chat messages with role and content, got the message {str(message)[:60]!r}"
@@ -59,7 +64,8 @@ def check_messages(messages: Any) -> None:
             raise ValueError(f"expected a message's role to be one of {', '.join(ROLES)}, got {message['role']!r}")
         if not isinstance(message["content"], str):
             raise ValueError(f"expected a message's content to be text, got {str(message['content'])[:60]!r}")
-        check_text(message["content"])
+        for text in all_strings(message):
+            check_text(text)
 
 
 class Tokenizer:
@@ -82,6 +88,7 @@ class Tokenizer:
         self.enable_thinking = enable_thinking
         file = Path(self.path) / "generation_config.json"
         self.generation: dict[str, Any] = read_json(file) if file.is_file() else {}
+        self.turn_end, self.turn_tail = self._turn_end()
         self.eos_ids = self._eos_ids()
         if not self.eos_ids:
             raise ValueError(
@@ -113,6 +120,11 @@ class Tokenizer:
         """The text of the token that ends a sequence."""
         return self.hf.convert_ids_to_tokens(self.eos_ids[0])
 
+    @cached_property
+    def special_tokens(self) -> dict[str, int]:
+        """The special tokens' texts, with their ids."""
+        return {token.content: number for number, token in self.hf.added_tokens_decoder.items() if token.special}
+
     def token_text(self, token: int) -> str:
         """Returns the text of one token, with visible spaces and line breaks."""
         text = self.hf.decode([token], clean_up_tokenization_spaces=False)
@@ -128,7 +140,21 @@ class Tokenizer:
         ids += more
         vocabulary = self.hf.get_vocab()
         ids += [vocabulary[token] for token in ("<|im_end|>", "<|endoftext|>") if token in vocabulary]
+        ids += [self.turn_end] if self.turn_end is not None else []
         return tuple(dict.fromkeys(ids))
+
+    def _turn_end(self) -> tuple[int | None, str]:
+        """Returns the token by which the chat template ends an assistant's turn, and all it writes behind an answer.
+
+        A base model's tokenizer has another token for the end of a text. None: the template writes no token there.
+        """
+        turn = [{"role": "user", "content": "."}, {"role": "assistant", "content": PROBE}]
+        try:
+            tail = self.render_messages(turn, add_generation_prompt=False).text.rpartition(PROBE)[2]
+        except ValueError:  # no template, or one for other roles; what it says matters where it is used
+            return None, ""
+        special = self.special_tokens.values()
+        return next((token for token in self.encode([tail])[0] if token in special), None), tail
 
     def check_vocab_size(self, vocab_size: int, model: str) -> None:
         """Raises ValueError if a model's embedding has no row for some of this tokenizer's ids."""
@@ -152,57 +178,74 @@ class Tokenizer:
 
     def encode_literally(self, texts: Sequence[str]) -> list[list[int]]:
         """Returns token ids of each text; a special token's text stays text."""
-        return self._encode([self._render_continuation("", text) for text in texts])
+        return self.encode_rendered([self._render_continuation("", text) for text in texts])
 
     def prompt_ids(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Returns token ids of each rendered prompt."""
-        return self._encode([self._render_prompt(prompt) for prompt in prompts])
+        return self.encode_rendered([self._render_prompt(prompt) for prompt in prompts])
 
     def conversation_ids(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[list[int]]:
         """Returns token ids of each prompt with its completion, rendered as one text."""
         pairs = zip(prompts, completions, strict=True)
-        return self._encode([self._render_conversation(prompt, completion) for prompt, completion in pairs])
+        return self.encode_rendered([self._render_conversation(prompt, completion) for prompt, completion in pairs])
 
     def _render_prompt(self, prompt: Prompt) -> Rendered:
         if isinstance(prompt, str):
             return Rendered(prompt)
-        return self._render_messages(prompt, add_generation_prompt=True)
+        return self.render_messages(prompt, add_generation_prompt=True)
 
     def _render_conversation(self, prompt: Prompt, completion: str) -> Rendered:
         if isinstance(prompt, str):  # a completion without a prompt is already rendered
             return self._render_continuation(prompt, completion) if prompt else Rendered(completion)
-        return self._render_messages(
+        return self.render_messages(
             [*prompt, {"role": "assistant", "content": completion}], add_generation_prompt=False
         )
 
-    def _render_messages(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> Rendered:
+    def render_messages(
+        self,
+        messages: list[Message],
+        tools: Tools | None = None,
+        *,
+        add_generation_prompt: bool,
+        enable_thinking: bool | None = None,
+    ) -> Rendered:
         """Renders messages by the chat template, with marks that keep a message's text from becoming special tokens.
 
+        Args:
+          tools: JSON schemas of the functions that may be called.
+          enable_thinking: None: as the tokenizer was made.
+
         Raises:
-          ValueError: no template, or messages that it refuses.
+          ValueError: no template, or messages that it refuses or of which it would drop a part.
         """
         check_messages(messages)
         if not self.hf.chat_template:
             raise ValueError(f"{self.path}: this tokenizer has no chat template; give prompts as plain text")
+        settings = {
+            "add_generation_prompt": add_generation_prompt,
+            "enable_thinking": self.enable_thinking if enable_thinking is None else enable_thinking,
+        }
 
-        def render(messages: list[dict[str, str]]) -> str:
+        def render(messages: list[Message], tools: Tools | None = None) -> str:
             try:
-                return self.hf.apply_chat_template(
-                    messages,
-                    tokenize=False,
-                    add_generation_prompt=add_generation_prompt,
-                    enable_thinking=self.enable_thinking,
-                )
-            except TemplateError as error:
-                raise ValueError(f"{self.path}: the chat template refuses these messages: {error}") from error
+                return self.hf.apply_chat_template(messages, tools=tools, tokenize=False, **settings)
+            except Exception as error:  # a template is a program
+                reason = f"{error}" if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
+                raise ValueError(f"{self.path}: the chat template refuses these messages: {reason}") from error
 
-        (added, special), text = self._token_starts, render(messages)
+        messages = [without_empty_fields(message) for message in messages]
+        (added, special), text = self._token_starts, render(messages, tools)
+        try:
+            check_tools_are_rendered(messages, tools, text, render)
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from error
         contents = all_strings([value for message in messages for key, value in message.items() if key != "role"])
+        contents += all_strings(tools)
         if not any(added.search(content) for content in contents):
             return Rendered(text)
         mark = unused_mark(contents)
 
-        def marked(message: dict[str, str], pattern: re.Pattern[str]) -> dict[str, str]:
+        def marked(message: Message, pattern: re.Pattern[str]) -> Message:
             return {
                 key: value if key == "role" else insert_marks(value, pattern, mark) for key, value in message.items()
             }
@@ -211,7 +254,8 @@ class Tokenizer:
         # they are marked too, unless the template looks for their text (Qwen3's for <tool_response>): second try.
         for pattern in (added, special):
             patterns = [special if message["role"] == "assistant" else pattern for message in messages]
-            rendered = Rendered(render([*map(marked, messages, patterns)]), mark)
+            marked_tools = insert_marks(tools, pattern, mark)
+            rendered = Rendered(render([*map(marked, messages, patterns)], marked_tools), mark)
             if rendered.text == text:
                 return rendered if mark in rendered.marked else Rendered(text)
         raise ValueError(
@@ -229,9 +273,8 @@ class Tokenizer:
     @cached_property
     def _token_starts(self) -> tuple[re.Pattern[str], re.Pattern[str]]:
         """`_token_start_pattern` of all added tokens, and of the special ones among them."""
-        tokens = self.hf.added_tokens_decoder.values()
-        special = (token.content for token in tokens if token.special)
-        return token_start_pattern(token.content for token in tokens), token_start_pattern(special)
+        added = (token.content for token in self.hf.added_tokens_decoder.values())
+        return token_start_pattern(added), token_start_pattern(self.special_tokens)
 
     @cached_property
     def _without_added_tokens(self) -> Any:
@@ -247,7 +290,8 @@ class Tokenizer:
             ) from error
         return Fast.from_str(json.dumps(parts | {"added_tokens": [], "post_processor": None}))
 
-    def _encode(self, rendered: Sequence[Rendered]) -> list[list[int]]:
+    def encode_rendered(self, rendered: Sequence[Rendered]) -> list[list[int]]:
+        """Returns token ids of each text; what a message says is text, also where it looks like a special token."""
         marked = [i for i, item in enumerate(rendered) if item.mark]
         ids = self.encode([item.text for item in rendered])
         for i in marked:
