@@ -313,8 +313,8 @@ def test_all_programs_see_the_same_conversation(
     row = {"prompt": "Good food?", "completion": "Yes<|im_end|>", "chosen": "Yes", "rejected": "No", "margin": 0.5}
     ((ids, learned_from),) = sft.encode_examples([row], chatty, "file", chat)
     assert chatty.encode([asked + "assistant:"]) == [ids[:learned_from]]
-    assert ids.count(chatty.eos_ids[0]) == 3, "the template's two and the one that is learned"
-    assert chatty.hf.decode(ids[learned_from:]) == "Yes<|im_end|><|im_end|>"
+    assert ids.count(chatty.eos_ids[0]) == 3, "the prompt's two and the one that is learned"
+    assert chatty.hf.decode(ids[learned_from:]) == "Yes<|im_end|>"
     (((chosen, rejected), scores, margin),) = reward_model.encode_comparisons([row], chatty, "file", chat)
     assert scores[0] > scores[1]
     assert chatty.hf.decode(chosen) == asked + "assistant:Yes<|im_end|>" and margin == 0.5

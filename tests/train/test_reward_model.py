@@ -95,6 +95,39 @@ def test_rows_that_are_refused(chatty: Tokenizer, row: dict[str, Any], named: st
         encode_comparisons([row], chatty, "file", ChatConfig())
 
 
+CALLED = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": [USER], "chosen": [CALLED], "rejected": [ANSWER]},
+        {"chosen": [USER, CALLED], "rejected": [USER, ANSWER]},
+        {"prompt": [USER], "completions": [[CALLED], [ANSWER]], "scores": [1, 0]},
+    ],
+    ids=["explicit", "implicit", "group"],
+)
+def test_tools_and_calls_are_compared_or_refused(chatty: Tokenizer, row: dict[str, Any]) -> None:
+    row |= {"tools": [{"name": "f"}]}
+    with pytest.raises(ValueError, match="file: row 1: .*the chat template has no place for"):
+        encode_comparisons([row], chatty, "file", ChatConfig())
+    chatty.hf.chat_template = (
+        "{% for t in tools or [] %}{{ t.name }};{% endfor %}{% for m in messages %}{{ m.role }}:{{ m.content }}"
+        "{% for c in m.tool_calls or [] %}{{ c.function.name }}(){% endfor %}<|im_end|>{% endfor %}"
+    )
+    (example,) = encode_comparisons([row], chatty, "file", ChatConfig())
+    expected = [f"f;user:Q<|im_end|>assistant:{answer}<|im_end|>" for answer in ("f()", "A")]
+    assert [chatty.hf.decode(ids) for ids in example.rows] == expected
+
+
+@pytest.mark.parametrize("answer", ["A<|im_end|>", [{"role": "assistant", "content": "A<|im_end|>\n"}]])
+def test_an_answer_that_brings_its_end_has_it_once(chatty: Tokenizer, answer: Any) -> None:
+    row = {"prompt": [USER], "chosen": answer, "rejected": [OTHER]}
+    assert [chatty.hf.decode(ids) for ids in encode_comparisons([row], chatty, "file", ChatConfig())[0].rows] == SAID
+    with pytest.raises(ValueError, match="file: row 1: 'rejected': the answer has the special token"):
+        encode_comparisons([row | {"rejected": "B<|im_end|>C"}], chatty, "file", ChatConfig())
+
+
 def test_something_has_to_be_compared(chatty: Tokenizer) -> None:
     """In the whole data set; a part of it, such as its first rows, may be without."""
     rows: list[dict[str, Any]] = [{"completions": ["A", "B"], "scores": scores} for scores in ([1, 1], [1, 2])]

@@ -1,6 +1,8 @@
 """Laws of supervised fine-tuning: formats, and packed = not packed."""
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,6 +14,7 @@ from models.hf_weights import split
 from models.qwen3 import Backbone
 from models.tokenizer import Tokenizer
 from train.config import ChatConfig, DataConfig, EarlyStoppingConfig, ModelConfig, SftConfig
+from train.plan.show import show_rows
 from train.supervised.program import fill_batch
 from train.supervised.sft import (
     Example,
@@ -66,6 +69,89 @@ def test_formats(chatty: Tokenizer, row: dict[str, Any], prompt: str, learned: s
 def test_messages_that_are_refused(chatty: Tokenizer, messages: Any, named: str) -> None:
     with pytest.raises(ValueError, match=named):
         encode_examples([{"messages": messages}], chatty, "file", ChatConfig())
+
+
+TOOL = {"type": "function", "function": {"name": "warm", "parameters": {"type": "object"}}}
+CALL = {"function": {"name": "warm", "arguments": {"city": "Oslo"}}}
+
+
+@pytest.fixture
+def calling(chatty: Tokenizer) -> Tokenizer:
+    """A tokenizer whose template has a place for tools, tool calls and thoughts."""
+    chatty.hf.chat_template = (
+        "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}{% for m in messages %}{{ m.role }}:"
+        "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}"
+        "{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% if not enable_thinking %}<think></think>{% endif %}{% endif %}"
+    )
+    chatty.enable_thinking = True
+    return chatty
+
+
+@pytest.mark.parametrize("tools", [[TOOL], json.dumps([TOOL])], ids=["list", "JSON"])
+@pytest.mark.parametrize("form", ["messages", "completion", "prompt and completion"])
+def test_tools_are_read_and_calls_are_learned(calling: Tokenizer, form: str, tools: Any) -> None:
+    called = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+    row: dict[str, Any] = {"messages": [USER, called]} if form == "messages" else {"completion": [USER, called]}
+    row = {"prompt": [USER], "completion": [called]} if form == "prompt and completion" else row
+    ((ids, learned_from),) = encode_examples([row | {"tools": tools}], calling, "file.jsonl", ChatConfig())
+    assert calling.hf.decode(ids[:learned_from]) == f"{json.dumps(TOOL)}user:Q<|im_end|>assistant:"
+    assert calling.hf.decode(ids[learned_from:]) == f"{json.dumps(CALL['function'])}<|im_end|>"
+
+
+def test_nulls_that_arrow_fills_in_are_not_learned(calling: Tokenizer) -> None:
+    """Its schema has all keys of all rows; in JSONL a null is what its author wrote."""
+    filled = {"function": {"name": "warm", "arguments": {"city": "Oslo", "day": None}}}
+    row = {
+        "messages": [USER, {"role": "assistant", "content": "", "tool_calls": [filled]}],
+        "tools": [TOOL | {"x": None}],
+    }
+    ((parquet, _),) = encode_examples([row], calling, "file.parquet", ChatConfig())
+    ((jsonl, _),) = encode_examples([row], calling, "file.jsonl", ChatConfig())
+    assert "null" not in calling.hf.decode(parquet) and calling.hf.decode(jsonl).count("null") == 2
+
+
+@pytest.mark.parametrize("tools", ["a tool", ["warm"], {"name": "warm"}])
+def test_a_column_of_tools_that_are_none_is_refused(calling: Tokenizer, tools: Any) -> None:
+    with pytest.raises(ValueError, match="file: row 2: 'tools': expected a list of JSON schemas"):
+        row = {"messages": [USER, ANSWER]}
+        encode_examples([row, row | {"tools": tools}], calling, "file", ChatConfig())
+
+
+def test_thoughts_are_learned_where_thinking_is_on_and_it_is_said(
+    calling: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calling.enable_thinking = False
+    rows = [{"messages": [USER, ANSWER | {"reasoning_content": "Hm."}]}]
+    ((ids, learned_from),) = encode_examples(rows, calling, "file", ChatConfig())
+    assert calling.hf.decode(ids[learned_from:]) == "<think>Hm.</think>A<|im_end|>"
+    assert "file: 1 of 1 answers have thoughts, and are learned behind a prompt that leaves thinking on" in (
+        " ".join(capsys.readouterr().out.split())
+    )
+
+
+def test_a_row_with_an_answer_that_cannot_be_learned_is_named(chatty: Tokenizer) -> None:
+    rows = [{"messages": [USER, ANSWER]}, {"messages": [USER, ANSWER | {"reasoning_content": "Hm."}]}]
+    with pytest.raises(ValueError, match="file: row 2: the chat template of .* leaves the answer's thoughts out"):
+        encode_examples(rows, chatty, "file", ChatConfig())
+    plain = [{"prompt": "Q", "completion": "A"}, {"prompt": "Q", "completion": "A<|im_end|>B"}]
+    with pytest.raises(ValueError, match=r"file: row 2: <\|im_end\|> ends the completion, but 'B' stands behind it"):
+        encode_examples(plain, chatty, "file", ChatConfig())
+
+
+@pytest.mark.parametrize("row", [{"messages": [USER, ANSWER]}, {"text": "Good food."}], ids=["chat", "text"])
+def test_what_is_shown_as_learned_is_learned(
+    chatty: Tokenizer, row: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    model = ModelConfig(tokenizer=chatty.path, architecture={"vocab_size": 300})
+    show_rows(config(model=model, data=DataConfig(train=str(tmp_path / "rows.jsonl"))), 1)
+    shown = capsys.readouterr().out.splitlines()
+    ((ids, prompt),) = encode_examples([row], chatty, "file", ChatConfig())
+    learned = collate_examples([(ids, prompt)], chatty, 64)["learned_BS"][0]
+    for name, part in (("read", ~learned[: len(ids)]), ("learned", learned[: len(ids)])):
+        tokens = [f"{i} {chatty.token_text(i)}" for i in np.array(ids)[part].tolist()]
+        assert f"{name}: {'  '.join(tokens)}" in shown
 
 
 def examples(count: int, seed: int = 0) -> list[Example]:

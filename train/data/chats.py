@@ -1,17 +1,32 @@
 """Splits rows into the prompt that is asked and the answer, and applies the config's chat settings."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 from models.tokenizer import Prompt
+from models.tool_calls import Message, Tools, without_empty_fields
+from models.turns import Answer
 from train.config import ChatConfig
-from train.data.rows import Row, require_columns
+from train.data.rows import Row, is_file_name, require_columns
 
 
-def prompt_and_answer(row: Row, column: str, where: str) -> tuple[Prompt, str]:
-    """Returns the prompt that precedes the answer in `column`, and the answer's text.
+class Exchange(NamedTuple):
+    """What is asked and what is answered, in one row of the data."""
 
-    An answer in chat messages is the last message, which must be the assistant's. Some data sets have the prompt twice,
-    as a column and as the beginning of the answer's messages; it is taken once. System messages are moved to the front.
+    prompt: Prompt
+    answer: Answer
+    tools: Tools | None
+    where: str  # the row, for an error
+
+
+def prompt_and_answer(row: Row, column: str, where: str) -> tuple[Prompt, Answer]:
+    """Returns the prompt that precedes the answer in `column`, and the answer.
+
+    An answer in chat messages is the last message, which must be the assistant's: its text, or the message if it has
+    thoughts or tool calls beside the text. Some data sets have the prompt twice, as a column and as the beginning of
+    the answer's messages; it is taken once. System messages are moved to the front.
 
     Raises:
       ValueError: the last message is not the assistant's.
@@ -29,18 +44,51 @@ def prompt_and_answer(row: Row, column: str, where: str) -> tuple[Prompt, str]:
     answer_system, turns = _split_system(answer[:-1])
     is_repeated = [*map(_role_and_text, turns[: len(asked)])] == [*map(_role_and_text, asked)]
     new_system = [message for message in answer_system if _role_and_text(message) not in map(_role_and_text, system)]
-    return [*system, *new_system, *([] if is_repeated else asked), *turns], answer[-1]["content"]
+    last = without_empty_fields(answer[-1])
+    only_text = last.keys() == {"role", "content"}
+    return [*system, *new_system, *([] if is_repeated else asked), *turns], last["content"] if only_text else last
 
 
-def _split_system(messages: Prompt) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+def _split_system(messages: Prompt) -> tuple[list[Message], list[Message]]:
     """Returns the leading system messages, and all others."""
-    turns: list[dict[str, str]] = list(messages) if isinstance(messages, list) else []
+    turns: list[Message] = list(messages) if isinstance(messages, list) else []
     count = next((i for i, message in enumerate(turns) if message["role"] != "system"), len(turns))
     return turns[:count], turns[count:]
 
 
-def _role_and_text(message: Mapping[str, str]) -> tuple[str, str]:
-    return message["role"], message["content"].strip()
+def _role_and_text(message: Message) -> tuple[Any, ...]:
+    message = without_empty_fields(message)
+    return message["role"], message["content"].strip(), message.get("tool_calls") or []
+
+
+def read_tools(row: Row, where: str, *, has_nulls: bool = False) -> Tools | None:
+    """Returns the functions that may be called, from the column 'tools': a list of JSON schemas, or its JSON.
+
+    Args:
+      has_nulls: the data is Arrow's, which fills every schema up with the others' keys.
+
+    Raises:
+      ValueError: something else.
+    """
+    tools = row.get("tools")
+    if isinstance(tools, str) and tools.strip():
+        with contextlib.suppress(json.JSONDecodeError):
+            tools = json.loads(tools)
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) and tool for tool in tools):
+        raise ValueError(
+            f"{where}: 'tools': expected a list of JSON schemas of functions, or its JSON, got {str(tools)[:60]!r}; "
+            f"a column of something else can be named otherwise (data.columns: {{unused: tools}})"
+        )
+    return without_nulls(tools) if has_nulls else tools
+
+
+def without_nulls(value: Any) -> Any:
+    """Returns nested lists and dictionaries without the keys whose value is null."""
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def as_chat(prompt: Prompt, chat: ChatConfig, where: str) -> Prompt:
@@ -68,14 +116,31 @@ def as_chat(prompt: Prompt, chat: ChatConfig, where: str) -> Prompt:
     return [{"role": "system", "content": chat.system_prompt}, *prompt]
 
 
-def prompts_and_answers(
-    rows: Sequence[Row], source: str, column: str, chat: ChatConfig
-) -> tuple[list[Prompt], list[str]]:
-    """Returns each row's prompt, with the chat settings applied, and each row's answer in `column`."""
-    places = [f"{source}: row {number}" for number in range(1, len(rows) + 1)]
-    pairs = [prompt_and_answer(row, column, where) for row, where in zip(rows, places, strict=True)]
-    prompts = [as_chat(prompt, chat, where) for (prompt, _), where in zip(pairs, places, strict=True)]
-    return prompts, [answer for _, answer in pairs]
+def read_exchanges(
+    rows: Sequence[Row], source: str, column: str, chat: ChatConfig, place: str | None = None
+) -> list[Exchange]:
+    """Returns each row's prompt, with the chat settings applied, its answer in `column` and its tools.
+
+    Args:
+      place: where the rows stand, for an error; default: source.
+    """
+    has_nulls = not is_file_name(source) or source.lower().endswith(".parquet")
+    exchanges = []
+    for number, row in enumerate(rows, 1):
+        where = f"{place or source}: row {number}"
+        prompt, answer = prompt_and_answer(without_nulls(row) if has_nulls else row, column, where)
+        tools = read_tools(row, where, has_nulls=has_nulls)
+        exchanges.append(Exchange(as_chat(prompt, chat, where), answer, tools, where))
+    return exchanges
+
+
+@contextlib.contextmanager
+def named_row(where: str) -> Iterator[None]:
+    """Puts the row's name before the message of a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def normalize_prompts(

@@ -25,7 +25,7 @@ from models.tokenizer import Tokenizer
 from train.build import make_layout_for, make_optimizer, policy_layout
 from train.config import DataConfig, PlanConfig, PolicyConfig, RewardModelConfig, SftConfig
 from train.console import console, print_plain
-from train.data.chats import as_chat, prompts_and_answers
+from train.data.chats import as_chat, read_exchanges
 from train.data.prompts import Prompts, Splits, load_splits
 from train.data.rows import Row, is_file_name, load_rows, require_columns
 from train.plan.devices import GIB, HBM, USABLE_SHARE, simulated_devices
@@ -188,9 +188,9 @@ def check_data_rows(config: TrainingConfig, rows: Sequence[Row], source: str) ->
     elif isinstance(config, RewardModelConfig):
         check_comparison_rows(rows, source)
         for side in ("chosen", "rejected") if "completions" not in rows[0] else ():
-            prompts_and_answers(rows, source, side, config.chat)
+            read_exchanges(rows, source, side, config.chat)
     elif "text" not in (rows := check_sft_rows(rows, source, config.chat))[0]:
-        prompts_and_answers(rows, source, "completion", config.chat)
+        read_exchanges(rows, source, "completion", config.chat)
 
 
 def check_columns(config: TrainingConfig, columns: Mapping[str, str], source: str) -> Collection[str]:

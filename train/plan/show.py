@@ -1,6 +1,6 @@
 """`--show`: prints the first rows as the models see them, text and token ids, before any weight is read."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.text import Text
 
@@ -10,6 +10,7 @@ from train.config import PolicyConfig, RewardModelConfig, SupervisedConfig
 from train.console import console, print_plain
 from train.data.prompts import load_prompts
 from train.data.rows import load_rows
+from train.rewards.model import common_prefix_length
 from train.running import setup_errors
 from train.supervised.reward_model import encode_comparisons
 from train.supervised.sft import encode_examples
@@ -33,11 +34,15 @@ def show_rows(config: SupervisedConfig | RewardModelConfig | PolicyConfig, count
         rows = load_rows(config.data.train, config.data.split, config.data.columns)[:count]
         if isinstance(config, RewardModelConfig):
             for i, group in enumerate(encode_comparisons(rows, tokenizer, config.data.train, config.chat), 1):
+                shared = common_prefix_length(group.rows)
                 for answer, score in sorted(zip(group.rows, group.scores, strict=True), key=lambda pair: -pair[1]):
-                    show_tokens(f"row {i}, score {score:g}, margin {group.margin:g}", answer, tokenizer)
+                    title = f"row {i}, score {score:g}, margin {group.margin:g}"
+                    parts = {"the same in all answers": shared, "compared, scored at the last token": len(answer)}
+                    show_tokens(title, answer, tokenizer, parts)
             return
-        for i, (ids, learned_from) in enumerate(encode_examples(rows, tokenizer, config.data.train, config.chat)):
-            show_tokens(f"row {i + 1}, learned from token {learned_from} on", ids, tokenizer)
+        for i, (ids, prompt) in enumerate(encode_examples(rows, tokenizer, config.data.train, config.chat), 1):
+            first = max(prompt, 1)  # no token predicts the first one
+            show_tokens(f"row {i}, learned from token {first} on", ids, tokenizer, {"read": first, "learned": len(ids)})
 
 
 def show_policy(config: PolicyConfig, tokenizer: Tokenizer, count: int) -> None:
@@ -54,9 +59,17 @@ def show_policy(config: PolicyConfig, tokenizer: Tokenizer, count: int) -> None:
             show_tokens(f"prompt {i + 1} with its completion, as reward {spec.label} reads it", ids, reward_tokenizer)
 
 
-def show_tokens(title: str, ids: Sequence[int], tokenizer: Tokenizer) -> None:
-    """Prints the text, then every id with its piece."""
+def show_tokens(title: str, ids: Sequence[int], tokenizer: Tokenizer, parts: Mapping[str, int] | None = None) -> None:
+    """Prints the text, then every id with its piece.
+
+    Args:
+      parts: name -> end of each part, for a line of its own.
+    """
     console.rule(f"{title}: {len(ids)} tokens", align="left")
     print_plain(tokenizer.hf.decode(ids, clean_up_tokenization_spaces=False))
-    pieces = [Text(str(i), style="dim").append(f" {tokenizer.token_text(i)}", style="bold") for i in ids]
-    console.print(Text("  ").join(pieces), highlight=False)
+    start = 0
+    for name, end in (parts or {"": len(ids)}).items():
+        pieces = [Text(str(i), style="dim").append(f" {tokenizer.token_text(i)}", style="bold") for i in ids[start:end]]
+        start = end
+        if pieces:
+            console.print(Text(f"{name}: " if name else "").append(Text("  ").join(pieces)), highlight=False)

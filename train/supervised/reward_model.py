@@ -19,9 +19,10 @@ from flax import nnx
 from gopo_jax import listwise_loss, preference_loss
 from models.config import REWARD_MODEL
 from models.reward_model import Qwen3RewardModel
-from models.tokenizer import Prompt, Tokenizer, bucket, pad
+from models.tokenizer import Tokenizer, bucket, pad
+from models.turns import render_comparison
 from train.config import ChatConfig, RewardModelConfig
-from train.data.chats import prompts_and_answers
+from train.data.chats import Exchange, named_row, read_exchanges
 from train.data.rows import Row, require_columns
 from train.rewards.model import common_prefix_length
 from train.supervised.program import LossAux, SupervisedTask, TokenBatch, train_supervised
@@ -83,7 +84,7 @@ def encode_comparisons(rows: Sequence[Row], tokenizer: Tokenizer, source: str, c
     if "completions" in rows[0]:
         return encode_groups(rows, tokenizer, source, chat)
     sides = [
-        tokenizer.conversation_ids(*prompts_and_answers(rows, source, side, chat)) for side in ("chosen", "rejected")
+        encode_answers(read_exchanges(rows, source, side, chat), tokenizer, side) for side in ("chosen", "rejected")
     ]
     margins = [float(row.get("margin") or 0.0) for row in rows]
     return [Comparison([c, r], [1.0, 0.0], m) for c, r, m in zip(*sides, margins, strict=True)]
@@ -124,16 +125,23 @@ def check_groups(rows: Sequence[Row], source: str) -> None:
 
 def encode_groups(rows: Sequence[Row], tokenizer: Tokenizer, source: str, chat: ChatConfig) -> list[Comparison]:
     """Tokenizes groups, all answers of all rows in one call of the tokenizer."""
-    prompts: list[Prompt] = []
-    answers: list[str] = []
+    exchanges: list[Exchange] = []
     for number, row in enumerate(rows, 1):
-        group, where = [{"prompt": row.get("prompt"), "answer": c} for c in row["completions"]], f"row {number}"
-        require_columns(group, f"{source}: {where}: 'completions'", "answer")
-        group_prompts, group_answers = prompts_and_answers(group, f"{source}: {where}: 'completions'", "answer", chat)
-        prompts += group_prompts
-        answers += group_answers
-    ids = iter(tokenizer.conversation_ids(prompts, answers))
+        shared = {"prompt": row.get("prompt"), "tools": row.get("tools")}
+        group, place = [shared | {"answer": c} for c in row["completions"]], f"{source}: row {number}: 'completions'"
+        require_columns(group, place, "answer")
+        exchanges += read_exchanges(group, source, "answer", chat, place)
+    ids = iter(encode_answers(exchanges, tokenizer))
     return [Comparison([next(ids) for _ in row["scores"]], list(map(float, row["scores"]))) for row in rows]
+
+
+def encode_answers(exchanges: Sequence[Exchange], tokenizer: Tokenizer, column: str = "") -> list[list[int]]:
+    """Tokenizes every prompt with its answer as one text."""
+    rendered = []
+    for prompt, answer, tools, where in exchanges:
+        with named_row(f"{where}: {column!r}" if column else where):
+            rendered.append(render_comparison(tokenizer, prompt, answer, tools))
+    return tokenizer.encode_rendered(rendered)
 
 
 def collate_comparisons(examples: Sequence[Comparison], tokenizer: Tokenizer, max_length: int) -> TokenBatch:

@@ -2,7 +2,8 @@
 
 A row is {"text": ...}: the whole text is learned; {"prompt": ..., "completion": ...}: the completion is learned; or
 {"messages": [...]}: the last message, the assistant's, is learned. Prompt and completion may be chat messages, which
-are rendered as the config's `chat` says. The end-of-text token is learned too.
+are rendered as the config's `chat` says, with the functions of a column "tools". The token that ends the turn or the
+text is learned too (`models.turns`).
 
 With `packing`, examples follow one another in rows of max_length tokens, packed once for the whole data set. No example
 attends to another and each begins at position 0, so that loss and gradient are those of the examples in rows of their
@@ -21,9 +22,10 @@ from flax import nnx
 
 from gopo_jax.losses import Metrics
 from models.tokenizer import Tokenizer, bucket, pad
+from models.turns import encode_turn, encode_whole_text, render_turn
 from train.config import ChatConfig, SftConfig
-from train.console import console
-from train.data.chats import prompts_and_answers
+from train.console import console, print_plain
+from train.data.chats import named_row, read_exchanges
 from train.data.rows import Row, batch_indices, require_columns
 from train.supervised.program import LossAux, SupervisedTask, TokenBatch, train_supervised
 
@@ -55,15 +57,26 @@ def sft_task(config: SftConfig) -> SupervisedTask:
 
 
 def encode_examples(rows: Sequence[Row], tokenizer: Tokenizer, source: str, chat: ChatConfig) -> list[Example]:
-    """Tokenizes rows into prompt, completion and an end-of-text token."""
+    """Tokenizes rows into what the model is asked and what it is to write, to the token that ends it."""
     rows = check_sft_rows(rows, source, chat)
     if "text" in rows[0]:
-        prompts: list[list[int]] = [[] for _ in rows]
-        completions = tokenizer.encode([row["text"] for row in rows])
-    else:
-        asked, answers = prompts_and_answers(rows, source, "completion", chat)
-        prompts, completions = tokenizer.prompt_ids(asked), tokenizer.encode_literally(answers)
-    return [(p + c + [tokenizer.eos_ids[0]], len(p)) for p, c in zip(prompts, completions, strict=True)]
+        return [(encode_whole_text(tokenizer, ids), 0) for ids in tokenizer.encode([row["text"] for row in rows])]
+    exchanges, turns = read_exchanges(rows, source, "completion", chat), []
+    for prompt, answer, tools, where in exchanges:
+        with named_row(where):
+            turns.append(render_turn(tokenizer, prompt, answer, tools))
+    asked = tokenizer.encode_rendered([turn.prompt for turn in turns])
+    written = tokenizer.encode_rendered([turn.written for turn in turns])
+    examples = []
+    for turn, prompt_ids, ids, exchange in zip(turns, asked, written, exchanges, strict=True):
+        with named_row(exchange.where):
+            examples.append((prompt_ids + encode_turn(tokenizer, turn, prompt_ids, ids), len(prompt_ids)))
+    if count := sum(turn.thinking != tokenizer.enable_thinking for turn in turns):
+        print_plain(
+            f"{source}: {count} of {len(turns)} answers have thoughts, and are learned behind a prompt that leaves "
+            f"thinking on; with chat.enable_thinking: false the model is not asked so later"
+        )
+    return examples
 
 
 def check_sft_rows(rows: Sequence[Row], source: str, chat: ChatConfig) -> Sequence[Row]:
@@ -96,7 +109,7 @@ def messages_as_completion(row: Row, where: str) -> Row:
             f"{where}: 'messages': expected a list of at least 2 chat messages, the last of which is learned, got "
             f"{str(messages)[:60]!r}"
         )
-    return {"completion": messages}  # without the column 'prompt', which repeats the first message
+    return {"completion": messages, "tools": row.get("tools")}  # without 'prompt', which repeats the first message
 
 
 def collate_examples(examples: Sequence[Example], tokenizer: Tokenizer, max_length: int) -> TokenBatch:
