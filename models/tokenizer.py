@@ -21,7 +21,7 @@ from jinja2.exceptions import TemplateError
 
 from models.config import read_json
 from models.marks import Rendered, all_strings, insert_marks, token_start_pattern, unused_mark
-from models.tool_calls import Message, Tools, check_tool_calls, check_tools_are_rendered, without_empty_fields
+from models.messages import Message, Tools, check_tool_calls, check_tools_are_rendered, without_empty_fields
 from models.weight_files import could_be_on_hub
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before its import; silences "PyTorch was not found"
@@ -53,9 +53,11 @@ def check_messages(messages: Any) -> None:
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"expected text or a list of chat messages with role and content, got {str(messages)[:60]!r}")
     for message in messages:
-        if isinstance(message, dict) and message.get("role") == "assistant" and message.get("tool_calls"):
-            check_tool_calls(message["tool_calls"])
-            message = without_empty_fields(message)  # a call needs no content
+        if isinstance(message, dict) and message.get("role") == "assistant":
+            cleaned = without_empty_fields(message)
+            if cleaned.get("tool_calls"):  # a call needs no content
+                check_tool_calls(cleaned["tool_calls"])
+                message = cleaned
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
             raise ValueError(
                 f"expected text or a list of chat messages with role and content, got the message {str(message)[:60]!r}"

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from models.marks import Rendered, all_strings
+from models.messages import Message, Tools, without_empty_fields
 from models.tokenizer import Prompt, Tokenizer
-from models.tool_calls import Message, Tools, without_empty_fields
 
 Answer = str | Message
 ONE_THOUGHT = re.compile(r"\s*(<think>)?((?!</?think>).)*</think>((?!</?think>).)*", re.DOTALL)
-OTHER_FIELDS = ("reasoning", "thinking", "function_call", "refusal", "audio")  # content that some data sets have
+OTHER_FIELDS = ("function_call", "refusal", "audio")  # content that some data sets have
 
 
 class Turn(NamedTuple):
@@ -120,15 +120,9 @@ def answer_message(tokenizer: Tokenizer, answer: Answer) -> Message:
     """Returns the assistant's message, without an end of turn in its text, which the template writes.
 
     Raises:
-      ValueError: special tokens in it, several blocks of thoughts, or fields that are not known.
+      ValueError: special tokens in it, or several blocks of thoughts.
     """
     message = {"role": "assistant", "content": answer} if isinstance(answer, str) else without_empty_fields(answer)
-    for field in OTHER_FIELDS:
-        if message.get(field):
-            raise ValueError(
-                f"the answer's {field!r} is not known; expected content, reasoning_content and tool_calls; rename it, "
-                f"or take it out"
-            )
     message["content"] = without_end(tokenizer, message["content"])
     for text in all_strings([value for key, value in message.items() if key != "role"]):
         if found := next((token for token in tokenizer.special_tokens if token in text), None):
@@ -177,7 +171,7 @@ def render_answered(
     """Renders a conversation with its answer.
 
     Raises:
-      ValueError: the template drops the thoughts, or a part of the text.
+      ValueError: the template drops the thoughts, another field, or a part of the text.
     """
 
     def render(message: Message) -> Rendered:
@@ -194,6 +188,12 @@ def render_answered(
             f"the chat template of {tokenizer.path} leaves the answer's thoughts out; expected one that renders "
             f"reasoning_content; take the thoughts out, or give prompt and completion as plain text, rendered already"
         )
+    for field in OTHER_FIELDS:
+        if message.get(field) and render({key: value for key, value in message.items() if key != field}) == whole:
+            raise ValueError(
+                f"the chat template of {tokenizer.path} leaves the answer's {field!r} out; expected content, "
+                f"reasoning_content and tool_calls; rename it, or take it out"
+            )
     said = content.rpartition("</think>")[2].strip()
     if said not in whole.text:
         raise ValueError(

@@ -157,7 +157,13 @@ def test_a_text_never_ends_twice(make_tokenizer: Callable[..., Tokenizer], end: 
         ([ASKED], "<think>\nIt is", "at most one block of thoughts"),
         ([ASKED], THOUGHTFUL + THOUGHTFUL, "at most one block of thoughts"),
         ([ASKED], {"role": "assistant", "content": THOUGHTFUL, "reasoning_content": "Hm."}, "and <think> again"),
-        ([ASKED], {"role": "assistant", "content": "A", "thinking": "Hm."}, "answer's 'thinking' is not known"),
+        ([ASKED], {"role": "assistant", "content": "A", "refusal": "No."}, "leaves the answer's 'refusal' out"),
+        ([ASKED], {"role": "assistant", "content": "A", "thinking": ["Hm."]}, "thoughts to be one text"),
+        (
+            [ASKED],
+            {"role": "assistant", "content": "A", "thinking": "Hm", "reasoning": "Oh"},
+            "thoughts to be one text",
+        ),
         ([ASKED], {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}, "tool_calls to be a list"),
         ([ASKED], {"role": "assistant", "content": "", "tool_calls": CALL}, "tool_calls to be a list"),
     ],
@@ -176,6 +182,10 @@ def test_fields_that_say_nothing_are_no_fields(make_tokenizer: Callable[..., Tok
     for text in ("Cold.", THOUGHTFUL):
         message = {"role": "assistant", "content": text}
         assert learn(tokenizer, [ASKED], message | empty) == learn(tokenizer, [ASKED], text)
+    for name in ("thinking", "reasoning"):  # other names of the same
+        message, thoughts = {"role": "assistant", "content": "Cold."}, {"reasoning_content": "It is winter."}
+        expected = learn(tokenizer, [ASKED], message | thoughts)
+        assert learn(tokenizer, [ASKED], message | {name: "It is winter."}) == expected
     no_content = {"role": "assistant", "content": None, "tool_calls": [CALL]}
     assert learn(tokenizer, [ASKED], no_content) == learn(tokenizer, [ASKED], CALLING)
 

@@ -1,9 +1,10 @@
-"""Tools and tool calls in chat messages: what a chat template would render wrongly or not at all is refused."""
+"""Thoughts, tool calls and tools in chat messages: what a chat template would render wrongly or drop is refused."""
 
 from collections.abc import Callable
 from typing import Any
 
 Message = dict[str, Any]  # role and content; of an assistant's also reasoning_content and tool_calls
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # names of an assistant's thoughts
 Tools = list[dict[str, Any]]  # JSON schemas of the functions that may be called
 
 
@@ -24,9 +25,23 @@ def check_tool_calls(calls: Any) -> None:
 
 
 def without_empty_fields(message: Message) -> Message:
-    """Returns the message without fields that say nothing: a template takes an empty reasoning_content for thoughts."""
+    """Returns the message without fields that say nothing, and an assistant's thoughts as reasoning_content.
+
+    A template takes an empty reasoning_content for thoughts. `thinking` and `reasoning` are other names of it.
+
+    Raises:
+      ValueError: different thoughts under two names, or thoughts that are no text.
+    """
     content = message.get("content")
     rest = {key: value for key, value in message.items() if key not in ("role", "content") and value not in (None, "")}
+    if message["role"] == "assistant" and (names := [name for name in THOUGHTS if name in rest]):
+        thoughts = [rest.pop(name) for name in names]
+        if not isinstance(thoughts[0], str) or any(other != thoughts[0] for other in thoughts):
+            raise ValueError(
+                f"expected an assistant's thoughts to be one text, in reasoning_content, got {' and '.join(names)}: "
+                f"{str(thoughts)[:60]}"
+            )
+        rest["reasoning_content"] = thoughts[0]
     return {"role": message["role"], "content": "" if content is None else content, **rest}
 
 
