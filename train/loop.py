@@ -56,7 +56,8 @@ def train_policy(config: PolicyConfig) -> None:
         advantages = make_advantages(config)  # a wrong option is refused here, before a reward model is read
         columns = [name for name in prompts.other_columns if not len(validation) or name in validation.other_columns]
         rewards = Rewards(config.rewards, layout, config.model.dtype, config.reward_combination, columns)
-        rewards.check(prompts.prompts(prompts.rows[:1])[0])
+        for prompt in prompts.one_of_each_kind():
+            rewards.check(prompt)
         model = make_model(config.model, config.lora, layout, config.seed, tokenizer)
         graphdef, params, network = *split(model), model.config
         run = Run(config, model.config.to_hf(), tokenizer)

@@ -534,3 +534,22 @@ def test_inspection_of_ties_and_of_a_part_that_is_wrong(
     held_out = dataclasses.replace(data, held_out={"train": str(tmp_path / "wrong.jsonl")})
     code, _, error = run(dataclasses.replace(config, data=held_out), command=("inspect", "reward"))
     assert code == 2 and f"{tmp_path / 'wrong.jsonl'}: row 1 has no 'chosen'" in error
+
+
+def test_every_kind_of_prompt_is_checked_once(
+    chatty: Tokenizer, tmp_path: Path, policy_config: Callable[..., PolicyConfig]
+) -> None:
+    """So that a reward model's template that refuses a role, or has no place for tool calls, is known at the start."""
+    chatty.hf.chat_template = "{% for m in messages %}{{ m.role }}:{{ m.content }}{{ m.tool_calls }}{% endfor %}"
+    call = ANSWER | {"tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    kinds = ["Why?", [USER], [SYSTEM, USER], [USER, ANSWER, USER], [USER, call, USER]]
+    write_jsonl(tmp_path / "x.jsonl", [{"prompt": prompt} for prompt in [*kinds, "How?", [USER, ANSWER, USER]]])
+    config = policy_config(tmp_path, max_prompt_length=200, data=DataConfig(train=str(tmp_path / "x.jsonl")))
+    prompts, _ = load_prompts(config, chatty)
+    assert prompts.one_of_each_kind() == kinds
+
+
+def test_a_column_of_tools_is_not_asked_and_that_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"x": [USER], "tools": [{"name": "f"}]}]
+    assert normalize_prompts(rows, "file", "x", ChatConfig()) == rows
+    assert "file: the column 'tools' goes to reward functions alone" in " ".join(capsys.readouterr().out.split())

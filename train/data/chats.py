@@ -5,10 +5,11 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from models.messages import Message, Tools, without_empty_fields
 from models.tokenizer import Prompt
-from models.tool_calls import Message, Tools, without_empty_fields
 from models.turns import Answer
 from train.config import ChatConfig
+from train.console import print_plain
 from train.data.rows import Row, is_file_name, require_columns
 
 
@@ -152,6 +153,8 @@ def normalize_prompts(
     """
     require_columns(rows, source, column, setting=setting)
     places = [f"{source}: row {number}" for number in range(1, len(rows) + 1)]
+    if any(isinstance(row.get("tools"), list) and isinstance(row[column], list) and row["tools"] for row in rows):
+        print_plain(f"{source}: the column 'tools' goes to reward functions alone: prompts are rendered without tools")
     return [
         row | {column: as_chat(without_answer(row[column], where), chat, where)}
         for row, where in zip(rows, places, strict=True)

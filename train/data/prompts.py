@@ -78,6 +78,14 @@ class Prompts:
         """Returns the prompts of some of the rows."""
         return [row[self.column] for row in rows]
 
+    def one_of_each_kind(self) -> list[Prompt]:
+        """Returns the first prompt that is text, and the first with each combination of roles and tool calls."""
+        kinds: dict[Any, Prompt] = {}
+        for prompt in self.prompts(self.rows):
+            turns = prompt if isinstance(prompt, list) else []
+            kinds.setdefault(frozenset((turn["role"], bool(turn.get("tool_calls"))) for turn in turns), prompt)
+        return list(kinds.values())
+
     def columns(self, rows: Sequence[Row], part: slice = slice(None)) -> dict[str, list[Any]]:
         """Returns the other columns of some of the rows, for reward functions; None where a row lacks a column."""
         return {name: [row.get(name) for row in rows[part]] for name in self.other_columns}
