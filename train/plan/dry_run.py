@@ -22,6 +22,7 @@ from models.hf_weights import abstract_model, abstract_params
 from models.lora import split_trainable
 from models.sharding import Layout
 from models.tokenizer import Tokenizer
+from models.weight_files import could_be_on_hub
 from train.build import make_layout_for, make_optimizer, policy_layout
 from train.config import DataConfig, PlanConfig, PolicyConfig, RewardModelConfig, SftConfig
 from train.console import console, print_plain
@@ -270,7 +271,7 @@ def describe_networks(config: TrainingConfig, columns: Collection[str] | None) -
         raise ValueError(f"model.path: {config.model.path} is a reward model; expected a policy")
     print_network("model", config.model.path or "random weights", network)
     tokenizer = None
-    if Path(config.model.tokenizer_path).is_dir() or config.model.tokenizer_path.count("/") != 1:
+    if not could_be_on_hub(config.model.tokenizer_path):
         tokenizer = Tokenizer(config.model.tokenizer_path, config.chat.enable_thinking)
         tokenizer.check_vocab_size(network.vocab_size, config.model.path or "model.architecture")
         print_plain(f"tokenizer {tokenizer.path}: {tokenizer.size:,} ids")
