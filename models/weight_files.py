@@ -87,7 +87,7 @@ def describe_local(name: str | Path) -> str:
         return f"; the directory {path} here holds no model"
     if str(name).count("/") == 1 and not path.is_absolute() and path.parent.is_dir():
         return f"; the directory {path.parent} here does not have it" + (
-            "" if could_be_on_hub(name) else ", and for its sake the Hub is not asked"
+            "" if could_be_on_hub(name) else ", and for its sake the Hub is not asked: rename it, or name a directory"
         )
     return ""
 

@@ -20,7 +20,7 @@ from models.qwen3 import Backbone
 from models.tokenizer import Tokenizer, tokenizer_path
 from train.config import ExportConfig
 from train.console import console
-from train.run.files import check_out, check_out_directory, check_room
+from train.run.files import check_out_directory, check_room
 from train.running import setup_errors
 
 # what an export writes: a directory of other files is not one
@@ -39,7 +39,7 @@ def export(config: ExportConfig) -> None:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ValueError(f"--out {out}: there is something already; expected a new or empty directory")
         partial = out.with_name(f"{out.name}.partial")
-        check_out(str(partial / "config.json"))
+        check_out_directory(str(partial), "config.json")
         refuse_foreign(partial)
         check_loadable(config.checkpoint)
         tokenizer = Tokenizer(tokenizer_path(config.checkpoint))

@@ -171,10 +171,16 @@ def test_a_run_whose_checkpoints_have_no_room_does_not_start(
     monkeypatch.setattr("train.run.directory._tree_bytes", lambda _: 10**9)
     with pytest.raises(SetupError, match=r"run/checkpoints: a checkpoint takes 2.0 GB, but only 1.0 MB are free there"):
         train_policy(config)
+    kept = replace(config, checkpoint=CheckpointConfig(every=1, keep=1))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=25 * 10**8))
+    with pytest.raises(SetupError, match=r"keep: 1, and one more while saving, takes 3.0 GB, but only 2.5 GB are free"):
+        train_policy(kept)
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=3 * 10**9))
     with pytest.raises(pytest.fail.Exception, match="it starts"):
+        train_policy(kept)
+    with pytest.raises(pytest.fail.Exception, match="it starts"):
         train_policy(config)
-    assert "3 checkpoints of 1.0 GB are to come, and 3.0 GB are free" in capsys.readouterr().out
+    assert "run/checkpoints: 3 checkpoints of 1.0 GB are to come, and 3.0 GB are free" in capsys.readouterr().out
 
 
 # Exports

@@ -131,7 +131,10 @@ class Run:
         return state
 
     def _check_room(self, state: TrainState, latest: int | None) -> None:
-        """Refuses a disk that does not take one more checkpoint; says so if it does not take all that are to come."""
+        """Refuses a disk that does not take the next checkpoints; says so if it does not take all that are to come.
+
+        With `checkpoint.keep` there is one more than that number while the oldest is replaced.
+        """
         folder, config = checkpoints_folder(self.path), self.config
         remaining = range((latest or 0) + 1, config.max_steps + 1)
         due = sum(self.checkpoint_due(step) for step in remaining)
@@ -139,12 +142,13 @@ class Run:
             return
         base = _tree_bytes(state.frozen) if latest is None else 0
         size = _tree_bytes((state.params, state.opt_state))
-        check_room(Path(folder), base + size, "a checkpoint")
-        count = min(due, config.checkpoint.keep + 1) if config.checkpoint.keep is not None else due
+        at_once = min(due, (config.checkpoint.keep or 0) + 1 if latest is None else 1)
+        kept = f"checkpoint.keep: {config.checkpoint.keep}, and one more while saving,"
+        check_room(Path(folder), base + at_once * size, kept if at_once > 1 else "a checkpoint")
         free = free_bytes(Path(folder))
-        if free is not None and free < base + count * size:
+        if config.checkpoint.keep is None and free is not None and free < base + due * size:
             console.print(
-                f"{folder}: {count} checkpoints of {decimal(size)} are to come, and {decimal(free)} are free there; a "
+                f"{folder}: {due} checkpoints of {decimal(size)} are to come, and {decimal(free)} are free there; a "
                 f"smaller checkpoint.keep or a larger checkpoint.every needs less"
             )
 

@@ -71,7 +71,7 @@ def check_run_directory(out: str, folders: Sequence[str], checkpoints: str) -> N
             found = f"{out}: would be read as a step of {out.rpartition('@')[0]}; choose a name that does not end so"
         if found is None and directory.exists() and not directory.is_dir():
             found = f"{out}: is a file; expected a directory for the run, new or its own"
-        return found or _first(_place_problem(place / "x") for place in places)
+        return found or _first(_place_problem(place / "x", str(place)) for place in places)
 
     _refuse(problem, True)
 
@@ -129,6 +129,9 @@ def _name_problem(out: str) -> str | None:
         return f"expected the name of what to write, got {out!r}"
     if any(ord(character) < 32 or "\ud800" <= character <= "\udfff" for character in out):
         return f"{out!r}: has a character in it that is no part of a name, or is not UTF-8; name it otherwise"
+    *folders, name = Path(out).absolute().parts
+    if any(len(os.fsencode(part)) > _NAME_BYTES for part in (*folders, name + _BESIDE[-1])):
+        return f"{out}: a part of it is longer than {_NAME_BYTES - len(_BESIDE[-1])} bytes; choose a shorter name"
     if re.match(r"\w[\w+.-]+:/", out):
         return f"{out}: is an address; expected a name on a disk of this machine"
     if (shells := re.match(_FOR_A_SHELL, out)) and not Path(shells[0]).exists():
@@ -152,15 +155,17 @@ def _existing(path: Path) -> Path:
     return next(place for place in (path.absolute(), *path.absolute().parents) if os.path.lexists(place))
 
 
-def _place_problem(file: Path) -> str | None:
-    """The reason why a file, or its directory, cannot be made; None if it can."""
-    long = [part for part in (*file.parts[:-1], file.name + _BESIDE[-1]) if len(os.fsencode(part)) > _NAME_BYTES]
-    if long:
-        return f"{file}: a part of it is longer than {_NAME_BYTES - len(_BESIDE[-1])} bytes; choose a shorter name"
+def _place_problem(file: Path, shown: str | None = None) -> str | None:
+    """The reason why a file, or its directory, cannot be made; None if it can.
+
+    Args:
+      shown: what an error names; default: the file.
+    """
+    shown = shown or str(file)
     parent = _existing(file.parent)
     if not parent.is_dir():
         what = "a link to nothing" if parent.is_symlink() and not parent.exists() else "a file"
-        return f"{file}: cannot be written, {parent} is {what}; expected a directory there, or another name"
+        return f"{shown}: cannot be written, {parent} is {what}; expected a directory there, or another name"
     try:
         if not os.access(parent, os.W_OK | os.X_OK):
             raise PermissionError
@@ -168,9 +173,9 @@ def _place_problem(file: Path) -> str | None:
             pass
     except OSError as error:
         reason = f" ({error.strerror})" if error.strerror else ""
-        return f"{file}: cannot be written, {parent} does not permit it{reason}; choose another directory"
+        return f"{shown}: cannot be written, {parent} does not permit it{reason}; choose another directory"
     if (free := free_bytes(parent)) is not None and free < _LEAST_ROOM:
-        return f"{file}: cannot be written, {parent} has {decimal(free)} left; make room or choose another directory"
+        return f"{shown}: cannot be written, {parent} has {decimal(free)} left; make room or choose another directory"
     return None
 
 
