@@ -26,7 +26,7 @@ from models.hf_weights import abstract_model, abstract_params, as_layout, load_p
 from models.lora import Lora, merge_adapters, merge_trainable, split_trainable
 from models.qwen3 import Backbone
 from models.sharding import Layout
-from models.weight_files import could_be_on_hub
+from models.weight_files import could_be_on_hub, describe_local
 
 FOLDER, BASE = "checkpoints", "base"
 
@@ -34,7 +34,7 @@ FOLDER, BASE = "checkpoints", "base"
 def checkpoints_folder(run: str | Path) -> epath.Path:
     """Returns the directory of a run's checkpoints."""
     path = Path(run).absolute() / FOLDER
-    return epath.Path(path.read_text(encoding="utf-8").strip() if path.is_file() else path)
+    return epath.Path(path.read_text(encoding="utf-8").rstrip("\r\n") if path.is_file() else path)
 
 
 def is_run(checkpoint: str | Path) -> bool:
@@ -217,12 +217,14 @@ def check_loadable(path: str | Path) -> None:
         find_step(path)
         return
     expected = f"a run directory with {FOLDER}/STEP in it, or a Hugging Face model directory with a config.json"
+    if run == Path(path) and could_be_on_hub(path):
+        return
     if run.is_dir() and (run != Path(path) or not (run / "config.json").is_file()):
         raise FileNotFoundError(f"{path}: not a checkpoint; expected {expected}")
     if run.is_dir():
         read_config(run)
-    elif run != Path(path) or not could_be_on_hub(path):
-        raise FileNotFoundError(f"{path}: no such directory; expected {expected}")
+    else:
+        raise FileNotFoundError(f"{path}: no such directory; expected {expected}{describe_local(path)}")
 
 
 def load_model(

@@ -22,7 +22,7 @@ from jinja2.exceptions import TemplateError
 from models.config import read_json
 from models.marks import Rendered, all_strings, insert_marks, token_start_pattern, unused_mark
 from models.messages import Message, Tools, check_tool_calls, check_tools_are_rendered, without_empty_fields
-from models.weight_files import could_be_on_hub
+from models.weight_files import could_be_on_hub, describe_local, find_directory
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before its import; silences "PyTorch was not found"
 os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # silences the report of every retry
@@ -75,7 +75,11 @@ class Tokenizer:
 
     def __init__(self, path: str | Path, enable_thinking: bool = False) -> None:
         if not Path(path).is_dir() and not could_be_on_hub(path):
-            raise FileNotFoundError(f"{path}: no such directory; expected a Hugging Face tokenizer directory")
+            raise FileNotFoundError(
+                f"{path}: no such directory; expected a Hugging Face tokenizer directory{describe_local(path)}"
+            )
+        if Path(path).is_dir() and could_be_on_hub(path):  # transformers would read the empty directory
+            path = find_directory(path, weights=False)
         self.path = str(path)
         try:
             self.hf = _load_hf(self.path)

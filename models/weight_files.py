@@ -1,7 +1,8 @@
 """Weight files of a Hugging Face directory: finds them locally or on the Hub, checks them, reads parts of tensors."""
 
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +14,8 @@ from safetensors import SafetensorError, safe_open
 from models.config import read_json
 
 INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
+_RUN_FILES = ("checkpoints", "config.yaml", "metrics.jsonl")  # one of these is in every run's directory
+_MODEL_FILES = ("config.json", "tokenizer*", "vocab.json", "adapter_*", "*.safetensors*", "*.bin")
 STORED_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # safetensors' names
 
 
@@ -53,32 +56,68 @@ def _is_string(value: object) -> bool:
 
 
 def could_be_on_hub(name: str | Path) -> bool:
-    """Whether a name looks like ORGANISATION/MODEL, and not like a path below an existing directory."""
-    text = str(name)
-    return text.count("/") == 1 and not text.startswith(("/", ".", "~")) and not Path(text).parent.is_dir()
+    """Whether a name looks like ORGANISATION/MODEL, and does not mean something that is or was to be here.
+
+    A directory of that name hides the Hub's model only if it holds a model, a tokenizer or a run itself. Where the
+    first part alone is a directory, the name is taken for a path in it, unless models lie there, and no run.
+    """
+    path = Path(name)
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9_.-]+", str(name)):
+        return False
+    if path.is_dir():
+        return not any(_holds(one, _RUN_FILES + _MODEL_FILES) for one in (path, *_folders(path)))
+    if not path.parent.is_dir():
+        return not path.exists()
+    beside = _folders(path.parent)
+    return any(_holds(one, _MODEL_FILES) for one in beside) and not any(_holds(one, _RUN_FILES) for one in beside)
 
 
-def find_directory(path_or_hub_id: str | Path) -> Path:
+def _folders(directory: Path) -> list[Path]:
+    return [folder for folder in directory.glob("*") if folder.is_dir()]
+
+
+def _holds(directory: Path, names: Iterable[str]) -> bool:
+    return any(next(directory.glob(name), None) is not None for name in names)
+
+
+def describe_local(name: str | Path) -> str:
+    """Returns what an error adds if a directory here has a name of the Hub's form, or its first part; else nothing."""
+    path = Path(name)
+    if path.is_dir():
+        return f"; the directory {path} here holds no model"
+    if str(name).count("/") == 1 and not path.is_absolute() and path.parent.is_dir():
+        return f"; the directory {path.parent} here does not have it" + (
+            "" if could_be_on_hub(name) else ", and for its sake the Hub is not asked: rename it, or name a directory"
+        )
+    return ""
+
+
+def find_directory(path_or_hub_id: str | Path, *, weights: bool = True) -> Path:
     """Returns a local directory, or that of a model on the Hub, downloaded or from the cache.
+
+    Args:
+      weights: with False, nothing but the small files is downloaded.
 
     Raises:
       FileNotFoundError: neither exists.
     """
     path = Path(path_or_hub_id)
-    if path.is_dir():
-        return path
     if not could_be_on_hub(path_or_hub_id):
-        raise FileNotFoundError(f"{path}: no such directory; expected a Hugging Face model directory")
+        if path.is_dir():
+            return path
+        raise FileNotFoundError(
+            f"{path}: no such directory; expected a Hugging Face model directory{describe_local(path_or_hub_id)}"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
-        patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja"]  # no pickles
+        patterns = ["*.json", "*.txt", "*.jinja", *(["*.safetensors"] if weights else [])]  # no pickles
         return Path(snapshot_download(str(path_or_hub_id), allow_patterns=patterns))
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
         raise FileNotFoundError(
-            f"{path_or_hub_id}: no such directory here, and the Hub could not give a model of that name "
-            f"({type(error).__name__}); check the spelling, or download the model where there is a network"
+            f"{path_or_hub_id}: no model of that name here, and the Hub could not give one ({type(error).__name__})"
+            f"{describe_local(path_or_hub_id)}; check the spelling, or download the model where there is a network"
         ) from error
 
 

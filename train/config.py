@@ -51,7 +51,7 @@ class ChatConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    train: str  # JSONL (.gz too), parquet, or a data set's name on the Hub
+    train: str  # JSON Lines or a JSON array (.gz too), parquet, or a data set's name on the Hub
     validation: str | None = None  # like train: rows to validate on; default: validation_rows, or none
     test: str | None = None  # of a policy: only compared with train, so that prompts in both are known
     split: str = "train"  # of a Hub data set: the split of train

@@ -3,7 +3,7 @@
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-console = Console(soft_wrap=True)
+console = Console(soft_wrap=True, markup=False, emoji=False)  # a path in brackets or :colons: is printed as it is
 
 
 def print_plain(text: str) -> None:
@@ -13,6 +13,6 @@ def print_plain(text: str) -> None:
 
 def progress_bar() -> Progress:
     """Returns a progress bar with count, elapsed and remaining time; it shows nothing where there is no terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=24), MofNCompleteColumn())
     times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
     return Progress(*columns, *times, console=console, disable=console.quiet or not console.is_terminal)

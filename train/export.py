@@ -4,19 +4,27 @@ Adapters are merged into their base or, with `--adapters true`, written alone, a
 """
 
 import dataclasses
+import re
 import shutil
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 from rich.filesize import decimal
 
 from models.checkpoint import check_loadable, is_run, load_adapters, load_model, read_about, resolve_step
 from models.config import stored_dtype
-from models.hf_weights import save_pretrained
+from models.hf_weights import save_pretrained, split
 from models.peft import save_adapters
+from models.qwen3 import Backbone
 from models.tokenizer import Tokenizer, tokenizer_path
 from train.config import ExportConfig
 from train.console import console
+from train.run.files import check_out_directory, check_room
 from train.running import setup_errors
+
+# what an export writes: a directory of other files is not one
+EXPORTED = r".*\.(json|safetensors|jinja|model)|merges\.txt|vocab\.txt|README\.md|config\.json\.tmp"
 
 
 def export(config: ExportConfig) -> None:
@@ -27,11 +35,14 @@ def export(config: ExportConfig) -> None:
     """
     out = Path(config.out).absolute()
     with setup_errors():
+        check_out_directory(config.out)
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ValueError(f"--out {out}: there is something already; expected a new or empty directory")
+        partial = out.with_name(f"{out.name}.partial")
+        check_out_directory(str(partial), "config.json")
+        refuse_foreign(partial)
         check_loadable(config.checkpoint)
         tokenizer = Tokenizer(tokenizer_path(config.checkpoint))
-        partial = out.with_name(f"{out.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)  # left by an export that was killed
         write = write_adapters if config.adapters else write_model
         weights, dtype = write(config, tokenizer, partial)
@@ -47,14 +58,30 @@ def export(config: ExportConfig) -> None:
     )
 
 
+def refuse_foreign(partial: Path) -> None:
+    """Refuses a directory of the name that an unfinished export has, with files that no export writes."""
+    for file in partial.iterdir() if partial.is_dir() else []:
+        if file.is_dir() or not re.fullmatch(EXPORTED, file.name):
+            raise ValueError(
+                f"--out: its files are first written to {partial}, which is there already and is no unfinished export "
+                f"(it holds {file.name}); move that directory, or name another --out"
+            )
+
+
 def write_model(config: ExportConfig, tokenizer: Tokenizer, out: Path) -> tuple[str, str]:
     """Writes the whole network; returns its architecture and its dtype."""
     model = load_model(config.checkpoint, dtype=config.dtype)
     tokenizer.check_vocab_size(model.config.vocab_size, config.checkpoint)
     if model.config.pad_token_id is None:  # without it transformers scores a reward model's texts one at a time only
         model.config = dataclasses.replace(model.config, pad_token_id=tokenizer.pad_id)
+    check_room(out.parent, parameter_bytes(model), f"the model of {config.checkpoint}")
     save_pretrained(model, out, max_shard_bytes=config.max_shard_bytes)
     return model.config.architecture, str(stored_dtype(out))
+
+
+def parameter_bytes(model: Backbone) -> int:
+    """Returns the size of a network's parameters in its dtype."""
+    return sum(leaf.size for leaf in jax.tree.leaves(split(model)[1])) * jnp.dtype(model.dtype).itemsize
 
 
 def write_adapters(config: ExportConfig, tokenizer: Tokenizer, out: Path) -> tuple[str, str]:

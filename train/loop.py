@@ -34,7 +34,7 @@ from train.objective import make_advantages
 from train.processes import share
 from train.rewards import Rewards
 from train.rewards.functions import completion_ids
-from train.run.directory import Run
+from train.run.directory import Run, check_run
 from train.run.metrics import Timer, require_finite, rollout_metrics, throughput
 from train.running import setup_errors
 from train.state import TRAIN, VALIDATION, TrainState, copy_tree, make_state, stream_key
@@ -48,6 +48,7 @@ def train_policy(config: PolicyConfig) -> None:
       SetupError: a mistake in the config or the data, before anything is computed.
     """
     with setup_errors():
+        check_run(config)
         layout = policy_layout(config)
         tokenizer = make_tokenizer(config.model, config.chat)
         prompts, validation = load_prompts(config, tokenizer)

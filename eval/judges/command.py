@@ -28,7 +28,7 @@ from eval.stats import without_nan
 from train.config import MeshConfig
 from train.console import console
 from train.parse import parse
-from train.run.files import write_jsonl, write_whole
+from train.run.files import check_out, check_out_directory, write_jsonl, write_whole
 from train.running import setup_errors
 
 JUDGE_JSON = "judge.json"
@@ -92,6 +92,9 @@ def judge_policies(config: JudgeConfig) -> dict[str, Any]:
       SystemExit: 1 if some questions failed, after everything is written; 130 after Ctrl-C.
     """
     with setup_errors():
+        check_out_directory(config.out, JUDGEMENTS, JUDGE_JSON, others=(config.a, config.b))
+        if config.cache is not None:
+            check_out(config.cache, config.a, config.b)
         task = load_task(config.task)
         pairs = read_pairs(config.a, config.b, common=config.common, limit=config.limit)
         gold = gold_of(pairs, config.gold, config.a) if config.gold else None

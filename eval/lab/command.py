@@ -34,7 +34,7 @@ from eval.lab.world import StandardScorer, World, WorldConfig, build_world, prox
 from eval.sheets import Sheet
 from train.console import console, progress_bar
 from train.parse import parse
-from train.run.files import write_whole
+from train.run.files import check_out_directory, write_whole
 from train.running import setup_errors
 
 FIRST_TUNING_SEED = 1000
@@ -101,6 +101,7 @@ def lab(config: LabConfig) -> None:
         console.print(sheet.rich(), sheet.note)
         return
     with setup_errors():
+        check_out_directory(config.out, "lab.json", "tuning.json", "cells/x", "data/x")
         keep_settings(folder, config)
     world = build_world(folder, config.world)
     Laboratory(folder, config, world).run()

@@ -39,7 +39,7 @@ from train.console import console
 from train.data.rows import Row, load_rows
 from train.parse import parse
 from train.rewards.model import RewardModelScorer
-from train.run.files import write_jsonl, write_whole
+from train.run.files import check_out_directory, write_jsonl, write_whole
 from train.running import setup_errors
 
 COMPARE_JSON, SCORES, JUDGE_SCORE = "compare.json", "scores", "judge_score"
@@ -73,6 +73,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
       SetupError: the runs cannot be compared, or the judge is no reward model or a policy was trained against it.
     """
     with setup_errors():
+        check_out_directory(config.out, COMPARE_JSON, "compare.md", "tables/x.tex", "figures/x.png", f"{SCORES}/x")
         runs = (PolicyRun.open(config.run_a, config.name_a), PolicyRun.open(config.run_b, config.name_b))
         check_names(runs)
         check_judge(config.judge, runs)

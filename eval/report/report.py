@@ -40,7 +40,7 @@ from models.checkpoint import is_run
 from train.console import console
 from train.parse import parse
 from train.run.directory import METRICS, read_metrics
-from train.run.files import write_whole
+from train.run.files import check_out_directory, write_whole
 from train.running import setup_errors
 from train.supervised.stopping import best_step
 
@@ -72,6 +72,7 @@ def report(config: ReportConfig) -> Content:
       SetupError: an invalid path, or a comparison of other runs.
     """
     with setup_errors():
+        check_out_directory(config.out, "report.html", "report.md", "figures/x.png")
         result = read_comparison(config.compare)
         runs = open_runs(config.runs, result)
         described = {run.name: result["runs"].get(run.name) or describe_unjudged(run) for run in runs}

@@ -28,6 +28,7 @@ from train.console import console
 from train.data.rows import load_rows
 from train.parse import parse
 from train.run.directory import read_metrics
+from train.run.files import check_out, write_whole
 from train.running import setup_errors
 
 UNTIMED = 2  # first steps, left out of every median
@@ -55,6 +56,8 @@ class SpeedConfig:
             raise ValueError(f"steps: expected at least 1, got {self.steps}")
         if self.rounds < 1:
             raise ValueError(f"rounds: expected at least 1, got {self.rounds}")
+        if self.sweep is not None and not self.sweep.lower().endswith((".png", ".svg", ".pdf")):
+            raise ValueError(f"sweep: expected a picture's name that ends in .png, .svg or .pdf, got {self.sweep!r}")
         if self.against is not None and self.sweep is not None:
             raise ValueError("against, sweep: expected one of the two at a time")
         if self.tuned and (self.against is None or self.trl is None):
@@ -87,6 +90,8 @@ def speed(config: SpeedConfig) -> dict[str, Any]:
     """
     workload = WORKLOADS[config.workload]
     with setup_errors():
+        for out in filter(None, (config.json, config.sweep)):
+            check_out(out)
         if config.sweep is not None:
             result = sweep(workload, config.steps, Path(config.sweep))
         elif config.against is not None:
@@ -94,7 +99,8 @@ def speed(config: SpeedConfig) -> dict[str, Any]:
         else:
             result = measure_workload(config, workload)
     if config.json:
-        Path(config.json).write_text(json.dumps(result, indent=2) + "\n")
+        Path(config.json).parent.mkdir(parents=True, exist_ok=True)
+        write_whole(Path(config.json), json.dumps(result, indent=2) + "\n")
     return result
 
 

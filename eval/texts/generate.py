@@ -26,7 +26,6 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from eval.texts.resumable import GrowingFile, as_line
-from eval.texts.rows import check_out
 from models.checkpoint import (
     check_loadable,
     checkpoints_folder,
@@ -48,6 +47,7 @@ from train.data.chats import normalize_prompts
 from train.data.prompts import fitting_indices
 from train.data.rows import Row, load_rows
 from train.parse import parse
+from train.run.files import check_out
 from train.running import setup_errors
 from train.state import EVALUATION, stream_key
 
@@ -63,7 +63,7 @@ class GenerateConfig:
     """Completions of a policy, over temperatures; resumed where it was killed."""
 
     checkpoint: str  # a run, RUN@STEP, a Hugging Face directory or Hub name
-    data: str  # JSONL (.gz too), parquet, or a data set's name on the Hub
+    data: str  # JSON Lines or a JSON array (.gz too), parquet, or a data set's name on the Hub
     out: str  # the JSONL file to write
     split: str = "validation"  # of a Hub data set
     prompt_column: str = "prompt"  # text, or a list of chat messages
@@ -114,7 +114,7 @@ def generate(config: GenerateConfig) -> list[Row]:
       SetupError: invalid settings or data, before anything is sampled.
     """
     with setup_errors():
-        check_out(config.out, config.data, several=True)
+        check_out(config.out, config.data, several=True, rows=True)
         check_loadable(config.checkpoint)  # first: a wrong name would otherwise be reported as a missing tokenizer
         layout = make_layout_for(config.mesh, config.batch_prompts)
         chat = config.chat or trained_chat(config.checkpoint)

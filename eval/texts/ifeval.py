@@ -22,7 +22,6 @@ import numpy as np
 
 from eval.sheets import Sheet, number
 from eval.texts.rows import (
-    check_out,
     map_rows,
     prompt_text,
     response_text,
@@ -34,6 +33,7 @@ from train.console import console
 from train.data.rows import Row, load_rows
 from train.parse import parse
 from train.rewards.ifeval import Arguments, check_instructions, load_verifiers, outcomes
+from train.run.files import check_out
 from train.running import setup_errors
 
 PROMPTS = Path(__file__).parents[2] / "data" / "ifeval" / "input_data.jsonl.gz"

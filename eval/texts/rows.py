@@ -1,45 +1,13 @@
-"""Reads rows of responses, from `python -m eval generate` or any other source, and checks the file to write."""
+"""Reads rows of responses, from `python -m eval generate` or any other source, and writes results."""
 
 import json
 import math
-import os
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from train.data.rows import Row
-from train.processes import broadcast_from_first
 from train.run.files import write_whole
-
-
-def check_out(out: str, *others: str, several: bool = False) -> None:
-    """Refuses, before anything is computed, an output file that cannot be written or would replace a file in use.
-
-    Args:
-      others: files that are read or also written; names that are not files, such as a Hub data set's, are allowed.
-      several: this may be one of several processes; only process 0 writes.
-
-    Raises:
-      ValueError: the file is refused.
-    """
-    refused = broadcast_from_first(lambda: _write_problem(out, others)) if several else _write_problem(out, others)
-    if refused:
-        raise ValueError(refused)
-
-
-def _write_problem(out: str, others: Sequence[str]) -> str | None:
-    file = Path(out)
-    if file.is_dir():
-        return f"{out}: is a directory; expected the name of a file to write"
-    clash = next((other for other in others if Path(other).resolve() == file.resolve()), None)
-    if clash is not None:
-        return f"{out}: is the same file as {clash}, which it would replace; name another file to write"
-    parent = next(parent for parent in file.absolute().parents if parent.exists())
-    if not parent.is_dir():
-        return f"{out}: cannot be written, {parent} is a file; expected a directory there, or another file to write"
-    if not os.access(parent, os.W_OK | os.X_OK):
-        return f"{out}: cannot be written, {parent} does not permit it; name a file in another directory"
-    return None
 
 
 def write_json(out: str, result: Mapping[str, Any]) -> None:

@@ -15,7 +15,6 @@ import numpy as np
 from eval.runs import by_prompt
 from eval.stats import mean_and_error, prompt_means
 from eval.texts.best_of import best_of_by_temperature, best_of_sheet, best_rows
-from eval.texts.rows import check_out
 from train.build import make_layout_for
 from train.config import MeshConfig
 from train.console import console
@@ -23,7 +22,7 @@ from train.data.rows import Row, load_rows
 from train.parse import parse
 from train.processes import is_first, share
 from train.rewards.model import RewardModelScorer
-from train.run.files import write_jsonl
+from train.run.files import check_out, write_jsonl
 from train.running import setup_errors
 
 
@@ -57,9 +56,9 @@ def reward(config: RewardConfig) -> list[Row]:
       SetupError: invalid settings or data, before anything is scored.
     """
     with setup_errors():
-        check_out(config.out, config.responses, several=True)
+        check_out(config.out, config.responses, several=True, rows=True)
         if config.best_of is not None:
-            check_out(config.best_of, config.responses, config.out, several=True)
+            check_out(config.best_of, config.responses, config.out, several=True, rows=True)
         rows = load_rows(config.responses)
         groups = by_prompt(rows, config.responses)
         layout = make_layout_for(config.mesh, config.batch_prompts)

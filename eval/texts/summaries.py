@@ -28,7 +28,6 @@ import numpy as np
 from eval.sheets import Sheet, missing, number
 from eval.stats import mean_and_interval, prompt_means, without_nan
 from eval.texts.rows import (
-    check_out,
     groups_of,
     map_rows,
     prompt_text,
@@ -40,6 +39,7 @@ from eval.texts.rows import (
 from train.console import console
 from train.data.rows import Row, load_rows
 from train.parse import parse
+from train.run.files import check_out
 from train.running import setup_errors
 
 REFERENCE = "reference"  # default column, which may be absent

@@ -22,14 +22,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from eval.sheets import NONE, Sheet
-from eval.texts.rows import check_out, write_json
+from eval.texts.rows import write_json
 from eval.theory.plots import theory_pictures
 from eval.theory.tabular import TabularProblem, trained_exactly, training
 from gopo_jax.theory import expected_advantage, expected_gradient, rlhf_policy, stationary_policy
 from gopo_jax.theory.games import AdvantageName, enumerable
 from train.console import console, progress_bar
 from train.parse import parse
-from train.run.files import write_whole
+from train.run.files import check_out_directory, write_whole
 from train.running import SetupError, setup_errors
 
 EPSILON = 1e-4  # of `grpo_advantages`, whose standard deviation has ddof 1
@@ -121,7 +121,7 @@ def theory(config: TheoryConfig) -> dict[str, Any]:
     """
     out = Path(config.out)
     with setup_errors():
-        check_out(str(out / "theory.json"))
+        check_out_directory(config.out, "theory.json", "theory.csv", "theory.md")
         out.mkdir(parents=True, exist_ok=True)
     with unsolved_as_setup_error(), jax.enable_x64(True), progress_bar() as bar:
         todo = cases(config)

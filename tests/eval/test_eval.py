@@ -193,7 +193,16 @@ def test_generate_refuses(policy: Path, judge: Path, tmp_path: Path, capsys: pyt
     write_jsonl(data, [{"prompt": "the food"}])
     rest = ("--data", data, "--out", tmp_path / "out.jsonl", "--batch_prompts", 8)
     assert "no such file" in refused(
-        capsys, "generate", "--checkpoint", policy, "--data", tmp_path / "no.jsonl", "--out", "x", "--batch_prompts", 8
+        capsys,
+        "generate",
+        "--checkpoint",
+        policy,
+        "--data",
+        tmp_path / "no.jsonl",
+        "--out",
+        "x.jsonl",
+        "--batch_prompts",
+        8,
     )
     assert "reward model" in refused(capsys, "generate", "--checkpoint", judge, *rest)
     assert "no such directory" in refused(capsys, "generate", "--checkpoint", tmp_path / "no", *rest)

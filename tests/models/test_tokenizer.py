@@ -2,13 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from models.checkpoint import check_loadable
 from models.tokenizer import Tokenizer, bucket, pad, train_bpe
-from models.weight_files import could_be_on_hub
+from models.weight_files import could_be_on_hub, find_directory
 
 ROOT = Path(__file__).parents[2]
 QWEN3 = ROOT.parent / "shared" / "data" / "tokenizer_qwen3"
@@ -111,6 +112,56 @@ def test_what_cannot_be_on_the_hub_is_not_looked_for_there(
         Tokenizer(name)
     with pytest.raises(FileNotFoundError, match=f"^{name}: no such directory; expected a run directory"):
         check_loadable(name)
+
+
+@pytest.mark.parametrize("name", ["a b/c", "run[12]/c", "é/c", "a/c@5", "a/c%20", "~a/c"])
+def test_a_name_that_the_hub_does_not_allow_is_a_path(name: str) -> None:
+    assert not could_be_on_hub(name)
+
+
+def test_a_directory_does_not_hide_a_model_of_the_hub_that_it_does_not_hold(
+    tmp_path: Path, tiny_tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked = []
+
+    def download(name: str, **options: Any) -> str:
+        asked.append((name, "*.safetensors" in options["allow_patterns"]))
+        return str(tiny_tokenizer_dir)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    name, folder = "Qwen/Qwen3-1.7B", Path("Qwen/Qwen3-1.7B")
+    (folder / ".cache/huggingface").mkdir(parents=True)  # what a download that was broken off leaves
+    assert find_directory(name) == tiny_tokenizer_dir and Tokenizer(name).path == str(tiny_tokenizer_dir)
+    assert asked == [(name, True), (name, False)]
+    check_loadable(name)
+    for file in ("config.json", "tokenizer.json", "config.yaml", "run/config.yaml"):  # a model, a tokenizer, runs
+        (folder / file).parent.mkdir(exist_ok=True)
+        (folder / file).write_text("{}")
+        assert not could_be_on_hub(name), file
+        (folder / file).unlink()
+    (folder / "config.json").write_text("{}")
+    assert could_be_on_hub("Qwen/Qwen3-8B"), "where a model of the Hub lies, there may be others"
+    assert find_directory(name) == folder and len(asked) == 2
+    Path("Qwen/mine").mkdir()
+    Path("Qwen/mine/metrics.jsonl").touch()
+    assert not could_be_on_hub("Qwen/Qwen3-8B"), "where a run lies, it would be another"
+
+
+def test_an_error_names_the_directory_and_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    Path("Qwen").mkdir()
+    with pytest.raises(
+        FileNotFoundError, match="the directory Qwen here does not have it, and .* the Hub is not asked"
+    ):
+        find_directory("Qwen/Qwen3-1.7B")
+    Path("Qwen/Qwen3-1.7B").mkdir()
+    for read in (find_directory, Tokenizer):
+        with pytest.raises(
+            FileNotFoundError, match="the Hub could not give one .*; the directory Qwen/.*B here holds no"
+        ):
+            read("Qwen/Qwen3-1.7B")
 
 
 @pytest.mark.parametrize("model", ["tiny_qwen3", "hf_tied_causal", "hf_reward_seqcls"])

@@ -1,7 +1,6 @@
 """Laws of what goes in and what is written down: the order of the data, rows, prompts, the config, the metrics."""
 
 import dataclasses
-import gzip
 import json
 import math
 from collections.abc import Callable
@@ -54,21 +53,9 @@ def test_the_order_depends_on_seed_and_epoch_and_on_nothing_else() -> None:
 # Rows
 
 ROWS = [{"prompt": "Good food", "wanted": 1}, {"prompt": "Schön – sí", "wanted": 2}]
-JSONL = "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS) + "\n\n"
 
 
-def test_rows_of_jsonl_gzip_and_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    (tmp_path / "rows.jsonl").write_text(JSONL, encoding="utf-8")
-    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(JSONL.encode()))
-    datasets.Dataset.from_list(ROWS).to_parquet(tmp_path / "rows.parquet")
-    for name in ("rows.jsonl", "rows.jsonl.gz", "rows.parquet"):
-        assert load_rows(str(tmp_path / name)) == ROWS, name
-
-
-def test_rows_of_a_data_set_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_of_a_data_set_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
     asked = []
@@ -78,8 +65,15 @@ def test_rows_of_a_data_set_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
         return datasets.Dataset.from_list(ROWS)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.chdir(tmp_path)
     assert load_rows("someone/something", "test") == ROWS
-    assert asked == [("someone/something", "test")]
+    Path("someone/something").mkdir(parents=True)  # without data, so that it does not hide the Hub's
+    assert load_rows("someone/something", "test") == ROWS
+    assert asked == [("someone/something", "test"), ("hf://datasets/someone/something", "test")]
+    Path("someone/something/data").mkdir()
+    Path("someone/something/data/train.parquet").write_bytes(b"")
+    with pytest.raises(ValueError, match="someone/something: is a directory with someone/something/data/train.parquet"):
+        load_rows("someone/something", "test")
 
 
 @pytest.mark.parametrize(

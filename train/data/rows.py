@@ -1,8 +1,5 @@
 """Reads rows of data from a file or the Hub, checks and renames their columns, and selects rows by seed."""
 
-import gzip
-import json
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,19 +7,15 @@ from typing import Any
 import numpy as np
 
 from models.tokenizer import check_messages, check_text
+from train.data.files import is_local, read_file
 
 Row = dict[str, Any]
-
-
-def is_file_name(source: str) -> bool:
-    """Returns whether a source of rows is a file; otherwise it is a data set's name on the Hub."""
-    return source.removesuffix(".gz").endswith((".jsonl", ".json", ".parquet"))
 
 
 def load_rows(
     source: str, split: str = "train", columns: Mapping[str, str] | None = None, setting: str = "data.columns"
 ) -> list[Row]:
-    """Reads the rows of a JSONL file (.gz too), a parquet file, or a data set on the Hub.
+    """Reads the rows of a file (see `train.data.files`), or of a data set on the Hub.
 
     Args:
       columns: new name -> name in the data, for columns that are renamed.
@@ -30,18 +23,9 @@ def load_rows(
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: a line that is not a JSON object, no rows at all, or a row without a column that is to be renamed.
+      ValueError: a file that cannot be read, no rows at all, or a row without a column that is to be renamed.
     """
-    path = Path(source)
-    if is_file_name(source) and not path.is_file():
-        raise FileNotFoundError(f"{source}: no such file; expected JSONL (.gz too) or parquet")
-    jsonl = is_file_name(source) and not source.endswith(".parquet")
-    try:
-        rows = _read_jsonl(path) if jsonl else _read_datasets(source, split)
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
-        raise ValueError(f"{source}: cannot be read ({error}); was it downloaded whole?") from error
+    rows = read_file(source) if is_local(source) else _read_hub(source, split)
     if not rows:
         raise ValueError(f"{source}: expected at least one row, got an empty data set")
     return rename_columns(rows, source, columns, setting) if columns else rows
@@ -114,35 +98,18 @@ def sample_indices(count: int, rows: int, seed: int) -> list[int]:
     return hold_out(count, rows, seed)[1] if rows < count else list(range(count))
 
 
-def _read_jsonl(path: Path) -> list[Row]:
-    rows = []
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8-sig") as lines:  # skips the byte-order mark of Windows' programs
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}: line {number} is not JSON ({error})") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}: line {number}: expected a JSON object, got {type(row).__name__}")
-            rows.append(row)
-    return rows
-
-
-def _read_datasets(source: str, split: str) -> list[Row]:
+def _read_hub(source: str, split: str) -> list[Row]:
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
+    directory = Path(source).is_dir()  # without data: it does not hide the Hub's data set, as it would for `datasets`
     try:
-        if source.endswith(".parquet"):
-            return load_dataset("parquet", data_files=source, split="train").to_list()
-        return load_dataset(source, split=split).to_list()
-    except (DatasetNotFoundError, ConnectionError, FileNotFoundError) as error:
+        return load_dataset(f"hf://datasets/{source}" if directory else source, split=split).to_list()
+    except (DatasetNotFoundError, ConnectionError) as error:
+        there = " (the directory of that name here has no data in it)" if directory else ""
         raise FileNotFoundError(
             f"{source}: neither a .jsonl or .parquet file nor a data set that the Hub could give "
-            f"({type(error).__name__}); check the spelling or the network"
+            f"({type(error).__name__}){there}; check the spelling or the network"
         ) from error
-    except (ValueError, DatasetGenerationError) as error:
-        raise ValueError(f"{source}: cannot be read: {error}") from error
+    except (OSError, ValueError, DatasetGenerationError) as error:
+        raise ValueError(f"{source}: the Hub's data set cannot be read: {' '.join(str(error).split())}") from error

@@ -36,7 +36,7 @@ from train.plan.programs import (
     step_parts,
     temporary_bytes,
 )
-from train.run.files import write_whole
+from train.run.files import check_out, write_whole
 from train.running import setup_errors
 
 
@@ -69,6 +69,8 @@ def plan(config: PlanConfig) -> None:
       SetupError: a mesh that does not divide devices, batch or weights; a model whose shape cannot be found.
     """
     with setup_errors():
+        if config.out is not None:
+            check_out(config.out)
         devices = plan_devices(config)
         network = network_config(config.model.path) if config.model.path else config.model.architecture
         assert network is not None  # ModelConfig has checked it
@@ -79,6 +81,7 @@ def plan(config: PlanConfig) -> None:
             run_plan = make_plan(dataclasses.replace(config, mesh=mesh), devices, network, rewards)
         print_plan(config, run_plan, network, rewards)
         if config.out is not None:
+            Path(config.out).parent.mkdir(parents=True, exist_ok=True)
             write_whole(Path(config.out), json.dumps(plan_json(config, run_plan), indent=2) + "\n")
         if not config.suggest or run_plan.fits(str(config.chip)):
             return

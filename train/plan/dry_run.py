@@ -22,12 +22,14 @@ from models.hf_weights import abstract_model, abstract_params
 from models.lora import split_trainable
 from models.sharding import Layout
 from models.tokenizer import Tokenizer
+from models.weight_files import could_be_on_hub
 from train.build import make_layout_for, make_optimizer, policy_layout
 from train.config import DataConfig, PlanConfig, PolicyConfig, RewardModelConfig, SftConfig
 from train.console import console, print_plain
 from train.data.chats import as_chat, read_exchanges
+from train.data.files import is_local
 from train.data.prompts import Prompts, Splits, load_splits
-from train.data.rows import Row, is_file_name, load_rows, require_columns
+from train.data.rows import Row, load_rows, require_columns
 from train.plan.devices import GIB, HBM, USABLE_SHARE, simulated_devices
 from train.plan.programs import bytes_per_device, network_config, parameter_count, resident_bytes, step_parts
 from train.rewards.functions import function_scorer
@@ -108,7 +110,7 @@ def describe_data(config: TrainingConfig) -> DataSummary:
     """Prints all parts of the data, and what is held out or left out of them."""
     data, described = config.data, {part.name: describe_part(config, part) for part in data_parts(config)}
     counts = {name: count for name, (count, _) in described.items()}
-    files = all(is_file_name(part.source) for part in data_parts(config))
+    files = all(is_local(part.source) for part in data_parts(config))
     rows = sum(filter(None, counts.values())) if files else None
     splits = load_splits(config) if files and isinstance(config, PolicyConfig) else None
     if splits is not None:
@@ -154,7 +156,7 @@ def dropped_text(data: DataConfig) -> str:
 
 def describe_part(config: TrainingConfig, part: DataPart) -> tuple[int | None, Collection[str] | None]:
     """Prints one part of the data, refuses what the run could not use; returns its number of rows and its columns."""
-    if is_file_name(part.source):
+    if is_local(part.source):
         rows = load_rows(part.source, part.split, config.data.columns)
         check_data_rows(config, rows, part.source)
         print_plain(f"{part.name}: {part.source}: {len(rows):,} rows, columns {', '.join(rows[0])}")
@@ -269,7 +271,7 @@ def describe_networks(config: TrainingConfig, columns: Collection[str] | None) -
         raise ValueError(f"model.path: {config.model.path} is a reward model; expected a policy")
     print_network("model", config.model.path or "random weights", network)
     tokenizer = None
-    if Path(config.model.tokenizer_path).is_dir() or config.model.tokenizer_path.count("/") != 1:
+    if not could_be_on_hub(config.model.tokenizer_path):
         tokenizer = Tokenizer(config.model.tokenizer_path, config.chat.enable_thinking)
         tokenizer.check_vocab_size(network.vocab_size, config.model.path or "model.architecture")
         print_plain(f"tokenizer {tokenizer.path}: {tokenizer.size:,} ids")

@@ -7,7 +7,6 @@ import functools
 import math
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +22,7 @@ from models.lora import split_trainable
 from models.published import PUBLISHED
 from models.sampler import SamplingParams
 from models.sharding import Layout, with_sharding
-from models.weight_files import find_directory
+from models.weight_files import could_be_on_hub, find_directory
 from train.build import make_optimizer
 from train.config import PlanConfig
 from train.packing import abstract_microbatch
@@ -66,7 +65,7 @@ def network_config(path: str) -> Qwen3Config:
     """Returns the config of a model, given as a run, a directory, a published name (offline), or a name on the Hub."""
     if is_run(path):
         return Qwen3Config.from_hf(read_about(path)["model"], source=path)
-    return PUBLISHED[path] if path in PUBLISHED and not Path(path).is_dir() else read_config(find_directory(path))
+    return PUBLISHED[path] if path in PUBLISHED and could_be_on_hub(path) else read_config(find_directory(path))
 
 
 StepParts = tuple[dict[str, float], list[StepProgram]]  # name -> bytes on each device, and programs

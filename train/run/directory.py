@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 import yaml
+from rich.filesize import decimal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from models.checkpoint import Checkpoints, checkpoints_folder, read_about
@@ -24,7 +25,7 @@ from models.tokenizer import Tokenizer
 from train.config import RunConfig, resolved
 from train.console import console
 from train.processes import gather, is_distributed, is_first
-from train.run.files import write_jsonl, write_whole
+from train.run.files import check_room, check_run_directory, free_bytes, write_jsonl, write_whole
 from train.state import TrainState
 
 METRICS, CONFIG, COMPLETIONS, CALIBRATION = "metrics.jsonl", "config.yaml", "completions", "calibration.json"
@@ -32,6 +33,22 @@ METRICS, CONFIG, COMPLETIONS, CALIBRATION = "metrics.jsonl", "config.yaml", "com
 _MAY_CHANGE = ("max_steps", "log", "checkpoint", "mesh", "output_dir", "early_stopping")
 # So may these, in any section: they say where arrays lie and how much is computed at a time.
 _PLACEMENT = ("offload", "offload_reference", "logprob_chunk", "batch_prompts")
+
+
+def check_run(config: RunConfig) -> None:
+    """Refuses, before anything is read, a directory in which the run could not write or would replace what is no run.
+
+    Raises:
+      ValueError: the directory of the run, or of its checkpoints, is refused.
+    """
+    path = Path(config.output_dir)
+    checkpoints = config.checkpoint.directory or str(checkpoints_folder(path))
+    check_run_directory(config.output_dir, ("tokenizer", "tensorboard", COMPLETIONS), checkpoints)
+    if not (path / CONFIG).is_file() and (path / METRICS).is_file() and (path / METRICS).stat().st_size:
+        raise ValueError(
+            f"{path / METRICS}: is no run's, for there is no {CONFIG} beside it, and a new run would replace it; "
+            f"choose another output_dir"
+        )
 
 
 class Run:
@@ -96,9 +113,10 @@ class Run:
 
     def resume(self, state: TrainState) -> TrainState:
         """Restores the newest checkpoint, if there is one, into `state`; cuts metrics.jsonl back to its step."""
+        latest = self._checkpoints.latest()
+        self._check_room(state, latest)
         if state.frozen:
             state = state._replace(frozen=self._checkpoints.restore_or_save_base(state.frozen))
-        latest = self._checkpoints.latest()
         if latest is not None and self.config.checkpoint.directory is not None:
             self._refuse_another(read_about(f"{self.path}@{latest}")["run"], checkpoints_folder(self.path))
         if latest is not None:
@@ -111,6 +129,28 @@ class Run:
             write_whole(self.path / METRICS, "".join(json.dumps(row) + "\n" for row in rows))
             self._open_trackers()
         return state
+
+    def _check_room(self, state: TrainState, latest: int | None) -> None:
+        """Refuses a disk that does not take the next checkpoints; says so if it does not take all that are to come.
+
+        With `checkpoint.keep` there is one more than that number while the oldest is replaced.
+        """
+        folder, config = checkpoints_folder(self.path), self.config
+        remaining = range((latest or 0) + 1, config.max_steps + 1)
+        due = sum(self.checkpoint_due(step) for step in remaining)
+        if "://" in str(folder) or not due:
+            return
+        base = _tree_bytes(state.frozen) if latest is None else 0
+        size = _tree_bytes((state.params, state.opt_state))
+        at_once = min(due, (config.checkpoint.keep or 0) + 1 if latest is None else 1)
+        kept = f"checkpoint.keep: {config.checkpoint.keep}, and one more while saving,"
+        check_room(Path(folder), base + at_once * size, kept if at_once > 1 else "a checkpoint")
+        free = free_bytes(Path(folder))
+        if config.checkpoint.keep is None and free is not None and free < base + due * size:
+            console.print(
+                f"{folder}: {due} checkpoints of {decimal(size)} are to come, and {decimal(free)} are free there; a "
+                f"smaller checkpoint.keep or a larger checkpoint.every needs less"
+            )
 
     def _open_trackers(self) -> None:
         if self.config.log.tensorboard:
@@ -196,7 +236,7 @@ class Run:
     def steps(self) -> Iterator[int]:
         """Iterates over the remaining steps behind a progress bar, which also shows the values passed to `show`."""
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -253,6 +293,10 @@ def _without_placement(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_placement(item) for item in value]
     return {k: v for k, v in value.items() if k not in _PLACEMENT} if isinstance(value, dict) else value
+
+
+def _tree_bytes(tree: Any) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
 def _optimizer_items(state: TrainState) -> dict[str, Any]:

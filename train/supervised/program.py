@@ -23,7 +23,7 @@ from train.config import ChatConfig, SupervisedConfig
 from train.console import console
 from train.data.rows import Row, batch_indices, hold_out, load_rows
 from train.processes import is_first
-from train.run.directory import CALIBRATION, Run
+from train.run.directory import CALIBRATION, Run, check_run
 from train.run.files import write_whole
 from train.run.metrics import Timer, mean_metrics
 from train.running import setup_errors
@@ -62,6 +62,7 @@ def train_supervised(config: SupervisedConfig, task: SupervisedTask) -> None:
       SetupError: a mistake in the config or the data, before anything is computed.
     """
     with setup_errors():
+        check_run(config)
         layout = make_layout_for(config.mesh, config.batch_size)
         tokenizer = make_tokenizer(config.model, config.chat)
         examples, held_out = load_examples(config, task, tokenizer)
