@@ -28,6 +28,7 @@ from train.run.files import write_jsonl, write_whole
 from train.state import TrainState
 
 METRICS, CONFIG, COMPLETIONS, CALIBRATION = "metrics.jsonl", "config.yaml", "completions", "calibration.json"
+from train.strict_yaml import load_yaml
 # Settings that may differ between a run and its continuation: they change no number that is already written.
 _MAY_CHANGE = ("max_steps", "log", "checkpoint", "mesh", "output_dir", "early_stopping")
 # So may these, in any section: they say where arrays lie and how much is computed at a time.
@@ -46,7 +47,8 @@ class Run:
         self.config = config
         plain = json.loads(json.dumps(resolved(config)))
         if (self.path / CONFIG).is_file():
-            self._refuse_another(yaml.safe_load((self.path / CONFIG).read_text()) or {}, self.path)
+            saved = load_yaml((self.path / CONFIG).read_text(encoding="utf-8"), str(self.path / CONFIG))
+            self._refuse_another(saved or {}, self.path)
         if is_first():
             self.path.mkdir(parents=True, exist_ok=True)
             write_whole(self.path / CONFIG, yaml.safe_dump(plain, sort_keys=False))
