@@ -136,6 +136,13 @@ def test_checkpoints_elsewhere(policy_config: MakeConfig, tmp_path: Path, monkey
         find_step(run)
 
 
+@pytest.mark.parametrize("keep", [0, -1])
+def test_no_number_of_checkpoints_to_keep_deletes_them_all(tmp_path: Path, keep: int) -> None:
+    with pytest.raises(ValueError, match=f"keep: expected at least 1 checkpoint, or None to keep all, got {keep}"):
+        Checkpoints(tmp_path, keep=keep)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_bucket_is_a_place_for_checkpoints(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("gs://bucket/name\n")
     assert str(checkpoints_folder(tmp_path)) == "gs://bucket/name"
