@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from eval.stats import prompt_means
 from train.data.rows import Row, load_rows
 from train.run.directory import COMPLETIONS, CONFIG, read_metrics
+from train.strict_yaml import load_yaml
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class PolicyRun:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        return yaml.safe_load((self.path / CONFIG).read_text(encoding="utf-8")) or {}
+        return load_yaml((self.path / CONFIG).read_text(encoding="utf-8"), str(self.path / CONFIG)) or {}
 
     @cached_property
     def metrics(self) -> list[dict[str, float]]:

@@ -70,7 +70,12 @@ class Checkpoints:
           run: the run's directory.
           keep: the number of newest checkpoints to keep; None = all.
           directory: where to store checkpoints; None = in the run's directory.
+
+        Raises:
+          ValueError: keep below 1, which would delete every checkpoint.
         """
+        if keep is not None and keep < 1:
+            raise ValueError(f"keep: expected at least 1 checkpoint, or None to keep all, got {keep}")
         if directory is not None:
             set_checkpoints_folder(run, directory)
         self._keep, self.best = keep, 0  # `best`: a step to keep although there are `keep` newer ones

@@ -64,7 +64,8 @@ class Generator:
         put = self.layout.put
         prompts = (put(prompt_PS, ("prompt", None)), put(lengths_P, ("prompt",)))
         numbers, weights = put(rows, ("prompt", "group")[: rows.ndim]), self.sampling_weights(params)
-        return self._sample(weights, *prompts, numbers, key, self.sampling, num_generations=num_generations)
+        sampling = self.sampling._replace(absent_V=self.tokenizer.absent_ids(len(params["embed_VD"])))
+        return self._sample(weights, *prompts, numbers, key, sampling, num_generations=num_generations)
 
     def sampling_weights(self, params: Any) -> Any:
         """Returns the weights to sample from. Idempotent."""

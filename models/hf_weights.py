@@ -126,7 +126,7 @@ def load_pretrained(
     directory = find_directory(path_or_hub_id)
     config = read_config(directory)
     if dtype == "auto":
-        dtype = stored_dtype(directory) or _first_stored_dtype(directory)
+        dtype = stored_dtype(directory) or _first_stored_dtype(directory, config)
     dtype = jnp.dtype(dtype)
     layout = as_layout(mesh)
     model = abstract_model(config, dtype=dtype, param_dtype=jnp.dtype(param_dtype or dtype), layout=layout, remat=remat)
@@ -134,7 +134,7 @@ def load_pretrained(
     shardings = flatten(parameter_shardings(model, layout)) if layout is not None else {}
     default = SingleDeviceSharding(jnp.zeros(()).devices().pop())
 
-    with open_weights(directory) as opened:
+    with open_weights(directory, _unneeded_tensors(config)) as opened:
         _check_tensors(directory, opened, config, list(flatten(shapes)))
         if config.tie_word_embeddings and not config.is_reward_model and "lm_head.weight" in opened:
             _check_tied(directory, opened)
@@ -299,17 +299,24 @@ def _copy_blocks(
         yield array.size
 
 
-def _first_stored_dtype(directory: Path) -> Any:
-    with open_weights(directory) as opened:
+def _first_stored_dtype(directory: Path, config: Qwen3Config) -> Any:
+    with open_weights(directory, _unneeded_tensors(config)) as opened:
         return next(iter(opened.values())).dtype
+
+
+def _unneeded_tensors(config: Qwen3Config) -> set[str]:
+    """Returns the tensors that files or their index may name and the network does not read.
+
+    That is the head of a tied embedding, which is the embedding, and that of a reward model, which has none.
+    """
+    return {"lm_head.weight"} if config.tie_word_embeddings or config.is_reward_model else set()
 
 
 def _check_tensors(directory: Path, opened: Mapping[str, StoredTensor], config: Qwen3Config, names: list[str]) -> None:
     """Raises ValueError unless names and shapes of the stored tensors are those of the config."""
     expected = {hf_name: name for name in names for hf_name in _hf_names(name, config).values()}
-    # the file of a tied embedding may contain the head too; a reward model does not use one
-    ignored = {"lm_head.weight"} if config.tie_word_embeddings or config.is_reward_model else set()
-    missing, extra = sorted(expected.keys() - opened.keys()), sorted(opened.keys() - expected.keys() - ignored)
+    missing = sorted(expected.keys() - opened.keys())
+    extra = sorted(opened.keys() - expected.keys() - _unneeded_tensors(config))
     if missing:
         raise ValueError(
             f"{directory}: {len(missing)} tensors are missing from the weights, e.g. {missing[0]}; "

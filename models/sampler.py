@@ -28,6 +28,8 @@ class SamplingParams(NamedTuple):
     top_p: jax.typing.ArrayLike  # 1 = off
     min_tokens: jax.typing.ArrayLike  # no end-of-text token before this many tokens
     eos_ids: jax.typing.ArrayLike  # [n] ids of the tokens that end a completion
+    # [V] True = no token has this id (the rows of a padded embedding), so it is never drawn; None = all ids are tokens
+    absent_V: jax.typing.ArrayLike | None = None
 
 
 class Rollout(NamedTuple):
@@ -85,6 +87,8 @@ def sample(
         logits_PGV = model.logits(rows.hidden_PGD)
         uniform_PG = jax.lax.dynamic_index_in_dim(rows.uniforms_PGT, t, axis=2, keepdims=False)
         banned_V = jnp.zeros(logits_PGV.shape[-1], bool).at[eos_ids].set(t < params.min_tokens)
+        if params.absent_V is not None:
+            banned_V |= params.absent_V
         token_PG, logprob_PG = draw(logits_PGV, uniform_PG, banned_V, params)
 
         live_PG, rollout = ~rows.done_PG, rows.rollout
@@ -201,7 +205,8 @@ def draw(
     """Draws one token for each row; returns it and its log-probability.
 
     The log-probability is that of softmax(logits / temperature), before `banned_V`, top-k and top-p: a trainer
-    computes the same from the same hidden state. At temperature 0 (greedy) it is that of softmax(logits).
+    computes the same from the same hidden state. At temperature 0 (greedy) it is that of softmax(logits). The softmax
+    is over all V rows, ids without a token included: training lowers these too, for samplers that do not ban them.
 
     Args:
       logits: [..., V] float32 logits.

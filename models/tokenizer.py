@@ -30,6 +30,11 @@ os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # silences the report of eve
 Prompt = str | list[Message]
 PROBE = "x\ufdd0x"  # an answer that no template writes of its own accord
 ROLES = ("system", "user", "assistant", "tool")
+TOKENIZER_CONFIG = "tokenizer_config.json"
+TOKENIZER_FILES = (
+    *("tokenizer.json", TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+    *("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model"),
+)
 
 
 def check_text(text: str) -> None:
@@ -103,10 +108,21 @@ class Tokenizer:
             )
         self.pad_id: int = self.hf.pad_token_id if self.hf.pad_token_id is not None else self.eos_ids[0]
 
+    @cached_property
+    def ids(self) -> np.ndarray:
+        """The ids of all tokens, ascending; there may be gaps."""
+        return np.unique(list(self.hf.get_vocab().values()))
+
     @property
     def size(self) -> int:
-        """The number of ids; a model's vocab_size must not be smaller."""
-        return len(self.hf)
+        """The last id + 1; a model's vocab_size must not be smaller."""
+        return int(self.ids[-1]) + 1
+
+    def absent_ids(self, vocab_size: int) -> np.ndarray | None:
+        """Returns booleans for the rows of a model's vocabulary, True where no token has the id; None if all have."""
+        absent = np.ones(vocab_size, bool)
+        absent[self.ids] = False
+        return absent if absent.any() else None
 
     @cached_property
     def fingerprint(self) -> str | None:
@@ -326,10 +342,47 @@ class Tokenizer:
         return [texts[p * G : (p + 1) * G] for p in range(P)]
 
     def save(self, directory: str | Path) -> None:
-        """Writes the tokenizer, and generation_config.json with all ids that end a completion."""
+        """Writes the tokenizer's own files, and generation_config.json with all ids that end a completion.
+
+        transformers writes what the original lacks, e.g. tokenizer.json beside a vocab.json. Its other files are
+        replaced by the original's: it would name its own class, drop fields, and other programs could not load them.
+        """
+        originals = {name: file.read_bytes() for name, file in self._original_files().items()}
         self.hf.save_pretrained(str(directory))
+        for name, content in originals.items():
+            (Path(directory) / name).write_bytes(content)
+        file = Path(directory) / TOKENIZER_CONFIG
+        if (portable := portable_config(config := read_json(file))) != config:
+            file.write_text(json.dumps(portable, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         generation = self.generation | {"eos_token_id": list(self.eos_ids), "pad_token_id": self.pad_id}
         (Path(directory) / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+
+    def _original_files(self) -> dict[str, Path]:
+        """Returns the files that the tokenizer was read from, by name; those of a Hub name lie in the Hub's cache."""
+        if Path(self.path).is_dir():
+            files: dict[str, Any] = {name: Path(self.path) / name for name in TOKENIZER_FILES}
+        else:
+            from huggingface_hub import try_to_load_from_cache
+
+            files = {name: try_to_load_from_cache(self.path, name) for name in TOKENIZER_FILES}
+        return {
+            name: Path(file) for name, file in files.items() if isinstance(file, str | Path) and Path(file).is_file()
+        }
+
+
+def portable_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns a tokenizer_config.json with what only transformers 5 reads in words that transformers 4 reads too.
+
+    A class of the original is kept; only the name of transformers 5 for "whatever tokenizer.json says" is translated.
+    """
+    portable = dict(config)
+    if portable.get("tokenizer_class") == "TokenizersBackend":
+        portable["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(extra := portable.get("extra_special_tokens"), list):  # transformers 4 wants names: {name: token}
+        del portable["extra_special_tokens"]
+        more = [token for token in extra if token not in portable.get("additional_special_tokens", [])]
+        portable["additional_special_tokens"] = [*portable.get("additional_special_tokens", []), *more]
+    return portable
 
 
 def _load_hf(path: str) -> Any:
@@ -366,6 +419,8 @@ def train_bpe(
     fast.train_from_iterator(texts, trainer)
     hf = PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     hf.save_pretrained(str(directory))
+    file = Path(directory) / TOKENIZER_CONFIG
+    file.write_text(json.dumps(portable_config(read_json(file)), indent=2) + "\n")
 
 
 def tokenizer_path(model: str | Path) -> str:

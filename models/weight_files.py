@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -122,8 +122,12 @@ def find_directory(path_or_hub_id: str | Path, *, weights: bool = True) -> Path:
 
 
 @contextmanager
-def open_weights(directory: Path) -> Iterator[dict[str, StoredTensor]]:
+def open_weights(directory: Path, unneeded: Collection[str] = ()) -> Iterator[dict[str, StoredTensor]]:
     """Opens the weight files of a directory; yields their tensors by name.
+
+    Args:
+      directory: where the files are.
+      unneeded: tensors that the index may name although they are not stored.
 
     Raises:
       FileNotFoundError: no weights, or a missing file that the index names.
@@ -136,6 +140,7 @@ def open_weights(directory: Path) -> Iterator[dict[str, StoredTensor]]:
         weight_map = read_json(directory / INDEX_FILE).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map or not all(map(_is_string, weight_map.values())):
             raise ValueError(f"{directory / INDEX_FILE}: expected a weight_map from the names of tensors to files")
+        weight_map = _without_missing_files(directory, weight_map, unneeded)
     else:
         pickled = [*directory.glob("*.bin"), *directory.glob("*.pt"), *directory.glob("*.pth")]
         raise FileNotFoundError(
@@ -157,6 +162,8 @@ def open_weights(directory: Path) -> Iterator[dict[str, StoredTensor]]:
                 ) from error
             opened |= {name: StoredTensor(file, name, tensors.get_slice(name)) for name in tensors.keys()}  # noqa: SIM118
         for name, file_name in (weight_map or {}).items():
+            if name not in opened and name in unneeded:
+                continue
             if name not in opened or opened[name].file.name != file_name:
                 raise ValueError(
                     f"{directory / file_name}: {INDEX_FILE} says that {name} is there, but it is not; are both from "
@@ -169,6 +176,11 @@ def open_weights(directory: Path) -> Iterator[dict[str, StoredTensor]]:
                     f"(quantized weights are not supported)"
                 )
         yield opened
+
+
+def _without_missing_files(directory: Path, weight_map: dict[str, str], unneeded: Collection[str]) -> dict[str, str]:
+    """Returns the weight_map without tensors that are not needed and whose file is not there."""
+    return {name: file for name, file in weight_map.items() if name not in unneeded or (directory / file).is_file()}
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
@@ -17,6 +18,7 @@ from models.qwen3 import Backbone
 from models.sharding import Layout, make_layout, parameter_shardings
 from models.tokenizer import Tokenizer
 from train.config import ChatConfig, MeshConfig, ModelConfig, OptimizerConfig, PolicyConfig
+from train.console import console
 from train.state import INIT, stream_key
 
 
@@ -167,3 +169,39 @@ def with_master_weights(optimizer: optax.GradientTransformation) -> optax.Gradie
         return jax.tree.map(jnp.subtract, to_float32(rounded), to_float32(params)), MasterWeights(master, inner)
 
     return optax.GradientTransformation(init, update)
+
+
+def updated_share(params: Any, size: float) -> float:
+    """Returns the share of the bfloat16 parameters that an update of +-`size` changes; 1 if none is bfloat16.
+
+    The others are rounded back to what they were: 8 bits hold no change below 1/512 of a number.
+    """
+
+    @jax.jit
+    def changed(leaves: list[jax.Array]) -> list[jax.Array]:
+        # reduce_precision: from two casts the compiler may take the rounding out
+        wide = [leaf.astype(jnp.float32) for leaf in leaves]
+        rounded = [[jax.lax.reduce_precision(x + by, 8, 7) for by in (size, -size)] for x in wide]
+        return [jnp.mean((up != x) + 0.0 + (down != x)) / 2 for x, (up, down) in zip(wide, rounded, strict=True)]
+
+    leaves = [leaf for leaf in jax.tree.leaves(params) if leaf.dtype == jnp.bfloat16]
+    sizes = [leaf.size for leaf in leaves]
+    return float(np.average(jax.device_get(changed(leaves)), weights=sizes)) if leaves else 1.0
+
+
+def warn_of_rounding(config: OptimizerConfig, params: Any) -> None:
+    """Prints a warning if the updates of AdamW, at most about its learning rate, change less than half the parameters.
+
+    Master weights add small updates up, so with them there is nothing to warn of.
+    """
+    if config.master_weights:
+        return
+    share = updated_share(params, config.learning_rate)
+    if share < 0.5:
+        console.print(
+            f"warning: an update of optimizer.learning_rate = {config.learning_rate:g} changes {share:.1%} of the "
+            f"bfloat16 parameters; in the others it is rounded away, in every step: set optimizer.master_weights: true "
+            f"(a float32 copy adds the updates up), or model.param_dtype: float32",
+            soft_wrap=True,
+            markup=False,
+        )

@@ -5,10 +5,13 @@
 
 import dataclasses
 import inspect
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+import numpy as np
 
 from gopo_jax import ADVANTAGES, SURROGATES
 from models.config import Qwen3Config
@@ -87,6 +90,10 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         _positive(self, "learning_rate", "max_grad_norm", "adam_epsilon")
         _at_least(self, 0, "warmup_steps", "weight_decay")
+        _finite(self, "learning_rate", "adam_epsilon", "weight_decay")  # max_grad_norm .inf: never scaled
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected a number in [0, 1), got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,11 +108,13 @@ class MeshConfig:
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     every: int = 25  # steps between checkpoints; the last step is always saved
-    keep: int | None = None  # how many of the newest checkpoints stay; null: all of them
+    keep: int | None = None  # how many of the newest checkpoints stay, at least 1; null: all of them
     directory: str | None = None  # a directory or gs://BUCKET/NAME; default: output_dir/checkpoints
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "every")
+        if self.keep is not None and self.keep < 1:
+            raise ValueError(f"checkpoint.keep: expected at least 1, or null to keep all checkpoints, got {self.keep}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +123,9 @@ class LogConfig:
     wandb_project: str | None = None  # log to this Weights & Biases project too; the key comes from the environment
     progress: bool = True  # a progress bar, on a terminal
     completions_every: int = 0  # steps between tables of the sampled completions with their rewards; 0: none
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "completions_every")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +136,7 @@ class RunConfig:
     model: ModelConfig  # the network that is trained
     data: DataConfig  # the rows that it is trained and validated on
     max_steps: int  # steps in all, also of a run that is continued
-    seed: int = 0  # of the order of rows, sampling and new weights
+    seed: int = 0  # of the order of rows, sampling and new weights; below 2**32
     chat: ChatConfig = field(default_factory=ChatConfig)  # how prompts become tokens
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)  # AdamW and its schedule
     lora: Lora = field(default_factory=Lora)  # low-rank adapters, trained instead of all parameters
@@ -134,7 +146,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "max_steps")
-        _at_least(self, 0, "seed")
+        check_seed(self.seed)
         if self.optimizer.master_weights and (self.model.param_dtype == "float32" or self.lora.rank):
             raise ValueError(
                 "optimizer.master_weights: is for parameters that are trained in bfloat16; set model.param_dtype, or "
@@ -152,6 +164,7 @@ class EarlyStoppingConfig:
 
     def __post_init__(self) -> None:
         _at_least(self, 0, "min_delta")
+        _finite(self, "min_delta")
         if self.patience is not None:
             _at_least(self, 1, "patience")
 
@@ -206,6 +219,7 @@ class RewardModelConfig(SupervisedConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _at_least(self, 0, "center_rewards_coefficient")
+        _finite(self, "center_rewards_coefficient")
         if self.loss != "bradley_terry" and self.center_rewards_coefficient:
             raise ValueError(f"center_rewards_coefficient: is a part of loss: bradley_terry, got loss: {self.loss}")
 
@@ -229,6 +243,7 @@ class RewardSpec:
         if self.model is not None and self.options:
             raise ValueError("rewards.options: are those of a function; a reward model has none")
         _at_least(self, 1, "max_length", "batch_prompts")
+        _finite(self, "weight")
 
     @property
     def label(self) -> str:
@@ -264,6 +279,7 @@ class LossConfig:
     def __post_init__(self) -> None:
         _at_least(self, 0, "beta", "clip_low", "clip_high", "importance_sampling_clip_min")
         _at_least(self, self.importance_sampling_clip_min, "importance_sampling_clip_max")
+        _finite(self, "beta")
         _at_least(self, 1, "logprob_chunk")
         known = [
             name for name in dotted.option_names(SURROGATES[self.surrogate]) if name not in ("clip_low", "clip_high")
@@ -342,6 +358,7 @@ class PolicyConfig(RunConfig):
             _at_least(self, 1, "minibatch_prompts")
         _at_least(self, 0, "top_k", "min_tokens")
         _positive(self, "temperature")
+        _finite(self, "temperature")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p: expected a number in (0, 1], got {self.top_p}")
         _divides("minibatch_prompts", self.update_prompts, "prompts_per_step", self.prompts_per_step)
@@ -353,6 +370,8 @@ class PolicyConfig(RunConfig):
             raise ValueError(f"loss.kl_in: reward is taken off one reward; {self.advantage} takes every reward apart")
         if not self.rewards:
             raise ValueError("rewards: expected at least one reward, got none")
+        if not any(spec.weight for spec in self.rewards):
+            raise ValueError("rewards: expected a weight other than 0, got none: nothing would be learned")
         labels = [spec.label for spec in self.rewards]
         if len(set(labels)) < len(labels):
             raise ValueError(f"rewards: names must differ, got {labels}; set rewards[i].name")
@@ -398,6 +417,11 @@ class PlanConfig(PolicyConfig):
     suggest: bool = False  # try meshes until one fits the chip
     out: str | None = None  # a JSON file to write with all figures
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.devices is not None:
+            _at_least(self, 1, "devices")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
@@ -431,10 +455,32 @@ def _divides(name: str, part: int, whole_name: str, whole: int) -> None:
         raise ValueError(f"{name}: expected a divisor of {whole_name} = {whole}, got {part}")
 
 
+def check_seed(seed: int) -> None:
+    """Refuses a seed that another one could not be told from: keys of random numbers hold 32 bits of it.
+
+    Raises:
+      ValueError: the seed is not from 0 to 2**32 - 1.
+    """
+    if not 0 <= seed < 2**32:
+        raise ValueError(
+            f"seed: expected a number from 0 to 2**32 - 1 = {2**32 - 1}, got {seed}, which would draw the same as "
+            f"{seed % 2**32}"
+        )
+
+
 def _positive(config: Any, *names: str) -> None:
     for name in names:
-        if not getattr(config, name) > 0:
-            raise ValueError(f"{name}: expected a number above 0, got {getattr(config, name)}")
+        value = getattr(config, name)
+        if not value > 0:
+            raise ValueError(f"{name}: expected a number above 0, got {value}")
+        if value < np.finfo(np.float32).tiny:
+            raise ValueError(f"{name}: expected a number above 0, got {value}, which is 0 in float32")
+
+
+def _finite(config: Any, *names: str) -> None:
+    for name in names:
+        if not math.isfinite(getattr(config, name)):
+            raise ValueError(f"{name}: expected a finite number, got {getattr(config, name)}")
 
 
 def _at_least(config: Any, least: float, *names: str) -> None:

@@ -26,7 +26,7 @@ from models.generate import Generator
 from models.hf_weights import split
 from models.sharding import Layout, fetch, to_host
 from train.batch import Groups, choose, completion_table, is_enough, make_batch
-from train.build import make_model, make_optimizer, make_tokenizer, policy_layout
+from train.build import make_model, make_optimizer, make_tokenizer, policy_layout, warn_of_rounding
 from train.config import PolicyConfig
 from train.console import console
 from train.data.prompts import Prompts, load_prompts
@@ -67,6 +67,7 @@ def train_policy(config: PolicyConfig) -> None:
         ref_params = copy_tree(initial.params) if config.loss.beta else None  # adapters: fresh ones change nothing
         ref_params = to_host(ref_params) if config.loss.offload_reference else ref_params
         state = run.resume(initial)
+        warn_of_rounding(config.optimizer, state.params)
         del model, params, initial  # a resumed run has other arrays: free these
 
     generator = Generator(

@@ -14,9 +14,8 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from train.settings import Setting, check_key, check_values, form, help_text, settings
+from train.strict_yaml import load_yaml
 
 VARIANTS = Path(__file__).parent.parent / "configs" / "variants"  # other trainers' algorithms, by name
 OPTIONS = {
@@ -115,6 +114,8 @@ def _option(known: Known, setting: Setting, key: str, value: str) -> list[str]:
         raise ValueError(f"--{key}: expected all items together, as --{key.partition('[')[0]} '[{{...}}, {{...}}]'")
     if setting.inner is not None:
         _check_nested(known, key, value)
+    elif form(setting.hint).startswith("{"):
+        load_yaml(value, f"--{key}")  # a key that stands twice is refused
     if value.lstrip().startswith("#") and form(setting.hint) == "text|null":
         raise ValueError(f"--{key}: YAML takes a text that begins with # for a comment; put it in a file, in quotes")
     return [f"--{key}={value}"]
@@ -213,10 +214,7 @@ def _checked_file(known: Known, file: str) -> dict[str, Any]:
 
 def _check_nested(known: Known, key: str, text: str) -> None:
     """Checks the keys in what is typed for a dataclass: YAML such as `[{model: x}]`, or a YAML file's name."""
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"--{key}: not YAML: {' '.join(str(error).split())}") from error
+    value = load_yaml(text, f"--{key}", dotted=True)
     if isinstance(value, str):
         check_values(known, {key: _read_yaml(key, value)}, value)
     else:
@@ -227,9 +225,10 @@ def _read_yaml(option: str, file: str) -> dict[str, Any]:
     if not Path(file).is_file():
         raise FileNotFoundError(f"--{option} {file}: no such file")
     try:
-        values = yaml.safe_load(Path(file).read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{file}: not YAML: {' '.join(str(error).split())}") from error
+        text = Path(file).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: not YAML: expected UTF-8 text ({error})") from error
+    values = load_yaml(text, file, dotted=True)
     if not isinstance(values, dict):
         raise ValueError(f"{file}: expected 'key: value' lines, got {type(values).__name__}")
     return values

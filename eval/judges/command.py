@@ -65,7 +65,13 @@ class JudgeConfig:
     mesh: MeshConfig = field(default_factory=MeshConfig)  # of a local model, e.g. data=1,fsdp=4
 
     def __post_init__(self) -> None:
-        for name, least in (("concurrency", 1), ("max_retries", 0), ("max_length", 1), ("batch_prompts", 1)):
+        for name, least in (
+            ("concurrency", 1),
+            ("max_retries", 0),
+            ("max_length", 1),
+            ("batch_prompts", 1),
+            ("seed", 0),
+        ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
         if not 0 < self.timeout < math.inf:

@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
+from train.strict_yaml import load_yaml
 
 TASKS = Path(__file__).parent / "tasks"
 FORMS = ("json", "choice", "closing", "score")
@@ -151,9 +151,10 @@ def load_task(name: str) -> JudgeTask:
     if not file.is_file():
         raise FileNotFoundError(f"--task {name}: no such file; expected a YAML file, or one of {', '.join(known)}")
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: not YAML: {' '.join(str(error).split())}") from error
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: not YAML: {error}") from error
+    values = load_yaml(text, str(file))
     try:
         return read_task(file.stem, values)
     except (TypeError, ValueError) as error:

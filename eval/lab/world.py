@@ -116,7 +116,8 @@ class World(NamedTuple):
 
 def untruncated_sampling(tokenizer: Tokenizer) -> SamplingParams:
     """Sampling from the policy's own distribution: temperature 1, no top-k or top-p."""
-    return SamplingParams(1.0, 0, 1.0, 0, np.array(tokenizer.eos_ids, np.int32))
+    absent_V = tokenizer.absent_ids(START.vocab_size)
+    return SamplingParams(1.0, 0, 1.0, 0, np.array(tokenizer.eos_ids, np.int32), absent_V)
 
 
 def raw_rewards(model: Qwen3RewardModel, prompts: PromptIds, tokens_PGT: jax.Array, lengths_PG: jax.Array) -> jax.Array:

@@ -61,6 +61,11 @@ class CompareConfig:
     batch_prompts: int = 32  # prompts judged at a time
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the judge's computation
 
+    def __post_init__(self) -> None:
+        for name, least in (("seed", 0), ("max_length", 1), ("batch_prompts", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+
 
 def parse_compare(arguments: list[str]) -> CompareConfig:
     return parse(CompareConfig, arguments, "python -m eval compare", positional=("run_a", "run_b"))

@@ -18,7 +18,7 @@ from models.checkpoint import check_loadable, resolve_step
 from models.generate import Generator
 from models.tokenizer import Prompt, Tokenizer, tokenizer_path
 from train.build import make_layout_for
-from train.config import ChatConfig, MeshConfig
+from train.config import ChatConfig, MeshConfig, check_seed
 from train.console import console
 from train.parse import parse
 from train.running import setup_errors
@@ -49,7 +49,8 @@ class TalkConfig:
     mesh: MeshConfig = field(default_factory=MeshConfig)  # how arrays are split over devices, e.g. tensor=8
 
     def __post_init__(self) -> None:
-        least = {"max_prompt_length": 1, "max_completion_length": 1, "temperature": 0, "top_k": 0, "seed": 0}
+        least = {"max_prompt_length": 1, "max_completion_length": 1, "temperature": 0, "top_k": 0}
+        check_seed(self.seed)
         for name, low in least.items():
             if not low <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: expected at least {low}, got {getattr(self, name)}")

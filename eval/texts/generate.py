@@ -41,7 +41,7 @@ from models.qwen3 import Qwen3
 from models.sharding import Layout
 from models.tokenizer import Tokenizer, tokenizer_path
 from train.build import make_layout_for
-from train.config import ChatConfig, MeshConfig
+from train.config import ChatConfig, MeshConfig, check_seed
 from train.console import console, progress_bar
 from train.data.chats import normalize_prompts
 from train.data.prompts import fitting_indices
@@ -84,13 +84,14 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         least = {"n": 1, "max_prompt_length": 1, "max_completion_length": 1, "batch_prompts": 1}
-        for name, low in (least | {"top_k": 0, "seed": 0}).items():
+        check_seed(self.seed)
+        for name, low in (least | {"top_k": 0}).items():
             if not getattr(self, name) >= low:
                 raise ValueError(f"{name}: expected at least {low}, got {getattr(self, name)}")
-        given = self.temperatures
-        if not given or not all(0 <= t < math.inf for t in given) or len(set(given)) < len(given):
+        given, drawn = self.temperatures, np.array(self.temperatures, np.float32).tolist()  # as the sampler reads them
+        if not given or not all(0 <= t < math.inf for t in drawn) or len(set(drawn)) < len(drawn):
             raise ValueError(f"temperatures: expected numbers from 0, each once, such as 0.1,0.5,0.9, got {given}")
-        if 0 in given and self.n > 1:
+        if 0 in drawn and self.n > 1:
             raise ValueError(
                 f"temperatures: at 0 the {self.n} completions of a prompt would be one and the same; expected n = 1, "
                 f"or temperatures above 0"

@@ -27,6 +27,7 @@ from eval.theory.plots import theory_pictures
 from eval.theory.tabular import TabularProblem, trained_exactly, training
 from gopo_jax.theory import expected_advantage, expected_gradient, rlhf_policy, stationary_policy
 from gopo_jax.theory.games import AdvantageName, enumerable
+from train.config import check_seed
 from train.console import console, progress_bar
 from train.parse import parse
 from train.run.files import check_out_directory, write_whole
@@ -88,8 +89,7 @@ class TheoryConfig:
                     f"{name}: expected whole numbers from 2 for which {count} answers have few enough groups to "
                     f"enumerate, got {size}"
                 )
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed: expected a number from 0 to below 2**63, got {self.seed}")
+        check_seed(self.seed)
         for name, least in (("groups", 1), ("steps", 2), ("exact_steps", 1), ("points", 2), ("problems", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")

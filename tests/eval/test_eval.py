@@ -13,7 +13,7 @@ import yaml
 from flax import nnx
 
 from eval.__main__ import main
-from eval.report.compare import JUDGE_SCORE, read_scores
+from eval.report.compare import JUDGE_SCORE, CompareConfig, read_scores
 from eval.stats import mean_and_error, paired_gain, prompt_means, same_text_same_score, win_rate_interval, win_rates
 from models.config import POLICY, REWARD_MODEL, Qwen3Config
 from models.hf_weights import save_pretrained
@@ -377,3 +377,10 @@ def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err.count("usage: python -m eval") == 2
     assert main(["--help"]) == 0
     assert capsys.readouterr().out.count("usage: python -m eval") == 1
+
+
+@pytest.mark.parametrize("wrong", [{"seed": -1}, {"batch_prompts": 0}, {"batch_prompts": -8}, {"max_length": 0}])
+def test_numbers_that_would_compare_nothing_are_refused(wrong: dict[str, int]) -> None:
+    name, value = next(iter(wrong.items()))
+    with pytest.raises(ValueError, match=f"^{name}: expected at least .*, got {value}$"):
+        CompareConfig(run_a="a", run_b="b", judge="c", out="d", **wrong)  # type: ignore[arg-type]

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from eval.texts import generate as module
+from eval.texts.chat import TalkConfig
 from eval.texts.generate import MAX_SAMPLES, GenerateConfig, generate, parse_generate
 from eval.texts.resumable import GrowingFile
 from models.lora import Lora
@@ -267,6 +268,23 @@ def test_temperatures_from_the_command_line_and_from_a_file(given: list[str] | N
 def test_temperatures_that_are_no_numbers_are_shown_as_given(given: str) -> None:
     with pytest.raises(ValueError, match=f"^temperatures: expected numbers .*such as .*, got {re.escape(given)}$"):
         parse_generate(["--checkpoint", "c", "--data", "d", "--out", "o", "--temperatures", given])
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"seed": 2**32}, "seed: expected a number from 0 to .*, which would draw the same as 0"),
+        ({"seed": -1}, "seed: expected a number from 0 to .*, which would draw the same as 4294967295"),
+        ({"temperatures": [0.5, 0.5 + 1e-9]}, "temperatures: expected numbers from 0, each once"),
+        ({"temperatures": [1e-60], "n": 2}, "temperatures: at 0 the 2 completions of a prompt would be one and the"),
+    ],
+)
+def test_what_would_be_drawn_twice_is_refused(settings: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        GenerateConfig(checkpoint="c", data="d", out="o", **settings)
+    if "seed" in settings:
+        with pytest.raises(ValueError, match=words):
+            TalkConfig(checkpoint="c", **settings)
 
 
 @pytest.mark.parametrize(

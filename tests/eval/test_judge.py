@@ -545,6 +545,7 @@ def test_a_task_that_likelihood_cannot_do(change: Row, message: str, tiny_policy
         (["--concurrency", "0"], "concurrency: expected at least 1"),
         (["--timeout", "0"], "timeout"),
         (["--limit", "0"], "limit"),
+        (["--seed", "-1"], "seed: expected at least 0, got -1"),
         (["--temperature", ".nan"], "temperature: expected a number from 0 on, or null"),
         (["--temperature", "warm"], "temperature: expected number|null, got warm"),
         (["--temperature", "-1"], "temperature: expected a number from 0 on, or null"),

@@ -307,6 +307,36 @@ def test_the_head_of_a_tied_model_may_be_written_out(directory: Path) -> None:
     np.testing.assert_array_equal(model.head_VD[...], tensors["model.embed_tokens.weight"])
 
 
+@pytest.mark.parametrize("stored", ["lost", "in a file that is not there", "twice"])
+def test_an_index_may_name_the_head_of_a_tied_model(tmp_path: Path, stored: str) -> None:
+    """As Qwen3-1.7B's does: a tied model that is saved anew does not write it."""
+    tied = load_pretrained(MODELS / "hf_tied_causal")
+    save_pretrained(tied, tmp_path, max_shard_bytes=10_000)
+    index = json.loads((tmp_path / INDEX_FILE).read_text())
+    file = index["weight_map"]["model.embed_tokens.weight"]
+    if stored == "twice":
+        tensors = load_file(tmp_path / file)
+        save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]}, tmp_path / file)
+    index["weight_map"]["lm_head.weight"] = "model-nowhere.safetensors" if "not there" in stored else file
+    (tmp_path / INDEX_FILE).write_text(json.dumps(index))
+    for dtype in (jnp.float32, "auto"):
+        jax.tree.map(np.testing.assert_array_equal, split(load_pretrained(tmp_path, dtype=dtype))[1], split(tied)[1])
+
+
+def test_an_index_may_not_name_a_head_that_is_needed_and_lost(tmp_path: Path) -> None:
+    save_pretrained(load_pretrained(MODELS / "hf_tied_causal"), tmp_path, max_shard_bytes=10_000)
+    index = json.loads((tmp_path / INDEX_FILE).read_text())
+    change_config(tmp_path, tie_word_embeddings=False)
+    index["weight_map"]["lm_head.weight"] = index["weight_map"]["model.norm.weight"]
+    (tmp_path / INDEX_FILE).write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="says that lm_head.weight is there, but it is not"):
+        load_pretrained(tmp_path)
+    index["weight_map"]["lm_head.weight"] = "nowhere.safetensors"
+    (tmp_path / INDEX_FILE).write_text(json.dumps(index))
+    with pytest.raises(FileNotFoundError, match=r"nowhere.safetensors: no such file, but .* names it"):
+        load_pretrained(tmp_path)
+
+
 def test_dtype_auto_is_the_configs_and_a_reward_head_is_float32() -> None:
     assert load_pretrained(MODELS / "hf_tied_causal", dtype="auto").embed_VD[...].dtype == jnp.bfloat16
     model = load_pretrained(MODELS / "hf_reward_seqcls", dtype="bfloat16")

@@ -135,6 +135,27 @@ def test_logprobs_are_the_trainers(net: Net, temperature: float, truncation: dic
     np.testing.assert_allclose(out.logprobs_PGT[real_PGT], np.asarray(expected)[real_PGT], atol=1e-4)
 
 
+ABSENT_V = np.arange(V) % 3 == 1  # scattered: a tokenizer may have gaps, and its last id may be below V - 1
+
+
+@pytest.mark.parametrize("truncation", [{}, {"top_k": 5, "top_p": 0.8, "min_tokens": 3}], ids=["plain", "truncated"])
+@pytest.mark.parametrize("temperature", [0.7, 0.0])
+def test_ids_without_a_token_are_never_drawn(net: Net, temperature: float, truncation: dict[str, Any]) -> None:
+    """Log-probabilities stay those of the trainer, whose softmax is over all rows of the head."""
+    options = settings(temperature, eos=range(0, V, 9), **truncation)
+    assert ABSENT_V[net(options).tokens_PGT].any(), "they would be drawn"
+    out = net(options._replace(absent_V=ABSENT_V))
+    real_PGT = np.arange(T) < out.lengths_PG[..., None]
+    assert not ABSENT_V[out.tokens_PGT[real_PGT]].any()
+    expected = net.logprobs(net.params, PROMPT_PS, LENGTHS_P, out.tokens_PGT, np.float32(temperature or 1))
+    np.testing.assert_allclose(out.logprobs_PGT[real_PGT], np.asarray(expected)[real_PGT], atol=1e-4)
+
+
+def test_where_every_id_is_a_token_nothing_changes(net: Net) -> None:
+    options = settings(0.7, top_k=9)
+    jax.tree.map(np.testing.assert_array_equal, net(options._replace(absent_V=np.zeros(V, bool))), net(options))
+
+
 # Keys
 
 
@@ -473,3 +494,14 @@ def test_generator_batches_change_no_text_and_its_end_of_text_ids_are_honoured(
     assert set(tokenizer.eos_ids).isdisjoint(np.asarray(free.tokens_PGT[:2, 0, 0]).tolist())
     np.testing.assert_array_equal(ended.lengths_PG[:2, 0], 1)
     np.testing.assert_array_equal(ended.finished_PG[:2, 0], True)
+
+
+def test_generator_draws_only_the_tokenizers_ids(
+    tiny_config: Qwen3Config, tiny_tokenizer_dir: Path, make_model: Callable[..., Backbone], sentences: list[str]
+) -> None:
+    tokenizer = Tokenizer(tiny_tokenizer_dir)
+    padded = replace(tiny_config, vocab_size=2 * tokenizer.size)
+    graphdef, params = split(make_model(padded))
+    generator = Generator(graphdef, tokenizer, make_layout(), max_prompt_length=8, max_completion_length=16)
+    completions = generator.complete(params, [sentence[:8] for sentence in sentences[:2]], KEY, 4, 2)
+    assert completions.tokens_PGT.max() < tokenizer.size

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from models.checkpoint import check_loadable
-from models.tokenizer import Tokenizer, bucket, pad, train_bpe
+from models.tokenizer import Tokenizer, bucket, pad, portable_config, train_bpe
 from models.weight_files import could_be_on_hub, find_directory
 
 ROOT = Path(__file__).parents[2]
@@ -63,6 +63,82 @@ def test_generation_config_adds_ends_and_survives_saving(small: Tokenizer, tmp_p
     assert set(again.eos_ids) == {*small.eos_ids, 7, 9}
     again.save(tmp_path / "copy")
     assert Tokenizer(tmp_path / "copy").eos_ids == again.eos_ids
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in directory.iterdir() if file.name != "generation_config.json"}
+
+
+ORIGINAL = {
+    "tokenizer_class": "Qwen2Tokenizer",
+    "add_bos_token": False,
+    "added_tokens_decoder": {"0": {"content": "<|endoftext|>", "special": True}},
+    "additional_special_tokens": ["<|im_end|>"],
+    "eos_token": "<|im_end|>",
+    "extra_special_tokens": {},
+    "of_a_lab": [1, 2],
+    "pad_token": "<|endoftext|>",
+}
+
+
+def test_saving_keeps_the_original_files(small: Tokenizer, tmp_path: Path) -> None:
+    """What a run and an export hold is what the model came with: its class and fields, byte by byte."""
+    small.save(tmp_path / "original")
+    (tmp_path / "original" / "tokenizer_config.json").write_text(json.dumps(ORIGINAL, indent=4))
+    (tmp_path / "original" / "special_tokens_map.json").write_text('{"eos_token": "<|im_end|>"}')
+    original = Tokenizer(tmp_path / "original")
+    for source, copy in (("original", "run"), ("run", "export"), ("export", "export")):  # the last one onto itself
+        Tokenizer(tmp_path / source).save(tmp_path / copy)
+        saved, expected = files_of(tmp_path / copy), files_of(tmp_path / "original")
+        assert expected.items() <= saved.items()
+        assert Tokenizer(tmp_path / copy).fingerprint == original.fingerprint
+
+
+def test_what_only_transformers_5_reads_is_translated(small: Tokenizer, tmp_path: Path) -> None:
+    small.hf.save_pretrained(str(tmp_path / "five"))
+    file = tmp_path / "five" / "tokenizer_config.json"
+    five = json.loads(file.read_text()) | {"extra_special_tokens": ["<|im_end|>", "<|im_start|>"]}
+    assert five["tokenizer_class"] == "TokenizersBackend"
+    file.write_text(json.dumps(five))
+    Tokenizer(tmp_path / "five").save(tmp_path / "both")
+    both = json.loads((tmp_path / "both" / "tokenizer_config.json").read_text())
+    assert both.pop("tokenizer_class") == "PreTrainedTokenizerFast"
+    assert both.pop("additional_special_tokens") == five["extra_special_tokens"]
+    assert both == {key: five[key] for key in five if key not in ("tokenizer_class", "extra_special_tokens")}
+    assert Tokenizer(tmp_path / "both").fingerprint == Tokenizer(tmp_path / "five").fingerprint
+
+
+def test_portable_config_loses_no_special_token_and_leaves_a_portable_one_alone() -> None:
+    assert portable_config(ORIGINAL) == ORIGINAL
+    mixed = {"additional_special_tokens": ["<a>"], "extra_special_tokens": ["<b>", "<a>"], "tokenizer_class": "X"}
+    assert portable_config(mixed) == {"additional_special_tokens": ["<a>", "<b>"], "tokenizer_class": "X"}
+    assert portable_config({"extra_special_tokens": {"image": "<i>"}}) == {"extra_special_tokens": {"image": "<i>"}}
+
+
+@needs_qwen3
+def test_a_tokenizer_without_tokenizer_json_is_saved_with_one(qwen3: Tokenizer, tmp_path: Path) -> None:
+    qwen3.save(tmp_path)
+    saved, expected = files_of(tmp_path), files_of(QWEN3)
+    assert all(saved[name] == expected[name] for name in ("vocab.json", "merges.txt", "tokenizer_config.json"))
+    assert Tokenizer(tmp_path).fingerprint == qwen3.fingerprint and "tokenizer.json" in saved
+
+
+def test_ids_may_have_gaps(small: Tokenizer, tmp_path: Path) -> None:
+    """No id of a gap or behind the last token is a token; a model needs a row for the last one."""
+    assert small.absent_ids(small.size) is None
+    last = small.size + 5
+    assert np.flatnonzero(small.absent_ids(last)).tolist() == list(range(small.size, last))
+    small.save(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    parts = json.loads(file.read_text())
+    word = max(parts["model"]["vocab"], key=parts["model"]["vocab"].get)
+    parts["model"]["vocab"][word] = last - 1
+    file.write_text(json.dumps(parts))
+    gappy = Tokenizer(tmp_path)
+    assert gappy.size == last
+    assert np.flatnonzero(gappy.absent_ids(last + 1)).tolist() == [*range(small.size - 1, last - 1), last]
+    with pytest.raises(ValueError, match=f"vocab_size is {small.size}, but the tokenizer .* has {last} ids"):
+        gappy.check_vocab_size(small.size, "a model")
 
 
 def test_decode_inverts_encode_up_to_lengths(small: Tokenizer) -> None:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -199,6 +201,27 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
         "model.architecture.head_dim: expected integer, got x",
     ),
     "text for an optional integer": ({"checkpoint.keep": "all"}, "checkpoint.keep: expected integer|null, got all"),
+    "all checkpoints deleted": ({"checkpoint.keep": -1}, "checkpoint.keep: expected at least 1, or null to keep all"),
+    "no checkpoint kept": ({"checkpoint.keep": 0}, "checkpoint.keep: expected at least 1, or null to keep all"),
+    "a table at every step": ({"log.completions_every": -1}, "completions_every: expected at least 0, got -1"),
+    "negative seed": ({"seed": -1}, "seed: expected a number from 0 to 2**32 - 1 = 4294967295, got -1, which would"),
+    "seed of 33 bits": ({"seed": 2**32 + 5}, "got 4294967301, which would draw the same as 5"),
+    "infinite rate": ({"optimizer.learning_rate": math.inf}, "learning_rate: expected a finite number, got inf"),
+    "rate of no number": ({"optimizer.learning_rate": math.nan}, "learning_rate: expected a number above 0, got nan"),
+    "rate that is 0": ({"optimizer.learning_rate": 1e-60}, "got 1e-60, which is 0 in float32"),
+    "beta of 1": ({"optimizer.adam_beta2": 1.0}, "adam_beta2: expected a number in [0, 1), got 1.0"),
+    "negative beta": ({"optimizer.adam_beta1": -0.9}, "adam_beta1: expected a number in [0, 1), got -0.9"),
+    "infinite penalty": ({"loss.beta": math.inf}, "beta: expected a finite number, got inf"),
+    "temperature without end": ({"temperature": math.inf}, "temperature: expected a finite number, got inf"),
+    "temperature that is 0": ({"temperature": 1e-40}, "temperature: expected a number above 0, got 1e-40, which is 0"),
+    "weights of 0": (
+        {"rewards": [{"model": "{reward}", "weight": 0.0}]},
+        "rewards: expected a weight other than 0, got none: nothing would be learned",
+    ),
+    "weight of no number": (
+        {"rewards": [{"model": "{reward}", "weight": math.nan}]},
+        "weight: expected a finite number, got nan",
+    ),
     "mesh": ({"mesh.fsdp": 3}, "mesh: data -1 x fsdp 3 x tensor 1 does not make the 1 devices"),
     "mesh of two free sizes": ({"mesh.fsdp": -1}, "mesh: data -1 x fsdp -1 x tensor 1 does not make the 1 devices"),
     "mesh rule": ({"mesh.rules": {"prompts": ["data"]}}, "mesh.rules: 'prompts': ['data'] is not a rule"),
@@ -508,6 +531,32 @@ def test_a_run_directory_with_another_config_is_left_as_it_is(door: Door, run_wi
     error = door.run()
     assert error.startswith(f"{run}: holds a run with another config (seed: 3, now 0)")
     assert len(read_metrics(run)) == 2
+
+
+# Warnings
+
+
+def test_updates_that_bfloat16_rounds_away_are_warned_of(door: Door) -> None:
+    def printed() -> str:
+        with pytest.raises(Computing):
+            door.run()
+        shutil.rmtree(door.here / "run")
+        return door.capture.readouterr().out
+
+    door.set({"model.param_dtype": "bfloat16", "optimizer.learning_rate": 1e-6})
+    share = re.search(
+        r"warning: an update of optimizer.learning_rate = 1e-06 changes (\d\.\d)% of the bfloat16 parameters;.* set "
+        r"optimizer.master_weights: true",
+        printed(),
+    )
+    assert share and 0 < float(share[1]) < 1
+    for silent in (
+        {"optimizer.master_weights": True},
+        {"optimizer.master_weights": False, "optimizer.learning_rate": 0.1},
+        {"model.param_dtype": "float32", "optimizer.learning_rate": 1e-6},
+    ):
+        door.set(silent)
+        assert "warning" not in printed()
 
 
 # The other doors

@@ -1,10 +1,13 @@
 """What a step carries on: master weights, arrays kept on the host, checkpoints kept elsewhere."""
 
+import json
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -19,8 +22,8 @@ from eval.report.compare import last_change
 from models.checkpoint import Checkpoints, checkpoints_folder, find_step, load_model
 from models.hf_weights import split
 from models.sharding import make_layout, to_device, to_host
-from train.build import make_optimizer, make_tokenizer
-from train.config import CheckpointConfig, LossConfig, MeshConfig, OptimizerConfig, PolicyConfig
+from train.build import make_optimizer, make_tokenizer, updated_share
+from train.config import CheckpointConfig, LogConfig, LossConfig, MeshConfig, OptimizerConfig, PolicyConfig
 from train.loop import train_policy
 from train.run.directory import Run, read_metrics
 from train.running import SetupError
@@ -28,6 +31,22 @@ from train.state import apply_gradient, make_state
 
 MakeConfig = Callable[..., PolicyConfig]
 numbers = partial(read_metrics, clock=False)
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e-5, 1e-3])
+def test_the_share_that_an_update_changes_is_counted_over_bfloat16_parameters(size: float) -> None:
+    rng = np.random.default_rng(0)
+    arrays = [jnp.asarray(0.02 * rng.normal(size=n), jnp.bfloat16) for n in (4000, 500)] + [jnp.ones(100, jnp.bfloat16)]
+    changed = sum(
+        int((np.asarray(array, np.float32) + np.float32(by)).astype(array.dtype)[i] != array[i]) / 2
+        for array in map(np.asarray, arrays)
+        for by in (size, -size)
+        for i in range(array.size)
+    )
+    share = updated_share({"a": arrays, "b": jnp.ones(9999)}, size)
+    assert share == pytest.approx(changed / 4600, rel=1e-5)
+    assert updated_share({"a": arrays[-1:]}, 2**-10) == 0 and updated_share({"a": arrays[-1:]}, 2**-7) == 1
+    assert updated_share({"b": jnp.ones(5)}, size) == 1
 
 
 @pytest.mark.parametrize("master", [False, True])
@@ -117,6 +136,13 @@ def test_checkpoints_elsewhere(policy_config: MakeConfig, tmp_path: Path, monkey
         find_step(run)
 
 
+@pytest.mark.parametrize("keep", [0, -1])
+def test_no_number_of_checkpoints_to_keep_deletes_them_all(tmp_path: Path, keep: int) -> None:
+    with pytest.raises(ValueError, match=f"keep: expected at least 1 checkpoint, or None to keep all, got {keep}"):
+        Checkpoints(tmp_path, keep=keep)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_bucket_is_a_place_for_checkpoints(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("gs://bucket/name\n")
     assert str(checkpoints_folder(tmp_path)) == "gs://bucket/name"
@@ -152,6 +178,40 @@ def test_a_run_goes_on_elsewhere_but_not_as_another(policy_config: MakeConfig, t
     for another in (replace(config, seed=5), replace(config, rewards=[replace(config.rewards[0], weight=2.0)])):
         with pytest.raises(ValueError, match="holds a run with another config"):
             Run(another, {}, tokenizer)
+
+
+def test_a_run_has_a_page_of_its_own_and_keeps_it(
+    policy_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In Weights & Biases: whatever its directory is called, resumed or moved; a copy and a new start get another."""
+    pages: list[dict[str, Any]] = []
+    page = SimpleNamespace(log=lambda *_, **__: None, finish=lambda: None)
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **given: pages.append(given) or page))
+    config = policy_config(tmp_path)
+    model = np.zeros(2, np.float32)
+    optimizer, _ = make_optimizer(config.optimizer, 1)
+    start = jax.device_put(model, make_layout().sharding((None,)))
+    state = make_state({"layers": {"x": start}}, optimizer, make_layout())
+    tokenizer = make_tokenizer(config.model, config.chat)
+
+    def page_id(directory: str) -> str:
+        log = LogConfig(tensorboard=False, wandb_project="study")
+        run = Run(replace(config, output_dir=str(tmp_path / directory), log=log), {}, tokenizer)
+        run.resume(state)
+        run.close()
+        assert pages[-1]["name"] == Path(directory).name and pages[-1]["resume"] == "allow"
+        return pages[-1]["id"]
+
+    first = page_id("tldr/gopo")
+    other = page_id("ifeval/gopo")
+    assert first != other and page_id("tldr/gopo") == first and page_id("ifeval/gopo") == other
+    shutil.copytree(tmp_path / "tldr" / "gopo", tmp_path / "copy")
+    copy = page_id("copy")
+    assert copy not in (first, other) and page_id("copy") == copy and page_id("tldr/gopo") == first
+    (tmp_path / "tldr" / "gopo").rename(tmp_path / "moved")
+    assert page_id("moved") == first
+    assert page_id("tldr/gopo") not in (first, other, copy)
+    assert json.loads((tmp_path / "moved" / "wandb.json").read_text())["id"] == first
 
 
 @pytest.mark.slow

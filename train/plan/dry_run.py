@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import yaml
 from rich.table import Table
 
 from models.config import REWARD_MODEL, Qwen3Config
@@ -35,6 +34,7 @@ from train.plan.programs import bytes_per_device, network_config, parameter_coun
 from train.rewards.functions import function_scorer
 from train.running import setup_errors
 from train.state import abstract_opt_state
+from train.strict_yaml import load_yaml
 from train.supervised.program import load_examples
 from train.supervised.reward_model import check_comparison_rows, reward_model_task
 from train.supervised.sft import check_sft_rows, sft_task
@@ -220,7 +220,7 @@ def look_up_schema(name: str) -> tuple[dict[str, Any] | None, str]:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError
 
-    offline = yaml.safe_load(SCHEMAS.read_text(encoding="utf-8")).get(name)
+    offline = load_yaml(SCHEMAS.read_text(encoding="utf-8"), str(SCHEMAS)).get(name)
     origin = "the Hub was not reached: as train/plan/schemas.yaml had it"
     try:
         card = HfApi().dataset_info(name, timeout=HUB_SECONDS).card_data

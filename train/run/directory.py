@@ -1,6 +1,6 @@
 """A run's directory: what is written into it, read from it, and checked when a run is resumed.
 
-    runs/NAME/{config.yaml, metrics.jsonl, tensorboard/, checkpoints/STEP/, tokenizer/, completions/}
+    runs/NAME/{config.yaml, metrics.jsonl, tensorboard/, wandb.json, checkpoints/STEP/, tokenizer/, completions/}
 
 `metrics.jsonl` has one row per step, each step once: resuming cuts the file back to the restored step.
 """
@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 import os
+import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,14 +22,17 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from models.checkpoint import Checkpoints, checkpoints_folder, read_about
+from models.config import read_json
 from models.tokenizer import Tokenizer
 from train.config import RunConfig, resolved
 from train.console import console
 from train.processes import gather, is_distributed, is_first
 from train.run.files import check_room, check_run_directory, free_bytes, write_jsonl, write_whole
 from train.state import TrainState
+from train.strict_yaml import load_yaml
 
 METRICS, CONFIG, COMPLETIONS, CALIBRATION = "metrics.jsonl", "config.yaml", "completions", "calibration.json"
+WANDB = "wandb.json"  # the id of the run's page in Weights & Biases
 # Settings that may differ between a run and its continuation: they change no number that is already written.
 _MAY_CHANGE = ("max_steps", "log", "checkpoint", "mesh", "output_dir", "early_stopping")
 # So may these, in any section: they say where arrays lie and how much is computed at a time.
@@ -63,7 +67,8 @@ class Run:
         self.config = config
         plain = json.loads(json.dumps(resolved(config)))
         if (self.path / CONFIG).is_file():
-            self._refuse_another(yaml.safe_load((self.path / CONFIG).read_text()) or {}, self.path)
+            saved = load_yaml((self.path / CONFIG).read_text(encoding="utf-8"), str(self.path / CONFIG))
+            self._refuse_another(saved or {}, self.path)
         if is_first():
             self.path.mkdir(parents=True, exist_ok=True)
             write_whole(self.path / CONFIG, yaml.safe_dump(plain, sort_keys=False))
@@ -164,7 +169,7 @@ class Run:
                 import wandb
             except ImportError as error:
                 raise ValueError("log.wandb_project: needs the package wandb; install it or leave this out") from error
-            settings = {"project": self.config.log.wandb_project, "name": self.path.name, "id": self.path.name}
+            settings = {"project": self.config.log.wandb_project, "name": self.path.name, "id": _wandb_id(self.path)}
             self._trackers.append(wandb.init(**settings, resume="allow", config=resolved(self.config)))
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
@@ -268,6 +273,24 @@ class Run:
             tracker.close() if hasattr(tracker, "close") else tracker.finish()
         ending = ending or f"{self.config.max_steps} steps"
         console.print(f"{self.path}: done, {ending}, {time.perf_counter() - self._started:.0f} s")
+
+
+def _wandb_id(run: Path) -> str:
+    """Returns the id of a run's page in Weights & Biases, drawn when the run starts and kept in its directory.
+
+    A name would not do: two runs of one name would share a page. A copy of a run whose original is still there gets an
+    id of its own; a run that was moved keeps its id.
+    """
+    file, place = run / WANDB, str(run.resolve())
+    if file.is_file():
+        saved = read_json(file)
+        original = Path(saved["run"])
+        is_copy = str(original) != place and (original / WANDB).is_file() and read_json(original / WANDB) == saved
+        if not is_copy:
+            return saved["id"]
+    page = {"id": secrets.token_hex(8), "run": place}
+    write_whole(file, json.dumps(page) + "\n")
+    return page["id"]
 
 
 def _with_defaults(saved: Any, config: Any) -> Any:

@@ -18,7 +18,7 @@ from models.hf_weights import split
 from models.lora import merge_trainable
 from models.sharding import Layout, fetch
 from models.tokenizer import Tokenizer
-from train.build import make_layout_for, make_model, make_optimizer, make_tokenizer
+from train.build import make_layout_for, make_model, make_optimizer, make_tokenizer, warn_of_rounding
 from train.config import ChatConfig, SupervisedConfig
 from train.console import console
 from train.data.rows import Row, batch_indices, hold_out, load_rows
@@ -73,6 +73,7 @@ def train_supervised(config: SupervisedConfig, task: SupervisedTask) -> None:
             return
         optimizer, schedule = make_optimizer(config.optimizer, config.max_steps)
         state = run.resume(make_state(params, optimizer, layout))
+        warn_of_rounding(config.optimizer, state.params)
         stopping.replay(run)
         del model, params  # a resumed run has its own
 
