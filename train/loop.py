@@ -35,12 +35,14 @@ from train.processes import share
 from train.rewards import Rewards
 from train.rewards.functions import completion_ids
 from train.run.directory import Run, check_run
+from train.run.lock import owns_its_run
 from train.run.metrics import Timer, require_finite, rollout_metrics, throughput
 from train.running import setup_errors
 from train.state import TRAIN, VALIDATION, TrainState, copy_tree, make_state, stream_key
 from train.update import Update
 
 
+@owns_its_run
 def train_policy(config: PolicyConfig) -> None:
     """Trains a policy; continues the run in `config.output_dir` if there is one.
 

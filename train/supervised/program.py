@@ -25,6 +25,7 @@ from train.data.rows import Row, batch_indices, hold_out, load_rows
 from train.processes import is_first
 from train.run.directory import CALIBRATION, Run, check_run
 from train.run.files import write_whole
+from train.run.lock import owns_its_run
 from train.run.metrics import Timer, mean_metrics
 from train.running import setup_errors
 from train.state import TrainState, apply_gradient, make_state, tree_shardings
@@ -55,6 +56,7 @@ class SupervisedTask(NamedTuple):
     )  # examples that fit -> rows of a batch
 
 
+@owns_its_run
 def train_supervised(config: SupervisedConfig, task: SupervisedTask) -> None:
     """Starts or resumes the run in `config.output_dir`.
 
