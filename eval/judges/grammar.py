@@ -9,125 +9,37 @@ from collections.abc import Iterator
 from functools import lru_cache
 
 from eval.judges.task import TIE, JudgeTask
-
-LONGEST_STATEMENT = 400  # characters of a sentence that may be a verdict
-FIRST, SECOND = "first", "second"
-UNDECIDED = "undecided"  # a conclusive sentence whose winner is unclear
-
-NOUNS = "response|answer|output|option|completion|candidate|summary|reply|text|choice"
-WHO_ANSWERED = "|model|assistant|chatbot"  # only for bare labels: else, as in a debate, they may not be the answers
-# Whitespace after a sentence; a semicolon before "therefore" ends a sentence.
-SENTENCE_BREAK = (
-    r"(?<=[.!?])\s+|(?<=[.!?][)\"'*”’])\s+|(?<=[.!?][)\"'*”’][)\"'*”’])\s+|(?<=;)\s+(?=(?:therefore|thus|hence)\b)|"
-    r"(?<=[。！？])\s*"
-)
-LEAD = (
-    r"(?:(?:therefore|thus|hence|so|overall|ultimately|finally|consequently|accordingly|conclusion|in conclusion|"
-    r"in summary|to conclude|to summari[sz]e|to sum up|in short|all in all|on balance|in the end|as a result|"
-    r"for (?:this|these) reasons?|all things considered|(?:my |the )?(?:final )?(?:verdict|decision))[,:]?\s+)"
-)
-OPINION = (  # may precede a verdict, but draws no conclusion from earlier text
-    r"(?:(?:i (?:think|believe|find|feel|would say|'d say)(?: that)?|in my (?:opinion|view|judge?ment),?|"
-    r"(?:based on|after|given) (?:the|my|this) (?:above )?(?:analysis|evaluation|comparison)(?: above)?,?|"
-    r"after (?:a )?(?:careful )?(?:comparison|consideration|analysis|evaluation),|"
-    rf"(?:while|although|though) both(?: (?:{NOUNS})s?)? are \w+,)\s+)"
-)
-DEGREE = r"(?:(?:the|a|clearly|slightly|much|far|by far|overall|definitely|significantly|considerably|somewhat)\s+)*"
-GOOD = r"(?:better|best|superior|stronger|preferable|preferred|winning|winner)"
-THING = rf"(?:\s+(?:one|of the two|{NOUNS}))?(?:\s+overall)?"
-VERB = r"(?:prefer|choose|pick|select|favou?r|recommend|go with|vote for)"
-CALLED = r"(?:verdict|choice|decision|winner|preference|judge?ment|pick)"
-TIED = r"(?:it|this|the (?:result|verdict))(?: is|'s) (?:a )?(?:tie|draw|tied)"
-BALANCED = rf"(?:both|the two)(?: (?:of them|(?:{NOUNS})(?:s|es)?))? are .*|neither(?: of them| (?:{NOUNS}))? is .*"
-# Words with which a sentence may retract, quote or condition another sentence.
-TURNED = re.compile(
-    r"n[o']t\b|\b(?:no|nor|neither|both|but|however|although|though|if|unless|except|only|would|could|might|should|"
-    r"yet|still|while|whereas|otherwise|instead|rather|better|best|superior|prefer\w*)\b|\?",
-    re.IGNORECASE,
-)
-# A sentence that says that the next one is not meant.
-DENIED = re.compile(
-    r"\b(?:following|next) (?:sentence|statement|claim|conclusion|line) (?:is|would be) (?:not|n't|false|wrong|untrue|"
-    r"incorrect|a lie|nonsense)\b|\b(?:just|only) kidding\b|\bopposite of (?:what i|my|the truth)\b|\bas follows\W*$|"
-    r"\bwhat follows\b|"
-    # without an end: the next text completes it
-    r"\b(?:would|might|could|may|to|will) (?:say|conclude|write|argue|think|claim|reply|answer)\b[^.!?]{0,20}$|"
-    r"\b(?:not|n't) (?:true|the case|so|correct|right) that\W*$|^(?:so,? )?(?:it is not|it isn't) the case\W*$",
-    re.IGNORECASE,
-)
-QUOTED = re.compile(
-    r"\b(?:being sarcastic|pretend(?:ing)? (?:that|to)|ignore (?:the|my|this|that|all|what)|untrue|not true|"
-    r"(?:someone|people|they|readers?|judges?|critics?)(?: \w+){0,6} (?:would|might|could|may) (?:say|argue|think)|"
-    r"end (?:\w+ ){0,3}with|(?:told|asked|instructed|allowed|supposed) to (?:say|write|end|reply|conclude)|"
-    r"(?:if|what if|imagine|assuming|had|were) (?:i|we|length|only))\b|"
-    r"\b(?:e\.g\.|i\.e\.|such as|for example,?|for instance,?|says?|said)\W*$",
-    re.IGNORECASE,
-)
-HYPOTHETICAL = re.compile(
-    r"n[o']t\b|\b(?:example|e\.g\.|such as|like this|format|template|schema|would|could|might|if|instruct\w*|asked|"
-    r"told|asks?|demands?|wants?|says?|said|claims?|ignore|draft|not|suppose\w*|wrong|incorrect|false|opposite|invalid|placeholder|never|neither)\b",
-    re.IGNORECASE,
-)
-FAVOUR = re.compile(
-    r"\b(?:better|best|win\w*|won|prefer(?:s|red|able|ably)?|preference (?:is|goes)|superior|stronger|favou?r\w*|"
-    r"choose|chose|choice|edge|ahead|recommend\w*|verdict|overall|top|tie|tied|beats?|outperform\w*|surpass\w*|"
-    r"outclass\w*|outshin\w*|victor\w*|vot\w*|opt|lean\w*|rank\w*|deserves?|go(?:es|ing)? (?:with|for)|goes to|"
-    r"decision|conclusion|worse|worst|loses|loser|inferior|"
-    r"(?:i|we|i['’]d|would|my|must|have to)\b[^.!?]{0,40}\b(?:select|pick)\w*)\b",
-    re.IGNORECASE,
-)
-# States that there is no winner, whatever a later sentence says.
-NO_WINNER = re.compile(
-    r"\b(?:ties?|tied|a draw|undecided|unsure|indistinguishable|toss-?up|"
-    r"no (?:preference|(?:clear |real )?(?:winner|difference)|"
-    r"better)|(?:are|is|be|about|much) (?:the same|equal\w*|identical)|"
-    r"(?:cannot|can['’]t|can not|impossible to|hard to|unable to|not able to) "
-    r"(?:say|tell|judge|decide|choose|determine|pick|compare|rank|prefer))\b",
-    re.IGNORECASE,
-)
-# Words that a sentence before a JSON object must not contain.
-SUSPECT = re.compile(
-    r"\b(?:this|these|labels?|more|less|asked|wrote|writ\w*|contains|inject\w*|tri(?:ck|es)\w*|"
-    r"demand\w*|old|initial\w*|refers?|first|second|former|latter|worse|json|object|follow\w*|"
-    r"below|next|ignore|draft|wants?|asks?|told|previous\w*|system|prompt)\b",
-    re.IGNORECASE,
-)
-# Words that an explanation of a verdict must not contain.
-AGAINST = re.compile(
-    r"n[o']t\b|\b(?:not|no|none|never|neither|both|nor|but|however|although|though|if|unless|except|would|should|could|might|"
-    r"worse|worst|less|least|lacks?|fail\w*|miss\w*|wrong|false|error\w*|mistake\w*|bad|poor\w*|ignor\w*|inferior|loses|"
-    r"instead|rather|opposite|swap\w*|revers\w*|invert\w*|wait|actually|sorry|correct(?:ion|ing)s?|first|second|former|latter|"
-    r"inject\w*|trick\w*|demand\w*|draft|above|example|meant?|joke|kidding|chang\w*|reconsider\w*|too|incorrect\w*|in\w+ly)\b|\?",
-    re.IGNORECASE,
-)
-# A sentence whose question the next one may answer instead of which answer is better.
-ABOUT_QUESTION = re.compile(
-    r"\b(?:worse|worst|errors?|wrong|(?:in)?correct answer|says? (?:that )?the answer|the answer is)\b", re.IGNORECASE
-)
-ASPECT = re.compile(
-    r"\b(?:helpful\w*|correct\w*|coheren\w*|complex\w*|verbos\w*|style|tone|length|concise\w*|clarity|accura\w*|format\w*|"
-    r"depth|details?|creativ\w*|relevan\w*|faithful\w*|fluen\w*|safety|honest\w*|harm\w*)\b",
-    re.IGNORECASE,
-)
-PLACE = re.compile(r"\b(?:first|second|former|latter|1st|2nd)\b", re.IGNORECASE)
-CONCLUSION = re.compile(
-    r"\b(?:verdict|overall|conclusions?|final|winner|answer|decision|judge?ment|summary|result|preference|"
-    r"recommendation)\b",
-    re.IGNORECASE,
-)
-HEDGED = re.compile(
-    r"n[o']t\b|\b(?:no|not|than|if|would|could|might|neither|nor|never|worse|worst|inferior|loses|nobody|loser)\b|\?",
-    re.I,
-)
-# A sentence of a name and only these words is a verdict too short for a rule: "B it is", "clearly B".
-BARE = re.compile(
-    r"(?:clearly|definitely|obviously|certainly|surely|it|is|it's|so|boxed|text|go|with|for|my|vote|i|i'd|say|me|final|finally|answer|[\W\d_])*",
-    re.IGNORECASE,
-)
-# Better in one respect, which a verdict may concede; or words that describe an answer's content.
-RESPECT = re.compile(
-    r"\b(?:better (?:(?:written|structured|organi[sz]ed|formatted|worded)|at \w+ing)|for better|best way|choose to)\b",
-    re.IGNORECASE,
+from eval.judges.wording import (
+    BALANCED,
+    BARE,
+    BASIS,
+    CALLED,
+    CLAUSES,
+    CONCLUSIVE,
+    DEGREE,
+    FAULT,
+    FAVOUR,
+    FIRST,
+    GOOD,
+    HEDGED,
+    LEAD,
+    LONGEST_STATEMENT,
+    NO_WINNER,
+    NOUNS,
+    ONE_RESPECT,
+    OPINION,
+    OTHER,
+    PARTIAL,
+    PLACE,
+    RESPECT,
+    SECOND,
+    SENTENCE_BREAK,
+    THING,
+    TIED,
+    TURNED,
+    UNDECIDED,
+    VERB,
+    WHO_ANSWERED,
 )
 
 
@@ -142,7 +54,7 @@ class Grammar:
         either = "|".join(re.escape(core) for core in cores)
         bare = [core for core, label in zip(cores, labels, strict=True) if core == label]
         nouns = NOUNS + (WHO_ANSWERED if bare else "")
-        exact = f"|(?-i:(?:{'|'.join(map(re.escape, bare))}))(?![0-9A-Za-z'’])" if bare else ""
+        exact = f"|(?<![0-9A-Za-z])(?-i:(?:{'|'.join(map(re.escape, bare))}))(?![0-9A-Za-z'’])" if bare else ""
 
         def name(group: str) -> str:
             """Without a noun or brackets the case has to match the label: a bare "a" is an article."""
@@ -155,7 +67,7 @@ class Grammar:
         prefer = rf"(?:I|we)(?:'d| would)?(?: strongly| clearly| slightly)? {VERB}"
         statements = "|".join(
             (
-                rf"{name('n1')}\s+is\s+{DEGREE}{GOOD}{THING}",
+                rf"{name('n1')}\s+is\s+(?:(?:considered|deemed|judged)\s+)?{DEGREE}{GOOD}{THING}",
                 rf"{name('n2')}(?:\s+clearly)?\s+wins(?:\s+overall)?",
                 rf"{prefer}\s+{name('n3')}",
                 rf"(?:the|my)\s+(?:overall |final |clearly )?{GOOD}{THING}(?:\s+is:?|:)\s+{name('n4')}",
@@ -165,13 +77,14 @@ class Grammar:
                 r"(?P<n7>\[\[(?:" + either + r")\]\])",
             )
         )
+        reason = r"(?P<reason>,?\s+(?:because|since|as|due to|making it|in that|for its)\s.*)?"
         self._statement = re.compile(
-            rf"(?:{LEAD}|{OPINION}){{0,4}}(?:{statements}){over}(?P<reason>,?\s+(?:because|since|as it)\s.*)?",
+            rf"(?:{LEAD}|{OPINION}){{0,4}}(?:(?P<basis>{BASIS})(?:{LEAD}|{OPINION}){{0,3}})?(?:{statements}){over}{reason}",
             re.IGNORECASE | re.DOTALL,
         )
         self._tied = re.compile(rf"(?:{LEAD})*{TIED}", re.IGNORECASE)
         self._balanced = re.compile(rf"(?:{LEAD})*(?:{BALANCED})", re.IGNORECASE | re.DOTALL)
-        self.led = re.compile(LEAD, re.IGNORECASE)
+        self.led = re.compile(rf"(?:\A|,\s+){LEAD}", re.IGNORECASE)
         self._core = re.compile(rf"(?<![0-9A-Za-z])(?:{either})(?![0-9A-Za-z])", re.IGNORECASE)
         self.mention = re.compile(name("any"), re.IGNORECASE)
         self.bracketed = re.compile(r"\[\[")
@@ -186,29 +99,80 @@ class Grammar:
         if len(text) > LONGEST_STATEMENT:
             return None
         text = unwrapped(re.sub(r"\A(?:#+|[*•-])\s+", "", text))
+        text = re.sub(r"\[\[([\w ()]+)\]\]", r"\1", text)
         if self.ties and re.fullmatch(r"(?:(?:verdict|answer|overall)\s*:\s*)?\[{0,2}tie\]{0,2}[.!]?", text, re.I):
             return TIE
         match = self._alone.fullmatch(text)
         return self._winner(match["core"]) if match else None
 
+    def parse(self, sentence: str) -> re.Match[str] | None:
+        """The match of a sentence that calls an answer better and says nothing else; see `winner_of`."""
+        if len(sentence) > LONGEST_STATEMENT or not CONCLUSIVE.search(sentence):
+            return None
+        return self._statement.fullmatch(without_emphasis(sentence).rstrip(".! \t\n"))
+
     def statement(self, sentence: str) -> str | None:
         """The answer that a sentence calls better, "tie" or "undecided"; None if the sentence is no verdict.
 
-        The whole sentence has to match; only a reason that does not reverse the verdict may follow.
+        The whole sentence has to match; grounds and a reason that do not reverse the verdict may stand in it.
         """
+        if match := self.parse(sentence):
+            return self._winner_of(match)
         if len(sentence) > LONGEST_STATEMENT:
             return None
         text = without_emphasis(sentence).rstrip(".! \t\n")
         if self._tied.fullmatch(text):
             return TIE
-        match = self._statement.fullmatch(text)
-        if match is None:
-            return UNDECIDED if re.search(GOOD, text, re.I) and self._balanced.fullmatch(text) else None
+        return UNDECIDED if re.search(GOOD, text, re.I) and self._balanced.fullmatch(text) else None
+
+    def _winner_of(self, match: re.Match[str]) -> str:
         name = next(match[f"n{i}"] for i in range(1, 8) if match[f"n{i}"])
         winner, other = self._named(name), match["other"] and self._named(match["other"])
-        if winner == other or TURNED.search(match["reason"] or "") or FAVOUR.search(match["reason"] or ""):
-            return UNDECIDED
-        return winner
+        grounded = self._is_ground(match["basis"] or "", winner) and self._is_reason(match["reason"] or "", winner)
+        return winner if winner != other and grounded else UNDECIDED
+
+    def _is_ground(self, basis: str, winner: str) -> bool:
+        """Whether the clause before a verdict is about all that counts, and is no condition or quotation."""
+        concession = re.sub(r"\A(?:even though|though|although|in spite of)\b", "while", basis, flags=re.IGNORECASE)
+        favours = FAVOUR.search(RESPECT.sub("", basis)) and winner not in self.named_in(basis)
+        partial = PARTIAL.search(basis) or ONE_RESPECT.search(basis)
+        if favours or partial:
+            return False
+        reviewed = re.sub(r"\A(?:after|upon)(?: \w+ly)? \w+ing\b", "", concession, flags=re.IGNORECASE)
+        return self._is_reason(reviewed, winner)
+
+    def _is_reason(self, reason: str, winner: str) -> bool:
+        """Whether a reason speaks for the winner: not for the other answer, and not in a sentence that retracts it."""
+        reason = RESPECT.sub("", re.sub(r"\bbut also\b", "", reason, flags=re.IGNORECASE))
+        masked = self.mention.sub("@", reason)
+        if TURNED.search(reason) or NO_WINNER.search(masked) or re.search(r"n[o']t\s+@", masked):
+            return False
+        contrast = False
+        for clause in CLAUSES.split(reason):
+            if clause is None or CLAUSES.fullmatch(clause):
+                contrast = contrast or clause is not None
+                continue
+            named = self.named_in(clause)
+            other = bool(named - {winner}) or OTHER.search(clause) is not None
+            if other and FAVOUR.search(clause):
+                return False
+            says = len(re.findall(r"\w+", self.mention.sub("", clause))) > 2
+            if other and says and winner not in named and not contrast and not FAULT.search(clause):
+                return False
+        return True
+
+    def is_cut(self, sentence: str) -> bool:
+        """Whether a verdict stops before its sentence ends: within its reason, or behind "Therefore, Response A"."""
+        text = without_emphasis(sentence).strip()
+        if re.search(r"(?:\.\.|…|\b(?:e\.g|i\.e|vs|cf|etc|viz)\.)\W*$", text, re.IGNORECASE):
+            return True
+        if re.search(r"[.!]\W*$", text):
+            return False
+        match = self.parse(sentence)
+        if match is None:
+            return False
+        announced = match["n6"] is None or match.string[: match.start("n6")].rstrip().endswith(":")
+        return not announced or bool(match["reason"] or match["basis"])
 
     def claims(self, text: str) -> set[str]:
         """The verdicts of a text's sentences and lines, each read alone."""
@@ -216,12 +180,22 @@ class Grammar:
         lines = [re.sub(r"\A[ \t]*(?:[-*•>]|#+)[ \t]+", "", part) for part in parts]
         return {winner for line in lines if (winner := self.statement(line))}
 
+    def headline(self, text: str) -> str | None:
+        """The label alone on a reply's first line, unless it heads a section: "Response A:", or B has a line too."""
+        line, *rest = (line.strip() for line in text.split("\n") if line.strip())
+        winner = self.alone(line)
+        if not rest or winner in (None, TIE) or line.startswith("#") or line.rstrip(" *").endswith(":"):
+            return None
+        lines = (re.sub(r"\A(?:[-*•>]|#+)[ \t]+", "", other) for other in rest[:-1])
+        return None if {self.alone(other) for other in lines} - {None, winner} else winner
+
     def leaning(self, sentence: str) -> str | None:
         """The winner that a sentence leans to; "undecided" if it favours an answer without being a clear statement."""
-        if winner := self.statement(sentence):
+        winner = self.statement(sentence)
+        if winner not in (None, UNDECIDED):
             return winner
         text = without_emphasis(sentence)
-        if NO_WINNER.search(text):
+        if NO_WINNER.search(self.mention.sub("@", text)):
             return UNDECIDED
         named = self.named_in(text)
         if re.search(r"@\s*[<>≻]\s*@|@[^.,;@]{0,9}\b[0-9]+\s*(?:/|out of)\s*[0-9]", self.mention.sub("@", text)):
@@ -230,7 +204,8 @@ class Grammar:
             return UNDECIDED if FAVOUR.search(text) and PLACE.search(text) else None
         if not FAVOUR.search(RESPECT.sub("", text)):
             rest = self.mention.sub("", text).replace("’", "'")
-            return named.pop() if len(named) == 1 and len(rest) < 60 and BARE.fullmatch(rest) else None
+            alone = len(named) == 1 and len(rest) < 60 and BARE.fullmatch(rest)
+            return named.pop() if alone else winner
         return named.pop() if len(named) == 1 and not HEDGED.search(text) else UNDECIDED
 
     def named_in(self, text: str) -> set[str]:

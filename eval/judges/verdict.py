@@ -12,7 +12,9 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
-from eval.judges.grammar import (
+from eval.judges.grammar import Grammar, grammar_of, sentences, unwrapped, without_emphasis
+from eval.judges.task import OVERALL, TIE, JudgeTask
+from eval.judges.wording import (
     ABOUT_QUESTION,
     AGAINST,
     ASPECT,
@@ -27,17 +29,16 @@ from eval.judges.grammar import (
     SECOND,
     SUSPECT,
     UNDECIDED,
-    Grammar,
-    grammar_of,
-    sentences,
-    unwrapped,
-    without_emphasis,
 )
-from eval.judges.task import OVERALL, TIE, JudgeTask
 
 LONGEST = 200_000  # characters; longer replies are unparsable
 SENTENCE_ENDS = re.compile(  # the text that follows a match begins a sentence
     r"(?:[.!?…。！？][)\"'*`”’»\]]{0,3}\s+|[^\w\s:,;–—\-(\[{“‘\"'`*<>~/=+]\s+|\n\s*)$"
+)
+FULL_WIDTH = str.maketrans("，。！？：；（）", ",.!?:;()")
+DANGLING = re.compile(
+    r"(?:[,;:(-]|\b(?:an?|the|and|or|but|of|to|in|on|at|by|for|with|from|as|is|are|was|it|its|that|which|than|because))\W*$",
+    re.IGNORECASE,
 )
 EXPLANATION = re.compile(
     r"\s*\W{0,4}(?:explanation|reasoning|reasons?|rationale|justification)\b\W{0,3}[:\n]\W{0,5}", re.IGNORECASE
@@ -130,7 +131,7 @@ def _strict_closing(text: str, task: JudgeTask) -> dict[str, str] | None:
         contradicted = contradicted or re.search(
             rf"(?:^|[.!?\n]\W{{0,9}}){own_label} is worse[.!]", text, re.IGNORECASE
         )
-        claims = grammar_of(task).claims(before) - {UNDECIDED, winner}
+        claims = (grammar_of(task).claims(before) | {grammar_of(task).headline(text)}) - {None, UNDECIDED, winner}
         return None if contradicted or claims else {OVERALL: winner}
     return None
 
@@ -191,15 +192,15 @@ def _score(text: str, task: JudgeTask) -> Verdict:
 
 def _fallback(text: str, task: JudgeTask) -> dict[str, str] | None:
     """Matches one JSON object in prose, a label with or without an explanation, or a last sentence with a verdict."""
-    grammar = grammar_of(task)
+    grammar, text = grammar_of(task), text.translate(FULL_WIDTH)
     if alone := grammar.alone(text):
         return {OVERALL: alone}
     if "~~" in text:
         return None
     if task.answer == "json" and any(f'"{aspect}"' in text for aspect in task.aspects):
         return _json_in_prose(text, task, grammar)
-    winner = _explained_label(text, grammar) or _last_sentence(text, task, grammar)
-    return {OVERALL: winner} if winner else None
+    winner = _explained_label(text, task, grammar) or _last_sentence(text, task, grammar)
+    return {OVERALL: winner} if winner and grammar.headline(text) in (None, winner) else None
 
 
 def _json_in_prose(text: str, task: JudgeTask, grammar: Grammar) -> dict[str, str] | None:
@@ -249,6 +250,8 @@ def _plain(sentence: str) -> str:
 def _follows(after: str, winner: str, grammar: Grammar) -> bool:
     """Whether the text after a verdict explains it, repeats it, or is a courtesy."""
     heading = EXPLANATION.match(after)
+    if heading and _stops_in_sentence(after):
+        return False
     for sentence in sentences(after[heading.end() :] if heading else after):
         same = grammar.statement(sentence) == winner
         claim, contrast, other = sentence.partition(", while ")
@@ -260,7 +263,14 @@ def _follows(after: str, winner: str, grammar: Grammar) -> bool:
     return True
 
 
-def _explained_label(text: str, grammar: Grammar) -> str | None:
+def _stops_in_sentence(text: str) -> bool:
+    """Whether a text ends without a stop, other than behind an item of a list."""
+    last = text.rstrip().rpartition("\n")[2]
+    item = re.match(r"\s*(?:[-*•]|[0-9]+[.)])\s", last) and not DANGLING.search(last)
+    return not item and not re.search(r"[.!?][)\"'*`”’\]]{0,3}$", last)
+
+
+def _explained_label(text: str, task: JudgeTask, grammar: Grammar) -> str | None:
     """A label alone on the first line followed by its explanation, or alone in the last paragraph."""
     line, _, rest = text.partition("\n")
     winner = grammar.alone(line.strip())
@@ -270,6 +280,8 @@ def _explained_label(text: str, grammar: Grammar) -> str | None:
     winner = grammar.alone(last.strip())
     if winner is None or not re.search(r"[.!][)\"'*]{0,3}\s*$", before[-9:]):
         return None
+    if task.answer != "choice" and " " in last.strip() and grammar.mention.fullmatch(last.strip()):
+        return None  # "Response B" may be the first two words of a sentence
     earlier = ["", *sentences(before)]
     doubt = HYPOTHETICAL.search(earlier[-1]) or ABOUT_QUESTION.search(earlier[-1])
     return winner if not doubt and _uncontradicted(earlier, winner, grammar) else None
@@ -280,18 +292,27 @@ def _last_sentence(text: str, task: JudgeTask, grammar: Grammar) -> str | None:
     all_sentences = ["", "", *sentences(text)]
     before, last = all_sentences[-2], all_sentences[-1]
     winner = grammar.statement(last)
-    if winner in (None, UNDECIDED) or (winner == TIE and not grammar.ties) or len(grammar.bracketed.findall(text)) > 1:
+    if (
+        winner in (None, UNDECIDED)
+        or grammar.is_cut(last)
+        or (winner == TIE and not grammar.ties)
+        or len(grammar.bracketed.findall(text)) > 1
+    ):
         return None
-    if not grammar.led.match(without_emphasis(last)):
+    led = grammar.led.search(without_emphasis(last))
+    if not led:
         if HYPOTHETICAL.search(before) and not grammar.mention.search(before):
             return None  # a sentence that names no answer may be about the next sentence
         if _is_fragment(before) or _names_aspect(before, task):
             return None
-    if re.search(r"\banswer\b", last, re.IGNORECASE) and ABOUT_QUESTION.search(before):
+    match = grammar.parse(last)
+    claim = last if match is None else match.string[: match.start("reason") if match["reason"] else None]
+    if match and match["basis"] and _names_aspect(match["basis"], task) and len(ASPECT.findall(match["basis"])) == 1:
+        return None  # a verdict about one aspect
+    if re.search(r"\banswer\b", claim, re.IGNORECASE) and ABOUT_QUESTION.search(before):
         return None
     head = text[: text.rindex(last.split()[-1])]
     headings = re.findall(r"^[ \t]*(?:#+[^\n]*|\*\*[^*\n]+\*\*:?)[ \t]*$", head, re.MULTILINE)
-    led = grammar.led.match(without_emphasis(last))
     if (
         headings
         and not CONCLUSION.search(headings[-1])

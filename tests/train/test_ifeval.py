@@ -103,6 +103,28 @@ def test_every_stratified_case() -> None:
     assert disagreements(cases) == []
 
 
+@pytest.mark.parametrize(
+    ("text", "sentences", "capitals"),
+    [
+        ("He said “No.” SHE left.", 1, 1),  # a curly or angular quote behind a full stop ends no sentence
+        ("He said «Non.» SHE left.", 1, 1),
+        ("It’s ‘Fine.’ REALLY.", 1, 1),
+        ('He said "No." SHE left.', 2, 1),
+        ("NASA–ESA and EU—UN.", 1, 2),  # dashes do not separate words
+        ("One. Two! Three? FOUR.", 4, 1),
+    ],
+)
+def test_texts_are_split_as_the_official_labels_were(text: str, sentences: int, capitals: int) -> None:
+    """Counted by the official checker's splitter; NLTK 3.10.2 and later split differently."""
+    if not has_splitter():
+        pytest.skip("NLTK's punkt_tab is not there; set NLTK_DATA")
+    names = ["length_constraints:number_sentences", "change_case:capital_word_frequency"]
+    for more in (0, 1):
+        arguments: list[dict[str, Any]] = [{"relation": "at least", "num_sentences": sentences + more}]
+        arguments.append({"capital_relation": "at least", "capital_frequency": capitals + more})
+        assert ifeval.outcomes("p", text, names, arguments)[0] == [not more, not more]
+
+
 NAMES = ["punctuation:no_comma", "startend:quotation"]
 TEXTS = {'"a"': (1.0, 1.0), '"a, b"': (0.5, 0.5), "a": (0.5, 0.5), 'Here:\n"a"': (0.5, 1.0), "a, b": (0.0, 0.0)}
 

@@ -2,6 +2,7 @@
 
 As a reward: `function: ifeval` (or train.rewards.ifeval.loose), for data with google/IFEval's columns
 instruction_id_list and kwargs. Before the first completion NLTK's sentence splitter is downloaded if it is missing.
+Sentences and words are split by the rules of the official labels, which newer versions of NLTK have changed.
 
 The verifiers are the files of lm_eval/tasks/ifeval, loaded one by one under names of our own: importing them as
 lm_eval.tasks.ifeval would run lm_eval/tasks/__init__.py first, which needs thirty packages (the verifiers need three).
@@ -14,11 +15,12 @@ import ast
 import functools
 import logging
 import random
+import re
 from collections.abc import Mapping, Sequence
 from importlib.machinery import SourceFileLoader
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import CodeType, ModuleType
+from types import CodeType, ModuleType, SimpleNamespace
 from typing import Any
 
 SPLITTER = "punkt_tab"
@@ -114,6 +116,7 @@ def load_verifiers() -> Any:
         verifiers = import_files(Path(spec.origin).parent / "tasks" / "ifeval")
     except ImportError as error:
         raise ImportError(f"ifeval: {error}; {INSTALL}") from error
+    use_official_splitter(verifiers.instructions_util)
     langdetect.DetectorFactory.seed = 0  # with it an answer depends on the text alone, and may be cached
     langdetect.detect = functools.lru_cache(maxsize=1 << 12)(langdetect.detect)  # a loose check asks up to 8 times
     # It reports each text whose language it cannot tell, such as "!!!", and counts it as followed.
@@ -162,6 +165,42 @@ def require_splitter() -> None:
                 f"ifeval: NLTK's sentence splitter {SPLITTER} is not there and could not be downloaded; where there is "
                 f"a network: python -m nltk.downloader -d DIRECTORY {SPLITTER}; then set NLTK_DATA=DIRECTORY"
             ) from None
+
+
+def use_official_splitter(util: Any) -> None:
+    """Makes lm-eval's module instructions_util split texts as the official labels do, whatever NLTK is installed.
+
+    NLTK 3.10.2 ends a sentence at a curly quote ('He said “No.” She left.' has two sentences then, officially one),
+    3.10.1 splits off apostrophes, 3.9.3 dashes. The versions before have known security holes in their downloader.
+    """
+    import nltk
+    from nltk.tokenize.destructive import NLTKWordTokenizer
+    from nltk.tokenize.punkt import PunktLanguageVars, PunktTokenizer
+
+    class OfficialLanguageVars(PunktLanguageVars):
+        re_boundary_realignment = re.compile(r"[\"')\]}]+?(?:\s+|(?=--)|$)", re.MULTILINE)
+        _re_non_word_chars = r"(?:[)\";}\]*:@'({\[?!])"
+
+    class OfficialWordTokenizer(NLTKWordTokenizer):
+        STARTING_QUOTES = (
+            *NLTKWordTokenizer.STARTING_QUOTES[:-1],
+            (re.compile(r"(?i)(')(?!re|ve|ll|m|t|s|d|n)(\w)\b"), r"\1 \2"),
+        )
+        PUNCTUATION = tuple(rule for rule in NLTKWordTokenizer.PUNCTUATION if not rule[0].fullmatch("–"))
+
+    @functools.cache
+    def sentence_tokenizer() -> Any:
+        tokenizer = PunktTokenizer("english")
+        tokenizer._lang_vars = OfficialLanguageVars()
+        return tokenizer
+
+    word_tokenizer = OfficialWordTokenizer()
+
+    def word_tokenize(text: str) -> list[str]:
+        return [word for part in sentence_tokenizer().tokenize(text) for word in word_tokenizer.tokenize(part)]
+
+    util.count_sentences = lambda text: len(sentence_tokenizer().tokenize(text))
+    util.nltk = SimpleNamespace(tokenize=nltk.tokenize, data=nltk.data, word_tokenize=word_tokenize)
 
 
 def _rewards(
