@@ -7,7 +7,8 @@ WORKERS ?= $(shell getconf _NPROCESSORS_ONLN)
 PY := $(VENV)/bin/python
 # worksteal: what lies together, and shares fixtures, runs in one worker; a worker that is done takes over
 PYTEST := $(PY) -m pytest --numprocesses=$(WORKERS) --maxprocesses=8 --dist=worksteal
-PIP_INSTALL := $(PY) -m pip install $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
+# --no-compile: Python compiles what is imported when it is, a small part
+PIP_INSTALL := $(PY) -m pip install --no-compile $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 EXTRAS_cpu := train,eval,dev
 EXTRAS_cuda := $(EXTRAS_cpu),cuda
 EXTRAS_tpu := $(EXTRAS_cpu),tpu
