@@ -5,6 +5,8 @@ Every function takes `rewards_PG` ([..., G], the last axis is the group) and an 
 is treated as if it had been deleted: it gets 0, and the others get what they would get without it.
 A group with fewer than two valid entries gets zeros. No gradient flows into the rewards.
 A function with a parameter `weights_R` takes the rewards unmixed, `rewards_PGR` ([..., G, R]).
+Rank-based ones order 64-bit numbers of the host as they are; the others, and any function under jit, get what JAX makes
+of them: float32, unless `jax_enable_x64` is set.
 
 This file has the advantages that other trainers have too; `relatives.py` has those of single papers.
 To add one, write a function with this signature and put it into `ADVANTAGES`.
@@ -17,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from gopo_jax import checks
-from gopo_jax.groups import centered, comparable, divisor, ranks, standardized, valid_rewards
+from gopo_jax.groups import centered, comparable, divisor, order_of, ranks, standardized, valid_rewards
 from gopo_jax.relatives import (
     gdpo_advantages,
     gopo_multi_advantages,
@@ -59,7 +61,7 @@ def gopo_advantages(
       GOPO, https://arxiv.org/abs/2602.03876, section 3.
     """
     checks.one_of("ties", ties, ("average", "ordinal"))
-    rewards_PG, valid_PG = valid_rewards(rewards_PG, mask_PG)
+    rewards_PG, valid_PG = valid_rewards(order_of(rewards_PG), mask_PG)
     n_P1 = valid_PG.sum(-1, keepdims=True)
     rank_PG = ranks(rewards_PG, valid_PG, ties)
     # 2 - 4 (rank - 1) / (n - 1) with one division: a compiled division may be off by a bit, but 0 / n is exactly 0.

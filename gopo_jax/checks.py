@@ -9,7 +9,8 @@ import jax.numpy as jnp
 def as_float(name: str, value: jax.typing.ArrayLike) -> jax.Array:
     """Returns `value` as an array of at least float32.
 
-    Integers and 16-bit floats become float32 (16 bits fit exactly); float32 and float64 keep their dtype.
+    Integers and 16-bit floats become float32 (16 bits fit exactly); float32 and, with
+    `jax_enable_x64`, float64 keep their dtype.
 
     Raises:
       TypeError: a complex or boolean array.

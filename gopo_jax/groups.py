@@ -4,10 +4,14 @@ An entry that is masked out or NaN (unscorable) is treated as if it had been del
 with `valid_rewards` and multiplies its result by the returned mask.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from gopo_jax import checks
+
+WIDE = ("float64", "int64", "uint64")  # dtypes that JAX narrows to 32 bits by default
 
 
 def valid_rewards(
@@ -34,6 +38,24 @@ def valid_rewards(
         checks.same_shape("mask_PG", mask_PG, "rewards_PG", rewards_PG)
         valid_PG &= mask_PG.astype(bool)
     return jnp.where(valid_PG, rewards_PG, 0), valid_PG
+
+
+def order_of(rewards: Any) -> Any:
+    """Replaces 64-bit numbers of the host by their dense ranks, which float32 holds: 16777216 is below 16777217.
+
+    For functions of the order alone. JAX would round such numbers to 32 bits, unless `jax_enable_x64` is set; its own
+    arrays are returned as they are.
+    """
+    is_array = not isinstance(rewards, jax.Array) and hasattr(rewards, "tolist")
+    leaves, tree = jax.tree.flatten(rewards.tolist() if is_array else rewards)
+    is_wide = (
+        getattr(rewards, "dtype", None) in WIDE if is_array else all(type(leaf) in (int, float) for leaf in leaves)
+    )
+    if not leaves or not is_wide or jax.dtypes.canonicalize_dtype("float64") == jnp.float64:
+        return rewards
+    rank_of = {number: rank for rank, number in enumerate(sorted({leaf for leaf in leaves if leaf == leaf}))}
+    dense = [float(rank_of[leaf]) if leaf == leaf else float("nan") for leaf in leaves]
+    return jnp.asarray(jax.tree.unflatten(tree, dense), jnp.float32)
 
 
 def ranks(rewards_PG: jax.Array, valid_PG: jax.Array, ties: str) -> jax.Array:

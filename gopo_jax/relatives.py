@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from gopo_jax import checks
-from gopo_jax.groups import centered, comparable, divisor, ranks, standardized, valid_rewards
+from gopo_jax.groups import centered, comparable, divisor, order_of, ranks, standardized, valid_rewards
 
 
 def gopo_multi_advantages(
@@ -44,7 +44,7 @@ def gopo_multi_advantages(
       GOPO, https://arxiv.org/abs/2602.03876, section 3, for one reward; the sum over rewards is this project's.
     """
     checks.one_of("ties", ties, ("average", "ordinal"))
-    rewards_RPG, valid_RPG, weights_R11 = _rewards_first(rewards_PGR, mask_PG, weights_R)
+    rewards_RPG, valid_RPG, weights_R11 = _rewards_first(order_of(rewards_PGR), mask_PG, weights_R)
     n_RP1 = valid_RPG.sum(-1, keepdims=True)
     advantages_RPG = 2 * (n_RP1 + 1 - 2 * ranks(rewards_RPG, valid_RPG, ties)) / jnp.maximum(n_RP1 - 1, 1)
     advantages_RPG = jnp.where(comparable(valid_RPG), advantages_RPG, 0)

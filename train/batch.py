@@ -17,7 +17,7 @@ class Groups(NamedTuple):
     prompt_PS: np.ndarray  # int32 tokens, right-padded
     lengths_P: np.ndarray  # int32, tokens of each prompt
     rollout: Any  # a models.sampler.Rollout of NumPy arrays
-    rewards_PGR: np.ndarray  # float32, every reward by itself; NaN = unscorable
+    rewards_PGR: np.ndarray  # float32 or float64, every reward by itself; NaN = unscorable
 
 
 class Batch(NamedTuple):

@@ -9,7 +9,7 @@ Every step of `train_policy`:
     5  advantages   ADVANTAGES[name](rewards_PG): the one line in which GOPO and GRPO differ
     6  loss         clipped policy loss and KL penalty on the log-probabilities of the same tokens
     7  update       micro-batches of whole groups, their completions packed into rows; one optimizer step, or several
-    8  log, validate, checkpoint
+    8  log, validate, checkpoint; a run in which nothing can be scored ends
 
 With one update per batch the policy that is trained is the policy that sampled, so the old log-probabilities are the
 new ones without their gradient and need no forward pass. Steps 5 and 6 are in `train.objective`, step 7 in
@@ -34,6 +34,7 @@ from train.objective import make_advantages
 from train.processes import share
 from train.rewards import Rewards
 from train.rewards.functions import completion_ids
+from train.rewards.watch import ScoreWatch
 from train.run.directory import Run, check_run
 from train.run.lock import owns_its_run
 from train.run.metrics import Timer, require_finite, rollout_metrics, throughput
@@ -47,7 +48,8 @@ def train_policy(config: PolicyConfig) -> None:
     """Trains a policy; continues the run in `config.output_dir` if there is one.
 
     Raises:
-      SetupError: a mistake in the config or the data, before anything is computed.
+      SetupError: a mistake in the config or the data, before anything is computed; or, all saved, nothing could be
+        scored in several steps in a row.
     """
     with setup_errors():
         check_run(config)
@@ -61,6 +63,8 @@ def train_policy(config: PolicyConfig) -> None:
         rewards = Rewards(config.rewards, layout, config.model.dtype, config.reward_combination, columns)
         for prompt in prompts.one_of_each_kind():
             rewards.check(prompt)
+        for part in (prompts, validation):
+            rewards.check_rows(part.columns(part.rows))
         model = make_model(config.model, config.lora, layout, config.seed, tokenizer)
         graphdef, params, network = *split(model), model.config
         run = Run(config, model.config.to_hf(), tokenizer)
@@ -85,7 +89,8 @@ def train_policy(config: PolicyConfig) -> None:
         sampling_copy=config.mesh.sampling_copy,
     )
     update = Update(graphdef, optimizer, config, layout, state)
-    evaluate = partial(validate, run, config, validation, rewards, generator)
+    watch = ScoreWatch(config.output_dir, list(rewards.scorers))
+    evaluate = partial(validate, run, config, validation, rewards, generator, watch)
     describe(run, config, prompts, validation, layout)
     if run.start == 0 and config.validation.due(0, config.max_steps):
         run.write(0, evaluate(state, 0))
@@ -139,8 +144,12 @@ def train_policy(config: PolicyConfig) -> None:
         metrics |= throughput(config, network, attempts, seconds)
         run.write(done, metrics)
         run.show(done, {name: metrics.get(name, math.nan) for name in ("reward", "kl", "perf/tokens_per_s")})
-        if run.checkpoint_due(done):
+        watch.look(f"step {done}", groups.rewards_PGR)
+        if run.checkpoint_due(done) or watch.is_hopeless:
             run.save(done, state)
+        if watch.is_hopeless:
+            run.close(f"ended after step {done} of {config.max_steps}")
+            raise watch.error(done)
     run.close()
 
 
@@ -150,6 +159,7 @@ def validate(
     validation: Prompts,
     rewards: Rewards,
     generator: Generator,
+    watch: ScoreWatch,
     state: TrainState,
     step: int,
 ) -> dict[str, float]:
@@ -163,6 +173,7 @@ def validate(
     own = share(len(rows))
     ids_PG = completion_ids(tokens_PGT[own], lengths_PG[own])
     rewards_PGR = rewards.score(prompts[own], texts_PG[own], validation.columns(rows, own), ids_PG)
+    watch.look(f"validation at step {step}", rewards_PGR, counts=False)
     rewards_PG, metrics = rewards.combine(rewards_PGR), rewards.metrics(rewards_PGR)
     table = [
         {

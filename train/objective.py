@@ -17,27 +17,31 @@ from gopo_jax.losses import Metrics
 from models.lora import merge_trainable
 from train.config import LossConfig, PolicyConfig
 from train.packing import MicroBatch, unpack
-from train.rewards import combine
+from train.rewards.precision import combine, narrow, precision_of
 from train.run.metrics import sampling_metrics
 
 
 def make_advantages(config: PolicyConfig) -> Callable[..., np.ndarray]:
-    """Returns the jitted function (rewards_PGR, penalty_PG) -> advantages_PG that `config.advantage` names.
+    """Returns the function (rewards_PGR, penalty_PG) -> float32 advantages_PG that `config.advantage` names, jitted.
 
-    A penalty is taken off the combined reward; advantages that rank every reward by itself take none.
+    A penalty is taken off the combined reward; advantages that rank every reward by itself take none. It computes in
+    float64 where float32 would lose the order or the differences of the rewards.
 
     Raises:
       ValueError: advantages of another shape than [prompts_per_step, num_generations].
     """
-    weights_R = np.array([spec.weight for spec in config.rewards], np.float32)
+    weights_R = np.array([spec.weight for spec in config.rewards], np.float64)
     takes_every_reward = config.takes_every_reward
-    options = config.advantage_options | ({"weights_R": weights_R} if takes_every_reward else {})
+    options = config.advantage_options | ({"weights_R": weights_R.astype(np.float32)} if takes_every_reward else {})
     function = jax.jit(partial(config.advantage_function, **options))
 
     def advantages(rewards_PGR: np.ndarray, penalty_PG: Any = 0.0) -> np.ndarray:
-        if takes_every_reward:
-            return np.asarray(function(rewards_PGR))
-        return np.asarray(function(combine(rewards_PGR, weights_R, config.reward_combination) - penalty_PG))
+        rewards = rewards_PGR if takes_every_reward else combine(rewards_PGR, weights_R, config.reward_combination)
+        if not takes_every_reward and np.any(penalty_PG):
+            rewards = rewards.astype(np.float64) - np.asarray(penalty_PG, np.float64)
+        rewards = narrow(rewards)
+        with precision_of(rewards):
+            return np.asarray(function(rewards)).astype(np.float32)
 
     shape = (config.prompts_per_step, config.num_generations)
     trial_PG = advantages(np.zeros((*shape, len(weights_R)), np.float32))

@@ -7,6 +7,7 @@ process alone writes metrics, logs and texts; every process writes its part of a
 
 import importlib.util
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -97,6 +98,10 @@ def gather(rows: np.ndarray) -> np.ndarray:
     """All-gathers rows: returns those of all processes, in the processes' order; the other axes must agree."""
     if not is_distributed():
         return rows
+    if rows.dtype.itemsize == 8:  # JAX would round 64 bits to 32: their halves travel
+        halves = np.ascontiguousarray(rows).reshape(len(rows), math.prod(rows.shape[1:])).view(np.uint32)
+        gathered = gather(halves)
+        return gathered.view(rows.dtype).reshape(len(gathered), *rows.shape[1:])
     sizes = np.asarray(multihost_utils.process_allgather(np.array(len(rows)))).tolist()
     padded = np.pad(rows, [(0, max(sizes) - len(rows)), *[(0, 0)] * (rows.ndim - 1)])
     stacked = np.asarray(multihost_utils.process_allgather(padded))

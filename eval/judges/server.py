@@ -9,7 +9,6 @@ import contextlib
 import json
 import os
 import queue
-import re
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
@@ -28,6 +27,7 @@ from rich.progress import (
 
 from eval.judges.cache import Cache, Reply, content_key
 from train.console import console
+from train.rewards.refusals import error_text, filtered, too_long
 
 FORMATS = ("json_schema", "json_object", "none")  # ways to request JSON, the strictest first
 PAUSE = 0.5  # seconds, after a broken reply; the client makes all other pauses
@@ -36,13 +36,6 @@ PATIENCE = 2.5  # seconds to wait at the end for replies in flight
 SHORTEST_SECRET = 6  # characters; shorter keys, such as "none", are no secret
 LEAST_REFUSED = 4  # questions, before all count as refused: a refusal arrives sooner than a reply
 LONGEST_REPLY = 250_000  # characters of a reply; a longer reply is cut, and so unparsable
-
-TOO_LONG = (
-    *("context_length_exceeded", "context length", "maximum context", "available context size"),  # OpenAI, llama.cpp
-    *("maximum model length", "prompt is too long", "maximum number of tokens"),  # vLLM, and others
-)
-TOO_LONG_COUNTS = re.compile(r"inputs\b.{0,60}must (be <=|have less than) *\d")  # TGI
-FILTERED = ("content_policy_violation", "content_filter", "content management policy", "usage policy")
 
 
 @dataclass(frozen=True)
@@ -336,11 +329,6 @@ def read_completion(reply: Any) -> Reply:
     )
 
 
-def error_text(error: Any) -> str:
-    """Joins a server error's message, code and parameter name into one text."""
-    return f"{error} {getattr(error, 'code', '')} {getattr(error, 'param', '')}".lower()
-
-
 def with_advice(error: Any) -> str:
     """Adds to a server's error the setting to check."""
     if error.status_code in (401, 403):
@@ -355,15 +343,3 @@ def with_advice(error: Any) -> str:
 def about_format(text: str) -> bool:
     """Whether an error concerns the format of the reply."""
     return any(word in text for word in ("response_format", "json_schema", "json_object", "guided_json"))
-
-
-def too_long(error: Any) -> bool:
-    """Whether a request was refused because it exceeds the model's context."""
-    text = error_text(error)
-    return any(words in text for words in TOO_LONG) or bool(TOO_LONG_COUNTS.search(text))
-
-
-def filtered(error: Any) -> bool:
-    """Whether a content filter refused the question; others may still be answered."""
-    text = error_text(error)
-    return any(words in text for words in FILTERED)

@@ -2,7 +2,8 @@
 
   rouge1, rouge2, rougeL   F1 = 2 P R / (P + R) of the overlap of summary and reference: n-grams, or the longest common
                            subsequence; by the package rouge-score with Porter's stemmer
-  words, tokens            length in words between white space, and in the policy's tokens
+  words, tokens            length in words between white space, and in the policy's tokens; where a script has no spaces
+                           between words, a word is a character in every measure (`train.rewards.words`)
   compression              words of the summary / words of its post
   novelty n                share of the summary's n-grams (repeated ones count again) that are not in the post
   coverage, density        over the fragments f that a summary shares with its post, matched greedily from its start:
@@ -17,7 +18,6 @@ References:
   Grusky et al., Newsroom, https://arxiv.org/abs/1804.11283 (coverage and density).
 """
 
-import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -39,6 +39,7 @@ from eval.texts.rows import (
 from train.console import console
 from train.data.rows import Row, load_rows
 from train.parse import parse
+from train.rewards.words import RougeTokenizer, plain_words, spaced_words
 from train.run.files import check_out
 from train.running import setup_errors
 
@@ -51,6 +52,8 @@ PATHS: dict[str, tuple[str, ...]] = {  # keys of each measure in the result
     **{name: ("extractive", name) for name in ("coverage", "density")},
 }
 SHOWN_BY_TEMPERATURE = ("rouge1", "rouge2", "rougeL", "words", "new 2-grams")
+# Full-width marks end a sentence without white space, behind a closing quotation mark or bracket if there is one.
+SENTENCE_ENDS = re.compile(r"(?<=[.!?؟।۔።])\s+|(?<=[。！？｡])(?![。！？｡」』”’）])\s*|(?<=[。！？｡][」』”’）])\s*|\n+")
 Measures = dict[str, float | None]  # of one text; None = undefined
 
 
@@ -126,16 +129,16 @@ def measure_summaries(config: SummariesConfig) -> dict[str, Any]:
 
 
 def measure_summary(text: str, post: str, reference: str | None, score: Any) -> Measures:
-    """Computes every measure of one summary; without a reference ROUGE is None."""
+    """Computes every measure of one summary; without a reference, or one without a word, ROUGE is None."""
     measures: Measures = {}
-    overlaps = score(reference, text) if reference is not None else {}
+    overlaps = score(reference, text) if reference is not None and plain_words(reference) else {}
     for name in ROUGES:
         f1, precision, recall = "fmeasure", "precision", "recall"
         for key, part in ((name, f1), (f"{name}_precision", precision), (f"{name}_recall", recall)):
             measures[key] = getattr(overlaps[name], part) if overlaps else None
-    length, post_length = len(text.split()), len(post.split())
+    length, post_length = len(spaced_words(text)), len(spaced_words(post))
     measures |= {"words": length, "compression": length / post_length if post_length else None}
-    summary, source = words(text), words(post)
+    summary, source = plain_words(text), plain_words(post)
     for n in NOVELTY:
         measures[f"novelty{n}"] = novelty(summary, source, n)
     sizes = [len(fragment) for fragment in fragments(summary, source)]
@@ -154,12 +157,7 @@ def rouge_scorer() -> Any:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
         raise ImportError(f"summaries: {error}; pip install rouge-score") from error
-    return functools.partial(RougeScorer(list(ROUGES), use_stemmer=True).score)
-
-
-def words(text: str) -> list[str]:
-    """The words of a text in lower case, without punctuation."""
-    return re.findall(r"\w+(?:['’]\w+)*", text.lower())
+    return RougeScorer(list(ROUGES), tokenizer=RougeTokenizer(stem=True)).score
 
 
 def novelty(summary: Sequence[str], post: Sequence[str], n: int) -> float | None:
@@ -200,8 +198,8 @@ def post_of(row: Row) -> str:
 
 
 def lead_sentences(post: str, sentences: int) -> str:
-    """The first sentences; a sentence ends with . ! or ? before white space, or with its line."""
-    parts = [part for part in re.split(r"(?<=[.!?])\s+|\n+", post.strip()) if part.strip()]
+    """The first sentences; a sentence ends with . ! or ? before white space, with 。 ！ or ？, or with its line."""
+    parts = [part for part in SENTENCE_ENDS.split(post.strip()) if part.strip()]
     return " ".join(parts[:sentences])
 
 

@@ -17,8 +17,8 @@ from eval.texts.summaries import (
     novelty,
     post_of,
     rouge_scorer,
-    words,
 )
+from train.rewards.words import plain_words
 from train.run.files import write_jsonl
 
 POST = "The cat sat on the mat. It was happy! Then the dog came\nand barked."
@@ -55,7 +55,7 @@ def test_a_text_against_itself(text: str) -> None:
     found = measure_summary(text, text, text, rouge_scorer())
     assert [found[name] for name in ("rouge1", "rouge2", "rougeL", "coverage", "compression")] == [1, 1, 1, 1, 1]
     assert [found[f"novelty{n}"] for n in (1, 2, 3)] == [0, 0, 0]
-    assert found["density"] == len(words(text))
+    assert found["density"] == len(plain_words(text))
 
 
 def test_nothing_in_common() -> None:
@@ -71,14 +71,14 @@ def test_an_empty_summary_has_no_shares() -> None:
 
 
 def test_novelty_counts_n_grams_that_the_post_lacks() -> None:
-    summary, post = words("the cat, the dog - the cow"), words(POST)
+    summary, post = plain_words("the cat, the dog - the cow"), plain_words(POST)
     assert novelty(summary, post, 1) == 1 / 6  # cow
     assert novelty(summary, post, 2) == 3 / 5  # cat the, dog the, the cow
     assert novelty(summary[:1], post, 2) is None
 
 
 def test_fragments_are_the_longest_pieces_from_the_left() -> None:
-    found = fragments(words("happy cat sat on the dog came x the mat"), words(POST))
+    found = fragments(plain_words("happy cat sat on the dog came x the mat"), plain_words(POST))
     assert [" ".join(fragment) for fragment in found] == ["happy", "cat sat on the", "dog came", "the mat"]
 
 
@@ -94,6 +94,16 @@ def test_the_lead_is_the_first_sentences() -> None:
         and lead_sentences(POST, 9).count(" ") == len(POST.split()) - 1
     )
     assert lead_sentences(POST, 3) == "The cat sat on the mat. It was happy! Then the dog came"
+
+
+def test_every_measure_counts_characters_where_there_are_no_spaces() -> None:
+    post, signs = "今天天气很好。我们去公园玩！", len("今天天气很好我们去公园玩")
+    found = measure_summary("天气很好", post, "今天天气好", rouge_scorer())
+    assert found["words"] == 4 and found["compression"] == 4 / signs
+    assert found["coverage"] == 1 and found["density"] == 4 and found["novelty2"] == 0
+    assert found["rouge1_precision"] == 3 / 4 and found["rouge1_recall"] == 3 / 5
+    assert measure_summary("好", post, "!", rouge_scorer())["rouge1"] is None, "a reference without a word"
+    assert lead_sentences(post, 1) == "今天天气很好。" and lead_sentences("「好！」他说。走。", 2) == "「好！」 他说。"
 
 
 def test_the_interval_is_over_prompts() -> None:

@@ -92,6 +92,18 @@ def rloo_by_loop(r: np.ndarray) -> np.ndarray:
 # GOPO
 
 
+@pytest.mark.parametrize(
+    "ranked", [gopo_advantages, lambda r: gopo_jax.gopo_multi_advantages(np.asarray(r)[..., None])]
+)
+@pytest.mark.parametrize("low", [2**24, 1e9, 1e-60, -(2**53) + 4])
+def test_the_order_of_the_hosts_numbers_is_taken_before_float32(ranked: Any, low: float) -> None:
+    step = low if low < 1 and low > 0 else 1
+    rewards = [low + 2 * step, low, float("nan"), low + step, low]
+    expected = np.asarray(gopo_advantages(np.array([3, 1, np.nan, 2, 1], np.float32)))
+    np.testing.assert_array_equal(ranked(np.array(rewards)), expected)
+    np.testing.assert_array_equal(ranked(rewards), expected)
+
+
 @every_shape
 def test_gopo_is_the_counting_formula(shape: tuple[int, ...]) -> None:
     for seed, ties in itertools.product(range(4), (False, True)):

@@ -11,7 +11,8 @@ from typing import Any
 import nltk
 import pytest
 
-from train.rewards import ifeval
+from train.config import RewardSpec
+from train.rewards import Rewards, ifeval
 
 ROOT = Path(__file__).parents[2]
 SAMPLE = ROOT / "tests" / "data" / "ifeval_sample.jsonl.gz"
@@ -176,6 +177,63 @@ def test_chance_is_the_same_every_time_and_leaves_other_chance_alone() -> None:
 def test_data_that_cannot_be_checked_is_refused(names: list[str], arguments: list[dict[str, Any]], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         ifeval.strict(["p"], ["text"], [names], [arguments])
+
+
+NEEDED: dict[str, dict[str, Any]] = {
+    "length_constraints:number_words": {"num_words": 300, "relation": "at least"},
+    "length_constraints:number_paragraphs": {"num_paragraphs": 2},
+    "keywords:existence": {"keywords": ["a"]},
+    "keywords:frequency": {"keyword": "a", "frequency": 2, "relation": "less than"},
+    "keywords:letter_frequency": {"letter": "a", "let_frequency": 2, "let_relation": "at least"},
+    "language:response_language": {"language": "de"},
+    "length_constraints:nth_paragraph_first_word": {"num_paragraphs": 2, "nth_paragraph": 1, "first_word": "a"},
+    "startend:end_checker": {"end_phrase": "a"},
+    "change_case:capital_word_frequency": {"capital_frequency": 2, "capital_relation": "at least"},
+}
+
+
+@pytest.mark.parametrize("name", NEEDED)
+def test_an_instruction_without_an_argument_that_it_needs_is_refused(name: str) -> None:
+    ifeval.check_instructions([name], [NEEDED[name]])
+    for argument in NEEDED[name]:
+        for value in (None, "", 0, [], float("nan")):
+            with pytest.raises(ValueError, match=f"ifeval: {name} needs '{argument}', got"):
+                ifeval.check_instructions([name], [NEEDED[name] | {argument: value}])
+        with pytest.raises(ValueError, match=f"ifeval: {name} needs '{argument}', got None"):
+            ifeval.outcomes("p", "text", [name], [{k: v for k, v in NEEDED[name].items() if k != argument}])
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "words"),
+    [
+        ("length_constraints:number_words", {"num_words": -3}, "cannot use its kwargs"),
+        ("length_constraints:nth_paragraph_first_word", {"nth_paragraph": 3}, "cannot use its kwargs"),
+        ("length_constraints:number_words", {"relation": "exactly"}, "cannot be checked .*relation"),
+        ("length_constraints:number_words", {"num_words": "300"}, "cannot be checked"),
+        ("language:response_language", {"language": "xx"}, "cannot be checked"),
+        ("keywords:existence", {"keywords": "cat"}, "keywords: expected a list of words, got 'cat'"),
+        ("keywords:existence", {"keywords": ["a("]}, "cannot be checked"),
+        ("keywords:existence", {"keyword": "c"}, "cannot be checked"),
+    ],
+)
+def test_arguments_that_a_verifier_cannot_use_are_refused(name: str, changes: dict[str, Any], words: str) -> None:
+    before = random.getstate()
+    with pytest.raises(ValueError, match=f"ifeval: {name}.*{words}"):
+        ifeval.check_columns([None, [], [name]], [None, [], [NEEDED[name] | changes]])
+    assert random.getstate() == before
+
+
+def test_every_prompt_of_google_ifeval_is_accepted() -> None:
+    rows = read(ROOT / "data" / "ifeval" / "input_data.jsonl.gz")
+    ifeval.check_columns([row["instruction_id_list"] for row in rows], [row["kwargs"] for row in rows])
+
+
+def test_the_row_is_named_before_anything_is_sampled() -> None:
+    rewards = Rewards([RewardSpec(function="ifeval")], None, "float32", columns=["instruction_id_list", "kwargs"])
+    good, bad = NEEDED["startend:end_checker"], {}
+    columns: dict[str, list[Any]] = {"instruction_id_list": [["startend:end_checker"]] * 2, "kwargs": [[good], [bad]]}
+    with pytest.raises(ValueError, match=r"needs 'end_phrase', got None; .* \(row 2 of the prompts\)"):
+        rewards.check_rows(columns)
 
 
 def test_a_missing_splitter_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,6 +82,27 @@ def test_rouge_is_the_harmonic_mean_of_precision_and_recall() -> None:
     assert rouge([""] * 5, texts, reference_column="other", **given)[3:] == [1, 1]
 
 
+def test_equal_overlaps_tie() -> None:
+    reference = "a b c"
+    texts = [" ".join(reference.split()[:n] + ["x"] * (5 * n - 3 - n)) for n in (1, 2, 3)]  # 2 n / (len + 3) = 2 / 5
+    assert len(set(rouge([""] * 3, texts, completion=[reference] * 3))) == 1
+
+
+@pytest.mark.parametrize(("reference", "other"), [("今天天气很好", "我去学校了吗"), ("ดีมาก", "ผึ้ง"), ("Привет", "пока")])
+def test_rouge_compares_words_of_any_script(reference: str, other: str) -> None:
+    scores = rouge([""] * 3, [reference, other, "!"], completion=[reference, reference, reference])
+    assert scores == [1, 0, 0]
+    assert rouge([""], ["!"], completion=["?!"]) == [None], "a reference without a word is none"
+    with pytest.raises(ValueError, match="rouge: reference_column: expected texts in the column 'completion', got int"):
+        rouge([""], ["4"], completion=[4])
+
+
+@pytest.mark.parametrize("sign", ["好", "ด", "👍", "あ"])
+def test_length_and_repetition_count_characters_where_there_are_no_spaces(sign: str) -> None:
+    assert length([""], [sign * 12], target=10) == length([""], ["a " * 12], target=10) == [-0.2]
+    assert repetition_penalty([""], [sign * 12]) == repetition_penalty([""], ["a " * 12]) == [pytest.approx(-0.9)]
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [
@@ -106,7 +127,29 @@ def test_impossible_options_are_refused_without_a_completion(call: Callable[[], 
 
 @pytest.mark.parametrize("n", range(1, 11))
 def test_a_score_is_read(n: int) -> None:
-    assert parse_score(f'{{"score": {n}}}') == parse_score(f' {{"score":{n}}}\n') == n
+    assert (
+        parse_score(f'{{"score": {n}}}')
+        == parse_score(f' {{"score":{n}}}\n')
+        == parse_score(f'{{"score": {n}.0}}')
+        == n
+    )
+
+
+WRAPPED = [
+    "```json\n{}\n```",
+    "```\n{}\n```\n",
+    "```JSON {}```",
+    "<think>\nIt asks for {{}}; a 3?\n</think>\n\n{}",
+    "<thinking>a</thinking>{}",
+    "Hm, a 3.\n</think>\n{}",
+    '<think>{{"score": 3}}</think>\n```json\n{}\n```',
+]
+
+
+@pytest.mark.parametrize("form", WRAPPED)
+def test_a_score_is_read_in_a_fence_and_behind_thoughts(form: str) -> None:
+    assert parse_score(form.format('{"score": 7}')) == 7
+    assert parse_score(form.format("7")) is None
 
 
 @pytest.mark.parametrize(
@@ -120,7 +163,10 @@ def test_a_score_is_read(n: int) -> None:
         "{}",
         '{"score": 0}',
         '{"score": 11}',
-        '{"score": 7.0}',
+        '{"score": 7.5}',
+        '{"score": NaN}',
+        '<think>so {"score": 7}',
+        '```json\n{"score": 7}\n``` or {"score": 3}',
         '{"score": "7"}',
         '{"score": true}',
         '{"score": null}',
@@ -139,7 +185,8 @@ def test_nothing_is_guessed(text: str) -> None:
 
 
 class Server:
-    """A double of an OpenAI-compatible server: answers[text of the completion] is a reply, or an HTTP status."""
+    """A double of an OpenAI-compatible server: answers[text of the completion] is a reply, or an HTTP status with or
+    without the reason."""
 
     def __init__(self) -> None:
         self.answers: dict[str, str | int] = {}
@@ -166,8 +213,11 @@ class Server:
                 message = {"role": "assistant", "content": answer}
                 choice = {"index": 0, "finish_reason": "stop", "message": message}
                 right = {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
-                reply = json.dumps({"error": {"message": "no"}} if isinstance(answer, int) else right).encode()
-                self.send_response(answer if isinstance(answer, int) else 200)
+                status, _, why = str(answer).partition(" ")
+                refuses = status.isdigit()
+                error = {"error": {"message": why or "no", "code": None}}
+                reply = json.dumps(error if refuses else right).encode()
+                self.send_response(int(status) if refuses else 200)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(reply)))
                 self.end_headers()
@@ -220,6 +270,24 @@ def test_a_failure_is_tried_again_and_then_none(server: Server, monkeypatch: pyt
     server.answers = {"a": 500}
     assert judge(["p"], ["a"], model="m", base_url=server.url, max_retries=2) == [None]
     assert len(server.requests) == 3
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        "400 refused by the content management policy",
+        "400 Content Exists Risk",
+        "403 your input was flagged",
+        "400 This model's maximum context length is 4096 tokens",
+    ],
+)
+def test_what_a_filter_refuses_or_the_context_cannot_hold_is_none(
+    server: Server, refusal: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.answers = {"a": '{"score": 3}', "b": refusal}
+    with caplog.at_level(logging.WARNING, "train.rewards.judge"):
+        assert judge(["p"] * 2, ["a", "b"], model="m", base_url=server.url) == [3, None]
+    assert refusal.partition(" ")[2] in caplog.text
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404])

@@ -1,11 +1,11 @@
 """Scores completions with one or more rewards, each a reward model or a Python function, and combines them by weight.
 
 NaN means unscorable. A completion without any reward is NaN and leaves the ranks and the loss. Where only some of its
-rewards are NaN, the others are combined.
+rewards are NaN, the others are combined. Order and differences are those of float64 (`train.rewards.precision`).
 """
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,12 +13,11 @@ import numpy as np
 from models.sharding import Layout
 from models.tokenizer import Prompt
 from train.config import RewardSpec
-from train.rewards.functions import Scorer, TokenIds, completion_ids, function_scorer
+from train.rewards.functions import Scorer, TokenIds, check_rows, completion_ids, function_scorer
 from train.rewards.model import RewardModelScorer
+from train.rewards.precision import combine, narrow
 
 __all__ = ["RewardModelScorer", "Rewards", "combine", "completion_ids", "function_scorer"]
-
-COMBINATIONS: dict[str, Callable[..., np.ndarray]] = {"sum": np.nansum, "mean": np.nanmean, "minimum": np.nanmin}
 
 
 class Rewards:
@@ -37,8 +36,8 @@ class Rewards:
           dtype: of the reward models' weights and computation.
           columns: columns of the data, which functions may ask for; None: not known yet, so not checked.
         """
-        self.weights_R = np.array([spec.weight for spec in specs], np.float32)
-        self.combination = combination
+        self.weights_R = np.array([spec.weight for spec in specs], np.float64)
+        self.combination, self.specs = combination, specs
         functions = {  # first: a mistake in one is reported before any weight is read
             spec.label: function_scorer(spec.function, spec.options, columns)
             for spec in specs
@@ -73,6 +72,19 @@ class Rewards:
                         f"than its max_length = {scorer.max_length}, so nothing could be scored; raise it"
                     )
 
+    def check_rows(self, columns: dict[str, list[Any]]) -> None:
+        """Refuses rows of the data that a built-in function cannot score, before anything is sampled.
+
+        Args:
+          columns: the columns of all rows, without the prompts.
+
+        Raises:
+          ValueError: the first such row.
+        """
+        for spec in self.specs:
+            if spec.function is not None:
+                check_rows(spec.function, columns)
+
     def score(
         self,
         prompts: Sequence[Prompt],
@@ -80,7 +92,7 @@ class Rewards:
         columns: dict[str, list[Any]],
         completion_ids_PG: TokenIds | None = None,
     ) -> np.ndarray:
-        """Returns float32 `rewards_PGR`, every reward apart; NaN = unscorable.
+        """Returns `rewards_PGR`, every reward apart, float64 if one is a function's, else float32; NaN = unscorable.
 
         Where there are several processes, each passes its share of the prompts and gets the rewards of all prompts.
         """
@@ -88,7 +100,7 @@ class Rewards:
         return np.stack([score(*arguments) for score in self.scorers.values()], -1)
 
     def combine(self, rewards_PGR: np.ndarray) -> np.ndarray:
-        """Returns float32 `rewards_PG`: see the function `combine`."""
+        """Returns `rewards_PG`: see the function `combine`."""
         return combine(rewards_PGR, self.weights_R, self.combination)
 
     def metrics(self, rewards_PGR: np.ndarray) -> dict[str, float]:
@@ -102,19 +114,9 @@ class Rewards:
         if any(is_model_R):
             metrics["rm/truncated_frac"] = float(np.isnan(rewards_PGR[..., is_model_R]).mean())
         for r, name in enumerate(self.scorers):
-            scored = rewards_PGR[..., r][~np.isnan(rewards_PGR[..., r])]
+            rewards_PG = narrow(rewards_PGR[..., r])
+            scored = rewards_PG[~np.isnan(rewards_PG)]
             metrics[f"rewards/{name}/mean"] = float(scored.mean()) if scored.size else math.nan
             metrics[f"rewards/{name}/std"] = float(scored.std(ddof=1)) if scored.size > 1 else math.nan
-            metrics[f"rewards/{name}/unscorable"] = float(rewards_PGR[..., r].size - scored.size)
+            metrics[f"rewards/{name}/unscorable"] = float(rewards_PG.size - scored.size)
         return metrics
-
-
-def combine(rewards_PGR: np.ndarray, weights_R: np.ndarray, combination: str) -> np.ndarray:
-    """Returns float32 `rewards_PG`: the sum, mean or minimum over R of the weighted rewards that are not NaN.
-
-    A completion whose rewards are all NaN is NaN.
-    """
-    weighted_PGR = rewards_PGR * weights_R
-    missing_PG = np.all(np.isnan(weighted_PGR), axis=-1)
-    combined_PG = COMBINATIONS[combination](np.where(np.expand_dims(missing_PG, -1), 0, weighted_PGR), axis=-1)
-    return np.where(missing_PG, np.nan, combined_PG).astype(np.float32)

@@ -8,7 +8,9 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-LENGTH_UNITS: dict[str, Callable[[str], list[str]]] = {"words": str.split, "characters": list}
+from train.rewards.words import RougeTokenizer, spaced_words
+
+LENGTH_UNITS: dict[str, Callable[[str], list[str]]] = {"words": spaced_words, "characters": list}
 # One block of thoughts at the very beginning, and no other such tag after it.
 THINK_PATTERN = r"<think>((?!</?think>).)*</think>((?!</?think>).)*"
 
@@ -28,7 +30,8 @@ def length(
 
     Args:
       target: the target length; with `ceiling` the greatest length without a penalty.
-      unit: "words" (separated by white space) or "characters".
+      unit: "words" (separated by white space; in scripts without it every character, see `train.rewards.words`) or
+        "characters".
     """
     _check_option("length", "target", target, 1)
     if unit not in LENGTH_UNITS:
@@ -68,7 +71,7 @@ def repetition_penalty(
     _check_option("repetition_penalty", "max_penalty", max_penalty, 0)
 
     def penalty(text: str) -> float:
-        words = text.lower().split()
+        words = spaced_words(text.lower())
         grams = [tuple(words[i : i + ngram]) for i in range(len(words) - ngram + 1)]
         return (len(set(grams)) / len(grams) - 1) * max_penalty if grams else 0.0
 
@@ -116,11 +119,11 @@ def rouge(
 
     Args:
       rouge_type: rouge1 to rouge9 (n-grams), rougeL (longest common subsequence), or rougeLsum (line by line).
-      reference_column: the column with the references; the reward is None where one is missing or empty.
+      reference_column: the column with the references; the reward is None where one is missing or has no word.
 
     References:
       Lin, ROUGE: A Package for Automatic Evaluation of Summaries, https://aclanthology.org/W04-1013, computed by
-      the package rouge-score without stemming.
+      the package rouge-score without stemming, on words of any script (`train.rewards.words`).
     """
     from rouge_score.rouge_scorer import RougeScorer
 
@@ -132,11 +135,23 @@ def rouge(
             f"{', '.join(sorted(columns.keys() - {'completion_ids'})) or '(none)'}; name the right one in the "
             f"reward's options"
         )
-    scorer = RougeScorer([rouge_type])
-    return [
-        scorer.score(target=reference, prediction=text)[rouge_type].fmeasure if reference else None
-        for reference, text in zip(columns[reference_column], completions, strict=True)
-    ]
+    tokenizer = RougeTokenizer()
+    scorer = RougeScorer([rouge_type], tokenizer=tokenizer)
+
+    def f_measure(reference: str | None, text: str) -> float | None:
+        if reference is None:
+            return None
+        if not isinstance(reference, str):
+            raise ValueError(
+                f"rouge: reference_column: expected texts in the column {reference_column!r}, got "
+                f"{type(reference).__name__} {str(reference)[:80]!r}"
+            )
+        if not tokenizer.tokenize(reference):
+            return None
+        # Equal overlaps are to tie: 2 p r / (p + r) of other p and r may differ from an equal one in its last bit.
+        return round(scorer.score(target=reference, prediction=text)[rouge_type].fmeasure, 12)
+
+    return [f_measure(*pair) for pair in zip(columns[reference_column], completions, strict=True)]
 
 
 def _check_option(function: str, option: str, value: float, least: float) -> None:

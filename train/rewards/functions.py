@@ -1,5 +1,9 @@
-"""Python functions as rewards: imports them by name and calls them with the arguments that their signature asks for."""
+"""Python functions as rewards: imports them by name and calls them with the arguments that their signature asks for.
 
+A function gets copies: what it changes in them changes nothing else. What it may return: `train.rewards.returned`.
+"""
+
+import copy
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -9,6 +13,7 @@ import numpy as np
 from models.tokenizer import Prompt
 from train.dotted import check_options, import_function, option_names
 from train.processes import gather
+from train.rewards.returned import RewardError, check_kind, read_returned
 
 # (prompts, completions_PG, columns, completion_ids_PG) of this process -> rewards_PG of all processes
 Scorer = Callable[..., np.ndarray]
@@ -23,6 +28,10 @@ BUILT_IN = {
     "rouge": "train.rewards.builtin.rouge",
     "judge": "train.rewards.judge.judge",
     "ifeval": "train.rewards.ifeval.strict",
+}
+ROW_CHECKS = {  # functions that refuse rows of the data which a reward cannot score
+    "train.rewards.ifeval.strict": "train.rewards.ifeval.check_columns",
+    "train.rewards.ifeval.loose": "train.rewards.ifeval.check_columns",
 }
 MACHINE_DEPENDENT = ("judge", "ifeval")  # they need a key in the environment, or downloaded data
 
@@ -46,6 +55,28 @@ def load_function(name: str) -> Callable[..., Any]:
             f"rewards.function: {name}: cannot be imported; expected a dotted path, or one of {', '.join(BUILT_IN)}"
         )
     return import_function(BUILT_IN.get(name, name), "rewards.function")
+
+
+def check_rows(name: str, columns: dict[str, list[Any]]) -> None:
+    """Refuses rows of the data that the function `name` cannot score, where it has a check of them.
+
+    Raises:
+      ValueError: the first such row.
+    """
+    check = ROW_CHECKS.get(BUILT_IN.get(name, name))
+    if check is not None:
+        import_function(check, "rewards.function")(**columns)
+
+
+def copied(value: Any) -> Any:
+    """Returns a deep copy; rows of JSON are copied without `copy.deepcopy`, which takes ten times as long."""
+    if isinstance(value, str | int | float | None):
+        return value
+    if type(value) is list:
+        return [copied(item) for item in value]
+    if type(value) is dict:
+        return {key: copied(item) for key, item in value.items()}
+    return copy.deepcopy(value)
 
 
 class RewardSignature:
@@ -83,7 +114,7 @@ class RewardSignature:
                     f"({', '.join(data_columns) or 'it has none beside the prompt'}) nor among its options"
                 )
 
-    def select_kwargs(self, columns: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+    def select_kwargs(self, columns: Mapping[str, Any]) -> dict[str, Any]:
         """Returns those columns, standard arguments among them, that the function takes."""
         return {
             name: values
@@ -101,7 +132,7 @@ def function_scorer(
 ) -> Scorer:
     """Returns a scorer that calls a reward function f(prompts, completions, **columns) -> list[float | None].
 
-    This is TRL's signature. The function gets one entry per completion: a prompt and its columns are repeated G times.
+    This is TRL's signature. The function gets one entry per completion: a prompt and its columns are copied G times.
     It gets the columns that it has parameters for, with ** all columns; see `RewardSignature`.
 
     Args:
@@ -110,9 +141,11 @@ def function_scorer(
       runs_here: whether the function will run on this machine, so that those in `MACHINE_DEPENDENT` are tried too.
 
     Raises:
-      ValueError: no such function or option, or a parameter without a value.
+      ValueError: no such function or option, a function of a kind that cannot be called, or a parameter without a
+        value.
     """
     function, options = load_function(name), dict(options or {})
+    check_kind(name, function)
     signature = RewardSignature(name, function, options)
     if data_columns is not None:
         signature.check_columns(data_columns)
@@ -132,16 +165,21 @@ def function_scorer(
     ) -> np.ndarray:
         P, G = len(prompts), len(completions_PG[0])
         per_prompt = dict.fromkeys(signature.columns, [None] * P) | columns | {"prompts": prompts}
-        values = {key: [value for value in column for _ in range(G)] for key, column in per_prompt.items()}
-        values["completions"] = [text for group in completions_PG for text in group]
-        if completion_ids_PG is not None:
-            values["completion_ids"] = [ids for group in completion_ids_PG for ids in group]
-        scores = function(**signature.select_kwargs(values), **options)
-        if len(scores) != P * G:
-            raise ValueError(f"{name}: expected {P * G} rewards, one per completion, got {len(scores)}")
-        rewards = np.array([np.nan if score is None else score for score in scores], np.float32)
-        if np.isinf(rewards).any():
-            raise ValueError(f"{name}: expected finite rewards, or None for what cannot be scored, got an infinite one")
-        return gather(rewards.reshape(P, G))
+        values = {
+            key: [copied(value) for value in column for _ in range(G)]
+            for key, column in signature.select_kwargs(per_prompt).items()
+        }
+        per_completion = {"completions": completions_PG} | (
+            {} if completion_ids_PG is None else {"completion_ids": completion_ids_PG}
+        )
+        for key, column_PG in signature.select_kwargs(per_completion).items():
+            values[key] = [copied(value) for group in column_PG for value in group]
+        try:
+            returned = function(**values, **copied(options))
+        except ValueError as error:
+            if BUILT_IN.get(name, name).startswith("train.rewards."):
+                raise RewardError(str(error)) from error  # its message says it all; a traceback of yours is for you
+            raise
+        return gather(read_returned(name, returned, P * G).reshape(P, G))
 
     return score

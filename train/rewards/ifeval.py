@@ -27,6 +27,9 @@ SPLITTER = "punkt_tab"
 PACKAGE = "lm_eval.tasks.ifeval"
 FILES = ("instructions_util", "instructions", "instructions_registry", "utils")  # each imports the one before it
 INSTALL = "pip install langdetect immutabledict nltk && pip install --no-deps lm-eval"
+WORD_LISTS = {"keywords", "forbidden_words"}  # of a text in place of a list, the letters would be the words
+# What a verifier raises where it cannot use its arguments: they are its own business.
+VERIFIER_ERRORS = (TypeError, ValueError, AttributeError, KeyError, re.error)
 
 Arguments = Sequence[Mapping[str, Any] | None]
 
@@ -78,11 +81,26 @@ def outcomes(
     return _followed("strict", *given), _followed("loose", *given)
 
 
+def check_columns(instruction_id_list: Sequence[Any], kwargs: Sequence[Any], **_: Any) -> None:
+    """Checks the instructions of all rows of the data; a row without instructions is left alone.
+
+    Raises:
+      ValueError: instructions that cannot be checked; the message names the row.
+    """
+    for number, (names, arguments) in enumerate(zip(instruction_id_list, kwargs, strict=True), 1):
+        if names is not None and (isinstance(names, str) or len(names)):
+            try:
+                check_instructions(names, [] if arguments is None else arguments)
+            except ValueError as error:
+                raise ValueError(f"{error} (row {number} of the prompts)") from error
+
+
 def check_instructions(names: Any, kwargs: Any) -> None:
     """Checks a list of instructions and their arguments.
 
     Raises:
-      ValueError: not a list of IFEval's instructions, or not one mapping of arguments, or None, for each.
+      ValueError: not a list of IFEval's instructions; not one mapping of arguments, or None, for each; an argument that
+        is missing or that a verifier cannot use, for it would draw one at random.
     """
     known = load_verifiers().instructions_registry.INSTRUCTION_DICT
     if isinstance(names, str) or not isinstance(names, Sequence):
@@ -97,6 +115,59 @@ def check_instructions(names: Any, kwargs: Any) -> None:
         raise ValueError(f"ifeval: kwargs: expected one mapping for each of {list(names)}, got {count}")
     if wrong := [one for one in kwargs if not isinstance(one, Mapping | None)]:
         raise ValueError(f"ifeval: kwargs: expected a mapping or null for each of {list(names)}, got {wrong[0]!r}")
+    for name, arguments in zip(names, kwargs, strict=True):
+        _check_arguments(name, _given(arguments))
+
+
+def _given(arguments: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The arguments that are not None: in a table, a row has the columns of all instructions."""
+    return {name: value for name, value in (arguments or {}).items() if value is not None}
+
+
+def _check_arguments(name: str, arguments: dict[str, Any]) -> None:
+    """Refuses arguments with which the verifier of an instruction would check something that nobody asked for."""
+    instruction = load_verifiers().instructions_registry.INSTRUCTION_DICT[name](name)
+    needed = instruction.get_instruction_args_keys()
+    for argument in needed:
+        value = arguments.get(argument)
+        if not value or value != value:  # the verifiers leave out 0 and empty values too; NaN is a table's None
+            raise ValueError(
+                f"ifeval: {name} needs {argument!r}, got {value!r}; expected the arguments that google/IFEval gives it "
+                f"({', '.join(needed)}), none of them null, empty or 0: its verifier would draw one at random"
+            )
+    for argument in WORD_LISTS & arguments.keys():
+        if isinstance(arguments[argument], str):
+            raise ValueError(f"ifeval: {name}: {argument}: expected a list of words, got {arguments[argument]!r}")
+    # google/IFEval has letters such as "#", for which the official verifier draws another one: they stay
+    tried = arguments | ({"letter": "a"} if "letter" in arguments else {})
+    before = random.getstate()
+    try:
+        for keyword in _patterns(arguments):
+            re.compile(keyword)
+        instruction.build_description(**tried)
+        has_drawn = random.getstate() != before
+    except VERIFIER_ERRORS as error:
+        raise _cannot_check(name, [arguments], error) from error
+    finally:
+        random.setstate(before)
+    if has_drawn:
+        raise ValueError(
+            f"ifeval: {name} cannot use its kwargs {arguments}: its verifier would draw one at random; expected "
+            f"numbers from 1, and an nth_paragraph up to num_paragraphs"
+        )
+
+
+def _patterns(arguments: Mapping[str, Any]) -> list[Any]:
+    """The arguments that the verifiers take for regular expressions."""
+    lists = [word for name in WORD_LISTS & arguments.keys() for word in arguments[name]]
+    return lists + [arguments[name] for name in ("keyword", "section_spliter") if name in arguments]
+
+
+def _cannot_check(names: str, arguments: Any, error: Exception) -> ValueError:
+    return ValueError(
+        f"ifeval: {names} cannot be checked with the kwargs {arguments} ({error}); expected the arguments that "
+        f"google/IFEval gives these instructions"
+    )
 
 
 @functools.cache
@@ -228,16 +299,13 @@ def _followed(
     verifiers = load_verifiers()
     check_instructions(instruction_id_list, kwargs)
     text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-    arguments = [{name: value for name, value in (one or {}).items() if value is not None} for one in kwargs]
+    arguments = [_given(one) for one in kwargs]
     example = verifiers.InputExample(0, list(instruction_id_list), text, arguments)
     before = random.getstate()
-    random.seed(0)  # an instruction draws at random what it is not told, or what it cannot use
+    random.seed(0)  # for a letter such as "#" a verifier draws another one
     try:
         return getattr(verifiers, f"test_instruction_following_{kind}")(example, response).follow_instruction_list
-    except (TypeError, ValueError, AttributeError) as error:  # an instruction's arguments are its own business
-        raise ValueError(
-            f"ifeval: {', '.join(instruction_id_list)} cannot be checked with the kwargs {arguments} ({error}); "
-            f"expected the arguments that google/IFEval gives these instructions"
-        ) from error
+    except VERIFIER_ERRORS as error:
+        raise _cannot_check(", ".join(instruction_id_list), arguments, error) from error
     finally:
         random.setstate(before)

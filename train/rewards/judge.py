@@ -3,10 +3,16 @@
 import json
 import logging
 import os
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from train.rewards.refusals import filtered, too_long
+
+# A model's thoughts in front of its answer; a chat template may have written the opening tag already.
+THOUGHTS = re.compile(r"(?:<think(?:ing)?>)?.*?</think(?:ing)?>", re.DOTALL)
+FENCE = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.DOTALL | re.IGNORECASE)
 LOWEST, HIGHEST = 1, 10
 INSTRUCTIONS = f"""\
 You grade the answers of an assistant. You are given a JSON object: "conversation" is what the assistant was asked, \
@@ -29,7 +35,8 @@ def judge(
 ) -> list[float | None]:
     """Returns the whole-number score, 1 to 10, that a language model gives each completion at temperature 0.
 
-    A reply that is not exactly the requested JSON, or a failed request, gives None; one line in the log counts them.
+    A reply that is not the requested JSON, a failed request, one that a content filter refuses, and one that is longer
+    than the model's context give None; one line in the log counts them.
 
     Args:
       model: the model's name on the server.
@@ -40,7 +47,7 @@ def judge(
 
     Raises:
       ValueError: no key in OPENAI_API_KEY (needless with base_url); or the server refuses the key, the model, or the
-        request (400: an option that the server does not have, or a text longer than the model's context).
+        request (400: an option that the server does not have).
     """
     import openai
 
@@ -54,7 +61,13 @@ def judge(
         messages: Any = [{"role": "system", "content": INSTRUCTIONS}, {"role": "user", "content": question}]
         try:
             reply = client.chat.completions.create(model=model, messages=messages, temperature=0)
-        except refused as error:
+        except openai.APIStatusError as error:
+            if filtered(error):
+                return None, f"refused by a content filter: {error}"
+            if too_long(error):
+                return None, f"longer than the model's context: {error}"
+            if not isinstance(error, refused):
+                return None, f"{type(error).__name__}: {error}"
             raise ValueError(f"judge: {model} at {client.base_url}: {error}") from error
         except openai.OpenAIError as error:
             return None, f"{type(error).__name__}: {error}"
@@ -74,7 +87,15 @@ def judge(
 
 
 def parse_score(text: str) -> float | None:
-    """Returns the whole number from 1 to 10 of a reply that is {"score": NUMBER} and nothing else; otherwise None."""
+    """Returns the whole number from 1 to 10 of a reply that is {"score": NUMBER} and nothing else; otherwise None.
+
+    Thoughts in front of it, and a code fence around it, are left out; 7.0 is 7.
+    """
+    text = text.strip()
+    if thoughts := THOUGHTS.match(text):
+        text = text[thoughts.end() :].strip()
+    if fence := FENCE.fullmatch(text):
+        text = fence[1]
     try:
         pairs = json.loads(text, object_pairs_hook=list)  # pairs keep a second "score"
     except (ValueError, RecursionError):
@@ -82,4 +103,5 @@ def parse_score(text: str) -> float | None:
     if not (isinstance(pairs, list) and len(pairs) == 1 and isinstance(pairs[0], tuple) and pairs[0][0] == "score"):
         return None
     value = pairs[0][1]
-    return float(value) if type(value) is int and LOWEST <= value <= HIGHEST else None
+    is_whole = type(value) is int or (type(value) is float and value.is_integer())
+    return float(value) if is_whole and LOWEST <= value <= HIGHEST else None

@@ -1,0 +1,71 @@
+"""A step in which nothing is scored says so; several in a row end the run, with everything saved."""
+
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from models.checkpoint import find_step
+from train.config import CheckpointConfig, PolicyConfig, RewardSpec
+from train.loop import train_policy
+from train.rewards.returned import RewardError
+from train.rewards.watch import PATIENCE, ScoreWatch
+from train.run.directory import read_metrics
+
+NONE, ONE = np.full((2, 2, 1), np.nan), np.array([[[np.nan], [1.0]], [[np.nan], [np.nan]]])
+
+
+def test_only_steps_in_a_row_end_a_run(capsys: pytest.CaptureFixture[str]) -> None:
+    watch, lines = ScoreWatch("run", ["f"]), 0
+    for rewards_PGR in [NONE] * (PATIENCE - 1) + [ONE] + [NONE] * (PATIENCE - 1):
+        watch.look("step 1", rewards_PGR)
+        watch.look("validation at step 1", NONE, counts=False)
+        said = capsys.readouterr().out
+        lines += said.count("run: step 1: no reward for any of 4 completions (f: all unscorable)")
+        assert "validation at step 1: no reward for any" in said and not watch.is_hopeless
+    assert lines == 2 * (PATIENCE - 1)
+    watch.look("step 9", NONE)
+    assert watch.is_hopeless
+
+
+def test_one_of_several_rewards_that_scores_nothing_is_named_once(capsys: pytest.CaptureFixture[str]) -> None:
+    watch = ScoreWatch("run", ["judge", "length"])
+    for step in range(2 * PATIENCE):
+        watch.look(f"step {step}", np.concatenate([NONE, ONE], -1))
+    assert not watch.is_hopeless
+    assert capsys.readouterr().out == (
+        f"run: step {PATIENCE - 1}: judge has scored no completion of {PATIENCE} steps in a row; only the other "
+        f"rewards are learned from\n"
+    )
+
+
+def test_a_run_in_which_nothing_can_be_scored_ends_saved(
+    policy_config: Callable[..., PolicyConfig],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    class NoUpdate:
+        def old_and_ref_logprobs(self, state: Any, ref_params: Any, batch: Any) -> tuple[Any, float]:
+            return batch, 0.0
+
+        def __call__(self, state: Any, *_: Any) -> tuple[Any, dict[str, float]]:
+            return state, {"loss": 0.0, "grad_norm": 0.0}
+
+    monkeypatch.setattr("train.loop.Update", lambda *_: NoUpdate())
+    module: Any = types.ModuleType("unscored")
+    module.unfit = lambda completions: [None] * len(completions)
+    monkeypatch.setitem(sys.modules, "unscored", module)
+    changes: dict[str, Any] = {"max_steps": 9, "checkpoint": CheckpointConfig(every=100)}
+    config = policy_config(tmp_path, rewards=[RewardSpec(function="unscored.unfit")], **changes)
+    with pytest.raises(
+        RewardError, match=f"step {PATIENCE}: no reward for any completion of {PATIENCE} steps in a row"
+    ):
+        train_policy(config)
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == list(range(PATIENCE + 1))
+    assert find_step(tmp_path / "run")[1] == PATIENCE
+    assert f"ended after step {PATIENCE} of 9" in capsys.readouterr().out
