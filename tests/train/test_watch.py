@@ -14,7 +14,8 @@ from train.config import CheckpointConfig, PolicyConfig, RewardSpec
 from train.loop import train_policy
 from train.rewards.returned import RewardError
 from train.rewards.watch import PATIENCE, ScoreWatch
-from train.run.directory import read_metrics
+from train.run.directory import Run, read_metrics
+from train.running import exit_code
 
 NONE, ONE = np.full((2, 2, 1), np.nan), np.array([[[np.nan], [1.0]], [[np.nan], [np.nan]]])
 
@@ -69,3 +70,24 @@ def test_a_run_in_which_nothing_can_be_scored_ends_saved(
     assert [row["step"] for row in read_metrics(tmp_path / "run")] == list(range(PATIENCE + 1))
     assert find_step(tmp_path / "run")[1] == PATIENCE
     assert f"ended after step {PATIENCE} of 9" in capsys.readouterr().out
+
+
+def test_an_error_in_a_later_step_loses_no_checkpoint(
+    policy_config: Callable[..., PolicyConfig],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    saved: list[int] = []
+    monkeypatch.setattr(Run, "wait", lambda run: saved.append(run.start))
+
+    def fails() -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Run, "resume", refuse)
+            train_policy(policy_config(tmp_path, rewards=[RewardSpec(function="length")]))
+
+    def refuse(*_: Any) -> Any:
+        raise RewardError("f: got None")
+
+    assert exit_code(fails) == 2 and saved == [0]
+    assert capsys.readouterr().err == "error: f: got None\n"

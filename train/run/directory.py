@@ -28,6 +28,7 @@ from train.config import RunConfig, resolved
 from train.console import console, print_plain
 from train.processes import gather, is_distributed, is_first
 from train.run.files import check_room, check_run_directory, free_bytes, write_jsonl, write_whole
+from train.running import finish_on_error
 from train.state import TrainState
 from train.strict_yaml import load_yaml
 
@@ -75,6 +76,7 @@ class Run:
             tokenizer.save(self.path / "tokenizer")
         self._about = {"model": dict(model), "run": plain} | ({"lora": plain["lora"]} if config.lora.rank else {})
         self._checkpoints = Checkpoints(self.path, keep=config.checkpoint.keep, directory=config.checkpoint.directory)
+        finish_on_error(self.wait)
         self._check_shared()
         self._trackers: list[Any] = []
         self._progress: Progress | None = None
