@@ -65,7 +65,7 @@ def test_numbers_none_and_arrays_are_read(returned: Any) -> None:
         ([1.0], "f: expected 2 rewards, one per completion, got 1"),
         (np.ones(3), "f: expected 2 rewards, one per completion, got 3"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_anything_else_is_refused_by_name(returned: Any, words: str) -> None:
     with pytest.raises(RewardError, match=f"^f: .*{words}" if not words.startswith("f:") else words) as caught:
