@@ -2,13 +2,14 @@
 
 runs/NAME/checkpoints/STEP/params   the trained parameters, a nested dict of arrays
                           /train    optimizer state and the rest of the trainer's state
-                          /about    JSON: {"model": a Hugging Face config, "run": the resolved run config, and
-                                    "lora" if the run trains adapters}
+                          /about    JSON: {"model": a Hugging Face config, "run": the resolved run config,
+                                    "pins": what the run was started from, and "lora" if the run trains adapters}
 runs/NAME/checkpoints/base          the frozen parameters of a run that trains adapters
 
 To store checkpoints elsewhere, for example in gs://BUCKET/NAME, `checkpoints` is a file with that name in it.
 """
 
+import json
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,11 +25,12 @@ from jax.sharding import Mesh
 from models.config import Qwen3Config, read_config
 from models.hf_weights import abstract_model, abstract_params, as_layout, load_pretrained, split
 from models.lora import Lora, merge_adapters, merge_trainable, split_trainable
+from models.names import split_step
 from models.qwen3 import Backbone
 from models.sharding import Layout
 from models.weight_files import could_be_on_hub
 
-FOLDER, BASE = "checkpoints", "base"
+FOLDER, BASE, STOPPED = "checkpoints", "base", "stopped.json"
 
 
 def checkpoints_folder(run: str | Path) -> epath.Path:
@@ -39,7 +41,13 @@ def checkpoints_folder(run: str | Path) -> epath.Path:
 
 def is_run(checkpoint: str | Path) -> bool:
     """Whether "runs/NAME" or "runs/NAME@STEP" names a run directory with checkpoints."""
-    return (Path(str(checkpoint).partition("@")[0]) / FOLDER).exists()
+    return (Path(split_step(checkpoint)[0]) / FOLDER).exists()
+
+
+def best_step(run: str | Path) -> int | None:
+    """Returns the best step of a run that ended by early stopping; None for any other run."""
+    file = Path(run) / STOPPED
+    return int(json.loads(file.read_text(encoding="utf-8"))["best_step"]) if file.is_file() else None
 
 
 def set_checkpoints_folder(run: str | Path, directory: str) -> None:
@@ -48,16 +56,20 @@ def set_checkpoints_folder(run: str | Path, directory: str) -> None:
     Raises:
       ValueError: the run has checkpoints in another directory.
     """
-    folder = epath.Path(directory if "://" in directory else Path(directory).absolute())
-    if is_run(run) and checkpoints_folder(run) != folder:
+    folder, exists = _as_folder(directory), (Path(run) / FOLDER).exists()
+    if exists and checkpoints_folder(run) != folder:
         raise ValueError(
             f"checkpoint.directory: {directory}, but the checkpoints of {run} are in {checkpoints_folder(run)}"
         )
-    if not is_run(run):
+    if not exists:
         Path(run).mkdir(parents=True, exist_ok=True)
         temporary = Path(run) / f"{FOLDER}.{jax.process_index()}.tmp"  # several processes may write at once
         temporary.write_text(f"{folder}\n", encoding="utf-8")
         temporary.replace(Path(run) / FOLDER)
+
+
+def _as_folder(directory: str) -> epath.Path:
+    return epath.Path(directory if "://" in directory else Path(directory).absolute())
 
 
 class Checkpoints:
@@ -117,8 +129,11 @@ class Checkpoints:
         return restored["params"], restored["train"]
 
     def restore_or_save_base(self, frozen: Any) -> Any:
-        """Returns the frozen parameters that the run saved first; saves these if it has not saved any."""
-        is_saved = _is_finalized(self._folder / BASE)
+        """Returns the frozen parameters that the run saved first; saves these if it has no checkpoint yet.
+
+        A run that was killed before its first checkpoint starts anew, perhaps from other parameters.
+        """
+        is_saved = self.latest() is not None and _is_finalized(self._folder / BASE)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("all processes have looked before one writes")
         if is_saved:
@@ -141,23 +156,33 @@ def _is_finalized(folder: epath.Path) -> bool:
     return folder.is_dir() and ocp.utils.is_checkpoint_finalized(folder)
 
 
+def _finalized_steps(folder: epath.Path) -> list[int]:
+    entries = folder.iterdir() if folder.is_dir() else []
+    return sorted(int(entry.name) for entry in entries if entry.name.isdigit() and _is_finalized(entry))
+
+
 def find_step(checkpoint: str | Path) -> tuple[Path, int]:
-    """Returns the run directory and step of "runs/NAME" (its newest step) or "runs/NAME@STEP".
+    """Returns the run directory and step of "runs/NAME" (its newest step), "runs/NAME@STEP" or "runs/NAME@best".
 
     Raises:
       FileNotFoundError: no such run, no checkpoint in it, or not that step.
     """
-    run, _, step = str(checkpoint).partition("@")
+    run, step = split_step(checkpoint)
     folder = checkpoints_folder(run)
-    entries = folder.iterdir() if folder.is_dir() else []
-    steps = sorted(int(entry.name) for entry in entries if entry.name.isdigit() and _is_finalized(entry))
+    steps = _finalized_steps(folder)
     if not steps:
         raise FileNotFoundError(f"{run}: not a checkpoint; expected a run directory with {FOLDER}/STEP in it")
     if not step:
         return Path(run), steps[-1]
-    if not step.isdigit() or int(step) not in steps:
+    number = best_step(run) if step == "best" else int(step)
+    if number is None:
+        raise FileNotFoundError(
+            f"{checkpoint}: no best step is known, as early stopping has not ended this run; expected one of "
+            f"{', '.join(map(str, steps))}"
+        )
+    if number not in steps:
         raise FileNotFoundError(f"{checkpoint}: no such step; expected one of {', '.join(map(str, steps))}")
-    return Path(run), int(step)
+    return Path(run), number
 
 
 def resolve_step(checkpoint: str) -> str:
@@ -168,6 +193,35 @@ def resolve_step(checkpoint: str) -> str:
 def read_about(checkpoint: str | Path) -> dict[str, Any]:
     """Reads a checkpoint's `about` item: {"model": ..., "run": ...}, and "lora" if it has adapters."""
     return _restore(*find_step(checkpoint), about=ocp.args.JsonRestore())["about"]
+
+
+def read_newest_about(run: str | Path, directory: str | None = None) -> dict[str, Any]:
+    """Reads the `about` item of the newest checkpoint that has a readable one; {} without checkpoints.
+
+    In contrast to `read_about`, one of several processes may call this alone.
+
+    Args:
+      run: a run's directory, which may not exist yet.
+      directory: where its checkpoints are, if the run's directory does not say so.
+
+    Raises:
+      ValueError: there are checkpoints, and none has a readable `about`.
+    """
+    if (Path(run) / FOLDER).exists():
+        folder = checkpoints_folder(run)
+    elif directory is not None:
+        folder = _as_folder(directory)
+    else:
+        return {}
+    reason: Exception | None = None
+    for step in reversed(_finalized_steps(folder)):
+        try:
+            return dict(ocp.JsonCheckpointHandler().restore(folder / str(step) / "about"))
+        except (OSError, ValueError) as error:
+            reason = reason or error
+    if reason is not None:
+        raise ValueError(f"{folder}: no checkpoint in it can be read ({reason})") from reason
+    return {}
 
 
 def _restore(run: Path, step: int, **items: Any) -> Any:
@@ -212,16 +266,20 @@ def check_loadable(path: str | Path) -> None:
       FileNotFoundError: the path is none of them.
       ValueError: a config.json that is not supported.
     """
-    run = Path(str(path).partition("@")[0])
+    run, step = split_step(path)
     if is_run(path):
         find_step(path)
         return
     expected = f"a run directory with {FOLDER}/STEP in it, or a Hugging Face model directory with a config.json"
-    if run.is_dir() and (run != Path(path) or not (run / "config.json").is_file()):
+    if Path(run).is_dir() and (step or not (Path(run) / "config.json").is_file()):
         raise FileNotFoundError(f"{path}: not a checkpoint; expected {expected}")
-    if run.is_dir():
-        read_config(run)
-    elif run != Path(path) or not could_be_on_hub(path):
+    if Path(run).is_dir():
+        read_config(Path(run))
+    elif step or not could_be_on_hub(path):
+        before = str(path).rpartition("@")[0]
+        if is_run(before):  # "RUN@last", "RUN@-1"
+            steps = ", ".join(map(str, _finalized_steps(checkpoints_folder(before))))
+            raise FileNotFoundError(f"{path}: no such step; expected one of {steps}")
         raise FileNotFoundError(f"{path}: no such directory; expected {expected}")
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from jinja2.exceptions import TemplateError
 
 from models.config import read_json
+from models.names import split_commit, split_step
 from models.weight_files import could_be_on_hub
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before its import; silences "PyTorch was not found"
@@ -304,7 +305,8 @@ def _load_hf(path: str) -> Any:
         return PreTrainedTokenizerFast.from_pretrained(path)
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    name, commit = split_commit(path)
+    return AutoTokenizer.from_pretrained(name, revision=commit or "main", trust_remote_code=False)
 
 
 def _token_start_pattern(tokens: Iterable[str]) -> re.Pattern[str]:
@@ -363,7 +365,7 @@ def train_bpe(
 
 def tokenizer_path(model: str | Path) -> str:
     """Returns the tokenizer's directory: RUN/tokenizer for RUN or RUN@STEP, else the model's directory."""
-    directory = Path(str(model).partition("@")[0])
+    directory = Path(split_step(model)[0])
     return str(directory / "tokenizer") if (directory / "tokenizer").is_dir() else str(directory)
 
 

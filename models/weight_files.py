@@ -11,6 +11,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from models.config import read_json
+from models.names import split_commit
 
 INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 STORED_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # safetensors' names
@@ -58,8 +59,12 @@ def could_be_on_hub(name: str | Path) -> bool:
     return text.count("/") == 1 and not text.startswith(("/", ".", "~")) and not Path(text).parent.is_dir()
 
 
-def find_directory(path_or_hub_id: str | Path) -> Path:
+def find_directory(path_or_hub_id: str | Path, *, weights: bool = True) -> Path:
     """Returns a local directory, or that of a model on the Hub, downloaded or from the cache.
+
+    Args:
+      path_or_hub_id: a directory, ORGANISATION/MODEL, or ORGANISATION/MODEL@COMMIT.
+      weights: whether the weight files are downloaded too.
 
     Raises:
       FileNotFoundError: neither exists.
@@ -73,8 +78,9 @@ def find_directory(path_or_hub_id: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
-        patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja"]  # no pickles
-        return Path(snapshot_download(str(path_or_hub_id), allow_patterns=patterns))
+        patterns = ["*.json", "*.txt", "*.jinja"] + ["*.safetensors"] * weights  # no pickles
+        name, commit = split_commit(path_or_hub_id)
+        return Path(snapshot_download(name, revision=commit, allow_patterns=patterns))
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
         raise FileNotFoundError(
             f"{path_or_hub_id}: no such directory here, and the Hub could not give a model of that name "
