@@ -11,6 +11,7 @@ To store checkpoints elsewhere, for example in gs://BUCKET/NAME, `checkpoints` i
 
 import json
 import textwrap
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from models.checkpoint_files import list_steps, missing_array_file, missing_part, warn_once
 from models.config import Qwen3Config, read_config
 from models.hf_weights import abstract_model, abstract_params, as_layout, load_pretrained, split
 from models.lora import Lora, merge_adapters, merge_trainable, split_trainable
@@ -82,6 +84,9 @@ class Checkpoints:
           run: the run's directory.
           keep: the number of newest checkpoints to keep; None = all.
           directory: where to store checkpoints; None = in the run's directory.
+
+        Raises:
+          ValueError: see `set_checkpoints_folder` and `set_damaged_aside`.
         """
         if directory is not None:
             set_checkpoints_folder(run, directory)
@@ -90,7 +95,9 @@ class Checkpoints:
             preservation_policy=None if keep is None else self, create=True, cleanup_tmp_directories=True
         )
         self._folder = checkpoints_folder(run)
+        set_damaged_aside(self._folder)
         self._manager = ocp.CheckpointManager(self._folder, options=options)
+        _OPEN.add(self)
 
     def should_preserve(self, checkpoints: Sequence[Any], **_: Any) -> list[bool]:
         """Orbax's preservation policy: returns for each checkpoint, oldest first, whether to keep it."""
@@ -117,14 +124,18 @@ class Checkpoints:
         )
 
     def restore(self, step: int, params: Any, train: Any) -> tuple[Any, Any]:
-        """Restores parameters and trainer state of a step, with the shapes and shardings of the given trees."""
+        """Restores parameters and trainer state of a step, with the shapes and shardings of the given trees.
+
+        Raises:
+          ValueError: the step cannot be read.
+        """
         as_abstract = ocp.utils.to_shape_dtype_struct
-        restored = self._manager.restore(
+        restored = _restore_items(
+            self._manager,
+            self._folder,
             step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(jax.tree.map(as_abstract, params)),
-                train=ocp.args.StandardRestore(jax.tree.map(as_abstract, train)),
-            ),
+            params=ocp.args.StandardRestore(jax.tree.map(as_abstract, params)),
+            train=ocp.args.StandardRestore(jax.tree.map(as_abstract, train)),
         )
         return restored["params"], restored["train"]
 
@@ -132,6 +143,9 @@ class Checkpoints:
         """Returns the frozen parameters that the run saved first; saves these if it has no checkpoint yet.
 
         A run that was killed before its first checkpoint starts anew, perhaps from other parameters.
+
+        Raises:
+          ValueError: the run has checkpoints, which need what it saved, and that is not whole.
         """
         is_saved = self.latest() is not None and _is_finalized(self._folder / BASE)
         if jax.process_count() > 1:
@@ -149,6 +163,19 @@ class Checkpoints:
     def close(self) -> None:
         """Waits for the save in flight and closes the manager."""
         self._manager.close()
+        _OPEN.discard(self)
+
+
+_OPEN: weakref.WeakSet[Checkpoints] = weakref.WeakSet()
+
+
+def wait_for_saves() -> None:
+    """Waits for the saves in flight of all open checkpoints, after an error; prints those that fail too."""
+    for checkpoints in list(_OPEN):
+        try:
+            checkpoints.wait()
+        except Exception as error:  # the first error is the one that is raised
+            warn_once(f"a checkpoint could not be saved: {error}")
 
 
 def _is_finalized(folder: epath.Path) -> bool:
@@ -156,16 +183,45 @@ def _is_finalized(folder: epath.Path) -> bool:
     return folder.is_dir() and ocp.utils.is_checkpoint_finalized(folder)
 
 
+def set_damaged_aside(folder: epath.Path) -> None:
+    """Renames the steps that are not whole to STEP.damaged, so that they are neither restored nor counted, and says so.
+
+    Raises:
+      ValueError: no step is whole.
+    """
+    damaged = {step: missing_part(folder / str(step)) for step in _finalized_steps(folder)}
+    whole = [step for step, missing in damaged.items() if not missing]
+    damaged = {step: missing for step, missing in damaged.items() if missing}
+    if damaged and not whole:
+        raise ValueError(f"{_none_whole(folder, damaged)}; put one back, or delete {folder} to start over")
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("all processes have looked before one renames")
+    if jax.process_index() == 0:
+        for step, missing in damaged.items():
+            names = (f"{step}.damaged{number or ''}" for number in range(1000))
+            aside = next(folder / name for name in names if not (folder / name).exists())
+            (folder / str(step)).rename(aside)
+            warn_once(
+                f"{folder / str(step)}: is not whole ({missing}); it is passed over, and is now called {aside.name}"
+            )
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("damaged checkpoints are renamed")
+
+
 def _finalized_steps(folder: epath.Path) -> list[int]:
-    entries = folder.iterdir() if folder.is_dir() else []
-    return sorted(int(entry.name) for entry in entries if entry.name.isdigit() and _is_finalized(entry))
+    return [step for step in list_steps(folder) if _is_finalized(folder / str(step))]
+
+
+def _none_whole(folder: epath.Path, damaged: dict[int, str | None]) -> str:
+    newest = max(damaged)
+    return f"{folder}: none of the checkpoints in it is whole (step {newest}: {damaged[newest]})"
 
 
 def find_step(checkpoint: str | Path) -> tuple[Path, int]:
-    """Returns the run directory and step of "runs/NAME" (its newest step), "runs/NAME@STEP" or "runs/NAME@best".
+    """Returns the run directory and step of "runs/NAME" (its newest whole step), "runs/NAME@STEP" or "runs/NAME@best".
 
     Raises:
-      FileNotFoundError: no such run, no checkpoint in it, or not that step.
+      FileNotFoundError: no such run, no whole checkpoint in it, not that step, or that step is not whole.
     """
     run, step = split_step(checkpoint)
     folder = checkpoints_folder(run)
@@ -173,7 +229,7 @@ def find_step(checkpoint: str | Path) -> tuple[Path, int]:
     if not steps:
         raise FileNotFoundError(f"{run}: not a checkpoint; expected a run directory with {FOLDER}/STEP in it")
     if not step:
-        return Path(run), steps[-1]
+        return Path(run), _newest_whole_step(folder, steps)
     number = best_step(run) if step == "best" else int(step)
     if number is None:
         raise FileNotFoundError(
@@ -182,7 +238,30 @@ def find_step(checkpoint: str | Path) -> tuple[Path, int]:
         )
     if number not in steps:
         raise FileNotFoundError(f"{checkpoint}: no such step; expected one of {', '.join(map(str, steps))}")
+    if missing := missing_part(folder / str(number)):
+        others = ", ".join(str(s) for s in steps if not missing_part(folder / str(s)))
+        raise FileNotFoundError(
+            f"{checkpoint}: that step is not whole ({missing}); "
+            + (f"expected one of {others}" if others else "and no other step is")
+        )
     return Path(run), number
+
+
+def _newest_whole_step(folder: epath.Path, steps: Sequence[int]) -> int:
+    """Returns the newest step that is whole; says which newer ones are not.
+
+    Raises:
+      FileNotFoundError: no step is whole.
+    """
+    damaged: dict[int, str | None] = {}
+    for step in reversed(steps):
+        missing = missing_part(folder / str(step))
+        if missing is None:
+            for newer, part in damaged.items():
+                warn_once(f"{folder / str(newer)}: is not whole ({part}); it is passed over for step {step}")
+            return step
+        damaged[step] = missing
+    raise FileNotFoundError(f"{_none_whole(folder, damaged)}; put one back, or name another checkpoint")
 
 
 def resolve_step(checkpoint: str) -> str:
@@ -225,15 +304,23 @@ def read_newest_about(run: str | Path, directory: str | None = None) -> dict[str
 
 
 def _restore(run: Path, step: int, **items: Any) -> Any:
+    with ocp.CheckpointManager(checkpoints_folder(run)) as manager:
+        return _restore_items(manager, run, step, **items)
+
+
+def _restore_items(manager: ocp.CheckpointManager, run: Any, step: int, **items: Any) -> Any:
     try:
-        with ocp.CheckpointManager(checkpoints_folder(run)) as manager:
-            return manager.restore(step, args=ocp.args.Composite(**items))
+        return manager.restore(step, args=ocp.args.Composite(**items))
     except (KeyError, ValueError, FileNotFoundError) as error:
         reason = textwrap.shorten(str(error), 200, placeholder=" ...")
         raise ValueError(f"{run}: step {step} is not a checkpoint that can be read ({reason})") from error
 
 
 def _restore_base(folder: epath.Path, frozen: Any) -> Any:
+    if missing := missing_array_file(folder / BASE):
+        raise ValueError(
+            f"{folder / BASE}: is not whole ({missing}); the adapters of every step in {folder} need it: put it back"
+        )
     with ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.restore(folder / BASE, jax.tree.map(ocp.utils.to_shape_dtype_struct, frozen))
 

@@ -35,13 +35,15 @@ from train.pins import Pins
 from train.processes import share
 from train.rewards import Rewards
 from train.rewards.functions import completion_ids
-from train.run.directory import Run, check_output_dir
+from train.run.directory import Run
+from train.run.lock import owns_its_run
 from train.run.metrics import Timer, require_finite, rollout_metrics, throughput
 from train.running import setup_errors
 from train.state import TRAIN, VALIDATION, TrainState, copy_tree, make_state, stream_key
 from train.update import Update
 
 
+@owns_its_run
 def train_policy(config: PolicyConfig) -> None:
     """Trains a policy; continues the run in `config.output_dir` if there is one.
 
@@ -49,7 +51,6 @@ def train_policy(config: PolicyConfig) -> None:
       SetupError: a mistake in the config or the data, before anything is computed.
     """
     with setup_errors():
-        check_output_dir(config)
         layout, pins = policy_layout(config), Pins(config)
         start, reward_specs = pins.model(config.model), pins.rewards(config.rewards)  # under exact names
         tokenizer = make_tokenizer(start, config.chat)

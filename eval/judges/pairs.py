@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from eval.judges.task import readable
 from models.tokenizer import check_text
-from train.console import console
+from train.console import console, print_plain
 from train.data.rows import Row, load_rows
 
 LONGEST_WRITTEN = 20_000  # characters of a reply in judgements.jsonl; longer replies are cut
@@ -100,7 +100,19 @@ def read_pairs(file_a: str, file_b: str, *, common: bool = False, limit: int | N
             f"{len(differing)} of {len(pairs)} pairs have different numbers in 'sample' (first: {differing[0][0]} and "
             f"{differing[0][1]}); they are paired in the order of these numbers"
         )
+    print_degenerate(pairs, file_a, file_b)
     return pairs
+
+
+def print_degenerate(pairs: Sequence[CompletionPair], file_a: str, file_b: str) -> None:
+    """Says how many pairs have equal answers, which tie unasked, and how many an empty one, if any do."""
+    equal = sum(pair.a == pair.b for pair in pairs)
+    empty_a, empty_b = (sum(not pair.shown(order)[0].strip() for pair in pairs) for order in ("ab", "ba"))
+    if equal or empty_a or empty_b:
+        print_plain(
+            f"of {len(pairs):,} pairs {equal:,} have equal answers; {empty_a:,} answers of {file_a} and {empty_b:,} of "
+            f"{file_b} are empty"
+        )
 
 
 def load_groups(file: str) -> dict[tuple[Any, float | None], list[Row]]:

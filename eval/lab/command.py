@@ -18,6 +18,7 @@ the table and the pictures show every finished cell (`eval.lab.results`).
 import json
 import math
 import time
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -35,6 +36,7 @@ from eval.sheets import Sheet
 from train.console import console, progress_bar
 from train.parse import parse
 from train.run.files import write_whole
+from train.run.lock import Lock, owned
 from train.running import setup_errors
 
 FIRST_TUNING_SEED = 1000
@@ -93,18 +95,21 @@ def lab(config: LabConfig) -> None:
     """Runs the missing cells of a part, then writes the table and the pictures of all finished cells.
 
     Raises:
-      SetupError: the directory has other settings, or data is missing; before anything is trained.
+      SetupError: another lab runs in the directory, it has other settings, or data is missing; before anything is
+        trained.
     """
     folder = Path(config.out)
     if config.part == "plan":
         sheet = plan_sheet(folder)
         console.print(sheet.rich(), sheet.note)
         return
-    with setup_errors():
-        keep_settings(folder, config)
-    world = build_world(folder, config.world)
-    Laboratory(folder, config, world).run()
-    write(summarize(list(load_outcomes(folder / "cells")), config.command), folder)
+    with ExitStack() as stack:
+        with setup_errors():
+            stack.enter_context(owned(Lock(folder)))
+            keep_settings(folder, config)
+        world = build_world(folder, config.world)
+        Laboratory(folder, config, world).run()
+        write(summarize(list(load_outcomes(folder / "cells")), config.command), folder)
 
 
 def keep_settings(folder: Path, config: LabConfig) -> None:

@@ -113,12 +113,14 @@ def generate(config: GenerateConfig) -> list[Row]:
         tokenizer = Tokenizer(tokenizer_path(config.checkpoint), chat.enable_thinking)
         rows = load_fitting_prompts(config, tokenizer, chat)
         file = GrowingFile(config.out, settings_of(config, chat, rows), overwrite=config.overwrite)
-        if file.complete:
-            console.print(f"{config.out}: is complete, made with the same settings", markup=False)
-            return file.finish()
-        generator, params = load_policy(config, tokenizer, layout)
-    sample_all(config, file, generator, params, rows)
-    return file.finish()
+    with file:
+        with setup_errors():
+            if file.complete:
+                console.print(f"{config.out}: is complete, made with the same settings", markup=False)
+                return file.finish()
+            generator, params = load_policy(config, tokenizer, layout)
+        sample_all(config, file, generator, params, rows)
+        return file.finish()
 
 
 class PolicySettings(Protocol):

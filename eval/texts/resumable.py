@@ -1,6 +1,7 @@
 """A JSONL file that is written batch by batch, and that a restarted program resumes.
 
 OUT.partial holds the rows so far, OUT.settings.json the settings that made them; OUT exists once it is complete.
+OUT.lock.json is there while a program writes them: a second one is refused.
 """
 
 import json
@@ -10,40 +11,52 @@ from pathlib import Path
 from typing import Any
 
 from train import processes
+from train.console import print_plain
 from train.data.rows import Row, load_rows
 from train.run.files import write_whole
+from train.run.lock import Lock, acquire_all, release_all
 
 _HASHED_SETTINGS = {"data": "other data (or another --limit)", "weights": "other weights"}  # settings that are hashes
 
 
 class GrowingFile:
-    """Only process 0 does I/O; every process knows the row count."""
+    """Only process 0 does I/O; every process knows the row count. A `with` block around its use ends its lock."""
 
     def __init__(self, out: str, settings: Mapping[str, Any], *, overwrite: bool = False) -> None:
         """Starts a new file, or resumes an existing one.
 
         Raises:
-          ValueError: an existing file was made with other settings, or its settings are unknown.
+          ValueError: an existing file was made with other settings, or its settings are unknown; or another program
+            writes it.
         """
         self.out = Path(out)
         self.partial = self.out.with_name(f"{self.out.name}.partial")
         self.settings_file = self.out.with_name(f"{self.out.name}.settings.json")
         self._settings = json.loads(json.dumps(settings))  # as they read back from JSON
+        self._lock = Lock(out, is_file=True)
         status = processes.broadcast_from_first(self._new_status if overwrite else self._existing_status)
         if status["refused"]:
+            release_all([self._lock])
             raise ValueError(status["refused"])
         self.complete: bool = status["complete"]
         self.rows: int = status["rows"]
         self._started = self.rows > 0
 
+    def __enter__(self) -> "GrowingFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        release_all([self._lock])
+
     def _new_status(self) -> dict[str, Any]:
-        return {"refused": None, "complete": False, "rows": 0}
+        return {"refused": acquire_all([self._lock]), "complete": False, "rows": 0}
 
     def _existing_status(self) -> dict[str, Any]:
-        if refused := self._refusal(self._settings):
-            return {"refused": refused}
+        refused = self._refusal(self._settings)
+        if not refused and not self.out.is_file():  # what is complete is only read
+            refused = acquire_all([self._lock]) or self._refusal(self._settings)
         complete = self.out.is_file()
-        return {"refused": None, "complete": complete, "rows": 0 if complete else self._whole_lines()}
+        return {"refused": refused, "complete": complete, "rows": 0 if refused or complete else self._whole_lines()}
 
     def _start_files(self) -> None:
         """Removes old files, writes the settings; called with the first rows: failures before then change no file."""
@@ -84,10 +97,21 @@ class GrowingFile:
         return before if isinstance(before, dict) else None
 
     def _whole_lines(self) -> int:
+        """Counts the rows up to the first that is damaged; the rows behind it are made again."""
+        rows = 0
         if not self.partial.is_file():
-            return 0
+            return rows
         with self.partial.open("rb") as lines:
-            return sum(line.endswith(b"\n") for line in lines)
+            for line in lines:
+                if not line.endswith(b"\n"):  # a kill cut it
+                    break
+                try:
+                    json.loads(line.decode())
+                except ValueError:  # UnicodeDecodeError too
+                    print_plain(f"{self.partial}: line {rows + 1} is damaged; the file goes on from there")
+                    break
+                rows += 1
+        return rows
 
     def keep(self, rows: int) -> None:
         """Truncates the file after the first `rows` rows, which removes a partial batch or line."""

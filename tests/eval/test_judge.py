@@ -209,6 +209,19 @@ def test_earlier_judgements_that_are_none(change: Row, message: str, tmp_path: P
         read_judgements(str(tmp_path))
 
 
+def test_equal_and_empty_answers_are_counted_and_said(
+    pairs_of: Callable[..., list[CompletionPair]], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    a, b = completions("a"), completions("b")
+    pairs_of(a, b)
+    assert capsys.readouterr().out == ""
+    a[0]["completion"] = b[0]["completion"] = a[1]["completion"] = " \n"
+    a[2]["completion"] = b[2]["completion"]
+    pairs_of(a, b)
+    words = f"2 answers of {tmp_path}/a.jsonl and 1 of {tmp_path}/b.jsonl are empty"
+    assert capsys.readouterr().out == f"of 4 pairs 2 have equal answers; {words}\n"
+
+
 def test_common_prompts_alone(
     pairs_of: Callable[..., list[CompletionPair]], capsys: pytest.CaptureFixture[str]
 ) -> None:

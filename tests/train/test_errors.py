@@ -498,14 +498,24 @@ def test_a_step_that_does_not_exist_lists_those_that_do(door: Door, run_with_che
     )
 
 
-def test_a_checkpoint_with_nothing_in_it(door: Door, run_with_checkpoints: Path) -> None:
+def test_a_checkpoint_that_is_not_whole(door: Door, run_with_checkpoints: Path) -> None:
     copy = door.here / "copy"
     shutil.copytree(run_with_checkpoints, copy)
-    for folder in ("params", "about"):
-        shutil.rmtree(copy / "checkpoints" / "3" / folder)
-        door.set({"model.path": str(copy)})
-        error = door.run()
-        assert f"{copy}: step 3 is not a checkpoint that can be read" in error
+    shutil.rmtree(copy / "checkpoints" / "3" / "about")
+    door.set({"model.path": f"{copy}@3"})
+    assert door.run() == f"{copy}@3: that step is not whole (about missing); expected one of 1"
+    shutil.rmtree(copy / "checkpoints" / "1" / "params")
+    door.set({"model.path": str(copy)})
+    assert "none of the checkpoints in it is whole (step 3: about missing)" in door.run()
+
+
+def test_a_checkpoint_whose_arrays_are_damaged(door: Door, run_with_checkpoints: Path) -> None:
+    copy = door.here / "copy"
+    shutil.copytree(run_with_checkpoints, copy)
+    for file in ("_METADATA", "manifest.ocdbt"):
+        (copy / "checkpoints" / "3" / "params" / file).write_text("{")
+    door.set({"model.path": str(copy)})
+    assert f"{copy}: step 3 is not a checkpoint that can be read" in door.run()
 
 
 def test_a_run_directory_with_another_config_is_left_as_it_is(door: Door, run_with_checkpoints: Path) -> None:

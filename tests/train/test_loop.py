@@ -198,6 +198,7 @@ def test_a_run_directory_is_whole(policy_config: MakeConfig, tmp_path: Path) -> 
     assert np.mean(table["rewards/tiny"]) == pytest.approx(rows[2]["reward"], rel=1e-5)
     assert sum(table["advantage"][:4]) == pytest.approx(0, abs=1e-5)
     assert np.mean(table["length"]) == rows[2]["completions/mean_length"]
+    assert not list(run.rglob("lock.json"))
     train_policy(config)  # done is done: nothing is written twice
     assert numbers(run) == rows
 

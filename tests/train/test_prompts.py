@@ -531,6 +531,20 @@ def test_inspection_of_ties_and_of_a_part_that_is_wrong(
     config = RewardModelConfig(output_dir="x", model=policy_config(tmp_path).model, data=data, max_steps=1)
     code, out, _ = run(config, "--rows", "2", "--mesh", "data=1", command=("inspect", "reward"))
     assert code == 0 and "row 2, score 1" in out and "answers" in out
+    assert "train: 1 of 3 rows and 2 of 3 prompts stand in an earlier row too" in out
+    write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": "p", "chosen": c, "rejected": "b"} for c in ("a", "b", "", "a")])
+    write_jsonl(tmp_path / "turned.jsonl", [{"prompt": "p", "chosen": c, "rejected": r} for c, r in ("ab", "ba", "ba")])
+    pairs = DataConfig(train=str(tmp_path / "pairs.jsonl"), validation=str(tmp_path / "turned.jsonl"))
+    code, out, _ = run(dataclasses.replace(config, data=pairs), command=("inspect", "reward"))
+    lines = [
+        "train: 1 of 4 rows and 3 of 4 prompts stand in an earlier row too",
+        "validation: 1 of 3 rows and 2 of 3 prompts stand in an earlier row too",
+        "1 rows and 1 prompts of train are in validation too",
+        "train: of 4 comparisons 1 have equal answers, 1 an empty better answer, 0 an empty worse one",
+        "train: 0 pairs stand in an earlier row the other way round",
+        "validation: 2 pairs stand in an earlier row the other way round",
+    ]
+    assert code == 0 and [line for line in lines if line not in out.splitlines()] == []
     held_out = dataclasses.replace(data, held_out={"train": str(tmp_path / "wrong.jsonl")})
     code, _, error = run(dataclasses.replace(config, data=held_out), command=("inspect", "reward"))
     assert code == 2 and f"{tmp_path / 'wrong.jsonl'}: row 1 has no 'chosen'" in error

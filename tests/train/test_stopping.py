@@ -184,7 +184,7 @@ def test_a_run_that_is_killed_anywhere_ends_in_the_same_state(
     assert read_metrics(run)[-1]["step"] == 8 and steps_of(run) == [2]
 
     write_jsonl(run / "metrics.jsonl", [{"step": 1, "timing_s/validation": 0.0, "validation/loss": -1.0}])
-    stands_at = SimpleNamespace(path=run, start=1)
+    stands_at = SimpleNamespace(path=run, start=1, config=config)
     with pytest.raises(ValueError, match="its best step is 1, whose checkpoint was not kept"):
         EarlyStopping(config.early_stopping).replay(stands_at)  # type: ignore[arg-type]
 

@@ -3,8 +3,8 @@
 No weight is read.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.table import Table
@@ -17,7 +17,8 @@ from train.data.prompts import Prompts, load_splits, prompt_key
 from train.data.rows import Row, hold_out, load_rows
 from train.plan.show import show_rows
 from train.running import setup_errors
-from train.supervised.reward_model import Comparison, encode_comparisons, length_baseline
+from train.supervised.comparisons import Comparison, comparison_key, count_answers, count_turned, is_empty
+from train.supervised.reward_model import encode_comparisons, length_baseline
 from train.supervised.sft import encode_examples
 
 Lengths = Mapping[str, Sequence[int]]  # kind of text -> tokens of each
@@ -55,6 +56,8 @@ def inspect_policy(config: PolicyConfig, tokenizer: Tokenizer) -> None:
     console.print(table)
     for name, rows in parts.items():
         if rows:
+            if empty := sum(is_empty(row["completion"]) for row in rows if isinstance(row.get("completion"), str)):
+                print_plain(f"{name}: {empty:,} of {len(rows):,} completions are empty")
             repeated = count_repeated(rows, data.prompt_column)
             print_plain(f"{name}: {repeated} of {len(rows):,} prompts stand in an earlier row too")
     dropped = ", left out" if data.drop_duplicates else ""
@@ -66,26 +69,26 @@ def count_repeated(rows: Sequence[Row], column: str) -> int:
     return len(rows) - len({prompt_key(row[column]) for row in rows})
 
 
+class Part(NamedTuple):
+    """A part of a supervised run's data: the same rows as they were read and as tokens."""
+
+    name: str
+    rows: list[Row]
+    examples: list[Any]
+
+    def select(self, name: str, indices: Sequence[int]) -> "Part":
+        return Part(name, [self.rows[i] for i in indices], [self.examples[i] for i in indices])
+
+
 def inspect_supervised(config: SupervisedConfig, tokenizer: Tokenizer) -> None:
-    """Prints lengths of prompts, rows and answers; of comparisons also the accuracy of "the longer is better"."""
-    data = config.data
-    encode = encode_comparisons if isinstance(config, RewardModelConfig) else encode_examples
-
-    def load(source: str, split: str) -> list[Any]:
-        return [*encode(load_rows(source, split, data.columns), tokenizer, source, config.chat)]
-
-    parts = [("train", load(data.train, data.split))]
-    if data.validation_rows:
-        rows = parts[0][1]
-        remaining, held_out = hold_out(len(rows), data.validation_rows, data.split_seed)
-        parts = [("train", [rows[i] for i in remaining]), ("validation", [rows[i] for i in held_out])]
-    elif data.validation is not None:
-        parts.append(("validation", load(data.validation, data.validation_split)))
-    parts += [(name, load(source, data.validation_split)) for name, source in data.held_out.items()]
+    """Prints lengths and duplicates; of comparisons also equal and empty answers, and whether the longer is better."""
+    parts = load_parts(config, tokenizer)
     table, notes = length_table(f"max_length {config.max_length}"), []
-    for name, examples in parts:
+    for name, rows, examples in parts:
         if isinstance(config, RewardModelConfig):
             lengths = comparison_lengths(examples)
+            notes.append(f"{name}: {count_answers(rows, examples)}")
+            notes.append(f"{name}: {count_turned(examples):,} pairs stand in an earlier row the other way round")
             for longer in length_baseline(examples).values():  # empty without comparisons
                 notes.append(f"{name}: the better answer is the longer one in {100 * longer:.1f} % of the comparisons")
         else:
@@ -95,8 +98,58 @@ def inspect_supervised(config: SupervisedConfig, tokenizer: Tokenizer) -> None:
         }
         add_length_rows(table, name, lengths, over)
     console.print(table)
-    for note in notes:
+    for note in [*duplicate_notes(parts), *notes]:
         print_plain(note)
+
+
+def load_parts(config: SupervisedConfig, tokenizer: Tokenizer) -> list[Part]:
+    """Loads the rows to train on, and every set to validate on."""
+    data = config.data
+    encode = encode_comparisons if isinstance(config, RewardModelConfig) else encode_examples
+
+    def load(name: str, source: str, split: str) -> Part:
+        rows = load_rows(source, split, data.columns)
+        return Part(name, rows, [*encode(rows, tokenizer, source, config.chat)])
+
+    parts = [load("train", data.train, data.split)]
+    if data.validation_rows:
+        remaining, held_out = hold_out(len(parts[0].rows), data.validation_rows, data.split_seed)
+        parts = [parts[0].select("train", remaining), parts[0].select("validation", held_out)]
+    elif data.validation is not None:
+        parts.append(load("validation", data.validation, data.validation_split))
+    return parts + [load(name, source, data.validation_split) for name, source in data.held_out.items()]
+
+
+def duplicate_notes(parts: Sequence[Part]) -> Iterator[str]:
+    """Says how many rows and prompts stand twice within each part, and how many of train stand in another one too."""
+    row_keys = [list(map(row_key, part.examples)) for part in parts]
+    prompt_keys = [[key for key in map(row_prompt_key, part.rows) if key is not None] for part in parts]
+    for part, rows, prompts in zip(parts, row_keys, prompt_keys, strict=True):
+        repeated = [f"{len(rows) - len(set(rows)):,} of {len(rows):,} rows"]
+        repeated += [f"{len(prompts) - len(set(prompts)):,} of {len(prompts):,} prompts"] if prompts else []
+        yield f"{part.name}: {' and '.join(repeated)} stand in an earlier row too"
+    for part, rows, prompts in zip(parts[1:], row_keys[1:], prompt_keys[1:], strict=True):
+        shared = [f"{len(set(rows) & set(row_keys[0])):,} rows"]
+        shared += [f"{len(set(prompts) & set(prompt_keys[0])):,} prompts"] if prompts else []
+        yield f"{' and '.join(shared)} of train are in {part.name} too"
+
+
+def row_key(example: Any) -> Hashable:
+    """Returns what two equal rows have in common: a comparison's, or the tokens of an example of `train sft`."""
+    return comparison_key(example) if isinstance(example, Comparison) else tuple(example[0])
+
+
+def row_prompt_key(row: Row) -> bytes | None:
+    """Hashes the prompt of a row, see `prompt_key`; None if it has none of its own."""
+    prompt = row.get("prompt")
+    for name in ("chosen", "completion", "messages"):
+        if not prompt and isinstance(row.get(name), list):
+            prompt = row[name][:-1]
+    if not prompt:
+        return None
+    if not isinstance(prompt, str):
+        prompt = [{"role": str(turn["role"]), "content": str(turn.get("content") or "")} for turn in prompt]
+    return prompt_key(prompt)
 
 
 def comparison_lengths(examples: Sequence[Comparison]) -> Lengths:

@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -23,7 +23,7 @@ from models.checkpoint import Checkpoints, checkpoints_folder, is_run, read_newe
 from models.names import split_step
 from models.tokenizer import Tokenizer
 from train.config import RunConfig, resolved
-from train.console import console
+from train.console import console, print_plain
 from train.processes import gather, is_distributed, is_first
 from train.run.files import write_jsonl, write_whole
 from train.state import TrainState
@@ -113,8 +113,7 @@ class Run:
             self.start = latest
             console.print(f"{self.path}: going on from step {latest} of {self.config.max_steps}")
         if is_first():
-            rows = [row for row in read_metrics(self.path) if latest is not None and row["step"] <= latest]
-            write_whole(self.path / METRICS, "".join(json.dumps(row) + "\n" for row in rows))
+            rewind_metrics(self.path / METRICS, latest)
             self._open_trackers()
         return state
 
@@ -299,19 +298,62 @@ def _optimizer_items(state: TrainState) -> dict[str, Any]:
 
 
 def read_metrics(run: str | Path, *, clock: bool = True) -> list[dict[str, float]]:
-    """Reads the rows of a run's metrics.jsonl; a last line that a kill cut short is left out.
+    """Reads the rows of a run's metrics.jsonl.
+
+    A damaged line costs that line alone and is named; a last line that a kill cut short is left out in silence.
 
     Args:
       clock: with False, the fields that depend on the clock are left out; the rows are then the same, bit for bit, for
         every run of a config on a machine.
     """
-    file = Path(run) / METRICS
-    rows: list[dict[str, float]] = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+    metrics = parse_metrics(Path(run) / METRICS)
+    if metrics.damaged:
+        print_plain(f"{Path(run) / METRICS}: {lines_text(metrics.damaged)} damaged and left out")
     if not clock:
-        rows = [{k: v for k, v in row.items() if not k.startswith(("timing_s/", "perf/"))} for row in rows]
-    return rows
+        return [{k: v for k, v in row.items() if not k.startswith(("timing_s/", "perf/"))} for row in metrics.rows]
+    return metrics.rows
+
+
+class MetricsFile(NamedTuple):
+    """The content of a metrics.jsonl."""
+
+    rows: list[dict[str, float]]
+    damaged: list[int]  # numbers, from 1, of the lines that are no rows
+    cut: list[int]  # the last line's, if it is no row and does not end
+
+
+def parse_metrics(file: Path) -> MetricsFile:
+    """Parses a metrics.jsonl line by line; without the file there are no rows."""
+    metrics = MetricsFile([], [], [])
+    lines = (file.read_bytes() if file.is_file() else b"").split(b"\n")
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode())
+        except ValueError:  # UnicodeDecodeError too
+            row = None
+        if isinstance(row, dict) and type(row.get("step")) is int:
+            metrics.rows.append(row)
+        else:
+            (metrics.damaged if number < len(lines) else metrics.cut).append(number)
+    return metrics
+
+
+def rewind_metrics(file: Path, step: int | None) -> None:
+    """Cuts a metrics.jsonl back to the rows up to a step; a file with damaged lines is kept under another name."""
+    metrics = parse_metrics(file)
+    rows = [row for row in metrics.rows if step is not None and row["step"] <= step]
+    is_short = bool(step) and not any(row["step"] == step for row in rows)
+    if damaged := metrics.damaged + (metrics.cut if is_short else []):
+        names = (f"{file.name}.damaged{number or ''}" for number in range(1000))
+        aside = next(file.with_name(name) for name in names if not file.with_name(name).exists())
+        aside.write_bytes(file.read_bytes())
+        print_plain(f"{file}: {lines_text(damaged)} damaged and left out; the file as it was is {aside}")
+    write_whole(file, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def lines_text(numbers: Sequence[int]) -> str:
+    """Names the first few of some lines, for a sentence that goes on with an adjective."""
+    shown = ", ".join(map(str, numbers[:5])) + (f" and {len(numbers) - 5} more" if len(numbers) > 5 else "")
+    return f"line {shown} is" if len(numbers) == 1 else f"lines {shown} are"

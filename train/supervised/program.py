@@ -24,8 +24,9 @@ from train.console import console
 from train.data.rows import Row, batch_indices, hold_out, load_rows
 from train.pins import Pins
 from train.processes import is_first
-from train.run.directory import CALIBRATION, Run, check_output_dir
+from train.run.directory import CALIBRATION, Run
 from train.run.files import write_whole
+from train.run.lock import owns_its_run
 from train.run.metrics import Timer, mean_metrics
 from train.running import setup_errors
 from train.state import TrainState, apply_gradient, make_state, tree_shardings
@@ -56,6 +57,7 @@ class SupervisedTask(NamedTuple):
     )  # examples that fit -> rows of a batch
 
 
+@owns_its_run
 def train_supervised(config: SupervisedConfig, task: SupervisedTask) -> None:
     """Starts or resumes the run in `config.output_dir`.
 
@@ -63,7 +65,6 @@ def train_supervised(config: SupervisedConfig, task: SupervisedTask) -> None:
       SetupError: a mistake in the config or the data, before anything is computed.
     """
     with setup_errors():
-        check_output_dir(config)
         layout, pins = make_layout_for(config.mesh, config.batch_size), Pins(config)
         start = pins.model(config.model)  # under exact names
         tokenizer = make_tokenizer(start, config.chat)

@@ -9,7 +9,7 @@ logged beside the accuracy of "the longer answer is better".
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,25 +21,14 @@ from models.config import REWARD_MODEL
 from models.reward_model import Qwen3RewardModel
 from models.tokenizer import Prompt, Tokenizer, bucket, pad
 from train.config import ChatConfig, RewardModelConfig
+from train.console import print_plain
 from train.data.chats import prompts_and_answers
 from train.data.rows import Row, require_columns
 from train.rewards.model import common_prefix_length
+from train.supervised.comparisons import Comparison, count_answers
 from train.supervised.program import LossAux, SupervisedTask, TokenBatch, train_supervised
 
 PREFIX_WORTHWHILE = 0.75  # share of the unsplit slots above which the prefix is not split off
-
-
-class Comparison(NamedTuple):
-    """The answers to one prompt, and the scores that order them."""
-
-    rows: list[list[int]]  # token ids of prompt and answer
-    scores: list[float]  # higher is better; equal scores are not compared
-    margin: float = 0.0  # of a pair: how much better the first answer is
-
-    def pairs(self) -> list[tuple[int, int]]:
-        """Returns (better, worse), the indices of the answers of every comparison."""
-        numbers = range(len(self.scores))
-        return [(i, j) for i in numbers for j in numbers if self.scores[i] > self.scores[j]]
 
 
 def train_reward_model(config: RewardModelConfig) -> None:
@@ -54,7 +43,10 @@ def reward_model_task(config: RewardModelConfig) -> SupervisedTask:
         return comparison_objective(params, batch, graphdef=graphdef, config=config)
 
     def encode(*arguments: Any) -> list[Comparison]:
-        examples, source = encode_comparisons(*arguments), arguments[2]
+        examples, (rows, _, source, _) = encode_comparisons(*arguments), arguments
+        counts = count_answers(rows, examples)
+        if any(counts[1:]):
+            print_plain(f"{source}: {counts}")
         if config.loss == "plackett_luce" and any(example.margin for example in examples):
             raise ValueError(f"{source}: the column 'margin' is for loss: bradley_terry; leave one of the two out")
         return examples
@@ -90,13 +82,18 @@ def encode_comparisons(rows: Sequence[Row], tokenizer: Tokenizer, source: str, c
 
 
 def check_comparison_rows(rows: Sequence[Row], source: str) -> None:
-    """Refuses rows that are neither pairs nor groups."""
+    """Refuses rows that are neither pairs nor groups; the answer to a prompt may be empty."""
     require_columns([{"prompt": row.get("prompt") or "-"} for row in rows], source, "prompt")  # optional
     if "completions" in rows[0]:
         check_groups(rows, source)
         return
-    require_columns(rows, source, "chosen", "rejected")
+    require_columns([fill_empty(row, "chosen", "rejected") for row in rows], source, "chosen", "rejected")
     check_margins(rows, source)
+
+
+def fill_empty(row: Row, *columns: str) -> Row:
+    """Returns a row for `require_columns`, which takes an empty answer to a prompt for none."""
+    return row | {column: "-" for column in columns if row.get("prompt") and row.get(column) == ""}
 
 
 def check_margins(rows: Sequence[Row], source: str) -> None:
@@ -128,7 +125,7 @@ def encode_groups(rows: Sequence[Row], tokenizer: Tokenizer, source: str, chat: 
     answers: list[str] = []
     for number, row in enumerate(rows, 1):
         group, where = [{"prompt": row.get("prompt"), "answer": c} for c in row["completions"]], f"row {number}"
-        require_columns(group, f"{source}: {where}: 'completions'", "answer")
+        require_columns([fill_empty(r, "answer") for r in group], f"{source}: {where}: 'completions'", "answer")
         group_prompts, group_answers = prompts_and_answers(group, f"{source}: {where}: 'completions'", "answer", chat)
         prompts += group_prompts
         answers += group_answers

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from models.checkpoint import STOPPED, checkpoints_folder
-from train.config import EarlyStoppingConfig
+from train.config import EarlyStoppingConfig, SupervisedConfig
 from train.console import console
 from train.processes import gather, is_first
 from train.run.directory import METRICS, Run, read_metrics
@@ -43,7 +43,8 @@ class EarlyStopping:
         """Takes all validations up to the step that `run` goes on from into account.
 
         Raises:
-          ValueError: metrics.jsonl does not reach that step, or the best step's checkpoint is gone.
+          ValueError: metrics.jsonl does not reach that step or lacks a validation, or the best step's checkpoint is
+            gone.
         """
         if not self.enabled or not run.start:
             return
@@ -52,6 +53,14 @@ class EarlyStopping:
             raise ValueError(
                 f"{run.path / METRICS}: expected rows up to step {run.start}, where the run goes on; early stopping "
                 f"needs them: put the file back, or start over in another output_dir"
+            )
+        assert isinstance(run.config, SupervisedConfig)  # no other run stops early
+        every, logged = run.config.eval_steps, {row["step"] for row in rows}
+        lost = [step for step in range(every, run.start + 1, every) if step not in logged]
+        if is_first() and lost:
+            raise ValueError(
+                f"{run.path / METRICS}: the row of step {lost[0]} is lost, a validation that early stopping needs: put "
+                f"the file back, set early_stopping.patience: null, or start over in another output_dir"
             )
         key = f"validation/{self.config.metric}"
         validations = [(row["step"], sign * row.get(key, math.nan)) for row in rows if "timing_s/validation" in row]

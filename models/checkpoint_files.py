@@ -1,0 +1,72 @@
+"""The files that a complete checkpoint has. Their contents are not read: damage inside them shows when it is restored.
+
+An interrupted copy, a full disk or a hand that tidies up leaves steps behind that lack some; see `missing_part`.
+"""
+
+import functools
+import json
+import sys
+from collections.abc import Sequence
+
+from etils import epath
+
+ARRAY_ITEMS, ABOUT = ("params", "train"), "about"
+_STEP_METADATA, _MARKER = "_CHECKPOINT_METADATA", "commit_success.txt"
+_ARRAY_FILES = ("_METADATA", "manifest.ocdbt")
+
+
+def list_steps(folder: epath.Path) -> list[int]:
+    """Returns the steps that have a directory in a run's checkpoints, whole or not, in order."""
+    entries = folder.iterdir() if folder.is_dir() else []
+    return sorted(int(entry.name) for entry in entries if entry.name.isdigit() and entry.is_dir())
+
+
+def missing_part(step: epath.Path) -> str | None:
+    """Says what the directory of a step lacks; None if it is whole."""
+    if not any(step.iterdir()):
+        return "its directory is empty"
+    items = [*ARRAY_ITEMS, ABOUT]
+    if absent := [item for item in items if not (step / item).is_dir()]:
+        return f"{' and '.join(absent)} missing"
+    arrays = [f"{item}/{file}" for item in ARRAY_ITEMS for file in _ARRAY_FILES]
+    return (
+        _missing_file(step, (_STEP_METADATA, *arrays, f"{ABOUT}/metadata"))
+        or _missing_marker(step, items)
+        or _uncommitted(step / _STEP_METADATA)
+    )
+
+
+def missing_array_file(item: epath.Path) -> str | None:
+    """Says what the directory of saved arrays lacks; None if it is whole."""
+    return "missing" if not item.is_dir() else _missing_file(item, _ARRAY_FILES)
+
+
+def _missing_file(folder: epath.Path, names: Sequence[str]) -> str | None:
+    for name in names:
+        file = folder / name
+        if not file.is_file():
+            return f"{name} missing"
+        if not file.stat().length:
+            return f"{name} is empty"
+    return None
+
+
+def _missing_marker(step: epath.Path, items: Sequence[str]) -> str | None:
+    """Orbax marks a complete step and its items; an older version marked none on a local disk."""
+    of_items = [f"{item}/{_MARKER}" for item in items]
+    absent = [marker for marker in (*of_items, _MARKER) if not (step / marker).is_file()]
+    return f"{absent[0]} missing" if absent and not set(of_items) <= set(absent) else None
+
+
+def _uncommitted(metadata: epath.Path) -> str | None:
+    try:
+        committed = json.loads(metadata.read_text(encoding="utf-8")).get("commit_timestamp_nsecs", True)
+    except (ValueError, AttributeError):
+        return f"{metadata.name} is damaged"
+    return None if committed else f"{metadata.name} says that it was not completed"
+
+
+@functools.cache
+def warn_once(text: str) -> None:
+    """Prints a line to the standard error, once in a program: one resolves a checkpoint's name in several places."""
+    print(text, file=sys.stderr)

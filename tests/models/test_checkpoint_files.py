@@ -1,0 +1,128 @@
+"""A step whose directory is incomplete is not a checkpoint: it is named, and the one before is taken."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+from etils import epath
+
+from models.checkpoint import Checkpoints, find_step, read_about, resolve_step
+from models.checkpoint_files import missing_part, warn_once
+
+PARAMS = {"x": jnp.zeros(2)}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with steps 1 to 3."""
+    run = tmp_path_factory.mktemp("saved") / "run"
+    checkpoints = Checkpoints(run)
+    for step in (1, 2, 3):
+        checkpoints.save(step, PARAMS, PARAMS, {"model": {"step": step}})
+    checkpoints.close()
+    return run
+
+
+@pytest.fixture
+def run(saved: Path, tmp_path: Path) -> Path:
+    warn_once.cache_clear()
+    return Path(shutil.copytree(saved, tmp_path / "run"))
+
+
+def empty(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+def remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def clear(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+DAMAGE: list[tuple[Callable[[Path], None], str, str]] = [
+    (empty, "", "its directory is empty"),
+    *((remove, item, f"{item} missing") for item in ("params", "train", "about")),
+    *((empty, item, f"{item}/_METADATA missing") for item in ("params", "train")),
+    (empty, "about", "about/metadata missing"),
+    *(
+        (damage, name, f"{name} {words}")
+        for name in ("_CHECKPOINT_METADATA", "params/_METADATA", "train/manifest.ocdbt", "about/metadata")
+        for damage, words in ((remove, "missing"), (clear, "is empty"))
+    ),
+    *((remove, f"{part}commit_success.txt", f"{part}commit_success.txt missing") for part in ("", "params/", "about/")),
+    (lambda file: file.write_text("{") and None, "_CHECKPOINT_METADATA", "_CHECKPOINT_METADATA is damaged"),
+    (
+        lambda file: file.write_text('{"commit_timestamp_nsecs": null}') and None,
+        "_CHECKPOINT_METADATA",
+        "_CHECKPOINT_METADATA says that it was not completed",
+    ),
+]
+
+
+@pytest.mark.parametrize(("damage", "name", "words"), DAMAGE)
+def test_a_step_that_is_not_whole_is_passed_over(
+    run: Path, damage: Callable[[Path], None], name: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """RUN is the step before, and says so once; RUN@STEP is refused; what resumes puts the step aside."""
+    damage(run / "checkpoints" / "3" / name)
+    assert find_step(run) == (run, 2) and resolve_step(str(run)) == f"{run}@2"
+    assert read_about(run) == {"model": {"step": 2}}
+    notes = capsys.readouterr().err
+    assert notes == f"{run}/checkpoints/3: is not whole ({words}); it is passed over for step 2\n"
+    with pytest.raises(FileNotFoundError) as error:
+        find_step(f"{run}@3")
+    assert str(error.value) == f"{run}@3: that step is not whole ({words}); expected one of 1, 2"
+    checkpoints = Checkpoints(run, keep=2)
+    assert checkpoints.latest() == 2
+    assert checkpoints.restore(2, PARAMS, PARAMS)[0].keys() == PARAMS.keys()
+    checkpoints.save(3, PARAMS, PARAMS, {})
+    checkpoints.close()
+    notes = capsys.readouterr().err
+    assert notes == (f"{run}/checkpoints/3: is not whole ({words}); it is passed over, and is now called 3.damaged\n")
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["2", "3", "3.damaged"]
+    assert find_step(run) == (run, 3), "whole again"
+
+
+def test_an_older_version_marked_no_step(run: Path) -> None:
+    for marker in (run / "checkpoints" / "3").rglob("commit_success.txt"):
+        marker.unlink()
+    assert find_step(run) == (run, 3)
+
+
+def test_without_a_whole_step_nothing_starts_over(run: Path) -> None:
+    for step in (1, 2, 3):
+        shutil.rmtree(run / "checkpoints" / str(step) / "params")
+    words = r"checkpoints: none of the checkpoints in it is whole \(step 3: params missing\)"
+    with pytest.raises(FileNotFoundError, match=f"{words}; put one back, or name another checkpoint"):
+        find_step(run)
+    with pytest.raises(ValueError, match=f"{words}; put one back, or delete .*checkpoints to start over"):
+        Checkpoints(run)
+    with pytest.raises(FileNotFoundError, match=r"run@2: that step is not whole \(.*\); and no other step is"):
+        find_step(f"{run}@2")
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"1", "2", "3"}
+
+
+def test_a_second_damaged_step_of_one_number_keeps_the_first(run: Path) -> None:
+    for _ in range(2):
+        (run / "checkpoints" / "4").mkdir()
+        Checkpoints(run).close()
+    assert {"4.damaged", "4.damaged1"} < {path.name for path in (run / "checkpoints").iterdir()}
+    assert missing_part(epath.Path(run / "checkpoints" / "4.damaged1")) == "its directory is empty"
+
+
+def test_the_frozen_base_of_adapters_is_whole_or_refused(run: Path) -> None:
+    """The steps need it; before the first step what a kill left of it is saved again."""
+    checkpoints = Checkpoints(run)
+    checkpoints.restore_or_save_base(PARAMS)
+    (run / "checkpoints" / "base" / "_METADATA").unlink()
+    with pytest.raises(ValueError, match=r"base: is not whole \(_METADATA missing\); the adapters of every step"):
+        checkpoints.restore_or_save_base(PARAMS)
+    checkpoints.delete_after(0)
+    checkpoints.restore_or_save_base(PARAMS)
+    checkpoints.close()
+    assert (run / "checkpoints" / "base" / "_METADATA").exists()
