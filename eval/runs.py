@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from eval.stats import prompt_means
+from models.names import split_commit, split_step
 from train.data.rows import Row, load_rows
 from train.run.directory import COMPLETIONS, CONFIG, read_metrics
 from train.strict_yaml import load_yaml
@@ -129,8 +130,9 @@ def by_prompt(rows: Sequence[Row], source: str) -> list[list[int]]:
 
 
 def same_model(one: str, other: str) -> bool:
-    """Whether two paths or Hub names mean the same model; an @STEP is ignored."""
-    return Path(one.partition("@")[0]).resolve() == Path(other.partition("@")[0]).resolve()
+    """Whether two paths or Hub names mean the same model; an @STEP or @COMMIT is ignored."""
+    paths = [Path(split_commit(split_step(name)[0])[0]).resolve() for name in (one, other)]
+    return paths[0] == paths[1]
 
 
 def config_differences(runs: Sequence[PolicyRun]) -> dict[str, list[Any]]:

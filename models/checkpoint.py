@@ -2,13 +2,14 @@
 
 runs/NAME/checkpoints/STEP/params   the trained parameters, a nested dict of arrays
                           /train    optimizer state and the rest of the trainer's state
-                          /about    JSON: {"model": a Hugging Face config, "run": the resolved run config, and
-                                    "lora" if the run trains adapters}
+                          /about    JSON: {"model": a Hugging Face config, "run": the resolved run config,
+                                    "pins": what the run was started from, and "lora" if the run trains adapters}
 runs/NAME/checkpoints/base          the frozen parameters of a run that trains adapters
 
 To store checkpoints elsewhere, for example in gs://BUCKET/NAME, `checkpoints` is a file with that name in it.
 """
 
+import json
 import textwrap
 import weakref
 from collections.abc import Sequence
@@ -26,11 +27,12 @@ from models.checkpoint_files import list_steps, missing_array_file, missing_part
 from models.config import Qwen3Config, read_config
 from models.hf_weights import abstract_model, abstract_params, as_layout, load_pretrained, split
 from models.lora import Lora, merge_adapters, merge_trainable, split_trainable
+from models.names import split_step
 from models.qwen3 import Backbone
 from models.sharding import Layout
 from models.weight_files import could_be_on_hub, describe_local
 
-FOLDER, BASE = "checkpoints", "base"
+FOLDER, BASE, STOPPED = "checkpoints", "base", "stopped.json"
 
 
 def checkpoints_folder(run: str | Path) -> epath.Path:
@@ -41,7 +43,13 @@ def checkpoints_folder(run: str | Path) -> epath.Path:
 
 def is_run(checkpoint: str | Path) -> bool:
     """Whether "runs/NAME" or "runs/NAME@STEP" names a run directory with checkpoints."""
-    return (Path(str(checkpoint).partition("@")[0]) / FOLDER).exists()
+    return (Path(split_step(checkpoint)[0]) / FOLDER).exists()
+
+
+def best_step(run: str | Path) -> int | None:
+    """Returns the best step of a run that ended by early stopping; None for any other run."""
+    file = Path(run) / STOPPED
+    return int(json.loads(file.read_text(encoding="utf-8"))["best_step"]) if file.is_file() else None
 
 
 def set_checkpoints_folder(run: str | Path, directory: str) -> None:
@@ -50,16 +58,20 @@ def set_checkpoints_folder(run: str | Path, directory: str) -> None:
     Raises:
       ValueError: the run has checkpoints in another directory.
     """
-    folder = epath.Path(directory if "://" in directory else Path(directory).absolute())
-    if is_run(run) and checkpoints_folder(run) != folder:
+    folder, exists = _as_folder(directory), (Path(run) / FOLDER).exists()
+    if exists and checkpoints_folder(run) != folder:
         raise ValueError(
             f"checkpoint.directory: {directory}, but the checkpoints of {run} are in {checkpoints_folder(run)}"
         )
-    if not is_run(run):
+    if not exists:
         Path(run).mkdir(parents=True, exist_ok=True)
         temporary = Path(run) / f"{FOLDER}.{jax.process_index()}.tmp"  # several processes may write at once
         temporary.write_text(f"{folder}\n", encoding="utf-8")
         temporary.replace(Path(run) / FOLDER)
+
+
+def _as_folder(directory: str) -> epath.Path:
+    return epath.Path(directory if "://" in directory else Path(directory).absolute())
 
 
 class Checkpoints:
@@ -131,14 +143,14 @@ class Checkpoints:
         return restored["params"], restored["train"]
 
     def restore_or_save_base(self, frozen: Any) -> Any:
-        """Returns the frozen parameters that the run saved first; saves these if it has not saved any.
+        """Returns the frozen parameters that the run saved first; saves these if it has no checkpoint yet.
+
+        A run that was killed before its first checkpoint starts anew, perhaps from other parameters.
 
         Raises:
           ValueError: the run has checkpoints, which need what it saved, and that is not whole.
         """
-        is_saved = _is_finalized(self._folder / BASE)
-        if is_saved and missing_array_file(self._folder / BASE):
-            is_saved = self.latest() is not None  # what nothing was trained on yet is saved again
+        is_saved = self.latest() is not None and _is_finalized(self._folder / BASE)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("all processes have looked before one writes")
         if is_saved:
@@ -209,27 +221,33 @@ def _none_whole(folder: epath.Path, damaged: dict[int, str | None]) -> str:
 
 
 def find_step(checkpoint: str | Path) -> tuple[Path, int]:
-    """Returns the run directory and step of "runs/NAME" (its newest whole step) or "runs/NAME@STEP".
+    """Returns the run directory and step of "runs/NAME" (its newest whole step), "runs/NAME@STEP" or "runs/NAME@best".
 
     Raises:
       FileNotFoundError: no such run, no whole checkpoint in it, not that step, or that step is not whole.
     """
-    run, _, step = str(checkpoint).partition("@")
+    run, step = split_step(checkpoint)
     folder = checkpoints_folder(run)
     steps = _finalized_steps(folder)
     if not steps:
         raise FileNotFoundError(f"{run}: not a checkpoint; expected a run directory with {FOLDER}/STEP in it")
     if not step:
         return Path(run), _newest_whole_step(folder, steps)
-    if not step.isdigit() or int(step) not in steps:
+    number = best_step(run) if step == "best" else int(step)
+    if number is None:
+        raise FileNotFoundError(
+            f"{checkpoint}: no best step is known, as early stopping has not ended this run; expected one of "
+            f"{', '.join(map(str, steps))}"
+        )
+    if number not in steps:
         raise FileNotFoundError(f"{checkpoint}: no such step; expected one of {', '.join(map(str, steps))}")
-    if missing := missing_part(folder / str(int(step))):
+    if missing := missing_part(folder / str(number)):
         others = ", ".join(str(s) for s in steps if not missing_part(folder / str(s)))
         raise FileNotFoundError(
             f"{checkpoint}: that step is not whole ({missing}); "
             + (f"expected one of {others}" if others else "and no other step is")
         )
-    return Path(run), int(step)
+    return Path(run), number
 
 
 def _newest_whole_step(folder: epath.Path, steps: Sequence[int]) -> int:
@@ -257,6 +275,35 @@ def resolve_step(checkpoint: str) -> str:
 def read_about(checkpoint: str | Path) -> dict[str, Any]:
     """Reads a checkpoint's `about` item: {"model": ..., "run": ...}, and "lora" if it has adapters."""
     return _restore(*find_step(checkpoint), about=ocp.args.JsonRestore())["about"]
+
+
+def read_newest_about(run: str | Path, directory: str | None = None) -> dict[str, Any]:
+    """Reads the `about` item of the newest checkpoint that has a readable one; {} without checkpoints.
+
+    In contrast to `read_about`, one of several processes may call this alone.
+
+    Args:
+      run: a run's directory, which may not exist yet.
+      directory: where its checkpoints are, if the run's directory does not say so.
+
+    Raises:
+      ValueError: there are checkpoints, and none has a readable `about`.
+    """
+    if (Path(run) / FOLDER).exists():
+        folder = checkpoints_folder(run)
+    elif directory is not None:
+        folder = _as_folder(directory)
+    else:
+        return {}
+    reason: Exception | None = None
+    for step in reversed(_finalized_steps(folder)):
+        try:
+            return dict(ocp.JsonCheckpointHandler().restore(folder / str(step) / "about"))
+        except (OSError, ValueError) as error:
+            reason = reason or error
+    if reason is not None:
+        raise ValueError(f"{folder}: no checkpoint in it can be read ({reason})") from reason
+    return {}
 
 
 def _restore(run: Path, step: int, **items: Any) -> Any:
@@ -309,19 +356,24 @@ def check_loadable(path: str | Path) -> None:
       FileNotFoundError: the path is none of them.
       ValueError: a config.json that is not supported.
     """
-    run = Path(str(path).partition("@")[0])
+    run, step = split_step(path)
     if is_run(path):
         find_step(path)
         return
     expected = f"a run directory with {FOLDER}/STEP in it, or a Hugging Face model directory with a config.json"
-    if run == Path(path) and could_be_on_hub(path):
+    folder = Path(run)
+    if not step and could_be_on_hub(path):
         return
-    if run.is_dir() and (run != Path(path) or not (run / "config.json").is_file()):
+    if folder.is_dir() and (step or not (folder / "config.json").is_file()):
         raise FileNotFoundError(f"{path}: not a checkpoint; expected {expected}")
-    if run.is_dir():
-        read_config(run)
-    else:
-        raise FileNotFoundError(f"{path}: no such directory; expected {expected}{describe_local(path)}")
+    if folder.is_dir():
+        read_config(folder)
+        return
+    before = str(path).rpartition("@")[0]
+    if is_run(before):  # "RUN@last", "RUN@-1"
+        steps = ", ".join(map(str, _finalized_steps(checkpoints_folder(before))))
+        raise FileNotFoundError(f"{path}: no such step; expected one of {steps}")
+    raise FileNotFoundError(f"{path}: no such directory; expected {expected}{describe_local(path)}")
 
 
 def load_model(

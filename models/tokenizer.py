@@ -22,6 +22,7 @@ from jinja2.exceptions import TemplateError
 from models.config import read_json
 from models.marks import Rendered, all_strings, insert_marks, token_start_pattern, unused_mark
 from models.messages import Message, Tools, check_tool_calls, check_tools_are_rendered, without_empty_fields
+from models.names import split_commit, split_step
 from models.weight_files import could_be_on_hub, describe_local, find_directory
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before its import; silences "PyTorch was not found"
@@ -396,7 +397,8 @@ def _load_hf(path: str) -> Any:
         return PreTrainedTokenizerFast.from_pretrained(path)
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    name, commit = split_commit(path)
+    return AutoTokenizer.from_pretrained(name, revision=commit or "main", trust_remote_code=False)
 
 
 def train_bpe(
@@ -425,7 +427,7 @@ def train_bpe(
 
 def tokenizer_path(model: str | Path) -> str:
     """Returns the tokenizer's directory: RUN/tokenizer for RUN or RUN@STEP, else the model's directory."""
-    directory = Path(str(model).partition("@")[0])
+    directory = Path(split_step(model)[0])
     return str(directory / "tokenizer") if (directory / "tokenizer").is_dir() else str(directory)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from models.config import read_json
+from models.names import split_commit
 
 INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 _RUN_FILES = ("checkpoints", "config.yaml", "metrics.jsonl")  # one of these is in every run's directory
@@ -61,8 +62,9 @@ def could_be_on_hub(name: str | Path) -> bool:
     A directory of that name hides the Hub's model only if it holds a model, a tokenizer or a run itself. Where the
     first part alone is a directory, the name is taken for a path in it, unless models lie there, and no run.
     """
-    path = Path(name)
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9_.-]+", str(name)):
+    model, _ = split_commit(name)
+    path = Path(model)
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9_.-]+", model):
         return False
     if path.is_dir():
         return not any(_holds(one, _RUN_FILES + _MODEL_FILES) for one in (path, *_folders(path)))
@@ -96,6 +98,7 @@ def find_directory(path_or_hub_id: str | Path, *, weights: bool = True) -> Path:
     """Returns a local directory, or that of a model on the Hub, downloaded or from the cache.
 
     Args:
+      path_or_hub_id: a directory, ORGANISATION/MODEL, or ORGANISATION/MODEL@COMMIT.
       weights: with False, nothing but the small files is downloaded.
 
     Raises:
@@ -113,7 +116,8 @@ def find_directory(path_or_hub_id: str | Path, *, weights: bool = True) -> Path:
 
     try:
         patterns = ["*.json", "*.txt", "*.jinja", *(["*.safetensors"] if weights else [])]  # no pickles
-        return Path(snapshot_download(str(path_or_hub_id), allow_patterns=patterns))
+        name, commit = split_commit(path_or_hub_id)
+        return Path(snapshot_download(name, revision=commit, allow_patterns=patterns))
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
         raise FileNotFoundError(
             f"{path_or_hub_id}: no model of that name here, and the Hub could not give one ({type(error).__name__})"

@@ -24,7 +24,8 @@ SamplerCorrection = Literal["token_truncate", "token_mask", "sequence_truncate",
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    path: str | None = None  # where the weights start: a run, RUN@STEP, a Hugging Face directory or Hub name
+    # where the weights start: a run, RUN@STEP, a Hugging Face directory or Hub name; kept when the run goes on
+    path: str | None = None
     architecture: Qwen3Config | None = None  # instead of path: this network with random weights
     tokenizer: str | None = None  # a tokenizer directory or Hub name; default: the one that belongs to path
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation
@@ -54,7 +55,8 @@ class ChatConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    train: str  # JSON Lines or a JSON array (.gz too), parquet, or a data set's name on the Hub
+    # JSON Lines or a JSON array (.gz too), parquet, or a data set's name on the Hub; a resumed run keeps its first rows
+    train: str
     validation: str | None = None  # like train: rows to validate on; default: validation_rows, or none
     test: str | None = None  # of a policy: only compared with train, so that prompts in both are known
     split: str = "train"  # of a Hub data set: the split of train

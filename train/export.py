@@ -88,7 +88,10 @@ def write_adapters(config: ExportConfig, tokenizer: Tokenizer, out: Path) -> tup
     """Writes the adapters alone; returns a description of them, and their dtype."""
     params, lora, network = load_adapters(config.checkpoint)
     tokenizer.check_vocab_size(network.vocab_size, config.checkpoint)
-    base = read_about(config.checkpoint)["run"]["model"]["path"]
+    about = read_about(config.checkpoint)
+    base = about["run"]["model"]["path"]
+    if base is not None and is_run(base) and "model.path" in about.get("pins", {}):
+        base = about["pins"]["model.path"]["exact"]  # its newest step may be another by now
     if base is not None and is_run(base):  # PEFT cannot read a run
         console.print(f"PEFT must be told where its base is: python -m train export --checkpoint {base} --out BASE")
         base = None

@@ -31,11 +31,12 @@ from train.config import PolicyConfig
 from train.console import console
 from train.data.prompts import Prompts, load_prompts
 from train.objective import make_advantages
+from train.pins import Pins
 from train.processes import share
 from train.rewards import Rewards
 from train.rewards.functions import completion_ids
 from train.rewards.watch import ScoreWatch
-from train.run.directory import Run, check_run
+from train.run.directory import Run
 from train.run.lock import owns_its_run
 from train.run.metrics import Timer, require_finite, rollout_metrics, throughput
 from train.running import setup_errors
@@ -52,22 +53,22 @@ def train_policy(config: PolicyConfig) -> None:
         scored in several steps in a row.
     """
     with setup_errors():
-        check_run(config)
-        layout = policy_layout(config)
-        tokenizer = make_tokenizer(config.model, config.chat)
-        prompts, validation = load_prompts(config, tokenizer)
+        layout, pins = policy_layout(config), Pins(config)
+        start, reward_specs = pins.model(config.model), pins.rewards(config.rewards)  # under exact names
+        tokenizer = make_tokenizer(start, config.chat)
+        prompts, validation = load_prompts(config, tokenizer, pins)
         for count in filter(None, (config.prompts_per_step, len(validation.rows[: config.validation.prompts]))):
             share(count)  # fewer prompts than processes are refused here
         advantages = make_advantages(config)  # a wrong option is refused here, before a reward model is read
         columns = [name for name in prompts.other_columns if not len(validation) or name in validation.other_columns]
-        rewards = Rewards(config.rewards, layout, config.model.dtype, config.reward_combination, columns)
+        rewards = Rewards(reward_specs, layout, config.model.dtype, config.reward_combination, columns)
         for prompt in prompts.one_of_each_kind():
             rewards.check(prompt)
         for part in (prompts, validation):
             rewards.check_rows(part.columns(part.rows))
-        model = make_model(config.model, config.lora, layout, config.seed, tokenizer)
+        model = make_model(start, config.lora, layout, config.seed, tokenizer)
         graphdef, params, network = *split(model), model.config
-        run = Run(config, model.config.to_hf(), tokenizer)
+        run = Run(config, model.config.to_hf(), tokenizer, pins.pins)
         optimizer, schedule = make_optimizer(config.optimizer, config.max_steps * config.updates_per_step)
         initial = make_state(params, optimizer, layout)
         ref_params = copy_tree(initial.params) if config.loss.beta else None  # adapters: fresh ones change nothing

@@ -13,6 +13,7 @@ import numpy as np
 from eval.judges.cache import is_cut_off
 from eval.judges.pairs import CompletionPair, Judgement, is_number
 from eval.stats import cohen_kappa, length_controlled, position_bias, prompt_means, summary
+from models.names import split_step
 from train.data.rows import Row, load_rows
 
 JUDGEMENTS = "judgements.jsonl"
@@ -177,8 +178,8 @@ def step_of(file_a: str, file_b: str, pairs: Sequence[CompletionPair]) -> int | 
     steps: set[int | None] = set()
     for file, rows in ((file_a, [pair.row_a for pair in pairs]), (file_b, [pair.row_b for pair in pairs])):
         match = re.fullmatch(r"validation_(\d+)\.jsonl(?:\.gz)?", Path(file).name)
-        named = {int(m[1]) if (m := re.search(r"@(\d+)$", str(row.get("checkpoint")))) else None for row in rows}
-        steps |= {int(match[1])} if match else named
+        named_steps = {split_step(str(row.get("checkpoint")))[1] for row in rows}
+        steps |= {int(match[1])} if match else {int(step) if step.isdigit() else None for step in named_steps}
     return steps.pop() if len(steps) == 1 else None
 
 

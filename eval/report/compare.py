@@ -33,6 +33,7 @@ from eval.stats import (
 )
 from eval.texts.score import score_rows
 from models.checkpoint import checkpoints_folder, find_step, is_run
+from models.names import split_step
 from train.build import make_layout_for
 from train.config import MeshConfig
 from train.console import console
@@ -238,8 +239,8 @@ def read_scores(out: str | Path, name: str, step: int) -> list[Row]:
 
 def last_change(model: str) -> float:
     """Time of the last change to a model's weights; 0 for a name on the Hub."""
-    directory = Path(model.partition("@")[0])
-    if is_run(directory):
+    directory = Path(split_step(model)[0])
+    if is_run(model):
         run, step = find_step(model)
         return (checkpoints_folder(run) / str(step)).stat().mtime
     return max((file.stat().st_mtime for file in directory.glob("*.safetensors")), default=0.0)

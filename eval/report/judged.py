@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.runs import PolicyRun
+from models.names import split_step
 from train.data.rows import load_rows
 
 JUDGE_RESULT = "judge.json"
@@ -46,7 +47,7 @@ def owner(path: str, runs: Sequence[PolicyRun]) -> PolicyRun | None:
     if not file.is_file():
         return None
     checkpoint = str(load_rows(path)[0].get("checkpoint") or "")
-    directory = Path(checkpoint.partition("@")[0]).resolve()
+    directory = Path(split_step(checkpoint)[0]).resolve()
     return next((r for r in runs if checkpoint and r.path.resolve() in (directory, *directory.parents)), None)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from eval.pictures import Picture
 from eval.report.plots import reliability_picture
+from models.names import split_step
 from train.console import console
 from train.parse import parse
 from train.run.directory import CALIBRATION
@@ -30,7 +31,7 @@ def draw_reliability(config: ReliabilityConfig) -> None:
     Raises:
       SetupError: a run that has not validated.
     """
-    runs = list(dict.fromkeys(run.partition("@")[0] for run in config.runs))
+    runs = list(dict.fromkeys(split_step(run)[0] for run in config.runs))
     with setup_errors():
         for run in runs:
             if not (Path(run) / CALIBRATION).is_file():
@@ -46,7 +47,7 @@ def draw_reliability(config: ReliabilityConfig) -> None:
 def reliability_pictures(folder: Path, models: Sequence[str]) -> list[Picture]:
     """Draws one picture of all validated models and all their held-out sets."""
     bins = {}
-    paths = list(dict.fromkeys(model.partition("@")[0] for model in models))
+    paths = list(dict.fromkeys(split_step(model)[0] for model in models))
     folders = [Path(path).resolve().name for path in paths]
     for path, name_of_run in zip(paths, folders, strict=True):
         title = name_of_run if folders.count(name_of_run) == 1 else path

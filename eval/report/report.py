@@ -36,13 +36,13 @@ from eval.report.tables import by_step, final_win_rate, policies, reward_models,
 from eval.runs import CompletionTable, PolicyRun, config_differences, same_model
 from eval.sheets import Sheet
 from eval.stats import without_nan
-from models.checkpoint import is_run
+from models.checkpoint import best_step, is_run
+from models.names import split_step
 from train.console import console
 from train.parse import parse
 from train.run.directory import METRICS, read_metrics
 from train.run.files import check_out_directory, write_whole
 from train.running import setup_errors
-from train.supervised.stopping import best_step
 
 SAMPLES = 6
 
@@ -148,10 +148,11 @@ def describe_unjudged(run: PolicyRun) -> dict[str, Any]:
 
 def reward_model_row(path: str, result: dict[str, Any], runs: Sequence[PolicyRun]) -> dict[str, Any]:
     """A reward model's role, accuracy, calibration error and length baseline, at its best step or else its last."""
-    if not Path(path.partition("@")[0]).is_dir():
+    directory, _ = split_step(path)
+    if not Path(directory).is_dir():
         raise FileNotFoundError(f"--reward_models {path}: no such directory")
-    best = best_step(path.partition("@")[0])
-    rows = [row for row in read_metrics(path.partition("@")[0]) if "validation/accuracy" in row]
+    best = best_step(directory)
+    rows = [row for row in read_metrics(directory) if "validation/accuracy" in row]
     rows = [row for row in rows if best is None or row["step"] == best]
     last = rows[-1] if rows else {}
     trained = [run.name for run in runs if any(same_model(path, model) for model in run.reward_models())]
@@ -268,15 +269,14 @@ def raw_files(config: ReportConfig, runs: Sequence[PolicyRun]) -> list[tuple[str
             (f"{run.name}: validation completions with their rewards", run.path / "completions"),
         ]
     files += [
-        (f"{path}: accuracy and length baseline", Path(path.partition("@")[0]) / METRICS)
-        for path in config.reward_models
+        (f"{path}: accuracy and length baseline", Path(split_step(path)[0]) / METRICS) for path in config.reward_models
     ]
     return [(what, Path(os.path.relpath(path, config.out)).as_posix()) for what, path in files if path.exists()]
 
 
 def rerun_commands(config: ReportConfig, runs: Sequence[PolicyRun], result: dict[str, Any]) -> list[str]:
     """The commands that reproduce every number."""
-    models = [p.partition("@")[0] for p in config.reward_models if is_run(p)]
+    models = [split_step(p)[0] for p in config.reward_models if is_run(p)]
     lines = [f"python -m train reward --config {shlex.quote(model)}/config.yaml" for model in models]
     lines += [f"python -m train policy --config {shlex.quote(str(run.path))}/config.yaml" for run in runs]
     a, b = (result["runs"][result[side]]["path"] for side in "ab")

@@ -15,7 +15,6 @@ process 0 writes.
 
 import hashlib
 import math
-import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -26,17 +25,10 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from eval.texts.resumable import GrowingFile, as_line
-from models.checkpoint import (
-    check_loadable,
-    checkpoints_folder,
-    find_step,
-    is_run,
-    load_model,
-    read_about,
-    resolve_step,
-)
+from models.checkpoint import check_loadable, is_run, load_model, read_about, resolve_step
 from models.generate import Completions, Generator
 from models.hf_weights import split
+from models.pins import weights_hash
 from models.qwen3 import Qwen3
 from models.sharding import Layout
 from models.tokenizer import Tokenizer, tokenizer_path
@@ -285,24 +277,3 @@ def settings_of(config: GenerateConfig, chat: ChatConfig, rows: Sequence[tuple[i
         "chat": asdict(chat),
         **{name: value for name, value in asdict(config).items() if name not in _IRRELEVANT},
     }
-
-
-def weights_hash(checkpoint: str) -> str | None:
-    """Hashes a few bytes of a model's files, to notice replaced weights; None for a name on the Hub."""
-    if is_run(checkpoint):  # Orbax writes a time stamp with each step
-        run, step = find_step(checkpoint)
-        pieces = [(checkpoints_folder(run) / str(step) / "_CHECKPOINT_METADATA").read_bytes()]
-    elif Path(checkpoint).is_dir():
-        files = sorted(file for file in Path(checkpoint).iterdir() if re.search(r"\.(json|safetensors)$", file.name))
-        pieces = [part for file in files for part in _both_ends(file)]
-    else:
-        return None
-    return hashlib.sha256(b"\0".join(pieces)).hexdigest()
-
-
-def _both_ends(file: Path, size: int = 1 << 16) -> Iterator[bytes]:
-    length = file.stat().st_size
-    with file.open("rb") as opened:
-        yield f"{file.name} {length}".encode() + opened.read(size)
-        opened.seek(max(0, length - size))
-        yield opened.read(size)

@@ -16,7 +16,7 @@ from eval.__main__ import main
 from eval.judges.command import JudgeConfig, parse_judge
 from eval.judges.likelihood import INSTRUCTION, LikelihoodJudge
 from eval.judges.pairs import LONGEST_WRITTEN, CompletionPair, Judgement, PairKey, read_pairs
-from eval.judges.results import accuracy, outcome_of, read_judgements, results, row_of
+from eval.judges.results import accuracy, outcome_of, read_judgements, results, row_of, step_of
 from eval.judges.task import TASKS, JudgeTask, load_task, read_task, readable
 from eval.stats import cohen_kappa
 from models.checkpoint import load_model
@@ -358,6 +358,22 @@ def test_accuracy() -> None:
     found = accuracy(rows, ["a", "a", "b", "a"])
     kappa = cohen_kappa(*zip(*winners, strict=True))
     assert found == {"pairs": 4, "ab": 0.75, "ba": 0.625, "mean": 0.6875, "both": 0.5, "equal": 0.5, "kappa": kappa}
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "expected"),
+    [
+        ("ann@1/run@20", "ann@1/other@20", 20),
+        ("ann@1/run@20", "ann@1/other@9", None),
+        ("ann@20/run", "ann@20/run", None),
+        ("run@20", None, None),
+    ],
+)
+def test_the_step_of_both_files_is_behind_the_last_separator(
+    pairs_of: Callable[..., list[CompletionPair]], a: str, b: str | None, expected: int | None
+) -> None:
+    pairs = pairs_of(completions("a", checkpoint=a), completions("b", checkpoint=b))
+    assert step_of("a.jsonl", "b.jsonl", pairs) == expected
 
 
 def test_a_long_reply_is_cut_where_it_is_written_alone() -> None:

@@ -376,7 +376,7 @@ def test_no_column_of_that_name(door: Door) -> None:
         ({"model.path": "{here}/nothing"}, "nothing: not a checkpoint; expected a run directory with checkpoints/STEP"),
         ({"model.path": "{here}/started"}, "started: not a checkpoint; expected a run directory with checkpoints/STEP"),
         ({"model.path": "{here}/none@3"}, "none@3: no such directory"),
-        ({"model.path": "no-one/nothing"}, "no-one/nothing: no Hugging Face tokenizer could be read there"),
+        ({"model.path": "no-one/nothing"}, "nothing: no model of that name here, and the Hub could not give one"),
         ({"model.path": "no-one/nothing", "model.tokenizer": "{tokenizer}"}, "the Hub could not give one"),
         ({"model.path": "{tokenizer}"}, "not a checkpoint"),
         ({"model.path": "{reward}"}, "is a reward model; expected a policy"),
@@ -507,9 +507,19 @@ def run_with_checkpoints(
 
 
 def test_a_step_that_does_not_exist_lists_those_that_do(door: Door, run_with_checkpoints: Path) -> None:
-    for step in ("2", "03x", "-1"):
+    for step in ("2", "03x", "-1", "last"):
         door.set({"model.path": f"{run_with_checkpoints}@{step}"})
         assert door.run() == f"{run_with_checkpoints}@{step}: no such step; expected one of 1, 3"
+    door.set({"model.path": f"{run_with_checkpoints}@best"})
+    assert door.run() == (
+        f"{run_with_checkpoints}@best: no best step is known, as early stopping has not ended this run; expected one "
+        f"of 1, 3"
+    )
+    door.set({"output_dir": f"{run_with_checkpoints}@3"})
+    assert door.run() == (
+        f"output_dir: {run_with_checkpoints}@3 is the name of step 3 of the run {run_with_checkpoints}; expected a "
+        f"name that does not end in @3"
+    )
 
 
 def test_a_checkpoint_that_is_not_whole(door: Door, run_with_checkpoints: Path) -> None:

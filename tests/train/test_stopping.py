@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.checkpoint import Checkpoints, find_step
+from models.checkpoint import STOPPED, Checkpoints, find_step
 from train.config import (
     CheckpointConfig,
     DataConfig,
@@ -26,7 +26,7 @@ from train.run.files import write_jsonl
 from train.running import SetupError
 from train.supervised import stopping
 from train.supervised.reward_model import train_reward_model
-from train.supervised.stopping import STOPPED, EarlyStopping
+from train.supervised.stopping import EarlyStopping
 
 Dies = Callable[[type[BaseException]], Any]
 

@@ -12,6 +12,7 @@ from train.console import console
 from train.data.chats import normalize_prompts
 from train.data.rows import Row, batch_indices, hold_out, load_rows, sample_indices
 from train.data.token_cache import prompt_ids
+from train.pins import Pins
 
 
 def fitting_indices(rows: Sequence[Row], source: str, column: str, tokenizer: Tokenizer, max_length: int) -> list[int]:
@@ -100,24 +101,31 @@ class Splits(NamedTuple):
     duplicates: int  # rows of train whose prompt is in validation or test too; data.drop_duplicates removes them
 
 
-def load_splits(config: PolicyConfig) -> Splits:
+def load_splits(config: PolicyConfig, pins: Pins | None = None) -> Splits:
     """Loads the rows of train, validation and test, as `config.data` says.
+
+    Args:
+      pins: of a run, which goes on with the rows that it was started with.
 
     Raises:
       ValueError: with drop_duplicates, no row of train is left.
     """
     data = config.data
 
-    def load(source: str, split: str) -> list[Row]:
-        return normalize_prompts(load_rows(source, split, data.columns), source, data.prompt_column, config.chat)
+    def load(setting: str, source: str, split: str, *, changes_training: bool = True) -> list[Row]:
+        rows = load_rows(source, split, data.columns)
+        rows = pins.rows(setting, source, rows) if pins is not None and changes_training else rows
+        return normalize_prompts(rows, source, data.prompt_column, config.chat)
 
-    train, validation = load(data.train, data.split), []
+    train, validation = load("data.train", data.train, data.split), []
     if data.validation_rows:
         remaining, held_out = hold_out(len(train), data.validation_rows, data.split_seed)
         train, validation = [train[i] for i in remaining], [train[i] for i in held_out]
     elif config.validation.prompts:
-        validation = load(data.validation or data.train, data.validation_split)
-    test = load(data.test, data.test_split) if data.test else []
+        validation = load("data.validation", data.validation or data.train, data.validation_split)
+    test = []
+    if data.test:
+        test = load("data.test", data.test, data.test_split, changes_training=data.drop_duplicates)
     duplicates = set(overlapping_rows(train, [*validation, *test], data.prompt_column))
     if data.drop_duplicates:
         train = [row for number, row in enumerate(train) if number not in duplicates]
@@ -138,9 +146,9 @@ def prompt_key(prompt: Prompt) -> bytes:
     return hashlib.blake2b(" ".join(" ".join(texts).split()).casefold().encode(), digest_size=16).digest()
 
 
-def load_prompts(config: PolicyConfig, tokenizer: Tokenizer) -> tuple[Prompts, Prompts]:
+def load_prompts(config: PolicyConfig, tokenizer: Tokenizer, pins: Pins | None = None) -> tuple[Prompts, Prompts]:
     """Returns the prompts to train on and those to validate on; prints how many prompts they share."""
-    data, splits = config.data, load_splits(config)
+    data, splits = config.data, load_splits(config, pins)
     if splits.duplicates:
         action = "left out" if data.drop_duplicates else "kept; data.drop_duplicates: true leaves them out"
         console.print(

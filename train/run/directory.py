@@ -21,8 +21,9 @@ import yaml
 from rich.filesize import decimal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from models.checkpoint import Checkpoints, checkpoints_folder, read_about
+from models.checkpoint import Checkpoints, checkpoints_folder, is_run, read_newest_about
 from models.config import read_json
+from models.names import split_step
 from models.tokenizer import Tokenizer
 from train.config import RunConfig, resolved
 from train.console import console, print_plain
@@ -46,6 +47,7 @@ def check_run(config: RunConfig) -> None:
     Raises:
       ValueError: the directory of the run, or of its checkpoints, is refused.
     """
+    check_output_dir(config)
     path = Path(config.output_dir)
     checkpoints = config.checkpoint.directory or str(checkpoints_folder(path))
     check_run_directory(config.output_dir, ("tokenizer", "tensorboard", COMPLETIONS), checkpoints)
@@ -63,40 +65,43 @@ class Run:
       start: the step that the run starts or goes on from, known after `resume`.
     """
 
-    def __init__(self, config: RunConfig, model: Mapping[str, Any], tokenizer: Tokenizer) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        model: Mapping[str, Any],
+        tokenizer: Tokenizer,
+        pins: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
+        """Opens the directory, and writes the config and the tokenizer into it.
+
+        Args:
+          config: the run's config, as the user gave it.
+          model: the network's Hugging Face config.
+          tokenizer: the run's tokenizer.
+          pins: what the run was started from, see `train.pins`.
+
+        Raises:
+          ValueError: see `check_output_dir`; or a checkpoint directory that not every process sees.
+        """
         self.path = Path(config.output_dir)
         self.config = config
         plain = json.loads(json.dumps(resolved(config)))
-        if (self.path / CONFIG).is_file():
-            saved = load_yaml((self.path / CONFIG).read_text(encoding="utf-8"), str(self.path / CONFIG))
-            self._refuse_another(saved or {}, self.path)
+        check_output_dir(config)
         if is_first():
             self.path.mkdir(parents=True, exist_ok=True)
             write_whole(self.path / CONFIG, yaml.safe_dump(plain, sort_keys=False))
-            tokenizer.save(self.path / "tokenizer")
-        self._about = {"model": dict(model), "run": plain} | ({"lora": plain["lora"]} if config.lora.rank else {})
+        self._about = {"model": dict(model), "run": plain, "pins": dict(pins or {})}
+        self._about |= {"lora": plain["lora"]} if config.lora.rank else {}
         self._checkpoints = Checkpoints(self.path, keep=config.checkpoint.keep, directory=config.checkpoint.directory)
         finish_on_error(self.wait)
         self._check_shared()
+        is_new = self._checkpoints.latest() is None
+        if is_first() and (is_new or not (self.path / "tokenizer").is_dir()):  # a run that goes on has the one it had
+            tokenizer.save(self.path / "tokenizer")
         self._trackers: list[Any] = []
         self._progress: Progress | None = None
         self._started = time.perf_counter()
         self.start = 0
-
-    def _refuse_another(self, saved: dict[str, Any], place: Any) -> None:
-        """Refuses to go on with a run of another config; a setting that the saved one lacks has its default."""
-        plain, saved = json.loads(json.dumps(resolved(self.config))), _with_defaults(saved, self.config)
-        changed = [
-            key
-            for key in plain
-            if key not in _MAY_CHANGE and _without_placement(plain[key]) != _without_placement(saved.get(key))
-        ]
-        if changed:
-            key = changed[0]
-            raise ValueError(
-                f"{place}: holds a run with another config ({key}: {saved.get(key)!r}, now {plain[key]!r}); "
-                f"choose another place, or delete that directory to start over"
-            )
 
     def _check_shared(self) -> None:
         """Refuses a checkpoint directory that not every process sees."""
@@ -125,7 +130,8 @@ class Run:
         if state.frozen:
             state = state._replace(frozen=self._checkpoints.restore_or_save_base(state.frozen))
         if latest is not None and self.config.checkpoint.directory is not None:
-            self._refuse_another(read_about(f"{self.path}@{latest}")["run"], checkpoints_folder(self.path))
+            about = read_newest_about(self.path)
+            _refuse_another(self.config, about["run"], checkpoints_folder(self.path))
         if latest is not None:
             params, train = self._checkpoints.restore(latest, state.params, _optimizer_items(state))
             state = state._replace(params=params, **train)
@@ -292,6 +298,40 @@ def _wandb_id(run: Path) -> str:
     page = {"id": secrets.token_hex(8), "run": place}
     write_whole(file, json.dumps(page) + "\n")
     return page["id"]
+
+
+def check_output_dir(config: RunConfig) -> None:
+    """Refuses an output_dir before anything is loaded.
+
+    Raises:
+      ValueError: it holds a run of another config, or its name means a step of another run.
+    """
+    path = Path(config.output_dir)
+    if not path.is_dir() and is_run(path):
+        other, step = split_step(path)
+        raise ValueError(
+            f"output_dir: {path} is the name of step {step} of the run {other}; expected a name that does not end in "
+            f"@{step}"
+        )
+    if (path / CONFIG).is_file():
+        saved = load_yaml((path / CONFIG).read_text(encoding="utf-8"), str(path / CONFIG))
+        _refuse_another(config, saved or {}, path)
+
+
+def _refuse_another(config: RunConfig, saved: dict[str, Any], place: Any) -> None:
+    """Refuses to go on with a run of another config; a setting that the saved one lacks has its default."""
+    plain, saved = json.loads(json.dumps(resolved(config))), _with_defaults(saved, config)
+    changed = [
+        key
+        for key in plain
+        if key not in _MAY_CHANGE and _without_placement(plain[key]) != _without_placement(saved.get(key))
+    ]
+    if changed:
+        key = changed[0]
+        raise ValueError(
+            f"{place}: holds a run with another config ({key}: {saved.get(key)!r}, now {plain[key]!r}); "
+            f"choose another place, or delete that directory to start over"
+        )
 
 
 def _with_defaults(saved: Any, config: Any) -> Any:

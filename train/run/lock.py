@@ -28,6 +28,7 @@ from models.checkpoint import checkpoints_folder, wait_for_saves
 from train.config import PolicyConfig, SupervisedConfig
 from train.console import print_plain
 from train.processes import broadcast_from_first, is_distributed, is_first
+from train.run.directory import check_run
 from train.running import setup_errors
 
 LOCK = "lock.json"  # in a directory; FILE.lock.json beside a file
@@ -173,6 +174,7 @@ def owns_its_run(program: Callable[Concatenate[RunConfigT, P], None]) -> Callabl
     def with_locks(config: RunConfigT, *args: P.args, **kwargs: P.kwargs) -> None:
         with contextlib.ExitStack() as stack:
             with setup_errors():
+                check_run(config)  # first: a lock makes the directory
                 stack.enter_context(owned(*run_locks(config)))
             try:
                 program(config, *args, **kwargs)

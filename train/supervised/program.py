@@ -22,8 +22,9 @@ from train.build import make_layout_for, make_model, make_optimizer, make_tokeni
 from train.config import ChatConfig, SupervisedConfig
 from train.console import console
 from train.data.rows import Row, batch_indices, hold_out, load_rows
+from train.pins import Pins
 from train.processes import is_first
-from train.run.directory import CALIBRATION, Run, check_run
+from train.run.directory import CALIBRATION, Run
 from train.run.files import write_whole
 from train.run.lock import owns_its_run
 from train.run.metrics import Timer, mean_metrics
@@ -64,13 +65,14 @@ def train_supervised(config: SupervisedConfig, task: SupervisedTask) -> None:
       SetupError: a mistake in the config or the data, before anything is computed.
     """
     with setup_errors():
-        check_run(config)
-        layout = make_layout_for(config.mesh, config.batch_size)
-        tokenizer = make_tokenizer(config.model, config.chat)
-        examples, held_out = load_examples(config, task, tokenizer)
-        model = make_model(config.model, config.lora, layout, config.seed, tokenizer, task.architecture)
+        layout, pins = make_layout_for(config.mesh, config.batch_size), Pins(config)
+        start = pins.model(config.model)  # under exact names
+        tokenizer = make_tokenizer(start, config.chat)
+        examples, held_out = load_examples(config, task, tokenizer, pins)
+        model = make_model(start, config.lora, layout, config.seed, tokenizer, task.architecture)
         graphdef, params = split(model)
-        run, stopping = Run(config, model.config.to_hf(), tokenizer), EarlyStopping(config.early_stopping)
+        run = Run(config, model.config.to_hf(), tokenizer, pins.pins)
+        stopping = EarlyStopping(config.early_stopping)
         if has_stopped(run):
             return
         optimizer, schedule = make_optimizer(config.optimizer, config.max_steps)
@@ -162,19 +164,24 @@ def evaluate_set(
 
 
 def load_examples(
-    config: SupervisedConfig, task: SupervisedTask, tokenizer: Tokenizer
+    config: SupervisedConfig, task: SupervisedTask, tokenizer: Tokenizer, pins: Pins | None = None
 ) -> tuple[list[Any], dict[str, list[Any]]]:
     """Loads and encodes the rows to train on, and each validation set by its metrics' prefix.
 
     Rows that do not fit into max_length are left out; their number is printed.
+
+    Args:
+      pins: of a run, which goes on with the rows that it was started with.
 
     Raises:
       ValueError: no row of a data set fits.
     """
     data = config.data
 
-    def load(source: str, split_name: str) -> list[Any]:
-        return task.encode(load_rows(source, split_name, data.columns), tokenizer, source, config.chat)
+    def load(setting: str, source: str, split_name: str) -> list[Any]:
+        rows = load_rows(source, split_name, data.columns)
+        rows = rows if pins is None else pins.rows(setting, source, rows)
+        return task.encode(rows, tokenizer, source, config.chat)
 
     def fitting(examples: Sequence[Any], source: str) -> list[Any]:
         short = [example for example in examples if 2 <= task.length(example) <= config.max_length]
@@ -186,15 +193,16 @@ def load_examples(
             )
         return task.pack(short, source)
 
-    train, held_out = load(data.train, data.split), {}
+    train, held_out = load("data.train", data.train, data.split), {}
     if data.validation_rows:
         remaining, validation = hold_out(len(train), data.validation_rows, data.split_seed)
         held_out["validation"] = fitting([train[i] for i in validation], f"{data.train}, held out")
         train = [train[i] for i in remaining]
     elif data.validation is not None:
-        held_out["validation"] = fitting(load(data.validation, data.validation_split), data.validation)
+        rows = load("data.validation", data.validation, data.validation_split)
+        held_out["validation"] = fitting(rows, data.validation)
     for name, source in data.held_out.items():
-        held_out[f"validation/{name}"] = fitting(load(source, data.validation_split), source)
+        held_out[f"validation/{name}"] = fitting(load(f"data.held_out.{name}", source, data.validation_split), source)
     return fitting(train, data.train), held_out
 
 

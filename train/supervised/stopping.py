@@ -8,18 +8,15 @@ removes those that are still there.
 import json
 import math
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 
-from models.checkpoint import checkpoints_folder
+from models.checkpoint import STOPPED, checkpoints_folder
 from train.config import EarlyStoppingConfig, SupervisedConfig
 from train.console import console
 from train.processes import gather, is_first
 from train.run.directory import METRICS, Run, read_metrics
 from train.run.files import write_whole
-
-STOPPED = "stopped.json"
 
 
 class EarlyStopping:
@@ -99,12 +96,6 @@ class EarlyStopping:
             record = {"step": self.last_step, "best_step": self.best_step, "metric": self.config.metric}
             write_whole(run.path / STOPPED, json.dumps(record) + "\n")
         close_at_best(run, self.last_step, self.best_step)
-
-
-def best_step(run: str | Path) -> int | None:
-    """Returns the best step of a run that ended by early stopping; None for any other run."""
-    file = Path(run) / STOPPED
-    return int(json.loads(file.read_text(encoding="utf-8"))["best_step"]) if file.is_file() else None
 
 
 def has_stopped(run: Run) -> bool:
