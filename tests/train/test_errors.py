@@ -351,7 +351,7 @@ def test_data_files(door: Door, which: str, text: str, message: str) -> None:
         ("no-such-data-set", "no-such-data-set: neither a .jsonl or .parquet file nor a data set"),
         ("{here}/rubbish.parquet", "rubbish.parquet: expected parquet, as the name says, got plain text"),
         ("{here}/rubbish.jsonl.gz", "rubbish.jsonl.gz: expected gzip, as the name says, got plain text"),
-        ("{here}", ": is a directory with {here}/rubbish.jsonl.gz and 1 more; expected a file of JSON Lines"),
+        ("{here}", ": is a directory with {here}/rubbish.jsonl.gz and 2 more; expected a file of JSON Lines"),
     ],
 )
 def test_data_sources(door: Door, source: str, message: str) -> None:
