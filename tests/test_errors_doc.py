@@ -33,6 +33,7 @@ MADE_ELSEWHERE = {
     "found",  # of TELLERS
     "refusal",
     "status['refused']",
+    "result['refused']",
 }
 # No input of a user's causes these.
 INTERNAL = {
