@@ -219,9 +219,9 @@ def test_scores_are_those_of_the_trainer_s_reward_model(world: World, folder: Pa
 @pytest.mark.slow
 def test_runs_side_by_side_are_runs_alone(run: Run) -> None:
     """Sums may be rounded otherwise, so: the same completions and rewards, parameters within rounding."""
-    cell = Cell("grpo", group_size=4, noise=0.3)
-    together = run(cell, (0, 1, 2), 2, evaluated=True)
-    for seed in range(3):
+    cell = Cell("grpo", noise=0.3)
+    together = run(cell, (0, 1), 2, evaluated=True)
+    for seed in range(2):
         alone = run(cell, (seed,), 2, evaluated=True)
         for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
             np.testing.assert_allclose(np.asarray(a[seed], np.float64), np.asarray(b[0], np.float64), atol=2e-4)

@@ -229,6 +229,8 @@ def test_interrupted_equals_uninterrupted(policy_config: MakeConfig, tmp_path: P
         whole = policy_config(tmp_path / "whole", **settings)
         rows = run(whole)
         assert max(row.get("sampling/attempts", 1) for row in rows) > 1
+        once = replace(whole, output_dir=str(tmp_path / "once"), num_iterations=1, max_steps=1)
+        assert run(once)[1]["reward"] == rows[1]["reward"]  # drawn before anything was learned
         cut = replace(whole, output_dir=str(tmp_path / "cut"))
         shutil.copytree(whole.output_dir, cut.output_dir)  # as a kill leaves it while step 3 is saved
         for step in ("3", "4"):
