@@ -29,7 +29,7 @@ class Gallery:
 
 
 @dataclass(frozen=True)
-class Answer:
+class SampleAnswer:
     """One completion in a sample, with its scores."""
 
     label: str
@@ -44,7 +44,7 @@ class Sample:
 
     prompt_id: int
     prompt: Any
-    answers: Sequence[Answer]
+    answers: Sequence[SampleAnswer]
 
     @property
     def heading(self) -> str:

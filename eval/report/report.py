@@ -18,7 +18,6 @@ from eval.report import compare_plots, judged_tables, story
 from eval.report.compare import COMPARE_JSON, JUDGE_SCORE, SCORES, describe_policy, read_scores
 from eval.report.judged import JUDGE_RESULT, read_ifeval, read_judged, read_result, read_summaries
 from eval.report.page import (
-    Answer,
     Block,
     Commands,
     Content,
@@ -26,6 +25,7 @@ from eval.report.page import (
     Files,
     Gallery,
     Sample,
+    SampleAnswer,
     Section,
     markdown,
     page,
@@ -231,9 +231,9 @@ def scored_completions(folder: str, run: PolicyRun, which: int, result: dict[str
     return CompletionTable.from_rows(read_scores(folder, run.name, step), str(Path(folder) / SCORES / run.name))
 
 
-def sample_answer(label: str, table: CompletionTable, prompt_id: int) -> Answer:
+def sample_answer(label: str, table: CompletionTable, prompt_id: int) -> SampleAnswer:
     row = next(row for row in table.rows if row["prompt_id"] == prompt_id)
-    return Answer(label, row["completion"], row.get("reward"), row.get(JUDGE_SCORE))
+    return SampleAnswer(label, row["completion"], row.get("reward"), row.get(JUDGE_SCORE))
 
 
 def difference_sheet(runs: Sequence[PolicyRun]) -> Sheet:

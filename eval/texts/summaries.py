@@ -53,7 +53,7 @@ PATHS: dict[str, tuple[str, ...]] = {  # keys of each measure in the result
 }
 SHOWN_BY_TEMPERATURE = ("rouge1", "rouge2", "rougeL", "words", "new 2-grams")
 # Full-width marks end a sentence without white space, behind a closing quotation mark or bracket if there is one.
-SENTENCE_ENDS = re.compile(r"(?<=[.!?؟।۔።])\s+|(?<=[。！？｡])(?![。！？｡」』”’）])\s*|(?<=[。！？｡][」』”’）])\s*|\n+")
+SENTENCE_END = re.compile(r"(?<=[.!?؟।۔።])\s+|(?<=[。！？｡])(?![。！？｡」』”’）])\s*|(?<=[。！？｡][」』”’）])\s*|\n+")
 Measures = dict[str, float | None]  # of one text; None = undefined
 
 
@@ -199,7 +199,7 @@ def post_of(row: Row) -> str:
 
 def lead_sentences(post: str, sentences: int) -> str:
     """The first sentences; a sentence ends with . ! or ? before white space, with 。 ！ or ？, or with its line."""
-    parts = [part for part in SENTENCE_ENDS.split(post.strip()) if part.strip()]
+    parts = [part for part in SENTENCE_END.split(post.strip()) if part.strip()]
     return " ".join(parts[:sentences])
 
 

@@ -13,7 +13,7 @@ import scipy.stats
 import yaml
 
 from eval.__main__ import main
-from eval.report.page import Answer, Commands, Content, Files, Sample, Section, markdown, page
+from eval.report.page import Commands, Content, Files, Sample, SampleAnswer, Section, markdown, page
 from eval.report.plots import pick_groups, smoothed
 from eval.report.reliability import reliability_pictures
 from eval.report.report import reward_model_row
@@ -346,7 +346,7 @@ def test_a_table_says_the_same_everywhere() -> None:
 def test_only_pictures_are_html_and_markdown_has_the_texts_as_they_are() -> None:
     foreign = "<i>&'\"</i>"
     blocks = [foreign, Sheet(foreign, (foreign, "b"), [(foreign, foreign)], foreign, "t"), Files([(foreign, foreign)])]
-    blocks += [Sample(0, foreign, [Answer(foreign, foreign, None, None)]), Commands([foreign])]
+    blocks += [Sample(0, foreign, [SampleAnswer(foreign, foreign, None, None)]), Commands([foreign])]
     content = Content(foreign, foreign, foreign, [Section(foreign, blocks)])
     shown = 4 + 1 + 5 + 3 + 3 + 1  # titles and headline, then block by block
     assert "<i>" not in page(content) and page(content).count("&lt;i&gt;&amp;&#39;&#34;&lt;/i&gt;") >= shown

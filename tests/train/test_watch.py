@@ -13,7 +13,7 @@ from models.checkpoint import find_step
 from train.config import CheckpointConfig, PolicyConfig, RewardSpec
 from train.loop import train_policy
 from train.rewards.returned import RewardError
-from train.rewards.watch import PATIENCE, ScoreWatch
+from train.rewards.watch import MAX_SILENT, ScoreWatch
 from train.run.directory import Run, read_metrics
 from train.running import exit_code
 
@@ -22,24 +22,24 @@ NONE, ONE = np.full((2, 2, 1), np.nan), np.array([[[np.nan], [1.0]], [[np.nan], 
 
 def test_only_steps_in_a_row_end_a_run(capsys: pytest.CaptureFixture[str]) -> None:
     watch, lines = ScoreWatch("run", ["f"]), 0
-    for rewards_PGR in [NONE] * (PATIENCE - 1) + [ONE] + [NONE] * (PATIENCE - 1):
+    for rewards_PGR in [NONE] * (MAX_SILENT - 1) + [ONE] + [NONE] * (MAX_SILENT - 1):
         watch.look("step 1", rewards_PGR)
         watch.look("validation at step 1", NONE, counts=False)
         said = capsys.readouterr().out
         lines += said.count("run: step 1: no reward for any of 4 completions (f: all unscorable)")
         assert "validation at step 1: no reward for any" in said and not watch.is_hopeless
-    assert lines == 2 * (PATIENCE - 1)
+    assert lines == 2 * (MAX_SILENT - 1)
     watch.look("step 9", NONE)
     assert watch.is_hopeless
 
 
 def test_one_of_several_rewards_that_scores_nothing_is_named_once(capsys: pytest.CaptureFixture[str]) -> None:
     watch = ScoreWatch("run", ["judge", "length"])
-    for step in range(2 * PATIENCE):
+    for step in range(2 * MAX_SILENT):
         watch.look(f"step {step}", np.concatenate([NONE, ONE], -1))
     assert not watch.is_hopeless
     assert capsys.readouterr().out == (
-        f"run: step {PATIENCE - 1}: judge has scored no completion of {PATIENCE} steps in a row; only the other "
+        f"run: step {MAX_SILENT - 1}: judge has scored no completion of {MAX_SILENT} steps in a row; only the other "
         f"rewards are learned from\n"
     )
 
@@ -64,12 +64,12 @@ def test_a_run_in_which_nothing_can_be_scored_ends_saved(
     changes: dict[str, Any] = {"max_steps": 9, "checkpoint": CheckpointConfig(every=100)}
     config = policy_config(tmp_path, rewards=[RewardSpec(function="unscored.unfit")], **changes)
     with pytest.raises(
-        RewardError, match=f"step {PATIENCE}: no reward for any completion of {PATIENCE} steps in a row"
+        RewardError, match=f"step {MAX_SILENT}: no reward for any completion of {MAX_SILENT} steps in a row"
     ):
         train_policy(config)
-    assert [row["step"] for row in read_metrics(tmp_path / "run")] == list(range(PATIENCE + 1))
-    assert find_step(tmp_path / "run")[1] == PATIENCE
-    assert f"ended after step {PATIENCE} of 9" in capsys.readouterr().out
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == list(range(MAX_SILENT + 1))
+    assert find_step(tmp_path / "run")[1] == MAX_SILENT
+    assert f"ended after step {MAX_SILENT} of 9" in capsys.readouterr().out
 
 
 def test_an_error_in_a_later_step_loses_no_checkpoint(

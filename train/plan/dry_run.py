@@ -167,7 +167,7 @@ def describe_part(config: TrainingConfig, part: DataPart) -> tuple[int | None, C
         return None, None
     if part.split not in schema["splits"]:
         raise ValueError(f"{part.source}: has no split {part.split!r}; expected one of {', '.join(schema['splits'])}")
-    ours = check_columns(config, schema["columns"], part.source)
+    ours = check_schema_columns(config, schema["columns"], part.source)
     columns = ", ".join(f"{name} ({kind})" for name, kind in schema["columns"].items())
     count = schema["splits"][part.split]
     print_plain(f"{part.name}: {part.source}, {part.split}: {count:,} rows, columns {columns} [{origin}]")
@@ -195,7 +195,7 @@ def check_data_rows(config: TrainingConfig, rows: Sequence[Row], source: str) ->
         read_exchanges(rows, source, "completion", config.chat)
 
 
-def check_columns(config: TrainingConfig, columns: Mapping[str, str], source: str) -> Collection[str]:
+def check_schema_columns(config: TrainingConfig, columns: Mapping[str, str], source: str) -> Collection[str]:
     """Refuses a data set without the columns that the program reads; returns all its columns, after renaming."""
     renamed = config.data.columns.values()
     for name in renamed:

@@ -11,7 +11,7 @@ from typing import Any
 from train.rewards.refusals import filtered, too_long
 
 # A model's thoughts in front of its answer; a chat template may have written the opening tag already.
-THOUGHTS = re.compile(r"(?:<think(?:ing)?>)?.*?</think(?:ing)?>", re.DOTALL)
+JUDGE_THOUGHTS = re.compile(r"(?:<think(?:ing)?>)?.*?</think(?:ing)?>", re.DOTALL)
 FENCE = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.DOTALL | re.IGNORECASE)
 LOWEST, HIGHEST = 1, 10
 INSTRUCTIONS = f"""\
@@ -92,7 +92,7 @@ def parse_score(text: str) -> float | None:
     Thoughts in front of it, and a code fence around it, are left out; 7.0 is 7.
     """
     text = text.strip()
-    if thoughts := THOUGHTS.match(text):
+    if thoughts := JUDGE_THOUGHTS.match(text):
         text = text[thoughts.end() :].strip()
     if fence := FENCE.fullmatch(text):
         text = fence[1]

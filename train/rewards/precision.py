@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 ROUNDING = 1e-3  # of the spread of a group: more of it than that would bend the differences of rewards
-DIGITS = 60  # of the sums of weighted rewards: two factors of float64 have 34 together
+SUM_DIGITS = 60  # of the sums of weighted rewards: two factors of float64 have 34 together
 COMBINATIONS: dict[str, Callable[[Sequence[Decimal]], Decimal]] = {
     "sum": lambda terms: sum(terms, Decimal(0)),
     "mean": lambda terms: sum(terms, Decimal(0)) / len(terms),
@@ -38,7 +38,7 @@ def combine(rewards_PGR: np.ndarray, weights_R: np.ndarray, combination: str) ->
         terms = [weight * Decimal(repr(reward)) for weight, reward in pairs if reward == reward]
         return float(join(terms)) if terms else np.nan
 
-    with localcontext(prec=DIGITS):
+    with localcontext(prec=SUM_DIGITS):
         rows = [combined(row) for row in rewards_PGR.reshape(-1, len(weights)).tolist()]
     return narrow(np.array(rows, np.float64).reshape(rewards_PGR.shape[:-1]))
 

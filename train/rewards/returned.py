@@ -13,7 +13,7 @@ from train.running import SetupError
 
 LARGEST = float(np.finfo(np.float32).max)  # beyond it, means and squares of rewards would overflow
 ASYNC = "async functions are not supported yet; write def, and return the list"
-KINDS: dict[str, tuple[Callable[[object], bool], ...]] = {
+NUMBER_KINDS: dict[str, tuple[Callable[[object], bool], ...]] = {
     f"is an async function; {ASYNC}": (inspect.iscoroutinefunction, inspect.isasyncgenfunction),
     "is a generator function (yield); return a list": (inspect.isgeneratorfunction,),
 }
@@ -30,7 +30,7 @@ def check_kind(name: str, function: Callable[..., Any]) -> None:
       ValueError: an async or generator function, or positional-only parameters.
     """
     method = type(function).__call__  # of an object that is called like a function
-    for reason, tests in KINDS.items():
+    for reason, tests in NUMBER_KINDS.items():
         if any(test(function) or test(method) for test in tests):
             raise ValueError(f"rewards.function: {name}: {reason}")
     for parameter in inspect.signature(function).parameters.values():

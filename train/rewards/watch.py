@@ -7,7 +7,7 @@ import numpy as np
 from train.console import print_plain
 from train.rewards.returned import RewardError
 
-PATIENCE = 3  # steps in a row
+MAX_SILENT = 3  # steps in a row
 
 
 class ScoreWatch:
@@ -41,16 +41,16 @@ class ScoreWatch:
         self.silent_steps = self.silent_steps + 1 if missing_R.all() else 0
         for name, missing in zip(self._silent_steps_of, missing_R, strict=True):
             self._silent_steps_of[name] = self._silent_steps_of[name] + 1 if missing else 0
-            if self._silent_steps_of[name] == PATIENCE and not self.silent_steps:
+            if self._silent_steps_of[name] == MAX_SILENT and not self.silent_steps:
                 print_plain(
-                    f"{self.run}: {when}: {name} has scored no completion of {PATIENCE} steps in a row; only the other "
-                    f"rewards are learned from"
+                    f"{self.run}: {when}: {name} has scored no completion of {MAX_SILENT} steps in a row; only the "
+                    f"other rewards are learned from"
                 )
 
     @property
     def is_hopeless(self) -> bool:
-        """Whether the run should end: nothing was scored in `PATIENCE` steps in a row."""
-        return self.silent_steps >= PATIENCE
+        """Whether the run should end: nothing was scored in `MAX_SILENT` steps in a row."""
+        return self.silent_steps >= MAX_SILENT
 
     def error(self, step: int) -> RewardError:
         """Returns the error that ends such a run."""
