@@ -1,5 +1,6 @@
 """What a program writes has one owner: who may not have it is told who has, and a dead owner's lock is taken over."""
 
+import errno
 import json
 import os
 import signal
@@ -20,7 +21,7 @@ from models.checkpoint import Checkpoints
 from train.config import CheckpointConfig, PolicyConfig
 from train.loop import train_policy
 from train.run.directory import Run
-from train.run.lock import LOCK, Lock, acquire_all, owned, release_all
+from train.run.lock import LOCK, Lock, _start_time, acquire_all, owned, release_all
 from train.running import SetupError
 
 ROOT = Path(__file__).parents[2]
@@ -120,6 +121,26 @@ def test_whom_nobody_can_see_keeps_the_lock(tmp_path: Path, text: str | dict[str
     with pytest.raises(ValueError, match=words.format(pid=os.getpid(), file=file, place=tmp_path)):
         raise ValueError(refused)
     assert file.exists()
+
+
+def test_a_lock_that_cannot_be_written_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="No space left"):
+        patch.setattr("train.run.lock.os.fsync", full)
+        with owned(Lock(tmp_path)):
+            pass
+    assert not list(tmp_path.iterdir())
+    with owned(Lock(tmp_path)):  # nothing is in the way of the next start
+        assert list(tmp_path.iterdir())
+
+
+def test_without_proc_a_process_is_told_by_its_number_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    monkeypatch.setattr("train.run.lock.Path", lambda path: Path(f"/nowhere{path}"))
+    assert _start_time(os.getpid()) == "" and _start_time(ended.pid) is None
 
 
 def test_all_locks_or_none_and_no_trace(tmp_path: Path) -> None:
