@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterator
 
 from train.console import console
 
-_unfinished: list[Callable[[], None]] = []  # waits for what a program saves in the background
-
 
 class SetupError(ValueError):
     """A user's mistake, found before anything is computed. The user sees the message alone."""
@@ -25,16 +23,6 @@ def setup_errors() -> Iterator[None]:
         raise SetupError(str(error)) from error
 
 
-def finish_on_error(wait: Callable[[], None]) -> None:
-    """Has `wait` called before a program ends with an error, so that what it saves in the background is not lost."""
-    _unfinished.append(wait)
-
-
-def _finish() -> None:
-    while _unfinished:
-        _unfinished.pop()()
-
-
 def exit_code(program: Callable[[], object], *, own_devices: bool = False, several: bool = True) -> int:
     """Runs a program and returns its exit code; a user's mistake is printed as one line on the standard error.
 
@@ -49,7 +37,6 @@ def exit_code(program: Callable[[], object], *, own_devices: bool = False, sever
     from models.compile_cache import enable_compile_cache
     from train import processes
 
-    _unfinished.clear()
     try:
         if not own_devices:
             enable_compile_cache()
@@ -62,7 +49,6 @@ def exit_code(program: Callable[[], object], *, own_devices: bool = False, sever
         code = 1 if isinstance(error, FloatingPointError) else 2
     except (Exception, KeyboardInterrupt):
         if not processes.is_distributed():
-            _finish()
             raise
         traceback.print_exc()
         code = 1
@@ -70,5 +56,4 @@ def exit_code(program: Callable[[], object], *, own_devices: bool = False, sever
         return 0
     if processes.is_distributed():
         processes.abort(code)
-    _finish()
     return code

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from models.checkpoint import find_step
+from models.checkpoint import Checkpoints, find_step
 from train.config import CheckpointConfig, PolicyConfig, RewardSpec
 from train.loop import train_policy
 from train.rewards.returned import RewardError
@@ -78,8 +78,8 @@ def test_an_error_in_a_later_step_loses_no_checkpoint(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    saved: list[int] = []
-    monkeypatch.setattr(Run, "wait", lambda run: saved.append(run.start))
+    waited: list[str] = []
+    monkeypatch.setattr(Checkpoints, "wait", lambda self: waited.append("for the save in flight"))
 
     def fails() -> None:
         with pytest.MonkeyPatch.context() as patch:
@@ -89,5 +89,5 @@ def test_an_error_in_a_later_step_loses_no_checkpoint(
     def refuse(*_: Any) -> Any:
         raise RewardError("f: got None")
 
-    assert exit_code(fails) == 2 and saved == [0]
+    assert exit_code(fails) == 2 and waited == ["for the save in flight"]
     assert capsys.readouterr().err == "error: f: got None\n"

@@ -29,7 +29,6 @@ from train.config import RunConfig, resolved
 from train.console import console, print_plain
 from train.processes import gather, is_distributed, is_first
 from train.run.files import check_room, check_run_directory, free_bytes, write_jsonl, write_whole
-from train.running import finish_on_error
 from train.state import TrainState
 from train.strict_yaml import load_yaml
 
@@ -93,7 +92,6 @@ class Run:
         self._about = {"model": dict(model), "run": plain, "pins": dict(pins or {})}
         self._about |= {"lora": plain["lora"]} if config.lora.rank else {}
         self._checkpoints = Checkpoints(self.path, keep=config.checkpoint.keep, directory=config.checkpoint.directory)
-        finish_on_error(self.wait)
         self._check_shared()
         is_new = self._checkpoints.latest() is None
         if is_first() and (is_new or not (self.path / "tokenizer").is_dir()):  # a run that goes on has the one it had
