@@ -78,8 +78,16 @@ def test_an_error_in_a_later_step_loses_no_checkpoint(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    waited: list[str] = []
-    monkeypatch.setattr(Checkpoints, "wait", lambda self: waited.append("for the save in flight"))
+    waited: list[Checkpoints] = []  # other tests' checkpoints may still be open in this process: not asked about
+    opened: list[Checkpoints] = []
+    open_checkpoints = Checkpoints.__init__
+
+    def remember(self: Checkpoints, *arguments: Any, **options: Any) -> None:
+        open_checkpoints(self, *arguments, **options)
+        opened.append(self)
+
+    monkeypatch.setattr(Checkpoints, "__init__", remember)
+    monkeypatch.setattr(Checkpoints, "wait", lambda self: waited.append(self))
 
     def fails() -> None:
         with pytest.MonkeyPatch.context() as patch:
@@ -89,5 +97,6 @@ def test_an_error_in_a_later_step_loses_no_checkpoint(
     def refuse(*_: Any) -> Any:
         raise RewardError("f: got None")
 
-    assert exit_code(fails) == 2 and waited == ["for the save in flight"]
+    assert exit_code(fails) == 2 and len(opened) == 1
+    assert waited.count(opened[0]) == 1
     assert capsys.readouterr().err == "error: f: got None\n"
