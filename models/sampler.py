@@ -221,8 +221,10 @@ def draw(
     allowed = jnp.where(banned_V, -jnp.inf, logits)
     weights = jnp.exp(allowed - allowed.max(-1, keepdims=True))
     truncates = (jnp.asarray(params.top_k) > 0) | (jnp.asarray(params.top_p) < 1)
-    weights = jax.lax.cond(truncates, lambda w: _truncate(w, params), lambda w: w, weights)
-    token = jax.lax.cond(temperature > 0, inverse_cdf, lambda weights, _: weights.argmax(-1), weights, uniform)
+    with jax.named_scope("truncate"):  # `train plan` knows by these names which branch a run takes
+        weights = jax.lax.cond(truncates, lambda w: _truncate(w, params), lambda w: w, weights)
+    with jax.named_scope("draw"):
+        token = jax.lax.cond(temperature > 0, inverse_cdf, lambda weights, _: weights.argmax(-1), weights, uniform)
     token = token.astype(jnp.int32)
     chosen = jnp.take_along_axis(logits, token[..., None], axis=-1)
     return token, (chosen - normalizer)[..., 0]

@@ -409,20 +409,58 @@ class PolicyConfig(RunConfig):
         return self.updates_per_step > 1 or self.loss.kl_in == "reward"
 
 
+CHIP_NAMES = ("v4", "v5e", "v5p", "v6e", "A100", "H100", "H200", "B200")  # train.plan.chips has their figures
+
+
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig(PolicyConfig):
     """`train plan`: what a policy's run needs of its devices. A policy's settings, and the devices to plan for."""
 
     devices: int | None = None  # how many to plan for; default: the product of the mesh's sizes
-    # the devices' kind; default: all of them
-    chip: Literal["v4", "v5e", "v5p", "v6e", "A100", "H100", "H200", "B200"] | None = None
-    suggest: bool = False  # try meshes until one fits the chip
-    out: str | None = None  # a JSON file to write with all figures
+    # the devices' kind (v4, v5e, v5p, v6e, A100, H100, H200, B200), or several with commas; default: memory of all
+    chip: str | None = None
+    suggest: bool = False  # try meshes, the likeliest first, and take the one that is fastest of those that fit
+    tries: int = 4  # with suggest: how many meshes of each kind of chip to compile for
+    compare: bool = False  # one table of all meshes and chips that were tried; always so for several chips
+    price_per_chip_hour: float | str | None = None  # in any currency: 3.5 for all chips, or H200=3.5,v5p=4.2
+    top: int = 0  # list so many of the most expensive kernels of each program, with the named scope of each
+    out: str | None = None  # a JSON file to write with all figures; of several plans those of the best
+    hlo: str | None = None  # a directory to write each program's compiled text to, as NAME.hlo
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.devices is not None:
             _at_least(self, 1, "devices")
+        _at_least(self, 1, "tries")
+        _at_least(self, 0, "top")
+        for chip in self.chips:
+            if chip not in CHIP_NAMES:
+                raise ValueError(f"chip: expected one or more of {', '.join(CHIP_NAMES)}, got {chip!r}")
+        _ = self.prices
+
+    @property
+    def chips(self) -> tuple[str, ...]:
+        """The kinds of devices to plan for, each once; none: all, by memory alone."""
+        return tuple(dict.fromkeys(name.strip() for name in self.chip.split(","))) if self.chip is not None else ()
+
+    @property
+    def prices(self) -> dict[str, float]:
+        """The price of an hour of each chip that has one."""
+        given = self.price_per_chip_hour
+        parts = [] if given is None else [part.strip() for part in str(given).split(",")]
+        prices: dict[str, float] = {}
+        for part in parts:
+            chip, equals, price = part.partition("=") if "=" in part else ("", "", part)
+            try:
+                value = float(price)
+            except ValueError:
+                value = math.nan
+            if not 0 <= value < math.inf or (equals and chip not in CHIP_NAMES) or (not equals and len(parts) > 1):
+                raise ValueError(
+                    f"price_per_chip_hour: expected a price such as 3.5, or H200=3.5,v5p=4.2, got {given!r}"
+                )
+            prices |= {chip: value} if equals else dict.fromkeys(CHIP_NAMES, value)
+        return prices
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,7 +29,8 @@ from train.data.chats import as_chat, read_exchanges
 from train.data.files import is_local
 from train.data.prompts import Prompts, Splits, load_splits
 from train.data.rows import Row, load_rows, require_columns
-from train.plan.devices import GIB, HBM, USABLE_SHARE, simulated_devices
+from train.plan.chips import CHIPS, GIB, USABLE_SHARE
+from train.plan.devices import simulated_devices
 from train.plan.programs import bytes_per_device, network_config, parameter_count, resident_bytes, step_parts
 from train.rewards.functions import function_scorer
 from train.running import setup_errors
@@ -50,14 +51,14 @@ def dry_run(config: TrainingConfig, devices: int | None, chip: str | None) -> No
 
     Args:
       devices: number of devices of the run; None: the mesh's, or those of this machine.
-      chip: a key of HBM, whose memory the arrays are compared with.
+      chip: a key of CHIPS, whose memory the arrays are compared with.
 
     Raises:
       SetupError: a mistake in the config or the data.
     """
     with setup_errors():
-        if chip is not None and chip not in HBM:
-            raise ValueError(f"--chip: expected one of {', '.join(HBM)}, got {chip!r}")
+        if chip is not None and chip not in CHIPS:
+            raise ValueError(f"--chip: expected one of {', '.join(CHIPS)}, got {chip!r}")
         summary = describe_data(config)
         network, tokenizer = describe_networks(config, summary.columns)
         summary = tokenize_data(config, tokenizer, summary)
@@ -358,8 +359,9 @@ def describe_memory(layout: Layout, arrays: Mapping[str, float], chip: str | Non
     peak = max(update, resident_bytes(arrays, ("sampling copy", "cache of keys and values")))
     print_plain(f"together at most {bytes_text(peak)}; activations and logits come on top: `train plan` compiles them")
     if chip is not None:
-        verdict = "fits" if peak <= USABLE_SHARE * HBM[chip] else "does NOT fit"
-        print_plain(f"{chip}: {verdict} without them, {100 * peak / HBM[chip]:.0f} % of {HBM[chip] / GIB:.0f} GiB")
+        memory = CHIPS[chip].memory
+        verdict = "fits" if peak <= USABLE_SHARE * memory else "does NOT fit"
+        print_plain(f"{chip}: {verdict} without them, {100 * peak / memory:.0f} % of {memory / GIB:.0f} GiB")
 
 
 # Schedule

@@ -1,14 +1,11 @@
-"""Counts the arithmetic and communication of a compiled program, read from its text.
+"""Reads the text of a compiled program (HLO): instructions, shapes, arithmetic, traffic between devices.
 
-XLA's own cost analysis counts the body of a loop once, and layers are a loop. This count multiplies a body by its
-loop's `known_trip_count`; where XLA does not know it, because the end depends on the data, the caller gives the number.
+What a program costs is `train.plan.roofline`; here is what one instruction says.
 """
 
 import math
 import re
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -20,9 +17,10 @@ BITS = {
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 _HEADER = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\) -> .* \{$")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<rest>.*)$")
-_SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
+_INSTRUCTION = re.compile(r"^\s+(?P<root>ROOT )?%?(?P<name>[\w.\-]+) = (?P<rest>.*)$")
+_SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](\{[^{}]*\})?")
 _CALLED = re.compile(r"(?:calls|to_apply|called_computations)=\{?%?([\w.\-]+)")
+_FAST_MEMORY = "S(1)"  # in a layout: on a TPU the array lies in its vector memory, not in its HBM
 
 Route = tuple[str, tuple[int, ...]]  # a kind of collective and a group of devices
 
@@ -38,97 +36,100 @@ class Instruction(NamedTuple):
     opcode: str
     operands: tuple[str, ...]
     attributes: str
+    is_root: bool = False
+
+    @property
+    def scope(self) -> str:
+        """The named scopes and the JAX primitive that the instruction comes from."""
+        found = re.search(r'op_name="([^"]*)"', self.attributes)
+        return found[1] if found else ""
+
+    @property
+    def called(self) -> str | None:
+        """The computation of a fusion or a call."""
+        found = _CALLED.search(self.attributes)
+        return found[1] if found else None
+
+    @property
+    def branches(self) -> list[str]:
+        """The computations of a conditional; of a predicate the one for false comes first."""
+        if listed := re.search(r"branch_computations=\{([^}]*)\}", self.attributes):
+            return re.findall(r"%?([\w.\-]+)", listed[1])
+        found = dict(re.findall(r"(true|false)_computation=%?([\w.\-]+)", self.attributes))
+        return [found["false"], found["true"]] if len(found) == 2 else []
 
 
-@dataclass
-class Work:
-    """What one device does: FLOPs of matrix products (a multiply-add is two), and bytes that it sends."""
-
-    flops: float = 0.0
-    sent: dict[Route, float] = field(default_factory=lambda: defaultdict(float))  # bytes
-
-    def add(self, other: "Work", times: float = 1.0) -> None:
-        """Adds other work, done `times` times."""
-        self.flops += times * other.flops
-        for key, count in other.sent.items():
-            self.sent[key] += times * count
-
-    def by_axis(self, sizes: Mapping[str, int]) -> dict[tuple[str, str], float]:
-        """Returns the bytes sent, by kind of collective and by the mesh axes that it spans ("fsdp", "data+fsdp")."""
-        by_axis: dict[tuple[str, str], float] = {}
-        for (kind, group), count in self.sent.items():
-            places = np.stack(np.unravel_index(np.array(group), tuple(sizes.values())))
-            axes = "+".join(name for name, place in zip(sizes, places, strict=True) if len(set(place)) > 1)
-            by_axis[kind, axes] = by_axis.get((kind, axes), 0.0) + count
-        return by_axis
+Computation = Mapping[str, Instruction]  # name -> instruction, in the order of the text
 
 
-def program_work(text: str, trips: Trips = lambda depth, index: 1.0) -> Work:
-    """Returns the work of one device in one run of a compiled program.
+class Program(NamedTuple):
+    """A compiled program: its computations, and the one that runs."""
 
-    A collective counts the bytes that a device sends around a ring of n devices: (n - 1) / n of the full array for
-    all-gather, reduce-scatter and all-to-all, twice that for all-reduce; the whole operand for a permutation.
+    computations: Mapping[str, Computation]
+    entry: str
 
-    Args:
-      text: `compiled.as_text()`.
-      trips: number of iterations of the loops that XLA does not know.
-    """
-    computations = dict(_computations(text))
-    entry = next(name for name, (is_entry, _) in computations.items() if is_entry)
-    memo: dict[tuple[str, int], Work] = {}
+    def iterations(self, loop: Instruction) -> float | None:
+        """Returns how often a loop's body runs; None where only the run shows it.
 
-    def computation_work(name: str, depth: int) -> Work:
-        if (name, depth) not in memo:
-            memo[name, depth] = total = Work()
-            _, instructions = computations[name]
-            shapes = {item.name: item.shape for item in instructions}
-            unknown = 0
-            for item in instructions:
-                total.flops += _flops(item, shapes)
-                if sent := _sent(item, shapes):
-                    total.sent[sent[0]] += sent[1]
-                if item.opcode == "while":
-                    body = re.search(r"body=%?([\w.\-]+)", item.attributes)
-                    known = re.search(r'"known_trip_count":\{"n":"(\d+)"', item.attributes)
-                    assert body is not None
-                    times = float(known[1]) if known else trips(depth, unknown)
-                    unknown += not known
-                    total.add(computation_work(body[1], depth + (not known)), times)
-                elif item.opcode == "conditional":
-                    names = [name for name in _branches(item.attributes) if name in computations]
-                    branches = [computation_work(name, depth) for name in names]
-                    total.add(max(branches, key=lambda branch: branch.flops, default=Work()))
-                elif item.opcode in ("fusion", "call", "async-start", "custom-call"):
-                    called = _CALLED.search(item.attributes)
-                    if called and called[1] in computations:
-                        total.add(computation_work(called[1], depth))
-        return memo[name, depth]
+        A compiler for TPUs does not write the count down: it is the constant that the loop's condition compares with.
+        """
+        if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
+            return float(known[1])
+        condition = list(self._within(re.search(r"condition=%?([\w.\-]+)", loop.attributes)))
+        bounds = [item.attributes.split(")")[0] for item in condition if _is_index(item)]
+        compared = [item.attributes for item in condition if item.opcode == "compare"]
+        is_count = not any(item.opcode in ("and", "or", "not") for item in condition)
+        if is_count and len(bounds) == len(compared) == 1 and "direction=LT" in compared[0]:
+            return float(bounds[0])
+        return None
 
-    return computation_work(entry, 0)
+    def _within(self, found: re.Match[str] | None) -> Iterator[Instruction]:
+        """Yields the instructions of a computation and of the fusions in it."""
+        for item in self.computations.get(found[1], {}).values() if found else ():
+            yield item
+            if item.opcode == "fusion":
+                yield from self._within(_CALLED.search(item.attributes))
+
+    def body(self, loop: Instruction) -> str:
+        found = re.search(r"body=%?([\w.\-]+)", loop.attributes)
+        assert found is not None
+        return found[1]
 
 
-def _computations(text: str) -> Iterator[tuple[str, tuple[bool, list[Instruction]]]]:
-    """Yields (name, (whether it is the entry, instructions)) of every computation."""
+def read_program(text: str) -> Program:
+    """Parses `compiled.as_text()`."""
+    computations, entry = {}, ""
+    for name, is_entry, instructions in _computations(text):
+        computations[name] = {item.name: item for item in instructions}
+        entry = name if is_entry else entry
+    return Program(computations, entry)
+
+
+def _computations(text: str) -> Iterator[tuple[str, bool, list[Instruction]]]:
+    """Yields (name, whether it is the entry, instructions) of every computation."""
     name, is_entry = "", False
     instructions: list[Instruction] = []
     for line in text.splitlines():
         if header := _HEADER.match(line):
             name, is_entry, instructions = header["name"], bool(header["entry"]), []
         elif line.startswith("}") and name:
-            yield name, (is_entry, instructions)
+            yield name, is_entry, instructions
             name = ""
         elif name and (match := _INSTRUCTION.match(line)):
-            instructions.append(_instruction(match["name"], match["rest"]))
+            instructions.append(_instruction(match["name"], match["rest"], bool(match["root"])))
 
 
-def _instruction(name: str, rest: str) -> Instruction:
+def _instruction(name: str, rest: str, is_root: bool) -> Instruction:
     """Parses "SHAPE OPCODE(OPERANDS), ATTRIBUTES"; a shape may be a tuple, and layouts contain brackets too."""
     end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
     shape, rest = rest[:end], rest[end:].lstrip()
     start = rest.index("(")
     close = _closing(rest, start)
-    operands = tuple(re.findall(r"%([\w.\-]+)", rest[start:close]))
-    return Instruction(name, shape, rest[:start], operands, rest[close + 1 :])
+    inside = rest[start + 1 : close]
+    operands = tuple(re.findall(r"%([\w.\-]+)", inside))
+    opcode = rest[:start]
+    attributes = f"{inside}){rest[close + 1 :]}" if opcode in ("constant", "parameter") else rest[close + 1 :]
+    return Instruction(name, shape, opcode, operands, attributes, is_root)
 
 
 def _closing(text: str, start: int) -> int:
@@ -141,39 +142,92 @@ def _closing(text: str, start: int) -> int:
     raise ValueError(f"unbalanced brackets: {text[:80]}")
 
 
-def _dims(shape: str) -> list[int]:
+def _is_index(item: Instruction) -> bool:
+    return item.opcode == "constant" and bool(re.match(r"[su]32\[\]", item.shape))
+
+
+def dims(shape: str) -> list[int]:
+    """Returns the dimensions of an array, or of the first array of a tuple."""
     match = _SHAPE.search(shape)
     return [int(n) for n in match[2].split(",") if n] if match else []
 
 
-def _bytes(shape: str) -> float:
+def shape_bytes(shape: str) -> float:
+    """Returns the bytes of an array or tuple in the device's main memory."""
     return sum(
-        BITS.get(dtype, 32) / 8 * math.prod(int(n) for n in dims.split(",") if n)
-        for dtype, dims in _SHAPE.findall(shape)
+        BITS.get(dtype, 32) / 8 * math.prod(int(n) for n in sizes.split(",") if n)
+        for dtype, sizes, layout in _SHAPE.findall(shape)
+        if _FAST_MEMORY not in layout
     )
 
 
-def _branches(attributes: str) -> Sequence[str]:
-    if listed := re.search(r"branch_computations=\{([^}]*)\}", attributes):
-        return re.findall(r"%?([\w.\-]+)", listed[1])
-    return re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", attributes)
+# Arithmetic
 
 
-def _flops(item: Instruction, shapes: Mapping[str, str]) -> float:
-    if item.opcode != "dot":
+def product_flops(item: Instruction, computation: Computation) -> float:
+    """Returns the FLOPs of a matrix product or a convolution (a multiply-add is two); 0 for other instructions."""
+    if item.opcode not in ("dot", "convolution", "custom-call"):
         return 0.0
-    contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", item.attributes)
-    left = _dims(shapes[item.operands[0]])
-    axes = [int(n) for n in contracted[1].split(",") if n] if contracted else []
-    return 2.0 * math.prod(_dims(item.shape)) * math.prod(left[axis] for axis in axes)
+    shapes = [computation[name].shape for name in item.operands if name in computation]
+    if len(shapes) < 2:
+        return 0.0
+    if item.opcode == "convolution":
+        return _convolution_flops(item, *map(dims, shapes[:2]))
+    contracted = re.search(r"lhs_contracting_dim(?:ension)?s\"?[=:][\{\[]([\d,\"]*)[\}\]]", item.attributes)
+    if contracted is None:
+        return 0.0  # a custom call that is no product of the vendor's library
+    left = dims(shapes[0])
+    axes = [int(n) for n in contracted[1].replace('"', "").split(",") if n]
+    return 2.0 * math.prod(dims(item.shape)) * math.prod(left[axis] for axis in axes)
 
 
-def _sent(item: Instruction, shapes: Mapping[str, str]) -> tuple[Route, float] | None:
-    """Returns ((kind, a group of devices), bytes sent) of a collective; None for other instructions."""
+def _convolution_flops(item: Instruction, left: Sequence[int], right: Sequence[int]) -> float:
+    """Counts the products that are not with padding: a TPU's batched products are convolutions that skip most."""
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", item.attributes)
+    if labels is None:
+        return 0.0
+    lhs, rhs, out = labels[1], labels[2], labels[3]
+    result = dims(item.shape)
+    flops = 2.0 * result[out.index("b")] * result[out.index("f")] * right[rhs.index("i")]
+    spatial = [axis for axis in rhs if axis.isdigit()]
+    window = _window(item.attributes, len(spatial))
+    for axis in spatial:
+        options = {name: values[int(axis)] for name, values in window.items()}
+        flops *= _products(left[lhs.index(axis)], right[rhs.index(axis)], result[out.index(axis)], options)
+    return flops
+
+
+def _window(attributes: str, rank: int) -> dict[str, list[tuple[int, ...]]]:
+    """Returns stride, padding and dilations of each spatial dimension."""
+    found = re.search(r"window=\{([^}]*)\}", attributes)
+    given = dict(part.split("=", 1) for part in found[1].split() if "=" in part) if found else {}
+    defaults = {"stride": "1", "pad": "0_0", "lhs_dilate": "1", "rhs_dilate": "1"}
+    values = {name: given.get(name, "x".join([default] * rank)).split("x") for name, default in defaults.items()}
+    return {name: [tuple(int(n) for n in part.split("_")) for part in parts if part] for name, parts in values.items()}
+
+
+def _products(size: int, kernel: int, result: int, window: Mapping[str, tuple[int, ...]]) -> int:
+    """Returns how many (output, kernel) positions of one dimension meet an element of the input."""
+    (stride,), (low, _), (left_dilation,), (right_dilation,) = (
+        window[name] for name in ("stride", "pad", "lhs_dilate", "rhs_dilate")
+    )
+    at = np.arange(result)[:, None] * stride + np.arange(kernel) * right_dilation - low
+    return int(((at >= 0) & (at < (size - 1) * left_dilation + 1) & (at % left_dilation == 0)).sum())
+
+
+# Traffic between devices
+
+
+def sent_bytes(item: Instruction, computation: Computation) -> tuple[Route, float] | None:
+    """Returns ((kind, a group of devices), bytes sent by one device) of a collective; None for other instructions.
+
+    Sent around a ring of n devices: (n - 1) / n of the full array for all-gather, reduce-scatter and all-to-all,
+    twice that for all-reduce; the whole operand for a permutation.
+    """
     kind = item.opcode.removesuffix("-start")
     if kind not in COLLECTIVES:
         return None
-    operands = sum(_bytes(shapes[name]) for name in item.operands)
+    operands = sum(shape_bytes(computation[name].shape.replace(_FAST_MEMORY, "")) for name in item.operands)
     if kind == "collective-permute":
         pairs = re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", item.attributes)
         return ((kind, (int(pairs[1]), int(pairs[2]))), operands) if pairs else None

@@ -26,7 +26,9 @@ from models.weight_files import could_be_on_hub, find_directory
 from train.build import make_optimizer
 from train.config import PlanConfig
 from train.packing import abstract_microbatch
-from train.plan.hlo import Trips, program_work
+from train.plan.compilers import Compiler
+from train.plan.hlo import Trips, read_program
+from train.plan.roofline import KernelCost, Roofline, Work, link_speed
 from train.rewards.model import SCORED_AXES, scoring_program
 from train.state import TrainState, abstract_opt_state
 from train.update import Update
@@ -44,16 +46,21 @@ class StepProgram(NamedTuple):
     options: dict[str, Any]
     beside: tuple[str, ...] = ()  # arrays beside the RESIDENT ones that are in memory while it runs
     trips: Trips = lambda depth, index: math.nan  # of loops whose length XLA does not know
+    taken: Mapping[str, int] = {}  # named scope of a conditional -> the branch that the run's settings take
+    kernels: Mapping[str, KernelCost] = {}  # part of a name or scope -> cost of a kernel of one's own
 
 
 class Cost(NamedTuple):
     """Cost of one call of a program, on each device."""
 
     temporaries: float  # bytes of temporaries, and of outputs that do not reuse an input's buffer
-    estimate: float  # the same by the CPU compiler
-    flops: float
+    work: Work
     sent: dict[tuple[str, str], float]  # (kind of collective, mesh axes) -> bytes
-    seconds: float  # compile time
+    compile_seconds: float
+    predicted: bool = False  # whether `work` has seconds, bytes and kernels: only the chip's own compiler knows them
+    fits: bool = True  # False: the chip's compiler refused it, and there is its text neither
+    note: str = ""
+    text: str = ""  # HLO
 
 
 def resident_bytes(arrays: Mapping[str, float], beside: Sequence[str]) -> float:
@@ -111,7 +118,9 @@ def sampling_parts(config: PlanConfig, layout: Layout, graphdef: Any, params: An
     settings = SamplingParams(config.temperature, config.top_k, config.top_p, config.min_tokens, np.zeros(2, np.int32))
     arguments = (params, *prompts, jax.eval_shape(lambda: jax.random.key(0)), settings)
     jitted = sampling_program(graphdef, T, 0)
-    programs.append(StepProgram("sample", 1, jitted, arguments, {"num_generations": G}, during, sampling_trips(T)))
+    taken = {"truncate": int(config.top_k > 0 or config.top_p < 1), "draw": int(config.temperature > 0)}
+    options = {"num_generations": G}
+    programs.append(StepProgram("sample", 1, jitted, arguments, options, during, sampling_trips(T), taken))
     return arrays, programs
 
 
@@ -198,8 +207,8 @@ def sampling_trips(T: int) -> Trips:
     return lambda depth, index: (T if index == 0 else 0) if depth == 0 else (T / min(CACHE_CHUNK, T) + 1) / 2
 
 
-def compiled_cost(program: StepProgram, layout: Layout, size: float) -> Cost:
-    """Compiles a program for CPUs, without optimisation, and returns its cost.
+def estimated_cost(program: StepProgram, layout: Layout, size: float) -> Cost:
+    """Compiles a program for CPUs, without optimisation, and returns what can be told from that.
 
     Args:
       size: factor of all bytes, the compute dtype's size over that of float32.
@@ -207,16 +216,24 @@ def compiled_cost(program: StepProgram, layout: Layout, size: float) -> Cost:
     began = time.perf_counter()
     lowered = program.jitted.lower(*program.arguments, **program.options)
     compiled = lowered.compile(compiler_options={"xla_backend_optimization_level": 0})
-    work = program_work(compiled.as_text(), program.trips)
+    text = compiled.as_text()
+    work = Roofline(read_program(text), trips=program.trips, taken=program.taken).work()
     sent = {key: size * count for key, count in work.by_axis(dict(layout.mesh.shape)).items()}
-    temporaries = size * temporary_bytes(compiled)
-    return Cost(temporaries, temporaries, work.flops, sent, time.perf_counter() - began)
-
-
-def temporary_bytes(compiled: Any) -> float:
-    """Returns the bytes of temporaries, and of outputs that do not reuse an input's buffer, on each device."""
     analysis = compiled.memory_analysis()
-    return float(analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes)
+    temporaries = analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    return Cost(size * temporaries, work, sent, time.perf_counter() - began, text=text)
+
+
+def predicted_cost(program: StepProgram, layout: Layout, lowered: Any, compiler: Compiler) -> Cost:
+    """Compiles a program with its chip's own compiler, and returns its memory and its roofline."""
+    compiled = compiler.compile(lowered)
+    if not compiled.fits:
+        return Cost(compiled.temporaries, Work(), {}, compiled.seconds, fits=False)
+    links = link_speed(compiler.chip, compiler.places(list(layout.mesh.devices.flat)))
+    options: Any = {"taken": program.taken, "kernels": program.kernels, "links": links}
+    work = Roofline(read_program(compiled.text), compiler.chip, program.trips, **options).work()
+    sent = work.by_axis(dict(layout.mesh.shape))
+    return Cost(compiled.temporaries, work, sent, compiled.seconds, True, True, compiled.note, compiled.text)
 
 
 @functools.cache
