@@ -61,6 +61,7 @@ class RunningSoftmax(NamedTuple):
     denominator_PKGTQ1: jax.Array
 
 
+@jax.named_scope("attention")
 def group_attention(
     query_PGTKQE: jax.Array,
     new_PKGTE: KeyValues,

@@ -101,7 +101,8 @@ class Layers(nnx.Module):
         config, dtype = self.config, x_PGTD.dtype
 
         def project(x: jax.Array, name: str, inputs: int = 1) -> jax.Array:
-            y = linear(x, getattr(self, name)[...].astype(dtype), inputs)
+            with jax.named_scope(name.partition("_")[0]):  # "gate_LDF": gate; `train plan --top` prints it
+                y = linear(x, getattr(self, name)[...].astype(dtype), inputs)
             if (adapters := adapter_names(self.lora).get(name)) is None:
                 return y
             assert self.lora is not None
@@ -254,6 +255,7 @@ class Backbone(nnx.Module):
         x_PGTD, new = self._scan_layers(step, x_PGTD, prefix.kv if prefix is not None else None)
         return self._final_norm(x_PGTD), new
 
+    @jax.named_scope("embed")
     def _embed(
         self, tokens_PGT: jax.Array, start_P11: jax.Array, offset_PGT: jax.Array | None = None
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -306,6 +308,7 @@ class Qwen3(Backbone):
         """The output embedding, float32 [V, D], rounded to the compute dtype."""
         return self.gathered_table(self.embed_VD if self.config.tie_word_embeddings else self.unembed_VD)
 
+    @jax.named_scope("head")
     def logprobs(self, hidden: jax.Array, tokens: jax.Array, *, chunk_tokens: int, **options: Any) -> Any:
         """Returns `gopo_jax.token_logprobs` of tokens [P, ..., T] given hidden states [P, ..., T, D].
 
@@ -323,6 +326,7 @@ class Qwen3(Backbone):
         logprobs = jax.vmap(logprobs_of)(by_device[0], heads, by_device[1])
         return jax.tree.map(lambda array: array.reshape(tokens.shape), logprobs)
 
+    @jax.named_scope("head")
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Returns float32 logits [..., V] of hidden states [..., D]."""
         head_VD = self.head_VD.astype(hidden.dtype)
@@ -345,6 +349,7 @@ def linear(x: jax.Array, weight: jax.Array, inputs: int = 1) -> jax.Array:
     return (x.reshape(-1, width) @ weight.reshape(width, -1)).reshape(*rows, *columns)
 
 
+@jax.named_scope("norm")
 def rms_norm(x: jax.Array, scale: nnx.Param, epsilon: float) -> jax.Array:
     """Returns x / sqrt(mean(x^2) + epsilon) * scale over the last axis; the statistics are float32."""
     x32 = x.astype(jnp.float32)
@@ -408,6 +413,7 @@ def rotary_angles(positions_PGT: jax.Array, config: Qwen3Config) -> tuple[jax.Ar
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
+@jax.named_scope("rotary")
 def rotate(x: jax.Array, rotary: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Applies rotary embedding to [P, G, T, heads, E]; the two halves of E form the pairs, as in Hugging Face."""
     cos, sin = rotary

@@ -87,9 +87,9 @@ def policy_objective(
     old_PGT = current_PGT if batch.old_PGT is None else batch.old_PGT
     ref_PGT = batch.ref_PGT
     if settings.beta and ref_PGT is None:
-        ref_PGT = jax.lax.stop_gradient(
-            completion_logprobs(graphdef, config, merge_trainable(ref_params, frozen), batch)
-        )
+        with jax.named_scope("reference"):
+            ref_PGT = completion_logprobs(graphdef, config, merge_trainable(ref_params, frozen), batch)
+        ref_PGT = jax.lax.stop_gradient(ref_PGT)
     weights_PGT = sampler_weights(settings, old_PGT, batch)
     penalized = settings.beta > 0 and settings.kl_in == "loss"
     loss, metrics = policy_loss(

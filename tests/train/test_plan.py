@@ -25,7 +25,8 @@ from train import processes
 from train.__main__ import main
 from train.config import PlanConfig
 from train.parse import parse
-from train.plan.hlo import program_work
+from train.plan.hlo import Trips, read_program
+from train.plan.roofline import Roofline, Work
 from train.plan.programs import parameter_count
 
 ROOT = Path(__file__).parents[2]
@@ -34,6 +35,10 @@ ROOT = Path(__file__).parents[2]
 def compiled(function: Any, *shapes: tuple[int, ...]) -> str:
     arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     return jax.jit(function).lower(*arguments).compile().as_text()
+
+
+def program_work(text: str, trips: Trips = lambda depth, index: 1.0) -> Work:
+    return Roofline(read_program(text), trips=trips).work()
 
 
 def test_a_loop_counts_as_often_as_it_runs() -> None:
@@ -73,11 +78,14 @@ def test_a_loop_of_unknown_length_is_asked_for() -> None:
     assert sorted(asked) == [(0, 0), (0, 1), (1, 0)]
 
 
-def test_of_branches_the_one_with_the_most_counts() -> None:
+def test_of_branches_the_named_one_counts_or_else_the_cheapest() -> None:
     def branched(x: jax.Array, w: jax.Array) -> jax.Array:
-        return jax.lax.cond(x.sum() > 0, lambda x: x @ w @ w, lambda x: x @ w, x)
+        with jax.named_scope("choice"):
+            return jax.lax.cond(x.sum() > 0, lambda x: x @ w @ w, lambda x: x @ w, x)
 
-    assert program_work(compiled(branched, (8, 8), (8, 8))).flops == 2 * 2 * 8 * 8 * 8
+    program, once = read_program(compiled(branched, (8, 8), (8, 8))), 2 * 8 * 8 * 8
+    taken = [Roofline(program, taken=taken).work().flops for taken in ({"choice": 1}, {"choice": 0}, {"other": 1}, {})]
+    assert taken == [2 * once, once, once, once]
 
 
 def test_the_scanned_network_is_the_unrolled_one_and_the_closed_form() -> None:
@@ -232,7 +240,7 @@ def test_mistakes(
     arguments: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Found on an abstract mesh: before any device is needed."""
-    monkeypatch.setattr("train.plan.devices.simulated_devices", lambda count: [None] * count)
+    monkeypatch.setattr("train.plan.command.simulated_devices", lambda count: [None] * count)
     monkeypatch.setattr(jax, "make_mesh", lambda sizes, names, **_: AbstractMesh(sizes, names))
     assert main(["plan", *ARGUMENTS, *arguments]) == 2
     error = capsys.readouterr().err

@@ -27,8 +27,8 @@ class Chip(NamedTuple):
     memory: int  # bytes
     flops: float  # of dense bfloat16 products, per second
     bandwidth: float  # bytes of memory per second
-    # bytes per second that one device sends: over NVLink to GPUs of its host; in both directions of one axis of a
-    # TPU slice's torus
+    # bytes per second that one device sends: over NVLink to the GPUs of its host; both ways along one axis of a TPU
+    # slice's torus together, e.g. v5p: 1,200 GB/s sent and received, over 3 axes
     link: float
     network: float  # bytes per second that one device sends to other hosts (GPU) or slices (TPU)
     gpu: GpuTarget | None = None
@@ -45,10 +45,10 @@ _BLACKWELL = GpuTarget("NVIDIA B200", 10, 148, 128, 1.965, 233472, 232448, 13264
 # GPUs: openxla's target specifications; NVLink and network cards of the DGX of that generation (NVIDIA's data sheets).
 # TPUs: Google Cloud's system architecture pages; the clock is peak / (2 * multipliers), e.g. 459e12 / (2 * 8 * 128**2).
 CHIPS = {
-    "v4": Chip(32 * GIB, PEAK_FLOPS["TPU v4"], 1.228e12, 90e9, 6.25e9, None, 1.05e9, 3, 4096),
-    "v5e": Chip(16 * GIB, PEAK_FLOPS["TPU v5e"], 0.819e12, 90e9, 3.125e9, None, 1.5e9, 2, 256),
-    "v5p": Chip(95 * GIB, PEAK_FLOPS["TPU v5"], 2.765e12, 180e9, 6.25e9, None, 1.75e9, 3, 8960),
-    "v6e": Chip(32 * GIB, PEAK_FLOPS["TPU v6"], 1.638e12, 180e9, 12.5e9, None, 1.75e9, 2, 256),
+    "v4": Chip(32 * GIB, PEAK_FLOPS["TPU v4"], 1.228e12, 100e9, 6.25e9, None, 1.05e9, 3, 4096),
+    "v5e": Chip(16 * GIB, PEAK_FLOPS["TPU v5e"], 0.819e12, 100e9, 3.125e9, None, 1.5e9, 2, 256),
+    "v5p": Chip(95 * GIB, PEAK_FLOPS["TPU v5"], 2.765e12, 200e9, 6.25e9, None, 1.75e9, 3, 8960),
+    "v6e": Chip(32 * GIB, PEAK_FLOPS["TPU v6"], 1.638e12, 200e9, 12.5e9, None, 1.75e9, 2, 256),
     "A100": Chip(85_100_068_864, PEAK_FLOPS["A100"], 2.03904e12, 300e9, 25e9, _AMPERE),
     "H100": Chip(
         84_942_979_072, PEAK_FLOPS["H100"], 3.35232e12, 450e9, 50e9, _HOPPER._replace(name="NVIDIA H100 80GB HBM3")

@@ -16,6 +16,7 @@ import math
 import os
 import re
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,6 +118,8 @@ def find_compiler(name: str, count: int) -> Compiler:
     chip = CHIPS[name]
     for variable, value in _ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
+    # JAX's own cache cannot read back what was compiled for devices that are not there.
+    warnings.filterwarnings("ignore", "Error reading persistent compilation cache entry", UserWarning)
     return _gpu_compiler(name, chip, count) if chip.gpu is not None else _tpu_compiler(name, chip, count)
 
 

@@ -1,8 +1,9 @@
 """What a plan prints: arrays, programs, seconds, price; the most expensive kernels; several plans in one table."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from rich.console import Console
 from rich.table import Table
 
 from models.config import Qwen3Config
@@ -11,6 +12,9 @@ from train.console import console, print_plain
 from train.plan.chips import CHIPS, GIB
 from train.plan.plans import PARTS, Plan, named_programs
 from train.plan.programs import parameter_count
+from train.plan.roofline import Item, Work
+
+WIDEST = 400  # characters of a table
 
 
 def print_plan(config: PlanConfig, plan: Plan, network: Qwen3Config, rewards: Sequence[Qwen3Config]) -> None:
@@ -26,9 +30,13 @@ def print_plan(config: PlanConfig, plan: Plan, network: Qwen3Config, rewards: Se
     for name, size in plan.arrays.items():
         if size:
             table.add_row(name, f"{size / GIB:.2f}")
-    console.print(table)
-    console.print("\nof a step, on each device", programs_table(plan), "", sent_table(plan), "", sep="\n")
-    console.print(f"largest: {plan.peak / GIB:.1f} GiB on each device, temporaries by {plan.compiler}")
+    print_table(table)
+    console.print("\nof a step, on each device")
+    print_table(programs_table(plan))
+    if (sent := sent_table(plan)).rows:
+        console.print("")
+        print_table(sent)
+    console.print(f"\nlargest: {plan.peak / GIB:.1f} GiB on each device, temporaries by {plan.compiler}")
     for chip in [plan.chip] if plan.chip else CHIPS:
         verdict = "fits" if plan.fits(chip) else "does NOT fit"
         memory = CHIPS[chip].memory
@@ -83,7 +91,8 @@ def print_seconds(config: PlanConfig, plan: Plan) -> None:
     table.add_row(
         "step", f"{step.seconds:,.2f}", f"{step.link_seconds:,.2f}", f"{100 * plan.step_mfu:.0f} %", f"{share:.0f} %"
     )
-    console.print("", table, sep="\n")
+    console.print("")
+    print_table(table)
     hours = step.seconds * config.max_steps / 3600
     rate = plan.tokens / step.seconds
     print_plain(
@@ -105,7 +114,7 @@ def price_text(config: PlanConfig, plan: Plan) -> str:
     return f", at {price:g} an hour {run:,.0f}"
 
 
-def print_kernels(name: str, items: dict, count: int) -> None:
+def print_kernels(name: str, items: Mapping[Item, Work], count: int) -> None:
     """Prints the most expensive kernels of one call, with the loops around them and their named scope."""
     total = sum(work.seconds for work in items.values())
     table = Table(f"{name}: kernels of a call", "share", "ms", "launches", "GB", "TFLOP", "loops", "scope", box=None)
@@ -115,13 +124,19 @@ def print_kernels(name: str, items: dict, count: int) -> None:
         table.add_row(
             item.opcode, share, *numbers, f"{work.flops / 1e12:,.2f}", item.loops or "-", short_scope(item.scope)
         )
-    console.print("", table, sep="\n", highlight=False)
+    console.print("")
+    print_table(table)
 
 
 def short_scope(scope: str) -> str:
-    """Returns a named scope without the words that JAX puts around every body."""
-    words = [word for word in scope.split("/") if word not in ("while", "body", "closed_call", "cond")]
-    return "/".join(words)
+    """Returns named scopes without the words that JAX puts around every body; of a derivative its kind stays."""
+    left_out = ("while", "body", "closed_call", "cond", "jvp()", "checkpoint", "jit(main)")
+    return "/".join(word for word in scope.split("/")[1:] if word not in left_out) or scope
+
+
+def print_table(table: Table) -> None:
+    """Prints a table as wide as it is: a narrow terminal, or a file, wraps its lines and loses nothing."""
+    Console(file=console.file, quiet=console.quiet, width=WIDEST, soft_wrap=True).print(table, highlight=False)
 
 
 def print_comparison(config: PlanConfig, plans: Sequence[Plan], best: Plan) -> None:
@@ -152,7 +167,8 @@ def print_comparison(config: PlanConfig, plans: Sequence[Plan], best: Plan) -> N
         mark = "->" if plan is best and not fits else ""
         devices = str(math.prod(plan.mesh.values()))
         table.add_row(mark, str(plan.chip), devices, mesh_text(plan), memory + fits, *seconds, *totals)
-    console.print("", table, sep="\n", highlight=False)
+    console.print("")
+    print_table(table)
 
 
 def rank(config: PlanConfig, plan: Plan) -> tuple[bool, float, float]:
