@@ -38,7 +38,6 @@ MADE_ELSEWHERE = {
 # No input of a user's causes these.
 INTERNAL = {
     "lengths and ids do not belong together": "a damaged cache, which is written again",
-    "\0 is not a power of two": "the plan says that it estimates instead",
     "unbalanced brackets: \0": "the text is XLA's",
     "\0 is not JSON": "a judge's reply, which then is unparsable",
     "expected a chat completion, got \0": "a server's reply, which is asked for again",

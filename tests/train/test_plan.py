@@ -26,8 +26,8 @@ from train.__main__ import main
 from train.config import PlanConfig
 from train.parse import parse
 from train.plan.hlo import Trips, read_program
-from train.plan.roofline import Roofline, Work
 from train.plan.programs import parameter_count
+from train.plan.roofline import Roofline, Work
 
 ROOT = Path(__file__).parents[2]
 

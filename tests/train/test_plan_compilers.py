@@ -1,0 +1,329 @@
+"""The plan by the accelerators' own compilers: figures of one call, what they add up to, and what happens without them.
+
+Tests marked `compilers` need JAX's compiler for GPUs and libtpu (make plan-check); the others stand a compiler in.
+"""
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+from jax.sharding import AbstractMesh
+
+from models.config import Qwen3Config
+from train.__main__ import main
+from train.config import MeshConfig, PlanConfig
+from train.parse import parse
+from train.plan import compilers
+from train.plan.chips import CHIPS, USABLE_SHARE
+from train.plan.compilers import Compiled, Compiler, NoCompiler, find_compiler, torus
+from train.plan.devices import device_count
+from train.plan.plans import Plan
+from train.plan.programs import Cost, StepProgram
+from train.plan.roofline import Work
+from train.plan.suggest import candidate_meshes
+
+NETWORK = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+NETWORK |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+SETTINGS = {
+    **{"output_dir": "x", "model.architecture": json.dumps(NETWORK), "model.tokenizer": "x", "data.train": "x"},
+    **{"model.dtype": "bfloat16", "rewards": '[{"function": "a.b"}]', "max_steps": 100, "prompts_per_step": 8},
+    **{"microbatch_prompts": 4, "num_generations": 2, "max_prompt_length": 16, "max_completion_length": 32},
+    **{"num_iterations": 2},
+}
+ARGUMENTS = ["plan", *(f"--{name}={value}" for name, value in SETTINGS.items())]
+SHARDED = ["--mesh", "data=1,fsdp=2,tensor=2"]
+MESH = ["--mesh", "data=1,fsdp=1,tensor=1"]
+
+
+TEXT = """
+ENTRY %main (x: bf16[4096,4096]) -> bf16[4096,4096] {
+  %x = bf16[4096,4096]{1,0} parameter(0)
+  %y = bf16[4096,4096]{1,0} dot(%x, %x), lhs_contracting_dims={1}, metadata={op_name="jit(f)/gate/dot_general"}
+  ROOT %z = bf16[4096,4096]{1,0} add(%y, %y)
+}
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class StandIn(Compiler):
+    """A compiler that makes the same two kernels of every program."""
+
+    def _compile(self, lowered: Any) -> Compiled:
+        made.append(self.name)
+        return Compiled(TEXT, 1024.0, "", 0.0)
+
+    def places(self, mesh_devices: Any) -> list[tuple[int, tuple[int, ...]]]:
+        return [(0, ()) for _ in mesh_devices]
+
+
+made: list[str] = []
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Every chip's compiler is a StandIn; the names of those that compiled are listed."""
+
+    def find(name: str, count: int) -> Compiler:
+        return StandIn(name, CHIPS[name], jax.devices()[:count], "1")
+
+    monkeypatch.setattr("train.plan.command.find_compiler", find)
+    monkeypatch.setattr("train.plan.compilers.cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr("train.plan.command.simulated_devices", lambda count: jax.devices()[:count])
+    made.clear()
+    yield made
+
+
+def test_figures_are_of_one_call_and_add_up(
+    stand_in: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = ["--out", str(tmp_path / "plan.json"), "--hlo", str(tmp_path / "hlo")]
+    price = ["--price_per_chip_hour", "3.6", "--top", "3"]
+    assert main([*ARGUMENTS, *MESH, "--chip", "H200", *price, *files]) == 0
+    printed, found = capsys.readouterr().out, json.loads((tmp_path / "plan.json").read_text())
+    programs = found["programs"]
+    assert list(programs) == ["copy", "sample", "logprobs", "gradient", "optimizer"]
+    calls = {name: program["calls"] for name, program in programs.items()}
+    assert calls == {"copy": 1, "sample": 1, "logprobs": 4, "gradient": 4, "optimizer": 2}
+    keys = {"seconds", "flops", "bytes", "kernels", "host_waits", "memory_bytes"}
+    assert all(keys <= set(program) and all(program[key] >= 0 for key in keys) for program in programs.values())
+    seconds = {name: program["calls"] * program["seconds"] for name, program in programs.items()}
+    assert found["step_seconds"] == pytest.approx(sum(seconds.values()))
+    assert found["parts"]["sample"]["seconds"] == pytest.approx(seconds["copy"] + seconds["sample"])
+    assert found["parts"]["update"]["seconds"] == pytest.approx(sum(map(seconds.get, list(programs)[2:])))  # type: ignore[arg-type]
+    assert found["tokens_per_second"] == pytest.approx(8 * 2 * 32 / found["step_seconds"])
+    hours = 100 * found["step_seconds"] / 3600
+    assert found["price"] == pytest.approx({"per_chip_hour": 3.6, "step": 0.036 * hours, "run": 3.6 * hours})
+    assert found["peak_bytes"] == max(program["memory_bytes"] for program in programs.values())
+    assert {file.stem for file in (tmp_path / "hlo").iterdir()} == set(programs)
+    assert "ENTRY" in (tmp_path / "hlo" / "gradient.hlo").read_text()
+    assert (
+        "H200: fits" in printed and "completion tokens a second" in printed and "gradient: kernels of a call" in printed
+    )
+    assert sorted(stand_in) == ["H200"] * 5
+
+    assert main([*ARGUMENTS, *MESH, "--chip", "H200", "--out", str(tmp_path / "again.json")]) == 0
+    again = json.loads((tmp_path / "again.json").read_text())
+    assert len(stand_in) == 5, "what was compiled is kept"
+    assert again["programs"]["sample"]["seconds"] == programs["sample"]["seconds"]
+    assert again["price"]["run"] is None and "before, and kept" in capsys.readouterr().out
+
+
+def a_plan(chip: str, seconds: float, peak: float, fsdp: int) -> Plan:
+    costs = [Cost(peak, Work(seconds=seconds, kernels=1), {}, 0.0, predicted=seconds > 0)]
+    programs = [StepProgram("sample", 1, None, (), {})]
+    flops = dict.fromkeys(("sample", "score", "update"), 1e12)
+    return Plan(chip, {"data": 1, "fsdp": fsdp, "tensor": 1}, {}, programs, costs, "a stand-in", flops, 512)
+
+
+def test_several_chips_stand_in_one_table(
+    stand_in: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The cheapest comes first and is the plan that is shown and written; by seconds, where a price is missing."""
+    seconds = {"H200": 2.0, "A100": 3.0, "v5e": 1.0}
+    full = {"v5e": CHIPS["v5e"].memory}
+    monkeypatch.setattr(
+        "train.plan.command.make_plan", lambda config, chip, *_: a_plan(chip, seconds[chip], full.get(chip, 1.0), 1)
+    )
+    out, chips = ["--out", str(tmp_path / "plan.json")], ["--chip", "A100, v5e, H200"]
+    for price, order in (("H200=9,A100=1,v5e=1", ["A100", "H200", "v5e"]), ("A100=1", ["H200", "A100", "v5e"])):
+        assert main([*ARGUMENTS, *MESH, *chips, *out, "--price_per_chip_hour", price]) == 0
+        printed = capsys.readouterr().out
+        rows = [line.split() for line in printed.splitlines() if "data 1 x fsdp 1" in line and " of " in line]
+        assert [row[1 if row[0] == "->" else 0] for row in rows[:3]] == order and rows[0][0] == "->"
+        assert "does NOT fit" in " ".join(rows[2])
+        assert json.loads((tmp_path / "plan.json").read_text())["chip"] == order[0]
+
+
+def test_meshes_that_fit_are_tried_and_the_fastest_is_taken(
+    stand_in: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As many that fit as `tries` says, each once; one that does not fit is named and does not count."""
+    full, seconds = 2 * CHIPS["H100"].memory, {1: 3.0, 2: 9.0, 4: 7.0, 8: 5.0}
+    meshes = [MeshConfig(data=1, fsdp=fsdp, tensor=1) for fsdp in seconds]
+    monkeypatch.setattr("train.plan.command.candidate_meshes", lambda *_: meshes)
+
+    def make(config: PlanConfig, chip: str, *_: Any) -> Plan:
+        fsdp = config.mesh.fsdp
+        return a_plan(chip, seconds[fsdp], full if fsdp == 1 else 1.0, fsdp)
+
+    monkeypatch.setattr("train.plan.command.make_plan", make)
+    assert main([*ARGUMENTS, "--devices", "1", "--chip", "H100", "--suggest", "true", "--tries", "2"]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if "of 79 GiB" in line and "fsdp" in line]
+    found = [("->" in row, re.search(r"fsdp (\d)", row)[1], "does NOT fit" in row) for row in rows]  # type: ignore[index]
+    assert found[:3] == [(True, "4", False), (False, "2", False), (False, "1", True)]
+
+
+def test_candidate_meshes_hold_the_arrays_and_the_one_with_less_traffic_comes_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(jax, "make_mesh", lambda sizes, names, **_: AbstractMesh(sizes, names))
+    config = parse(PlanConfig, [*ARGUMENTS[1:], "--prompts_per_step", "16", "--microbatch_prompts", "16"])
+    devices: Any = [None] * 8
+    meshes = candidate_meshes(config, "H200", devices, Qwen3Config(**NETWORK), [])
+    sizes = [(mesh.data, mesh.fsdp, mesh.tensor) for mesh in meshes]
+    assert len(set(sizes)) == len(sizes) == 7 and all(math.prod(size) == 8 for size in sizes)  # 2 key/value heads
+    assert sizes.index((8, 1, 1)) < sizes.index((1, 8, 1))  # parameters are not gathered
+    large = Qwen3Config(**(NETWORK | {"hidden_size": 4096, "intermediate_size": 65536, "num_hidden_layers": 16}))
+    kept = candidate_meshes(config, "A100", devices, large, [])
+    assert kept and all(mesh.fsdp * mesh.tensor >= 4 for mesh in kept)
+
+
+def test_a_program_that_its_compiler_refuses_does_not_fit(
+    stand_in: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A TPU's compiler refuses what exceeds the memory; the plan says how much that is, and has no seconds."""
+    refused = Compiled("", 40 * 2**30, "", 0.0, fits=False)
+    compile_for_cpu = StandIn._compile
+
+    def compile_or_refuse(self: StandIn, lowered: Any) -> Compiled:
+        return refused if "accumulate" in lowered.as_text()[:200] else compile_for_cpu(self, lowered)
+
+    monkeypatch.setattr(StandIn, "_compile", compile_or_refuse)
+    out = tmp_path / "plan.json"
+    assert main([*ARGUMENTS, "--num_iterations", "1", *MESH, "--chip", "v6e", "--out", str(out)]) == 0
+    found = json.loads(out.read_text())
+    assert found["step_seconds"] is None and found["fits"] is False and found["peak_bytes"] == 40 * 2**30
+    assert "v6e: does NOT fit, 125 % of 32 GiB" in capsys.readouterr().out
+
+
+NO_COMPILER = [
+    ("H200", {}, "JAX's compiler for GPUs is not installed: pip install -e '.[plan-gpu]' (H200)"),
+    ("H200", {"jax-cuda13-plugin": "0.1"}, f"jax-cuda13-plugin is 0.1, and JAX is {jax.__version__}: pip install"),
+    ("H200", {"jax-cuda13-plugin": jax.__version__}, "jax-cuda13-pjrt is not installed, and JAX is"),
+    ("v5p", {}, "libtpu is not installed: pip install -e '.[tpu]' (v5p)"),
+    ("v5p", {"libtpu": "0.0.1"}, "libtpu is 0.0.1, and JAX"),
+]
+
+
+@pytest.mark.parametrize(("chip", "installed", "message"), NO_COMPILER, ids=range(len(NO_COMPILER)))
+def test_a_missing_or_wrong_compiler_is_named(
+    chip: str, installed: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compilers, "_version", installed.get)
+    monkeypatch.setattr(compilers.importlib.util, "find_spec", lambda name: True)
+    with pytest.raises(NoCompiler) as raised:
+        find_compiler(chip, 4)
+    assert message in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_without_the_compiler_the_plan_estimates_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(compilers, "_version", lambda package: None)
+    monkeypatch.setattr("train.plan.command.simulated_devices", lambda count: jax.devices()[:count])
+    assert main([*ARGUMENTS, *MESH, "--chip", "v5p", "--out", str(tmp_path / "plan.json")]) == 0
+    printed, found = capsys.readouterr().out, json.loads((tmp_path / "plan.json").read_text())
+    assert printed.splitlines()[0].startswith("libtpu is not installed") and "there are no seconds" in printed
+    assert "(an estimate)" in printed and "seconds  " not in printed
+    assert found["step_seconds"] is None and found["price"]["run"] is None and not found["predicted"]
+    gradient = found["programs"]["gradient"]
+    assert gradient["flops"] > 0 and gradient["memory_bytes"] > 0 and gradient["seconds"] is None
+
+
+def test_a_failure_of_the_compiler_is_one_line_and_an_estimate(
+    stand_in: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(self: Any, lowered: Any) -> Compiled:
+        raise NoCompiler("JAX's compiler for H200 failed: INTERNAL: broken")
+
+    monkeypatch.setattr(StandIn, "_compile", fails)
+    monkeypatch.setattr("train.plan.compilers.cache_folder", lambda: Path("/nonexistent/cache"))
+    assert main([*ARGUMENTS, *MESH, "--chip", "H200"]) == 0
+    printed = capsys.readouterr()
+    assert "failed: INTERNAL: broken: estimated instead" in printed.out and "(an estimate)" in printed.out
+    assert not printed.err
+
+
+def test_a_damaged_kept_program_is_compiled_again(
+    stand_in: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler = StandIn("H200", CHIPS["H200"], jax.devices()[:1], "1")
+    lowered = jax.jit(lambda x: x @ x).lower(jax.ShapeDtypeStruct((8, 8), "float32"))
+    first = compiler.compile(lowered)
+    (file,) = (tmp_path / "cache" / "plans").iterdir()
+    file.write_bytes(file.read_bytes()[:-20])
+    assert compiler.compile(lowered).text == first.text and len(stand_in) == 2
+    assert "compiled again" in capsys.readouterr().out
+    assert compiler.compile(lowered)._replace(seconds=0) == first._replace(seconds=0) and len(stand_in) == 2
+
+
+@pytest.mark.parametrize(
+    ("count", "three", "two"),
+    [(1, (1, 1, 1), (1, 1)), (4, (2, 2, 1), (2, 2)), (8, (2, 2, 2), (2, 4)), (64, (4, 4, 4), (8, 8)), (6, None, None)],
+    ids=["1", "4", "8", "64", "6"],
+)
+def test_tpus_stand_on_the_most_compact_torus(count: int, three: Any, two: Any) -> None:
+    assert (torus(count, 3), torus(count, 2)) == (three, two)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--chip", "H200,abacus"), "chip: expected one or more of v4, v5e,"),
+        (("--price_per_chip_hour", "dear"), "price_per_chip_hour: expected a price such as 3.5, or H200=3.5,v5p=4.2"),
+        (("--price_per_chip_hour", "3,4"), "price_per_chip_hour: expected a price"),
+        (("--price_per_chip_hour", "abacus=4"), "price_per_chip_hour: expected a price"),
+        (("--tries", "0"), "tries: expected at least 1"),
+        (("--chip", "H200", "--out", "/dev/null/plan.json"), "/dev/null"),
+        (("--chip", "v5e", "--devices", "1", "--suggest", "true"), "no mesh of 1 devices fits v5e"),
+    ],
+    ids=["chip", "price", "prices", "priced chip", "tries", "out", "too large"],
+)
+def test_mistakes_are_one_line(
+    arguments: tuple[str, ...], message: str, stand_in: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    large = json.dumps(NETWORK | {"hidden_size": 8192, "intermediate_size": 65536, "num_hidden_layers": 64})
+    mesh = () if "--devices" in arguments else MESH
+    assert main([*ARGUMENTS, "--model.architecture", large, *mesh, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1 and not stand_in
+
+
+def test_a_price_may_be_a_number_or_one_for_each_chip() -> None:
+    def prices(*arguments: str) -> dict[str, float]:
+        return parse(PlanConfig, [*ARGUMENTS[1:], *arguments]).prices
+
+    assert prices() == {} and prices("--price_per_chip_hour", "3.5") == dict.fromkeys(CHIPS, 3.5)
+    assert prices("--price_per_chip_hour", "H200=3.5, v5p=4") == {"H200": 3.5, "v5p": 4}
+    assert device_count(parse(PlanConfig, [*ARGUMENTS[1:], *SHARDED])) == 4
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """The plans of a small run by both compilers."""
+    plans, folder = {}, tmp_path_factory.mktemp("plans")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train.plan.command.simulated_devices", lambda count: [])
+        patch.setattr("train.plan.compilers.cache_folder", lambda: folder)
+        for chip in ("H200", "v5p"):
+            files = ["--out", str(folder / chip / "plan.json"), "--hlo", str(folder / chip / "hlo")]
+            assert main([*ARGUMENTS, *SHARDED, "--chip", chip, *files, "--top", "5"]) == 0
+            plans[chip] = json.loads((folder / chip / "plan.json").read_text()) | {"hlo": folder / chip / "hlo"}
+    return plans
+
+
+@pytest.mark.compilers
+@pytest.mark.parametrize("chip", ["H200", "v5p"])
+def test_both_compilers_plan_a_run(chip: str, planned: dict[str, dict[str, Any]]) -> None:
+    found = planned[chip]
+    assert found["predicted"] and found["step_seconds"] > 0 and found["compiler"].endswith(chip)
+    assert found["peak_bytes"] < USABLE_SHARE * CHIPS[chip].memory and found["fits"]
+    text = (found["hlo"] / "gradient.hlo").read_text()
+    assert "/gate/" in text and "/attention/" in text and "reference" in text  # the scopes that --top prints
+    assert found["programs"]["gradient"]["sent_bytes"]  # parameters are gathered over fsdp
+
+
+@pytest.mark.compilers
+def test_both_compilers_count_the_same_products(planned: dict[str, dict[str, Any]]) -> None:
+    """The arithmetic is the model's, however a compiler writes it: dots, library calls or convolutions."""
+    for name in ("logprobs", "gradient"):
+        counts = [planned[chip]["programs"][name]["flops"] for chip in ("H200", "v5p")]
+        assert counts[0] == pytest.approx(counts[1], rel=0.05), name
+    waits = {chip: planned[chip]["programs"]["sample"]["host_waits"] for chip in ("H200", "v5p")}
+    assert waits["H200"] >= 32 and waits["v5p"] == 0  # the host learns after every token whether to go on
