@@ -114,6 +114,15 @@ def test_the_form_is_the_same_with_everything_and_with_nothing() -> None:
     assert [cell.strip() for cell in torch.split("|")[2:4]] == ["31.2", "2.00"]
 
 
+def test_the_page_has_the_form_that_is_printed() -> None:
+    heads = [line.split("|")[1].strip() for line in markdown(full_report()).splitlines() if line.startswith("|")]
+    page = (Path(__file__).parents[2] / "docs" / "speed.md").read_text(encoding="utf-8")
+    lines = [line.split("|")[1].strip() for line in page.splitlines() if line.startswith("|")]
+    shown = lines[lines.index("hardware") :][: len(heads[2:])]
+    is_rule = lambda cell: set(cell) <= set(":-")  # noqa: E731
+    assert [cell for cell in shown if not is_rule(cell)] == [cell for cell in heads[2:] if not is_rule(cell)]
+
+
 def test_a_plan_for_another_chip_has_no_ratio() -> None:
     report = full_report(machine=MACHINE | RUN | {"device": "CPU (x86_64)", "bandwidth": 1e9})
     rows = compared_figures(report)
