@@ -19,6 +19,7 @@ EVAL_USAGE = """usage: python -m eval COMMAND ...
   theory    --out DIR                                                         tabular policies beside their fixed points
   lab       --out DIR [--part PART]                                           does ranking help: a controlled study
   speed     --workload w1 --json OUT.json                                     seconds of a step and of its parts
+  device    --out OUT.md                                                      an accelerator beside its plan and torch
 
   --help after a command explains its settings."""
 
@@ -35,6 +36,7 @@ COMMANDS = {  # the module, imported when it is needed, with the parser of its c
     "theory": ("eval.theory.command", "parse_theory", "theory"),
     "lab": ("eval.lab.command", "parse_lab", "lab"),
     "speed": ("eval.speed.speed", "parse_speed", "speed"),
+    "device": ("eval.speed.device", "parse_device", "measure_device"),
 }
 SEVERAL = ("generate", "reward")  # those that may be one of several processes
 

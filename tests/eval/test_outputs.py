@@ -18,6 +18,8 @@ PROGRAMS = {
     "theory": ["--out", "{}"],
     "lab": ["--out", "{}"],
     "speed": ["--workload", "w1", "--json", "{}.json"],
+    "device": ["--out", "{}.md"],
+    "device, json": ["--json", "{}.json"],
     "speed, sweep": ["--workload", "w1", "--sweep", "{}.png"],
 }
 
@@ -35,6 +37,7 @@ def test_the_place_is_looked_at_first(
     program: str, place: str, words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("eval.speed.speed.run_program", lambda *_, **__: pytest.fail("it computes"))
+    monkeypatch.setattr("eval.speed.device.Parts.run", lambda *_, **__: pytest.fail("it computes"))
     arguments = [argument.replace("{}", place) for argument in PROGRAMS[program]]
     assert main([program.partition(",")[0], *arguments]) == 2
     error = capsys.readouterr().err
