@@ -26,7 +26,7 @@ from eval.speed.workloads import WORKLOADS, Workload
 from models.config import Qwen3Config
 from train.console import console, print_plain
 from train.parse import parse
-from train.plan.devices import HBM
+from train.plan.chips import chip_of
 from train.run.files import check_out, write_whole
 from train.running import SetupError, setup_errors
 
@@ -154,7 +154,7 @@ def make_report(config: DeviceConfig, parts: Parts) -> Report:
     size = config.size or ("tiny" if on_cpu else "qwen3-1.7b")
     if on_cpu and config.size not in (None, "tiny"):
         raise SetupError(f"size: expected tiny, for JAX finds no accelerator here but a CPU alone, got {config.size}")
-    workload, chip = SIZES[size], next((name for name in HBM if name in machine["device"]), DEFAULT_CHIP)
+    workload, chip = SIZES[size], chip_of(machine["device"]) or DEFAULT_CHIP
     facts = {"size": size, "command": config.command, "date": time.strftime("%Y-%m-%d"), "planned_for": chip}
     arguments = policy_arguments(workload)
     (default, own), *others = IMPLEMENTATIONS.items()

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from eval.sheets import NONE, Sheet
-from eval.speed.machine import device_bandwidth
 from models.config import Qwen3Config
-from models.flops import decode_bytes, forward_flops, peak_flops, step_flops
+from models.flops import decode_bytes, forward_flops, step_flops
+from train.plan.chips import CHIPS
 
 GIB = 2**30
 TORCH = "transformers, torch"
@@ -117,7 +117,7 @@ def compared_figures(report: Report) -> list[Compared]:
     if "sample_s" in own and "update_s" in own:
         step_s = own["sample_s"] + own["update_s"]
     measured = shown_figures(own | {"step_s": step_s}, report.work, machine["peak_flops"], machine["bandwidth"])
-    planned = shown_figures(report.planned, report.work, peak_flops(chip), device_bandwidth(chip))
+    planned = shown_figures(report.planned, report.work, CHIPS[chip].flops, CHIPS[chip].bandwidth)
     return [
         Compared(name, value, planned[name], quotient(value, planned[name]) if report.is_planned else None)
         for name, value in measured.items()

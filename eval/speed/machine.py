@@ -1,18 +1,10 @@
-"""What a machine can do at most: the maker's figures of its device, and matrix products and copies measured on it."""
+"""What a machine can do at most: matrix products and copies measured on it."""
 
 import statistics
 import time
 
 import jax
 import jax.numpy as jnp
-
-# Substring of JAX's `device_kind` -> the maker's bytes per second of the device's memory.
-BANDWIDTH = {"A100": 2.039e12, "H100": 3.35e12, "H200": 4.8e12, "B200": 8e12}
-
-
-def device_bandwidth(device_kind: str) -> float | None:
-    """Returns a device's bytes per second (see `BANDWIDTH`), or None for an unknown device, such as a CPU."""
-    return next((rate for name, rate in BANDWIDTH.items() if name in device_kind), None)
 
 
 def copy_gbytes(repeats: int = 9) -> float:

@@ -23,10 +23,9 @@ import jax
 import numpy as np
 from flax import nnx
 
-from eval.speed.machine import copy_gbytes, device_bandwidth, matmul_gflops
+from eval.speed.machine import copy_gbytes, matmul_gflops
 from eval.speed.timing import END_ID, median_seconds, process_peak_bytes, write_figures
 from models.compile_cache import enable_compile_cache
-from models.flops import peak_flops
 from models.generate import SamplingCopy, sampling_program
 from models.hf_weights import abstract_model, split
 from models.sampler import Rollout, SamplingParams
@@ -36,6 +35,7 @@ from train.build import make_optimizer, policy_layout
 from train.config import PolicyConfig
 from train.packing import microbatches
 from train.parse import parse
+from train.plan.chips import CHIPS, chip_of
 from train.state import TrainState, copy_tree, make_state
 from train.update import Update
 
@@ -183,7 +183,8 @@ def machine_facts(dtype: str) -> dict[str, Any]:
             continue
     if device.platform != "cpu":
         versions["runtime"] = " ".join(device.client.platform_version.split())
-    peak, bandwidth = peak_flops(device.device_kind), device_bandwidth(device.device_kind)
+    chip = chip_of(device.device_kind)
+    peak, bandwidth = (CHIPS[chip].flops, CHIPS[chip].bandwidth) if chip else (None, None)
     return {
         "platform": device.platform,
         "device": device.device_kind if device.platform != "cpu" else f"CPU ({platform.machine()})",

@@ -88,3 +88,13 @@ device_description_str: "{gpu.name}"
 def gpu_target(chip: Chip) -> str:
     """Returns the target specification of a GPU, as XLA's compiler reads it (a GpuTargetConfigProto in text)."""
     return _TARGET.format(chip=chip, gpu=chip.gpu)
+
+
+_TPU_KINDS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p"}
+_TPU_KINDS |= {"TPU v6 lite": "v6e", "TPU v6e": "v6e"}
+
+
+def chip_of(device_kind: str) -> str | None:
+    """Returns the name in CHIPS of JAX's `device_kind`, such as "NVIDIA H200" or "TPU v5 lite"; None for others."""
+    named = (name for name, chip in CHIPS.items() if chip.gpu is not None and name in device_kind)
+    return _TPU_KINDS.get(device_kind) or next(named, None)
