@@ -15,13 +15,14 @@ EXTRAS_tpu := $(EXTRAS_cpu),tpu
 EXTRAS := $(EXTRAS_$(ACCELERATOR))
 STAMP := $(VENV)/.install-$(ACCELERATOR)$(if $(CONSTRAINTS),,-unconstrained)
 PARITY_STAMP := $(VENV)/.install-parity
+PLAN_STAMP := $(VENV)/.install-plan
 
 ifeq ($(EXTRAS),)
 $(error ACCELERATOR: expected cpu, cuda or tpu, got '$(ACCELERATOR)')
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo clean-demo test test-slow parity check lint format-check types format
+.PHONY: help install demo clean-demo test test-slow parity plan-check check lint format-check types format
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +40,10 @@ $(STAMP): pyproject.toml $(CONSTRAINTS) | $(PY)
 
 $(PARITY_STAMP): $(STAMP)
 	$(PIP_INSTALL) -e ".[parity]"
+	@touch $@
+
+$(PLAN_STAMP): $(STAMP)
+	$(PIP_INSTALL) -e ".[plan-gpu,tpu]"
 	@touch $@
 
 demo: install  ## train GOPO and GRPO on the small review data and compare them
@@ -65,6 +70,9 @@ test-slow: install  ## run the tests that take minutes
 
 parity: $(PARITY_STAMP)  ## compare with PyTorch (installs torch)
 	$(PYTEST) -m parity
+
+plan-check: $(PLAN_STAMP)  ## compile for GPUs and TPUs (installs their compilers, no CUDA)
+	$(PYTEST) -m compilers
 
 check: lint format-check types  ## lint, formatting, types: what CI runs before the tests
 

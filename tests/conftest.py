@@ -11,6 +11,7 @@ os.environ.setdefault(
     "--xla_backend_optimization_level=0"
     + (" --xla_cpu_use_fusion_emitters=false" if version("jaxlib").startswith("0.10.") else ""),
 )
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # whatever else JAX finds, plan-check's compilers too
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 import contextlib

@@ -5,19 +5,19 @@ process decodes and scores its share of a step's prompts, and `gather` gives eve
 process alone writes metrics, logs and texts; every process writes its part of a checkpoint.
 """
 
-import importlib.util
 import json
 import math
 import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+
+from train.accelerators import has_tpu, has_tpu_compiler
 
 ADDRESS, COUNT, INDEX = LAUNCH_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 JOIN_SECONDS, HEARTBEAT_SECONDS = 300, 30  # wait for all to connect; give up a process that does not answer
@@ -68,8 +68,7 @@ def connect() -> None:
 def _has_launcher() -> bool:
     """Returns whether this is one of several tasks of Slurm or Open MPI, or a machine with TPUs."""
     tasks = (os.environ.get("SLURM_STEP_NUM_TASKS", "1"), os.environ.get("OMPI_COMM_WORLD_SIZE", "1"))
-    chips = any(Path("/dev").glob("accel[0-9]*")) or any(Path("/dev/vfio").glob("[0-9]*"))
-    return any(int(number) > 1 for number in tasks) or (chips and importlib.util.find_spec("libtpu") is not None)
+    return any(int(number) > 1 for number in tasks) or (has_tpu() and has_tpu_compiler())
 
 
 def is_distributed() -> bool:

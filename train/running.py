@@ -36,7 +36,9 @@ def exit_code(program: Callable[[], object], *, own_devices: bool = False, sever
     """
     from models.compile_cache import enable_compile_cache
     from train import processes
+    from train.accelerators import skip_absent_accelerators
 
+    skip_absent_accelerators()
     try:
         if not own_devices:
             enable_compile_cache()

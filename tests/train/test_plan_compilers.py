@@ -6,8 +6,12 @@ Tests marked `compilers` need JAX's compiler for GPUs and libtpu (make plan-chec
 import dataclasses
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,7 @@ from jax.sharding import AbstractMesh
 
 from models.config import Qwen3Config
 from train.__main__ import main
+from train.accelerators import has_gpu, has_tpu, has_tpu_compiler
 from train.config import MeshConfig, PlanConfig
 from train.parse import parse
 from train.plan import compilers
@@ -292,6 +297,22 @@ def test_a_price_may_be_a_number_or_one_for_each_chip() -> None:
     assert prices() == {} and prices("--price_per_chip_hour", "3.5") == dict.fromkeys(CHIPS, 3.5)
     assert prices("--price_per_chip_hour", "H200=3.5, v5p=4") == {"H200": 3.5, "v5p": 4}
     assert device_count(parse(PlanConfig, [*ARGUMENTS[1:], *SHARDED])) == 4
+
+
+@pytest.mark.compilers
+def test_the_compilers_are_of_jaxs_version() -> None:
+    assert version("jax-cuda13-plugin") == version("jax-cuda13-pjrt") == version("jaxlib")
+    assert has_tpu_compiler()
+
+
+@pytest.mark.compilers
+@pytest.mark.skipif(has_gpu() or has_tpu(), reason="JAX runs on the accelerator")
+def test_programs_run_on_cpus_and_say_nothing_of_the_compilers() -> None:
+    program = "import jax; from train.running import exit_code; exit_code(lambda: print(jax.default_backend()))"
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+    command, root = [sys.executable, "-c", program], Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "cpu\n", "")
 
 
 @pytest.fixture(scope="module")
