@@ -416,10 +416,11 @@ CHIP_NAMES = ("v4", "v5e", "v5p", "v6e", "A100", "H100", "H200", "B200")  # trai
 class PlanConfig(PolicyConfig):
     """`train plan`: what a policy's run needs of its devices. A policy's settings, and the devices to plan for."""
 
-    devices: int | None = None  # how many to plan for; default: the product of the mesh's sizes
+    # how many to plan for: 8, or of each chip H200=8,v5p=64; default: the product of the mesh's sizes
+    devices: int | str | None = None
     # the devices' kind (v4, v5e, v5p, v6e, A100, H100, H200, B200), or several with commas; default: memory of all
     chip: str | None = None
-    suggest: bool = False  # try meshes, the likeliest first, and take the one that is fastest of those that fit
+    suggest: bool = False  # try meshes, the likeliest first, with smaller micro-batches where needed; show the best
     tries: int = 4  # with suggest: how many meshes of each kind of chip to compile for
     compare: bool = False  # one table of all meshes and chips that were tried; always so for several chips
     price_per_chip_hour: float | str | None = None  # in any currency: 3.5 for all chips, or H200=3.5,v5p=4.2
@@ -429,14 +430,12 @@ class PlanConfig(PolicyConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.devices is not None:
-            _at_least(self, 1, "devices")
         _at_least(self, 1, "tries")
         _at_least(self, 0, "top")
         for chip in self.chips:
             if chip not in CHIP_NAMES:
                 raise ValueError(f"chip: expected one or more of {', '.join(CHIP_NAMES)}, got {chip!r}")
-        _ = self.prices
+        _ = self.prices, self.counts
 
     @property
     def chips(self) -> tuple[str, ...]:
@@ -446,21 +445,35 @@ class PlanConfig(PolicyConfig):
     @property
     def prices(self) -> dict[str, float]:
         """The price of an hour of each chip that has one."""
-        given = self.price_per_chip_hour
-        parts = [] if given is None else [part.strip() for part in str(given).split(",")]
-        prices: dict[str, float] = {}
-        for part in parts:
-            chip, equals, price = part.partition("=") if "=" in part else ("", "", part)
-            try:
-                value = float(price)
-            except ValueError:
-                value = math.nan
-            if not 0 <= value < math.inf or (equals and chip not in CHIP_NAMES) or (not equals and len(parts) > 1):
-                raise ValueError(
-                    f"price_per_chip_hour: expected a price such as 3.5, or H200=3.5,v5p=4.2, got {given!r}"
-                )
-            prices |= {chip: value} if equals else dict.fromkeys(CHIP_NAMES, value)
+        prices = _by_chip(self.price_per_chip_hour)
+        if prices is None or not all(0 <= price < math.inf for price in prices.values()):
+            raise ValueError(
+                "price_per_chip_hour: expected a price such as 3.5, or H200=3.5,v5p=4.2, "
+                f"got {self.price_per_chip_hour!r}"
+            )
         return prices
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """The number of devices of each chip that has one."""
+        counts = _by_chip(self.devices)
+        if counts is None or not all(count >= 1 and count == int(count) for count in counts.values()):
+            raise ValueError(f"devices: expected a number such as 8, or H200=8,v5p=64, got {self.devices!r}")
+        return {chip: int(count) for chip, count in counts.items()}
+
+
+def _by_chip(given: float | str | None) -> dict[str, float] | None:
+    """Reads one number for all chips, or NUMBER of each as CHIP=NUMBER,...; None if it is neither."""
+    values: dict[str, float] = {}
+    for part in [] if given is None else str(given).split(","):
+        chip, equals, number = part.strip().rpartition("=")
+        if bool(equals) != (chip in CHIP_NAMES) or (values and not equals):
+            return None
+        try:
+            values |= dict.fromkeys([chip] if equals else CHIP_NAMES, float(number))
+        except ValueError:
+            return None
+    return values if all(math.isfinite(value) for value in values.values()) else None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,7 +31,7 @@ from train.plan.devices import device_count
 from train.plan.plans import Plan
 from train.plan.programs import Cost, StepProgram
 from train.plan.roofline import Work
-from train.plan.suggest import candidate_meshes
+from train.plan.suggest import candidate_meshes, with_smaller_microbatch
 
 NETWORK = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
 NETWORK |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
@@ -123,7 +123,7 @@ def a_plan(chip: str, seconds: float, peak: float, fsdp: int) -> Plan:
     costs = [Cost(peak, Work(seconds=seconds, kernels=1), {}, 0.0, predicted=seconds > 0)]
     programs = [StepProgram("sample", 1, None, (), {})]
     flops = dict.fromkeys(("sample", "score", "update"), 1e12)
-    return Plan(chip, {"data": 1, "fsdp": fsdp, "tensor": 1}, {}, programs, costs, "a stand-in", flops, 512)
+    return Plan(chip, {"data": 1, "fsdp": fsdp, "tensor": 1}, 4, {}, programs, costs, "a stand-in", flops, 512)
 
 
 def test_several_chips_stand_in_one_table(
@@ -162,6 +162,21 @@ def test_meshes_that_fit_are_tried_and_the_fastest_is_taken(
     rows = [line for line in capsys.readouterr().out.splitlines() if "of 79 GiB" in line and "fsdp" in line]
     found = [("->" in row, re.search(r"fsdp (\d)", row)[1], "does NOT fit" in row) for row in rows]  # type: ignore[index]
     assert found[:3] == [(True, "4", False), (False, "2", False), (False, "1", True)]
+
+
+def test_micro_batches_are_halved_until_the_gradient_should_fit() -> None:
+    config = parse(PlanConfig, [*ARGUMENTS[1:], "--prompts_per_step", "64", "--microbatch_prompts", "64"])
+    memory = CHIPS["H200"].memory
+
+    def smaller(share: float, fsdp: int = 1, program: str = "gradient") -> int | None:
+        made = a_plan("H200", 1.0, share * memory, fsdp)
+        made.programs[0] = made.programs[0]._replace(name=program)
+        found = with_smaller_microbatch(config, made)
+        return found and found.microbatch_prompts
+
+    assert (smaller(0.9), smaller(1.5), smaller(3.0), smaller(20.0)) == (None, 32, 16, 2)
+    assert smaller(3.0, fsdp=16) == 16 and smaller(3.0, fsdp=32) is None  # a micro-batch has a prompt for each device
+    assert smaller(1.5, program="sample") is None, "micro-batches do not make sampling smaller"
 
 
 def test_candidate_meshes_hold_the_arrays_and_the_one_with_less_traffic_comes_first(
@@ -274,29 +289,35 @@ def test_tpus_stand_on_the_most_compact_torus(count: int, three: Any, two: Any) 
         (("--price_per_chip_hour", "dear"), "price_per_chip_hour: expected a price such as 3.5, or H200=3.5,v5p=4.2"),
         (("--price_per_chip_hour", "3,4"), "price_per_chip_hour: expected a price"),
         (("--price_per_chip_hour", "abacus=4"), "price_per_chip_hour: expected a price"),
+        (("--devices", "H200=0"), "devices: expected a number such as 8, or H200=8,v5p=64, got 'H200=0'"),
+        (("--devices", "1.5"), "devices: expected a number"),
         (("--tries", "0"), "tries: expected at least 1"),
         (("--chip", "H200", "--out", "/dev/null/plan.json"), "/dev/null"),
-        (("--chip", "v5e", "--devices", "1", "--suggest", "true"), "no mesh of 1 devices fits v5e"),
+        (("--chip", "v5e", "--devices", "1", "--suggest", "true"), "no mesh fits 1 v5e"),
     ],
-    ids=["chip", "price", "prices", "priced chip", "tries", "out", "too large"],
+    ids=["chip", "price", "prices", "priced chip", "devices", "half a device", "tries", "out", "too large"],
 )
 def test_mistakes_are_one_line(
     arguments: tuple[str, ...], message: str, stand_in: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     large = json.dumps(NETWORK | {"hidden_size": 8192, "intermediate_size": 65536, "num_hidden_layers": 64})
-    mesh = () if "--devices" in arguments else MESH
+    mesh = () if "--suggest" in arguments else MESH
     assert main([*ARGUMENTS, "--model.architecture", large, *mesh, *arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1 and not stand_in
 
 
-def test_a_price_may_be_a_number_or_one_for_each_chip() -> None:
+def test_prices_and_devices_are_one_number_or_one_for_each_chip() -> None:
     def prices(*arguments: str) -> dict[str, float]:
         return parse(PlanConfig, [*ARGUMENTS[1:], *arguments]).prices
 
     assert prices() == {} and prices("--price_per_chip_hour", "3.5") == dict.fromkeys(CHIPS, 3.5)
     assert prices("--price_per_chip_hour", "H200=3.5, v5p=4") == {"H200": 3.5, "v5p": 4}
-    assert device_count(parse(PlanConfig, [*ARGUMENTS[1:], *SHARDED])) == 4
+    config = parse(PlanConfig, [*ARGUMENTS[1:], *SHARDED])
+    assert device_count(config) == device_count(config, "H200") == 4
+    config = parse(PlanConfig, [*ARGUMENTS[1:], "--devices", "H200=8,v5p=64"])
+    assert (device_count(config, "H200"), device_count(config, "v5p")) == (8, 64)
+    assert device_count(parse(PlanConfig, [*ARGUMENTS[1:], *SHARDED, "--devices", "2"]), "v4") == 2
 
 
 @pytest.mark.compilers

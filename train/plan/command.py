@@ -22,7 +22,7 @@ from train.plan.compilers import Compiler, NoCompiler, find_compiler
 from train.plan.devices import device_count, simulated_devices
 from train.plan.plans import Plan, make_plan, named_programs, plan_json
 from train.plan.programs import network_config
-from train.plan.suggest import candidate_meshes
+from train.plan.suggest import candidate_meshes, with_smaller_microbatch
 from train.plan.tables import print_comparison, print_plan, rank
 from train.run.files import check_out, write_whole
 from train.running import setup_errors
@@ -40,22 +40,22 @@ def plan(config: PlanConfig) -> None:
             check_out(out)
         if config.suggest and not config.chips:
             raise ValueError("--suggest: for which chip? Give --chip, such as H200 or H200,v5p")
-        count = device_count(config)
-        devices = simulated_devices(count)
+        counts = {chip: device_count(config, chip) for chip in config.chips or (None,)}
+        devices = simulated_devices(max(counts.values()))
         network = network_config(config.model.path) if config.model.path else config.model.architecture
         assert network is not None  # ModelConfig has checked it
         rewards = [network_config(spec.model) for spec in config.rewards if spec.model]
-        plans = [
-            made for chip in config.chips or (None,) for made in chip_plans(config, chip, devices, network, rewards)
-        ]
+        plans = []
+        for chip, count in counts.items():
+            plans += chip_plans(config, chip, devices[:count], network, rewards)
         if not plans:
-            raise ValueError(no_mesh_text(config, count))
+            raise ValueError(no_mesh_text(config))
     best = min(plans, key=lambda made: rank(config, made)) if config.chips else plans[0]
     if config.compare or len(plans) > 1:
         print_comparison(config, plans, best)
     print_plan(config, best, network, rewards)
     if config.suggest and not best.fits(str(best.chip)):
-        print_plain(no_mesh_text(config, count))
+        print_plain(no_mesh_text(config))
     with setup_errors():
         write_files(config, best)
 
@@ -72,11 +72,12 @@ def chip_plans(
     if not config.suggest or chip is None:
         return [make_plan(config, chip, compiler, devices, network, rewards)]
     plans: list[Plan] = []
-    meshes = candidate_meshes(config, chip, devices, network, rewards)
-    for mesh in meshes:
-        made = make_plan(dataclasses.replace(config, mesh=mesh), chip, compiler, devices, network, rewards)
-        plans.append(made)
-        fitting = [other for other in plans if other.fits(chip)]
+    for mesh in candidate_meshes(config, chip, devices, network, rewards):
+        candidate: PlanConfig | None = dataclasses.replace(config, mesh=mesh)
+        while candidate is not None:
+            plans.append(make_plan(candidate, chip, compiler, devices, network, rewards))
+            candidate = with_smaller_microbatch(candidate, plans[-1])
+        fitting = [made for made in plans if made.fits(chip)]
         # An estimate has no seconds to choose by: the first that fits is the likeliest to be fast.
         if len(fitting) >= (config.tries if compiler is not None else 1) or len(plans) >= 2 * config.tries:
             break
@@ -94,11 +95,10 @@ def compiler_or_none(chip: str | None, count: int) -> Compiler | None:
         return None
 
 
-def no_mesh_text(config: PlanConfig, count: int) -> str:
-    return (
-        f"no mesh of {count} devices fits {config.chip}: take more of them, a smaller microbatch_prompts or "
-        f"prompts_per_step, model.param_dtype bfloat16, or lora.rank"
-    )
+def no_mesh_text(config: PlanConfig) -> str:
+    counts = ", ".join(f"{device_count(config, chip)} {chip}" for chip in config.chips)
+    advice = "take more of them, a smaller prompts_per_step, model.param_dtype bfloat16, or lora.rank"
+    return f"no mesh fits {counts}: {advice}"
 
 
 def write_files(config: PlanConfig, made: Plan) -> None:

@@ -7,14 +7,16 @@ import jax
 from train.config import PlanConfig
 
 
-def device_count(config: PlanConfig) -> int:
-    """Returns the number of devices that the plan is for.
+def device_count(config: PlanConfig, chip: str | None = None) -> int:
+    """Returns the number of devices that the plan is for, of one kind of chip.
 
     Raises:
       ValueError: neither the config nor its mesh says how many.
     """
     sizes = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    count = config.devices or (math.prod(sizes) if min(sizes) > 0 else 0)
+    counts = config.counts
+    count = counts.get(chip) if chip is not None else next(iter(counts.values()), None)
+    count = count or (math.prod(sizes) if min(sizes) > 0 else 0)
     if count < 1:
         raise ValueError("plan: for how many devices? Give --devices, or a --mesh without -1")
     return count

@@ -41,6 +41,7 @@ class Plan(NamedTuple):
 
     chip: str | None
     mesh: dict[str, int]  # axis -> devices
+    microbatch_prompts: int
     arrays: dict[str, float]  # name -> bytes on each device
     programs: list[StepProgram]
     costs: list[Cost]  # one per program
@@ -128,7 +129,8 @@ def make_plan(
     ordered = [costs[program.name] for program in programs]
     P, G, _, T = axis_sizes(config)
     flops = least_flops(config, network, rewards, layout.mesh.size)
-    return Plan(chip, dict(layout.mesh.shape), arrays, programs, ordered, name, flops, P * G * T)
+    mesh, microbatch = dict(layout.mesh.shape), config.microbatch_prompts
+    return Plan(chip, mesh, microbatch, arrays, programs, ordered, name, flops, P * G * T)
 
 
 def predicted_costs(programs: Sequence[StepProgram], layout: Layout, compiler: Compiler) -> dict[str, Cost]:
@@ -199,6 +201,7 @@ def plan_json(config: PlanConfig, plan: Plan) -> dict[str, Any]:
     return {
         "mesh": plan.mesh,
         "devices": devices,
+        "microbatch_prompts": plan.microbatch_prompts,
         "chip": plan.chip,
         "compiler": plan.compiler,
         "predicted": known,

@@ -11,7 +11,7 @@ from models.sharding import Layout
 from train.build import policy_layout
 from train.config import MeshConfig, PlanConfig
 from train.plan.chips import CHIPS, HOST_GPUS, USABLE_SHARE, Chip
-from train.plan.plans import least_flops
+from train.plan.plans import Plan, least_flops
 from train.plan.programs import axis_sizes, parameter_count, resident_bytes, step_parts
 
 EXPECTED_MFU = 0.4  # of products, in the rough estimate
@@ -39,6 +39,29 @@ def candidate_meshes(
             if resident_bytes(arrays, ["gradient"]) < USABLE_SHARE * CHIPS[chip].memory:
                 found.append((rough_seconds(candidate, CHIPS[chip], layout, network, rewards), mesh))
     return [mesh for _, mesh in sorted(found, key=lambda pair: pair[0])]
+
+
+def with_smaller_microbatch(config: PlanConfig, made: Plan) -> PlanConfig | None:
+    """Returns the config with the micro-batches that a plan that does not fit suggests; None if there are none.
+
+    The temporaries of the gradient grow with the micro-batch: it is halved until they should fit.
+    """
+    memory = USABLE_SHARE * CHIPS[str(made.chip)].memory
+    gradient = [
+        made.memory(program, cost)
+        for program, cost in zip(made.programs, made.costs, strict=True)
+        if program.name.startswith(("gradient", "logprobs"))
+    ]
+    others = [made.memory(program, cost) for program, cost in zip(made.programs, made.costs, strict=True)]
+    if max(gradient, default=0.0) <= memory or max(set(others) - set(gradient), default=0.0) > memory:
+        return None
+    size, peak = config.microbatch_prompts, max(gradient)
+    resident = resident_bytes(made.arrays, ["gradient"])
+    while peak > memory:
+        size, peak = size // 2, resident + (peak - resident) / 2
+        if size < 1 or size % (made.mesh["data"] * made.mesh["fsdp"]):
+            return None
+    return dataclasses.replace(config, microbatch_prompts=size)
 
 
 def rough_seconds(

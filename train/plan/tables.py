@@ -23,7 +23,7 @@ def print_plan(config: PlanConfig, plan: Plan, network: Qwen3Config, rewards: Se
     console.print(
         f"\n{math.prod(plan.mesh.values())} {plan.chip or 'devices'}, {mesh_text(plan)}: {config.prompts_per_step} "
         f"prompts x {config.num_generations}, prompts to {config.max_prompt_length} and completions to "
-        f"{config.max_completion_length} tokens, micro-batches of {config.microbatch_prompts} prompts; parameters of "
+        f"{config.max_completion_length} tokens, micro-batches of {plan.microbatch_prompts} prompts; parameters of "
         f"policy and reward models: {sizes}; {config.model.dtype}, parameters {config.model.param_dtype}"
     )
     table = Table("arrays on each device", "GiB", box=None)
@@ -141,18 +141,8 @@ def print_table(table: Table) -> None:
 
 def print_comparison(config: PlanConfig, plans: Sequence[Plan], best: Plan) -> None:
     """Prints a row for each plan, those that fit first, the cheapest or fastest first."""
-    columns = (
-        "chip",
-        "devices",
-        "mesh",
-        "memory",
-        "sample s",
-        "score s",
-        "update s",
-        "step s",
-        "run, hours",
-        "run, price",
-    )
+    sizes, times = ("chip", "devices", "mesh", "micro-batch", "memory"), ("sample s", "score s", "update s", "step s")
+    columns = (*sizes, *times, "run, hours", "run, price")
     table = Table("", *columns, box=None)
     for plan in sorted(plans, key=lambda plan: rank(config, plan)):
         seconds = [f"{plan.part(name).seconds:,.1f}" if plan.is_predicted else "-" for name in PARTS]
@@ -165,8 +155,8 @@ def print_comparison(config: PlanConfig, plans: Sequence[Plan], best: Plan) -> N
         memory = f"{plan.peak / GIB:.1f} of {CHIPS[str(plan.chip)].memory / GIB:.0f} GiB"
         fits = "" if plan.fits(str(plan.chip)) else ", does NOT fit"
         mark = "->" if plan is best and not fits else ""
-        devices = str(math.prod(plan.mesh.values()))
-        table.add_row(mark, str(plan.chip), devices, mesh_text(plan), memory + fits, *seconds, *totals)
+        counts = (str(math.prod(plan.mesh.values())), mesh_text(plan), str(plan.microbatch_prompts))
+        table.add_row(mark, str(plan.chip), *counts, memory + fits, *seconds, *totals)
     console.print("")
     print_table(table)
 
