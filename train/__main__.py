@@ -10,14 +10,14 @@ from train.parse import no_command, parse, take
 USAGE = """usage: python -m train {sft,reward,policy} --config FILE [--variant NAME] [--key value ...] [--show [N]]
        python -m train {sft,reward,policy} --config FILE --dry_run [--devices N] [--chip H200]
        python -m train inspect {sft,reward,policy} --config FILE [--rows N]
-       python -m train plan --config FILE [--mesh data=1,fsdp=64,tensor=4] [--devices N] [--chip v5p] [--suggest true]
+       python -m train plan --config FILE [--mesh data=1,fsdp=64,tensor=4] [--chip v5p,H200] [--suggest true]
        python -m train export --checkpoint RUN[@STEP] --out DIR
 
   sft      supervised fine-tuning of a policy
   reward   a reward model from comparisons (Bradley-Terry, Plackett-Luce)
   policy   GOPO, GRPO and their relatives against one or more rewards
   inspect  the data of a run: rows, lengths in tokens, duplicates, and N (3) rows as the models see them
-  plan     what a policy's run needs of its devices: memory, arithmetic, communication; needs none of them
+  plan     memory, seconds and price of a policy's run, by its devices' own compilers; needs none of the devices
   export   a Hugging Face directory of a policy or a reward model, or of the adapters alone (PEFT)
 
   --variant dapo (or another name in configs/variants) makes a policy's run that algorithm's, whatever FILE says.
