@@ -8,7 +8,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from models.sampler import Rollout, SamplingParams, sample
+from models.decoding import DecodeWeights, decode_weights, make_decoder, unrolls, with_weight_shardings
+from models.sampler import Drawing, Rollout, SamplingParams, sample
 from models.sharding import Layout, fetch, parameter_shardings
 from models.tokenizer import Prompt, Tokenizer
 
@@ -65,7 +66,8 @@ class Generator:
         prompts = (put(prompt_PS, ("prompt", None)), put(lengths_P, ("prompt",)))
         numbers, weights = put(rows, ("prompt", "group")[: rows.ndim]), self.sampling_weights(params)
         sampling = self.sampling._replace(absent_V=self.tokenizer.absent_ids(len(params["embed_VD"])))
-        return self._sample(weights, *prompts, numbers, key, sampling, num_generations=num_generations)
+        options = {"num_generations": num_generations, "drawing": known_drawing(weights, sampling)}
+        return self._sample(weights, *prompts, numbers, key, sampling, **options)
 
     def sampling_weights(self, params: Any) -> Any:
         """Returns the weights to sample from. Idempotent."""
@@ -107,15 +109,24 @@ class SamplingCopy:
     """Copies parameters for sampling: to the compute dtype, and gathered over the devices that share the prompts.
 
     Leaves that already match are not copied. Sampled tokens do not change: the copy is rounded as each layer would
-    round its parameters when it uses them.
+    round its parameters when it uses them. On accelerators the copy is `DecodeWeights`, and copies all.
 
     Args:
       params: parameters, or ShapeDtypeStructs with shardings, that fix the layout.
+      unrolled: whether the copy is for the unrolled decoder; None = as the devices want it.
     """
 
-    def __init__(self, graphdef: Any, params: Any, layout: Layout) -> None:
-        model = nnx.merge(graphdef, params)
-        shardings = parameter_shardings(model, layout.for_sampling())
+    def __init__(self, graphdef: Any, params: Any, layout: Layout, unrolled: bool | None = None) -> None:
+        model, sampling = nnx.merge(graphdef, params), layout.for_sampling()
+        self.unrolled = unrolls(layout) if unrolled is None else unrolled
+        if self.unrolled:
+            convert = partial(decode_weights, graphdef)
+            self.targets: Any = with_weight_shardings(jax.eval_shape(convert, params), sampling)
+            self.is_copied = [True] * len(jax.tree.leaves(params))
+            shardings = jax.tree.map(lambda target: target.sharding, self.targets)
+            self.program = jax.jit(convert, out_shardings=shardings)
+            return
+        shardings = parameter_shardings(model, sampling)
         self.targets = jax.tree.map(
             lambda p, s: jax.ShapeDtypeStruct(p.shape, model.dtype, sharding=s), params, shardings
         )
@@ -125,6 +136,15 @@ class SamplingCopy:
             lambda leaves: [leaf.astype(target.dtype) for leaf, target in zip(leaves, targets, strict=True)],
             out_shardings=[target.sharding for target in targets],
         )
+
+    @property
+    def new_leaves(self) -> list[Any]:
+        """The shapes of what is in memory beside the parameters."""
+        return jax.tree.leaves(self.targets) if self.unrolled else self.copied_leaves(self.targets)
+
+    def argument(self, params: Any) -> Any:
+        """Returns what `program` takes of parameters."""
+        return params if self.unrolled else self.copied_leaves(params)
 
     def _differs(self, params: Any) -> list[bool]:
         """Returns for each leaf whether its dtype or sharding is not the target's."""
@@ -137,6 +157,10 @@ class SamplingCopy:
 
     def __call__(self, params: Any) -> Any:
         """Copies params; returns them unchanged if they already match."""
+        if isinstance(params, DecodeWeights):
+            return params
+        if self.unrolled:
+            return self.program(params)
         if not any(self._differs(params)):
             return params
         leaves, structure = jax.tree.flatten(params)
@@ -147,8 +171,17 @@ class SamplingCopy:
 
 
 def sampling_program(graphdef: Any, max_completion_length: int, pad_id: int) -> Any:
-    """Returns the jitted (params, prompt_PS, lengths_P, rows_P, key, sampling, *, num_generations) -> Rollout."""
-    return jax.jit(partial(_sample, graphdef, max_completion_length, pad_id), static_argnames="num_generations")
+    """Returns the jitted (params, prompt_PS, lengths_P, rows_P, key, sampling, *, num_generations) -> Rollout.
+
+    Its option `drawing` is `models.sampler.sample`'s.
+    """
+    static = ("num_generations", "drawing")
+    return jax.jit(partial(_sample, graphdef, max_completion_length, pad_id), static_argnames=static)
+
+
+def known_drawing(params: Any, sampling: SamplingParams) -> Drawing | None:
+    """Returns what to compile the program for: on accelerators, where the host waits for every branch, one case."""
+    return Drawing.of(sampling) if isinstance(params, DecodeWeights) else None
 
 
 def _sample(
@@ -163,9 +196,10 @@ def _sample(
     sampling: SamplingParams,
     *,
     num_generations: int,
+    drawing: Drawing | None = None,
 ) -> Rollout:
     return sample(
-        nnx.merge(graphdef, params),
+        make_decoder(params, graphdef),
         prompt_PS,
         lengths_P,
         rows_P,
@@ -174,4 +208,5 @@ def _sample(
         num_generations=num_generations,
         max_completion_length=max_completion_length,
         pad_id=pad_id,
+        drawing=drawing,
     )

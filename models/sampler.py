@@ -7,14 +7,15 @@ Completions that have ended are not computed: as they end, the others move into 
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from models.attention import Past
+from models.decoding import Decoder, ScannedDecoder
 from models.qwen3 import Prefix, Qwen3
-from models.sharding import Layout, constrain, total_shards
+from models.sharding import Layout, total_shards
 
 MIN_ROWS = 8  # fewer active rows cost hardly less time
 MIN_SHRINKING_LENGTH = 128  # tokens; below it, compiling loops for fewer rows takes longer than they save
@@ -32,6 +33,19 @@ class SamplingParams(NamedTuple):
     absent_V: jax.typing.ArrayLike | None = None
 
 
+class Drawing(NamedTuple):
+    """What sampling settings ask for, known before the program is compiled: it then has no branch to wait for."""
+
+    truncates: bool  # by top-k or top-p
+    greedy: bool
+
+    @classmethod
+    def of(cls, params: SamplingParams) -> "Drawing":
+        """Reads settings that are numbers."""
+        temperature, top_k, top_p = (float(setting) for setting in params[:3])  # type: ignore[arg-type]
+        return cls(top_k > 0 or top_p < 1, temperature <= 0)
+
+
 class Rollout(NamedTuple):
     """Sampled completions, right-padded."""
 
@@ -42,7 +56,7 @@ class Rollout(NamedTuple):
 
 
 def sample(
-    model: Qwen3,
+    model: Qwen3 | Decoder,
     prompt_PS: jax.Array,
     lengths_P: jax.Array,
     rows_P: jax.Array,
@@ -52,10 +66,12 @@ def sample(
     num_generations: int,
     max_completion_length: int,
     pad_id: int = 0,
+    drawing: Drawing | None = None,
 ) -> Rollout:
     """Draws G completions of up to T tokens for each prompt.
 
     Args:
+      model: the policy, or how to run it (`models.decoding`).
       prompt_PS, lengths_P: right-padded prompts of at least one token.
       rows_P: [P] the prompts' numbers in the whole batch; completion g of prompt p draws from the key
         fold_in(key, rows_P[p] * G + g), its token t from the t-th uniform number of that key. Or [P, G], the
@@ -64,14 +80,16 @@ def sample(
       params: sampling settings.
       num_generations, max_completion_length: G and T.
       pad_id: the token behind a completion's end.
+      drawing: what `params` asks for, if that is known; None = the program decides, and has both in it.
     """
+    decoder = ScannedDecoder(model) if isinstance(model, Qwen3) else model
     (P, _), G, T = prompt_PS.shape, num_generations, max_completion_length
     rows_PG = rows_P if rows_P.ndim == 2 else rows_P[:, None] * G + jnp.arange(G)
     keys_PG = jax.vmap(jax.vmap(lambda row: jax.random.fold_in(key, row)))(rows_PG)
     uniforms_PGT = jax.vmap(jax.vmap(lambda k: jax.random.uniform(k, (T,))))(keys_PG)
     eos_ids = jnp.asarray(params.eos_ids)
 
-    _, prefix = model.prefill(prompt_PS, lengths_P)
+    prefix, past = decoder.start(prompt_PS, lengths_P, G, T)
     empty = Rollout(
         jnp.full((P, G, T), pad_id, jnp.int32),
         jnp.zeros((P, G, T), jnp.float32),
@@ -82,14 +100,14 @@ def sample(
     completion_PG = jnp.tile(jnp.arange(G), (P, 1))
     rows = ActiveRows(completion_PG, jnp.zeros((P, G), bool), hidden_PGD, uniforms_PGT, empty)
 
-    def decode_step(prefix: Prefix, state: DecodeState) -> DecodeState:
+    def decode_step(prefix: Any, state: DecodeState) -> DecodeState:
         rows, t = state.rows, state.past.length
-        logits_PGV = model.logits(rows.hidden_PGD)
+        logits_PGV = decoder.logits(rows.hidden_PGD)
         uniform_PG = jax.lax.dynamic_index_in_dim(rows.uniforms_PGT, t, axis=2, keepdims=False)
         banned_V = jnp.zeros(logits_PGV.shape[-1], bool).at[eos_ids].set(t < params.min_tokens)
         if params.absent_V is not None:
             banned_V |= params.absent_V
-        token_PG, logprob_PG = draw(logits_PGV, uniform_PG, banned_V, params)
+        token_PG, logprob_PG = draw(logits_PGV, uniform_PG, banned_V, params, drawing)
 
         live_PG, rollout = ~rows.done_PG, rows.rollout
         token_PG = jnp.where(live_PG, token_PG, pad_id)
@@ -100,14 +118,14 @@ def sample(
             rollout.lengths_PG + live_PG,
             rollout.finished_PG | ended_PG,
         )
-        hidden_PG1D, new_LPKG1E = model.extend(token_PG[..., None], prefix, past=state.past)
         done_PG = rows.done_PG | ended_PG
-        rows = rows._replace(done_PG=done_PG, hidden_PGD=hidden_PG1D[:, :, 0], rollout=rollout)
-        return DecodeState(rows, state.past.append(new_LPKG1E))
+        hidden_PGD, past = decoder.step(token_PG, prefix, state.past, ~done_PG)
+        return DecodeState(rows._replace(done_PG=done_PG, hidden_PGD=hidden_PGD, rollout=rollout), past)
 
     prompt_P, rollout = jnp.arange(P), empty
-    state = DecodeState(rows, empty_cache(model, prefix, G, T))
-    sizes = shrink_schedule(P, G, model.layout) if T >= MIN_SHRINKING_LENGTH else [(P, G)]
+    state = DecodeState(rows, past)
+    shrinks = decoder.shrinks and T >= MIN_SHRINKING_LENGTH
+    sizes = shrink_schedule(P, G, decoder.layout) if shrinks else [(P, G)]
     for size, smaller in zip(sizes, [*sizes[1:], None], strict=True):
 
         def should_continue(state: DecodeState, smaller: tuple[int, int] | None = smaller) -> jax.Array:
@@ -124,14 +142,6 @@ def sample(
     return rollout
 
 
-def empty_cache(model: Qwen3, prefix: Prefix, G: int, T: int) -> Past:
-    """Allocates the cache of all completions, sharded over prompts, completions and heads."""
-    past = Past.empty(prefix.kv, G, T)
-    axes = ("layers", "prompt", "kv_heads", "group", None, None)
-    keys, values = (constrain(model.layout, array, *axes) for array in past[:2])
-    return past._replace(keys_LPKGET=keys, values_LPKGTE=values)
-
-
 class ActiveRows(NamedTuple):
     """The completions still being computed: P prompts and G completions of each, fewer as completions end."""
 
@@ -146,7 +156,7 @@ class DecodeState(NamedTuple):
     """State of the decoding loop."""
 
     rows: ActiveRows
-    past: Past
+    past: Any  # the decoder's cache; to shrink, a `Past`
 
 
 def shrink_schedule(P: int, G: int, layout: Layout | None) -> list[tuple[int, int]]:
@@ -200,7 +210,11 @@ def shrink_prompts(
 
 
 def draw(
-    logits: jax.Array, uniform: jax.Array, banned_V: jax.Array, params: SamplingParams
+    logits: jax.Array,
+    uniform: jax.Array,
+    banned_V: jax.Array,
+    params: SamplingParams,
+    drawing: Drawing | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Draws one token for each row; returns it and its log-probability.
 
@@ -213,6 +227,7 @@ def draw(
       uniform: [...] numbers in [0, 1).
       banned_V: [V] booleans, the tokens that must not be drawn.
       params: sampling settings.
+      drawing: see `sample`.
     """
     temperature = jnp.asarray(params.temperature, logits.dtype)
     logits = logits / jnp.where(temperature > 0, temperature, 1)
@@ -220,11 +235,16 @@ def draw(
     normalizer = top + jnp.log(jnp.exp(logits - top).sum(-1, keepdims=True))
     allowed = jnp.where(banned_V, -jnp.inf, logits)
     weights = jnp.exp(allowed - allowed.max(-1, keepdims=True))
-    truncates = (jnp.asarray(params.top_k) > 0) | (jnp.asarray(params.top_p) < 1)
-    with jax.named_scope("truncate"):  # `train plan` knows by these names which branch a run takes
-        weights = jax.lax.cond(truncates, lambda w: _truncate(w, params), lambda w: w, weights)
-    with jax.named_scope("draw"):
-        token = jax.lax.cond(temperature > 0, inverse_cdf, lambda weights, _: weights.argmax(-1), weights, uniform)
+    greedy = lambda weights, _: weights.argmax(-1)  # noqa: E731
+    if drawing is not None:
+        weights = _truncate(weights, params) if drawing.truncates else weights
+        token = (greedy if drawing.greedy else inverse_cdf)(weights, uniform)
+    else:
+        truncates = (jnp.asarray(params.top_k) > 0) | (jnp.asarray(params.top_p) < 1)
+        with jax.named_scope("truncate"):  # `train plan` knows by these names which branch a run takes
+            weights = jax.lax.cond(truncates, lambda w: _truncate(w, params), lambda w: w, weights)
+        with jax.named_scope("draw"):
+            token = jax.lax.cond(temperature > 0, inverse_cdf, greedy, weights, uniform)
     token = token.astype(jnp.int32)
     chosen = jnp.take_along_axis(logits, token[..., None], axis=-1)
     return token, (chosen - normalizer)[..., 0]

@@ -16,7 +16,9 @@ import numpy as np
 from models.attention import CACHE_CHUNK
 from models.checkpoint import is_run, read_about
 from models.config import Qwen3Config, read_config
-from models.generate import SamplingCopy, sampling_program
+from models.decode_attention import kernel_work
+from models.decoding import DecodeWeights
+from models.generate import SamplingCopy, known_drawing, sampling_program
 from models.hf_weights import abstract_model, abstract_params, split
 from models.lora import split_trainable
 from models.published import PUBLISHED
@@ -108,8 +110,8 @@ def sampling_parts(config: PlanConfig, layout: Layout, graphdef: Any, params: An
     during: tuple[str, ...] = ()
     copy = SamplingCopy(graphdef, params, layout) if config.mesh.sampling_copy else None
     if copy is not None and any(copy.is_copied):
-        programs.append(StepProgram("copy", 1, copy.program, (copy.copied_leaves(params),), {}))
-        arrays, during = {"sampling copy": bytes_per_device(copy.copied_leaves(copy.targets))}, ("sampling copy",)
+        programs.append(StepProgram("copy", 1, copy.program, (copy.argument(params),), {}))
+        arrays, during = {"sampling copy": bytes_per_device(copy.new_leaves)}, ("sampling copy",)
         params = copy.targets
     prompts = [
         abstract_array(layout, (P, S), jnp.int32, ("prompt", None)),
@@ -119,9 +121,23 @@ def sampling_parts(config: PlanConfig, layout: Layout, graphdef: Any, params: An
     arguments = (params, *prompts, jax.eval_shape(lambda: jax.random.key(0)), settings)
     jitted = sampling_program(graphdef, T, 0)
     taken = {"truncate": int(config.top_k > 0 or config.top_p < 1), "draw": int(config.temperature > 0)}
-    options = {"num_generations": G}
-    programs.append(StepProgram("sample", 1, jitted, arguments, options, during, sampling_trips(T), taken))
+    options = {"num_generations": G, "drawing": known_drawing(params, settings)}
+    trips, kernels = sampling_trips(T), sampling_kernels(config, layout, params)
+    programs.append(StepProgram("sample", 1, jitted, arguments, options, during, trips, taken, kernels))
     return arrays, programs
+
+
+def sampling_kernels(config: PlanConfig, layout: Layout, params: Any) -> Mapping[str, KernelCost]:
+    """Returns the costs of the sampler's own kernels for a token in the middle of the longest completion."""
+    if not isinstance(params, DecodeWeights):
+        return {}
+    P, G, S, T = axis_sizes(config)
+    network, size = params.config, jnp.dtype(params.embed_VD.dtype).itemsize
+    sizes = [n // layout.shard_count(axis) for n, axis in ((P, "prompt"), (G, "group"))]
+    heads = network.num_key_value_heads // layout.shard_count("kv_heads")
+    queries = network.num_attention_heads // network.num_key_value_heads
+    works = kernel_work(sizes[0], sizes[1], heads, queries, network.head_dim, S, (T - 1) / 2, size)
+    return {name: KernelCost(*work) for name, work in works.items()}
 
 
 def scoring_parts(config: PlanConfig, layout: Layout, rewards: Sequence[Qwen3Config]) -> StepParts:

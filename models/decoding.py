@@ -1,0 +1,310 @@
+"""How the sampler runs the network: the prompt once per group, then one token of every completion at a time.
+
+Two ways, chosen here by the devices' kind, with the same tokens up to rounding:
+
+    scanned    a scan over the stacked layers, and a cache that is read in pieces: the fastest on CPUs
+    unrolled   every layer's weights and cache are arrays of their own, the projections of one input one product, and
+               attention a kernel (models.decode_attention): on GPUs and TPUs, where a scan inside the token loop
+               copies each layer's weights out of the stack for every token
+"""
+
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from models.attention import KeyValues, Past, group_attention
+from models.config import Qwen3Config
+from models.decode_attention import (
+    HeadNorms,
+    LayerKeyValues,
+    Token,
+    decode_attention,
+    normalised,
+    rotated,
+)
+from models.lora import adapter_names
+from models.qwen3 import ACTIVATIONS, Prefix, Qwen3, last_hidden, rotary_angles
+from models.sharding import Layout, constrain, with_sharding
+
+
+class Decoder(Protocol):
+    """What the sampler needs of a network; `prefix` and `past` are the decoder's own."""
+
+    layout: Layout | None
+    shrinks: bool  # whether fewer rows take less time, so that ended completions are worth moving out
+
+    def start(self, prompt_PS: jax.Array, lengths_P: jax.Array, G: int, T: int) -> tuple[Any, Any]:
+        """Returns the prompts' state, with `last_PD`, and an empty cache for G completions of T tokens of each."""
+
+    def step(self, token_PG: jax.Array, prefix: Any, past: Any, live_PG: jax.Array) -> tuple[jax.Array, Any]:
+        """Returns hidden states [P, G, D] behind one more token of each completion, and the cache with it."""
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Returns float32 logits [..., V] of hidden states [..., D]."""
+
+
+class ScannedDecoder:
+    """Runs the model as it is."""
+
+    shrinks = True
+
+    def __init__(self, model: Qwen3) -> None:
+        self._model, self.layout, self.logits = model, model.layout, model.logits
+
+    def start(self, prompt_PS: jax.Array, lengths_P: jax.Array, G: int, T: int) -> tuple[Prefix, Past]:
+        _, prefix = self._model.prefill(prompt_PS, lengths_P)
+        past = Past.empty(prefix.kv, G, T)
+        axes = ("layers", "prompt", "kv_heads", "group", None, None)
+        keys, values = (constrain(self.layout, array, *axes) for array in past[:2])
+        return prefix, past._replace(keys_LPKGET=keys, values_LPKGTE=values)
+
+    def step(self, token_PG: jax.Array, prefix: Prefix, past: Past, live_PG: jax.Array) -> tuple[jax.Array, Past]:
+        del live_PG  # ended completions are computed, and move out when half have ended
+        hidden_PG1D, new_LPKG1E = self._model.extend(token_PG[..., None], prefix, past=past)
+        return hidden_PG1D[:, :, 0], past.append(new_LPKG1E)
+
+
+class DecodeLayer(NamedTuple):
+    """One layer's weights, in the compute dtype, adapters added. W = Q + 2: queries, key and value of a head."""
+
+    attention_norm_D: Any
+    qkv_DKWE: Any
+    qkv_bias_KWE: Any  # None without biases
+    query_norm_E: Any
+    key_norm_E: Any
+    output_KQED: Any
+    output_bias_D: Any
+    mlp_norm_D: Any
+    gate_up_DNF: Any  # N = 2: gate, up
+    down_FD: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class DecodeWeights:
+    """A policy's weights as the unrolled decoder reads them."""
+
+    config: Qwen3Config = field(metadata={"static": True})
+    layout: Layout | None = field(metadata={"static": True})  # of the activations
+    embed_VD: Any
+    unembed_VD: Any  # None: tied
+    norm_D: Any
+    layers: tuple[DecodeLayer, ...]
+
+
+LAYER_AXES = DecodeLayer(
+    attention_norm_D=("width",),
+    qkv_DKWE=("embed", "kv_heads", None, "head_dim"),
+    qkv_bias_KWE=("kv_heads", None, "head_dim"),
+    query_norm_E=("head_dim",),
+    key_norm_E=("head_dim",),
+    output_KQED=("kv_heads", None, "head_dim", "embed"),
+    output_bias_D=("width",),
+    mlp_norm_D=("width",),
+    gate_up_DNF=("embed", None, "mlp"),
+    down_FD=("mlp", "embed"),
+)
+
+
+def with_weight_shardings(weights: DecodeWeights, layout: Layout) -> DecodeWeights:
+    """Returns shapes of weights with their shardings."""
+
+    def sharded(shape: Any, axes: Any) -> Any:
+        return None if shape is None else with_sharding(shape, layout.sharding(axes))
+
+    table = ("vocab", "embed")
+    return replace(
+        weights,
+        embed_VD=sharded(weights.embed_VD, table),
+        unembed_VD=sharded(weights.unembed_VD, table),
+        norm_D=sharded(weights.norm_D, ("width",)),
+        layers=tuple(DecodeLayer(*map(sharded, layer, LAYER_AXES)) for layer in weights.layers),
+    )
+
+
+def unrolls(layout: Layout) -> bool:
+    """Returns whether the devices of a layout decode unrolled: accelerators do, unless heads are split beyond keys."""
+    rules = dict(layout.rules)
+    return platform_of(layout) != "cpu" and rules["heads"] == rules["kv_heads"]
+
+
+def decode_weights(graphdef: Any, params: Any) -> DecodeWeights:
+    """Returns the weights of the unrolled decoder, from a policy's parameters."""
+    model: Qwen3 = nnx.merge(graphdef, params)
+    config, dtype, layers = model.config, model.dtype, dict(params["layers"])
+    lora = model.layers.lora
+    for name, adapters in adapter_names(lora).items():
+        assert lora is not None
+        a, b = (layers[adapter] for adapter in adapters)
+        layers[name] = layers[name] + lora.scale * _stacked_product(a, b).reshape(layers[name].shape)
+    layers = {name: array.astype(dtype) for name, array in layers.items()}
+    K, E = config.num_key_value_heads, config.head_dim
+
+    def by_head(query: str, key: str, value: str) -> jax.Array:
+        """Joins projections or biases [L, (D,) heads, E] to [L, (D,) K, W, E]."""
+        parts = [layers[name] for name in (query, key, value)]
+        return jnp.concatenate([part.reshape(*part.shape[:-2], K, -1, E) for part in parts], axis=-2)
+
+    qkv = by_head("query_LDHE", "key_LDKE", "value_LDKE")
+    biases = by_head("query_bias_LHE", "key_bias_LKE", "value_bias_LKE") if config.attention_bias else None
+    output = layers["output_LHED"].reshape(len(qkv), K, -1, E, config.hidden_size)
+    gate_up = jnp.stack([layers["gate_LDF"], layers["up_LDF"]], axis=2)
+    unrolled = tuple(
+        DecodeLayer(
+            attention_norm_D=layers["attention_norm_LD"][i],
+            qkv_DKWE=qkv[i],
+            qkv_bias_KWE=None if biases is None else biases[i],
+            query_norm_E=layers["query_norm_LE"][i],
+            key_norm_E=layers["key_norm_LE"][i],
+            output_KQED=output[i],
+            output_bias_D=layers["output_bias_LD"][i] if config.attention_bias else None,
+            mlp_norm_D=layers["mlp_norm_LD"][i],
+            gate_up_DNF=gate_up[i],
+            down_FD=layers["down_LFD"][i],
+        )
+        for i in range(config.num_hidden_layers)
+    )
+    unembed = None if config.tie_word_embeddings else params["unembed_VD"].astype(dtype)
+    embed, norm = params["embed_VD"].astype(dtype), params["norm_D"].astype(dtype)
+    return DecodeWeights(config, model.layout, embed, unembed, norm, unrolled)
+
+
+def _stacked_product(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Returns the products [L, inputs, outputs] of adapters [L, inputs..., A] and [L, A, outputs...]."""
+    L, A = len(a), a.shape[-1]
+    return jnp.einsum("lia,lao->lio", a.reshape(L, -1, A), b.reshape(L, A, -1), preferred_element_type=jnp.float32)
+
+
+class UnrolledPrefix(NamedTuple):
+    """The state of prompts that their completions attend to."""
+
+    layers: tuple[LayerKeyValues, ...]
+    lengths_P: jax.Array
+    last_PD: jax.Array
+
+
+class UnrolledPast(NamedTuple):
+    """The cache of growing completions; the first `length` positions are filled."""
+
+    layers: tuple[LayerKeyValues, ...]
+    length: jax.Array
+
+
+class UnrolledDecoder:
+    """Runs a network from `DecodeWeights`, one layer after the other in one program.
+
+    Args:
+      weights: as `decode_weights` returns them.
+      kernel: whether attention is the kernels for GPUs.
+      interpret: run them without a GPU, slowly.
+    """
+
+    shrinks = False  # the weights are read for one row as for all, and attention reads live rows alone
+
+    def __init__(self, weights: DecodeWeights, *, kernel: bool, interpret: bool = False) -> None:
+        self._weights, self._config, self.layout = weights, weights.config, weights.layout
+        self._windows = weights.config.windows or (None,) * weights.config.num_hidden_layers
+        self._attend = partial(decode_attention, layout=weights.layout, kernel=kernel, interpret=interpret)
+
+    def start(self, prompt_PS: jax.Array, lengths_P: jax.Array, G: int, T: int) -> tuple[UnrolledPrefix, UnrolledPast]:
+        P, S = prompt_PS.shape
+        rotary = rotary_angles(jnp.broadcast_to(jnp.arange(S), (P, 1, S)), self._config)
+        x_P1SD = self._embed(prompt_PS[:, None])
+        prefix, past = [], []
+        for weights, window in zip(self._weights.layers, self._windows, strict=True):
+            qkv = self._projections(x_P1SD, weights)
+            out, keys_values = self._attend_in_prompt(qkv, weights, rotary, window)
+            x_P1SD = self._rest_of_layer(x_P1SD, out, weights)
+            prefix.append(keys_values)
+            K, E = keys_values.keys.shape[1], keys_values.keys.shape[-1]
+            axes = ("prompt", "kv_heads", "group", None, None)
+            empty = constrain(self.layout, jnp.zeros((P, K, G, T, E), keys_values.keys.dtype), *axes)
+            past.append(LayerKeyValues(empty, empty))
+        hidden_PSD = self._norm(x_P1SD, self._weights.norm_D)[:, 0]
+        state = UnrolledPrefix(tuple(prefix), lengths_P, last_hidden(hidden_PSD, lengths_P))
+        return state, UnrolledPast(tuple(past), jnp.zeros((), jnp.int32))
+
+    def step(
+        self, token_PG: jax.Array, prefix: UnrolledPrefix, past: UnrolledPast, live_PG: jax.Array
+    ) -> tuple[jax.Array, UnrolledPast]:
+        position_PG1 = jnp.broadcast_to((prefix.lengths_P + past.length)[:, None, None], (*token_PG.shape, 1))
+        cos, sin = (angle[:, :, 0, 0] for angle in rotary_angles(position_PG1, self._config))
+        token = Token(cos, sin, prefix.lengths_P, past.length, live_PG)
+        x_PG1D = self._embed(token_PG[..., None])
+        caches = []
+        layers = zip(self._weights.layers, prefix.layers, past.layers, self._windows, strict=True)
+        for weights, prompt, cache, window in layers:
+            qkv_PGKWE = self._projections(x_PG1D, weights)[:, :, 0]
+            norms = HeadNorms(weights.query_norm_E, weights.key_norm_E, self._config.rms_norm_eps)
+            with jax.named_scope("attention"):
+                out_PGKQE, cache = self._attend(qkv_PGKWE, norms, token, prompt, cache, window=window)
+            x_PG1D = self._rest_of_layer(x_PG1D, out_PGKQE[:, :, None], weights)
+            caches.append(cache)
+        hidden_PGD = self._norm(x_PG1D, self._weights.norm_D)[:, :, 0]
+        return hidden_PGD, UnrolledPast(tuple(caches), past.length + 1)
+
+    @jax.named_scope("head")
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        table_VD = self._weights.embed_VD if self._weights.unembed_VD is None else self._weights.unembed_VD
+        return jnp.einsum("...d,vd->...v", hidden, table_VD, preferred_element_type=jnp.float32)
+
+    @jax.named_scope("embed")
+    def _embed(self, tokens_PGT: jax.Array) -> jax.Array:
+        x_PGTD = jnp.take(self._weights.embed_VD, tokens_PGT, axis=0)
+        return constrain(self.layout, x_PGTD, "prompt", "group", "sequence", "width")
+
+    @jax.named_scope("norm")
+    def _norm(self, x: jax.Array, scale: jax.Array) -> jax.Array:
+        return normalised(x, scale, self._config.rms_norm_eps)
+
+    def _projections(self, x_PGTD: jax.Array, weights: DecodeLayer) -> jax.Array:
+        """Returns queries, keys and values [P, G, T, K, W, E] of a layer."""
+        y_PGTD = self._norm(x_PGTD, weights.attention_norm_D)
+        with jax.named_scope("qkv"):
+            qkv = jnp.einsum("pgtd,dkwe->pgtkwe", y_PGTD, weights.qkv_DKWE)
+            qkv = qkv if weights.qkv_bias_KWE is None else qkv + weights.qkv_bias_KWE
+        return constrain(self.layout, qkv, "prompt", "group", "sequence", "kv_heads", None, None)
+
+    def _attend_in_prompt(
+        self, qkv: jax.Array, weights: DecodeLayer, rotary: tuple[jax.Array, jax.Array], window: int | None
+    ) -> tuple[jax.Array, LayerKeyValues]:
+        """Attends within prompts; returns [P, 1, S, K, Q, E], and their keys and values."""
+        cos, sin = (angle[..., None, :] for angle in rotary)  # over K and W
+        epsilon = self._config.rms_norm_eps
+        query = rotated(normalised(qkv[..., :-2, :], weights.query_norm_E, epsilon), cos, sin)
+        key = rotated(normalised(qkv[..., -2:-1, :], weights.key_norm_E, epsilon), cos, sin)
+        keys, values = (jnp.einsum("pgtke->pkgte", part[..., 0, :]) for part in (key, qkv[..., -1:, :]))
+        out = group_attention(query, KeyValues(keys, values), window=window)
+        return out, LayerKeyValues(keys[:, :, 0], values[:, :, 0])
+
+    def _rest_of_layer(self, x_PGTD: jax.Array, out_PGTKQE: jax.Array, weights: DecodeLayer) -> jax.Array:
+        """Adds the attention's output, and then the feed-forward network, to the residual stream."""
+        axes = ("prompt", "group", "sequence", "width")
+        with jax.named_scope("output"):
+            width = weights.output_KQED.shape[-1]  # heads as one axis: with three, XLA transposes what it contracts
+            y_PGTD = out_PGTKQE.reshape(*x_PGTD.shape[:3], -1) @ weights.output_KQED.reshape(-1, width)
+            y_PGTD = y_PGTD if weights.output_bias_D is None else y_PGTD + weights.output_bias_D
+        x_PGTD = constrain(self.layout, x_PGTD + y_PGTD, *axes)
+        y_PGTD = self._norm(x_PGTD, weights.mlp_norm_D)
+        with jax.named_scope("gate_up"):
+            gate_up = jnp.einsum("pgtd,dnf->pgtnf", y_PGTD, weights.gate_up_DNF)
+        hidden_PGTF = ACTIVATIONS[self._config.hidden_act](gate_up[..., 0, :]) * gate_up[..., 1, :]
+        with jax.named_scope("down"):
+            y_PGTD = jnp.einsum("pgtf,fd->pgtd", hidden_PGTF, weights.down_FD)
+        return constrain(self.layout, x_PGTD + y_PGTD, *axes)
+
+
+def make_decoder(params: Any, graphdef: Any) -> Decoder:
+    """Returns the decoder of a policy's parameters, or of the `DecodeWeights` that were made of them."""
+    if not isinstance(params, DecodeWeights):
+        return ScannedDecoder(nnx.merge(graphdef, params))
+    return UnrolledDecoder(params, kernel=platform_of(params.layout) in ("gpu", "cuda"))
+
+
+def platform_of(layout: Layout | None) -> str:
+    """Returns the kind of the devices: cpu, gpu, cuda (of devices that are only compiled for) or tpu."""
+    return "cpu" if layout is None else str(layout.mesh.devices.flat[0].platform)
