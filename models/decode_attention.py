@@ -383,6 +383,11 @@ def _power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+def has_kernel(head_dim: int) -> bool:
+    """Returns whether a GPU's kernels can have heads of this width: their products have halves of it, 16 at least."""
+    return head_dim >= 2 * MIN_ROWS and head_dim == _power_of_2(head_dim)
+
+
 def kernel_work(P: int, G: int, K: int, Q: int, E: int, S: int, filled: float, itemsize: int) -> dict[str, Work]:
     """Returns what each kernel does in a call on one device: `S` tokens of every prompt, `filled` of every completion.
 

@@ -23,6 +23,7 @@ from models.decode_attention import (
     LayerKeyValues,
     Token,
     decode_attention,
+    has_kernel,
     normalised,
     rotated,
 )
@@ -302,7 +303,8 @@ def make_decoder(params: Any, graphdef: Any) -> Decoder:
     """Returns the decoder of a policy's parameters, or of the `DecodeWeights` that were made of them."""
     if not isinstance(params, DecodeWeights):
         return ScannedDecoder(nnx.merge(graphdef, params))
-    return UnrolledDecoder(params, kernel=platform_of(params.layout) in ("gpu", "cuda"))
+    on_gpu = platform_of(params.layout) in ("gpu", "cuda")
+    return UnrolledDecoder(params, kernel=on_gpu and has_kernel(params.config.head_dim))
 
 
 def platform_of(layout: Layout | None) -> str:

@@ -1,0 +1,101 @@
+"""Attention of one token: XLA's path is softmax attention, and the kernels are XLA's path."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from models.decode_attention import (
+    HeadNorms,
+    LayerKeyValues,
+    Token,
+    decode_attention,
+    has_kernel,
+    kernel_work,
+    normalised,
+    rotated,
+)
+
+# P, G, K, Q, E, S, T, filled positions, window
+SHAPES = {
+    "nothing filled": (2, 4, 2, 2, 16, 37, 50, 0, None),
+    "all filled, heads 1:1": (2, 16, 3, 1, 16, 64, 40, 39, None),
+    "heads 8:1, one block and a part": (1, 2, 1, 8, 32, 130, 70, 33, None),
+    "five queries a head, three completions": (3, 3, 2, 5, 16, 65, 33, 32, None),
+    "window inside the completion": (2, 3, 2, 2, 16, 37, 50, 20, 9),
+    "window into the prompt": (2, 2, 1, 4, 16, 80, 40, 11, 30),
+    "window of one": (2, 2, 1, 2, 16, 20, 40, 7, 1),
+}
+
+
+def arguments(shape: tuple[Any, ...], dtype: str = "float32") -> tuple[Any, ...]:
+    P, G, K, Q, E, S, T, filled, _ = shape
+    rng = np.random.default_rng(sum(n or 0 for n in shape))
+
+    def normal(*sizes: int) -> jax.Array:
+        return jnp.asarray(rng.normal(size=sizes), dtype)
+
+    angle = jnp.asarray(rng.normal(size=(P, G, E // 2)), jnp.float32)
+    live = rng.random((P, G)) < 0.7
+    live[0] = False  # a group that has ended
+    live[-1, 0] = True
+    lengths = jnp.asarray(rng.integers(1, S + 1, P), jnp.int32)
+    token = Token(jnp.cos(angle), jnp.sin(angle), lengths, jnp.int32(filled), jnp.asarray(live))
+    caches = LayerKeyValues(normal(P, K, S, E), normal(P, K, S, E)), LayerKeyValues(*normal(2, P, K, G, T, E))
+    return normal(P, G, K, Q + 2, E), HeadNorms(normal(E), normal(E), 1e-6), token, *caches
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-5), ("bfloat16", 2e-2)], ids=["float32", "bfloat16"])
+def test_kernels_are_xlas_path(name: str, dtype: str, tolerance: float) -> None:
+    """Of completions that go on; what has ended may be anything finite. The cache grows by the same position."""
+    given, window = arguments(SHAPES[name], dtype), SHAPES[name][-1]
+    expected, expected_cache = decode_attention(*given, window=window)
+    found, found_cache = decode_attention(*given, window=window, kernel=True, interpret=True)
+    live, scale = np.asarray(given[2].live_PG), float(jnp.abs(expected.astype(jnp.float32)).max())
+    difference = np.abs(np.asarray(found, np.float32) - np.asarray(expected, np.float32))
+    assert difference[live].max() <= tolerance * max(scale, 1) and np.isfinite(difference).all()
+    for one, other in zip(found_cache, expected_cache, strict=True):
+        np.testing.assert_allclose(np.asarray(one, np.float32), np.asarray(other, np.float32), atol=tolerance * 4)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_xlas_path_is_softmax_attention(name: str) -> None:
+    """Against one query at a time in NumPy, over the list of positions that it sees."""
+    shape = SHAPES[name]
+    (P, G, K, Q, E, *_, filled, window) = shape
+    qkv, norms, token, prefix, cache = arguments(shape)
+    out, grown = decode_attention(qkv, norms, token, prefix, cache, window=window)
+    cos, sin = token.cos_PGC[:, :, None, None], token.sin_PGC[:, :, None, None]
+    query = np.asarray(rotated(normalised(qkv[..., :Q, :], norms.query_E, 1e-6), cos, sin))
+    key = np.asarray(rotated(normalised(qkv[..., Q : Q + 1, :], norms.key_E, 1e-6), cos, sin))
+    for p, g, k in np.ndindex(P, G, K):
+        n = int(token.lengths_P[p])
+        keys = np.concatenate([prefix.keys[p, k, :n], cache.keys[p, k, g, :filled], key[p, g, k]])
+        values = np.concatenate([prefix.values[p, k, :n], cache.values[p, k, g, :filled], qkv[p, g, k, Q + 1 :]])
+        seen = slice(-window if window else None, None)
+        scores = query[p, g, k] @ keys[seen].T / E**0.5
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        expected = weights / weights.sum(-1, keepdims=True) @ values[seen]
+        np.testing.assert_allclose(out[p, g, k], expected, atol=1e-5)
+        np.testing.assert_allclose(grown.keys[p, k, g, filled], key[p, g, k, 0], atol=1e-6)
+    np.testing.assert_array_equal(grown.keys[..., :filled, :], cache.keys[..., :filled, :])
+
+
+def test_work_is_read_once_for_a_group_and_once_for_each_completion() -> None:
+    """Twice the completions: the prompt's keys and values are not read twice; twice the tokens: all of theirs are."""
+    sizes = {"P": 2, "K": 8, "Q": 2, "E": 128, "S": 512, "itemsize": 2}
+    one, two = (kernel_work(G=G, filled=100, **sizes) for G in (8, 16))
+    prompt = 2 * 2 * 8 * 512 * 128 * 2
+    assert two["prefix_attention"].flops == 2 * one["prefix_attention"].flops
+    assert two["prefix_attention"].bytes - prompt == 2 * (one["prefix_attention"].bytes - prompt)
+    assert two["past_attention"] == tuple(2 * part for part in one["past_attention"])
+    longer = kernel_work(G=8, filled=201, **sizes)["past_attention"]
+    assert longer.flops == 2 * one["past_attention"].flops
+    assert longer.bytes - one["past_attention"].bytes == 2 * 2 * 8 * 8 * 101 * 128 * 2
+
+
+def test_heads_that_a_gpus_products_can_have() -> None:
+    assert [width for width in range(8, 300) if has_kernel(width)] == [32, 64, 128, 256]
