@@ -2,24 +2,24 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from models.config import Qwen3Config
 from models.decoding import DecodeWeights, ScannedDecoder, UnrolledDecoder, decode_weights, make_decoder, unrolls
 from models.generate import SamplingCopy, known_drawing, sampling_program
 from models.hf_weights import split
 from models.lora import Lora
-from models.qwen3 import Backbone
-from models.sampler import Drawing, Rollout, SamplingParams, sample
+from models.qwen3 import Qwen3
+from models.sampler import Drawing, Rollout, SamplingParams, draw, sample
 from models.sharding import make_layout
 
-P, G, S, T, V = 3, 4, 9, 24, 61
+P, G, S, T, V = 3, 4, 9, 16, 61
 PROMPT_PS = np.random.default_rng(0).integers(0, V, (P, S)).astype(np.int32)
 LENGTHS_P = np.array([9, 5, 1], np.int32)
 SAMPLING = SamplingParams(1.0, 0, 1.0, 0, np.array([3, 5], np.int32))
@@ -33,28 +33,28 @@ SIZES = dict(vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_laye
 SIZES |= dict(num_attention_heads=4, num_key_value_heads=2, head_dim=16)
 
 
-def network(name: str, make_model: Callable[..., Backbone]) -> tuple[Any, Any]:
+def network(name: str, **more: Any) -> tuple[Any, Any]:
     """Graphdef and parameters that are far from their initial values, biases and adapters too."""
     config, options = NETWORKS[name]
-    graphdef, params = split(make_model(Qwen3Config(**SIZES, **config), **options))
+    graphdef, params = split(Qwen3(Qwen3Config(**SIZES, **config), nnx.Rngs(0), **options, **more))
     noise = np.random.default_rng(1)
     return graphdef, jax.tree.map(lambda leaf: leaf + noise.normal(0, 0.2, leaf.shape).astype(leaf.dtype), params)
 
 
-def drawn(decoder: Callable[[], Any], params: SamplingParams = SAMPLING, drawing: Drawing | None = None) -> Rollout:
+def drawn(decoder: Callable[[], Any]) -> Rollout:
     """Completions of a decoder that is made while it is traced."""
 
     @jax.jit
     def run() -> Rollout:
-        options: Any = {"num_generations": G, "max_completion_length": T, "drawing": drawing}
-        return sample(decoder(), PROMPT_PS, LENGTHS_P, jnp.arange(P), jax.random.key(1), params, **options)
+        options: Any = {"num_generations": G, "max_completion_length": T}
+        return sample(decoder(), PROMPT_PS, LENGTHS_P, jnp.arange(P), jax.random.key(1), SAMPLING, **options)
 
     return jax.tree.map(np.asarray, run())
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_unrolled_is_scanned(name: str, make_model: Callable[..., Backbone]) -> None:
-    graphdef, params = network(name, make_model)
+def test_unrolled_is_scanned(name: str) -> None:
+    graphdef, params = network(name)
     weights = decode_weights(graphdef, params)
     expected = drawn(lambda: make_decoder(params, graphdef))
     assert expected.lengths_PG.min() < T < expected.lengths_PG.sum(), "some end early"
@@ -65,22 +65,21 @@ def test_unrolled_is_scanned(name: str, make_model: Callable[..., Backbone]) -> 
         np.testing.assert_allclose(found.logprobs_PGT, expected.logprobs_PGT, atol=3e-5)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{"temperature": 0.0}, {"top_k": 5}, {"top_p": 0.6, "temperature": 0.7}],
-    ids=["greedy", "top_k", "top_p"],
-)
-def test_what_is_known_before_compiling_changes_no_token(
-    changes: dict[str, Any], make_model: Callable[..., Backbone]
-) -> None:
-    graphdef, params = network("tied", make_model)
-    sampling = SAMPLING._replace(**changes)
-    decoder = partial(UnrolledDecoder, decode_weights(graphdef, params), kernel=False)
-    open_choice, known = (drawn(decoder, sampling, drawing) for drawing in (None, Drawing.of(sampling)))
-    np.testing.assert_array_equal(known.tokens_PGT, open_choice.tokens_PGT)
+SETTINGS = {"greedy": {"temperature": 0.0}, "top_k": {"top_k": 5}, "top_p": {"top_p": 0.6, "temperature": 0.7}}
 
 
-def test_cpus_scan_and_other_devices_unroll(make_model: Callable[..., Backbone]) -> None:
+@pytest.mark.parametrize("name", SETTINGS)
+def test_what_is_known_before_compiling_changes_no_token(name: str) -> None:
+    sampling = SAMPLING._replace(**SETTINGS[name])
+    rng = np.random.default_rng(2)
+    logits, uniform = jnp.asarray(rng.normal(0, 3, (200, V)), jnp.float32), jnp.asarray(rng.random(200), jnp.float32)
+    asked, known = (draw(logits, uniform, jnp.zeros(V, bool), sampling, d) for d in (None, Drawing.of(sampling)))
+    np.testing.assert_array_equal(known[0], asked[0])
+    np.testing.assert_array_equal(known[1], asked[1])
+    assert Drawing.of(sampling) == Drawing(name != "greedy", name == "greedy")
+
+
+def test_cpus_scan_and_other_devices_unroll() -> None:
     layout = make_layout(devices=jax.devices()[:1])
 
     class Accelerators:
@@ -90,15 +89,14 @@ def test_cpus_scan_and_other_devices_unroll(make_model: Callable[..., Backbone])
     assert not unrolls(layout) and unrolls(accelerators)
     split_heads = replace(accelerators, rules=tuple((dict(layout.rules) | {"kv_heads": ()}).items()))
     assert not unrolls(split_heads), "query heads that are split where their key is not have no product of their own"
-    graphdef, params = network("tied", make_model)
+    graphdef, params = network("tied")
     assert isinstance(make_decoder(params, graphdef), ScannedDecoder)
 
 
-def test_the_copy_for_unrolled_decoding_is_a_copy(make_model: Callable[..., Backbone]) -> None:
+def test_the_copy_for_unrolled_decoding_is_a_copy() -> None:
     """Made once for all calls; the program draws the same from it as from the parameters."""
     layout = make_layout(devices=jax.devices()[:1])
-    config, options = NETWORKS["tied"]
-    graphdef, params = split(make_model(Qwen3Config(**SIZES, **config), layout=layout, **options))
+    graphdef, params = network("tied", layout=layout)
     copy = SamplingCopy(graphdef, params, layout, unrolled=True)
     weights = copy(params)
     assert isinstance(weights, DecodeWeights) and copy(weights) is weights
