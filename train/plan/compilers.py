@@ -40,6 +40,8 @@ _ENVIRONMENT = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5p-8",  # of this machine, which is none: libtpu warns if it is not told
     "TPU_HOST_BOUNDS": "1,1,1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # its lock is for chips: plans compile beside each other, and beside a run
+    "TPU_LOG_DIR": "disabled",  # else each process leaves log files behind
     "TF_CPP_MIN_LOG_LEVEL": "3",  # rematerialisation that does not suffice is said by the plan itself
 }
 _CUDA_PLUGINS = ("jax-cuda13-plugin", "jax-cuda12-plugin")
