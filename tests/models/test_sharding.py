@@ -82,6 +82,18 @@ for name, mesh in meshes.items():
 
 
 @pytest.mark.slow
+def test_a_mesh_that_no_sides_of_a_torus_make_takes_parts_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As JAX refuses it for TPUs."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise NotImplementedError("Failed to find assignment")
+
+    devices = jax.devices()[:2]
+    expected = make_layout(data=1, fsdp=2, tensor=1, devices=devices).mesh
+    monkeypatch.setattr(jax, "make_mesh", refuse)
+    assert make_layout(data=1, fsdp=2, tensor=1, devices=devices).mesh == expected
+
+
 def test_eight_devices_equal_one(tmp_path: Path) -> None:
     from models.hf_weights import save_pretrained
     from models.qwen3 import Qwen3
