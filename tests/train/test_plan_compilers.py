@@ -5,12 +5,14 @@ Tests marked `compilers` need JAX's compiler for GPUs and libtpu (make plan-chec
 
 import dataclasses
 import json
+import logging
 import math
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ import pytest
 from jax.sharding import AbstractMesh
 
 from models.config import Qwen3Config
+from models.sharding import make_layout
 from train.__main__ import main
 from train.accelerators import has_gpu, has_tpu, has_tpu_compiler
 from train.config import MeshConfig, PlanConfig
@@ -32,6 +35,7 @@ from train.plan.plans import Plan
 from train.plan.programs import Cost, StepProgram
 from train.plan.roofline import Work
 from train.plan.suggest import candidate_meshes, with_smaller_microbatch
+from train.plan.tables import rank
 
 NETWORK = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
 NETWORK |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
@@ -218,6 +222,7 @@ NO_COMPILER = [
     ("H200", {"jax-cuda13-plugin": jax.__version__}, "jax-cuda13-pjrt is not installed, and JAX is"),
     ("v5p", {}, "libtpu is not installed: pip install -e '.[tpu]' (v5p)"),
     ("v5p", {"libtpu": "0.0.1"}, "libtpu is 0.0.1, and JAX"),
+    ("v5e", {"libtpu": str(compilers._wanted("libtpu"))}, "512 v5e: a slice has up to 256, and JAX makes no mesh of"),
 ]
 
 
@@ -228,7 +233,7 @@ def test_a_missing_or_wrong_compiler_is_named(
     monkeypatch.setattr(compilers, "_version", installed.get)
     monkeypatch.setattr(compilers.importlib.util, "find_spec", lambda name: True)
     with pytest.raises(NoCompiler) as raised:
-        find_compiler(chip, 4)
+        find_compiler(chip, 512 if chip == "v5e" else 4)
     assert message in str(raised.value) and "\n" not in str(raised.value)
 
 
@@ -267,16 +272,117 @@ def test_a_damaged_kept_program_is_compiled_again(
     lowered = jax.jit(lambda x: x @ x).lower(jax.ShapeDtypeStruct((8, 8), "float32"))
     first = compiler.compile(lowered)
     (file,) = (tmp_path / "cache" / "plans").iterdir()
-    file.write_bytes(file.read_bytes()[:-20])
-    assert compiler.compile(lowered).text == first.text and len(stand_in) == 2
-    assert "compiled again" in capsys.readouterr().out
-    assert compiler.compile(lowered)._replace(seconds=0) == first._replace(seconds=0) and len(stand_in) == 2
+    whole = file.read_bytes()
+    for n, damaged in enumerate((whole[:-20], whole[:30] + b"\xff" * 20 + whole[50:], b"", b"[]"), 2):
+        file.write_bytes(damaged)
+        assert compiler.compile(lowered).text == first.text and len(stand_in) == n
+        assert "compiled again" in capsys.readouterr().out
+    assert compiler.compile(lowered)._replace(seconds=0) == first._replace(seconds=0) and len(stand_in) == n
+
+
+def test_a_kept_program_is_of_the_same_devices_and_flags(stand_in: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal programs that are compiled at once are compiled once."""
+    compiler = StandIn("H200", CHIPS["H200"], jax.devices()[:1], "1")
+    lowered = jax.jit(lambda x: x @ x).lower(jax.ShapeDtypeStruct((8, 8), "float32"))
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(compiler.compile, [lowered] * 4))
+    assert len(stand_in) == 1
+    for other in ({"version": "2"}, {"name": "H100"}, {"chip": CHIPS["H100"]}, {"devices": [None, None]}):
+        dataclasses.replace(compiler, **other).compile(lowered)  # type: ignore[arg-type]
+    assert len(stand_in) == 5
+    for variable in ("XLA_FLAGS", "LIBTPU_INIT_ARGS"):
+        with monkeypatch.context() as patch:
+            patch.setenv(variable, "--xla_something=1")
+            compiler.compile(lowered)
+    assert len(stand_in) == 7
+
+
+@pytest.mark.parametrize("folder", ["/dev/null/cache", f"/tmp/{'a' * 300}"], ids=["no folder", "long"])
+def test_a_cache_that_cannot_be_written_is_said_once(
+    folder: str, stand_in: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("train.plan.compilers.cache_folder", lambda: Path(folder))
+    assert main([*ARGUMENTS, *MESH, "--chip", "H200"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.count("compiled programs are not kept there") == 1 and not printed.err and len(stand_in) == 5
+
+
+def test_an_interrupt_ends_the_plan_at_once(
+    stand_in: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A compiler cannot be stopped, and Python would wait for it."""
+
+    def interrupted(*_: Any) -> Plan:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("train.plan.command.make_plan", interrupted)
+    monkeypatch.setattr("train.plan.command.os._exit", sys.exit)
+    with pytest.raises(SystemExit) as raised:
+        main([*ARGUMENTS, *MESH, "--chip", "H200"])
+    assert raised.value.code == 130 and "interrupted" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("message", "needed"),
+    [
+        ("RESOURCE_EXHAUSTED: ... Used 37.20G of 31.25G hbm. Exceeded hbm capacity by 5.95G.", 37.2 * 2**30),
+        ("RESOURCE_EXHAUSTED: ... Used 1.50T of 31.25G hbm.", 1.5 * 2**40),
+        ("RESOURCE_EXHAUSTED: ... Used 18.24M of 16.00M vmem.", None),
+    ],
+    ids=["GiB", "TiB", "vector memory"],
+)
+def test_a_refusal_for_memory_is_one_of_the_main_memory(message: str, needed: float | None) -> None:
+    assert compilers._needed_bytes(message) == needed
+
+
+def test_a_product_without_tiles_is_compiled_by_the_vendors_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What fails then too is one line."""
+    asked: list[dict[str, Any]] = []
+
+    class Lowered:
+        def compile(self, compiler_options: dict[str, Any]) -> Any:
+            asked.append(compiler_options)
+            raise RuntimeError("INTERNAL: no output tile sizes" if len(asked) == 1 else "INTERNAL: broken\nat once")
+
+    compiler = Compiler("JAX's compiler for H200", CHIPS["H200"], [], "1")
+    with pytest.raises(NoCompiler, match=r"^JAX's compiler for H200 failed: INTERNAL: broken$"):
+        compiler._compile(Lowered())
+    assert asked == [compilers.GPU_OPTIONS, compilers.LIBRARY_PRODUCTS]
+
+
+def test_a_plugin_that_cannot_be_loaded_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """JAX logs a traceback, and then knows no topology."""
+    logger = logging.getLogger("jax._src.xla_bridge")
+    with compilers.plugin_errors_kept():
+        try:
+            raise OSError("Failed to open plugin.so\nfile too short")
+        except OSError:
+            logger.exception("Jax plugin configuration error: Exception when calling initialize()")
+        logger.warning("another thing")
+    assert [record.getMessage() for record in caplog.records] == ["another thing"]
+    monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", lambda *_, **__: [][0])
+    monkeypatch.setattr(compilers, "_version", lambda package: jax.__version__)
+    with pytest.raises(NoCompiler, match=r"cannot describe 4 H200 \(Failed to open plugin.so\)$"):
+        find_compiler("H200", 4)
+    compilers._plugin_errors.clear()
+
+
+def test_what_is_estimated_comes_after_what_is_predicted() -> None:
+    """Without seconds there is no price, not even of chips that cost nothing."""
+    config = parse(PlanConfig, [*ARGUMENTS[1:], "--chip", "H200,v5p", "--price_per_chip_hour", "0"])
+    plans = [a_plan("v5p", 0.0, 1.0, 1), a_plan("H200", 3.0, 1.0, 1), a_plan("H200", 2.0, 1.0, 1)]
+    assert sorted(plans, key=lambda plan: rank(config, plan)) == plans[::-1]
 
 
 @pytest.mark.parametrize(
     ("count", "three", "two"),
-    [(1, (1, 1, 1), (1, 1)), (4, (2, 2, 1), (2, 2)), (8, (2, 2, 2), (2, 4)), (64, (4, 4, 4), (8, 8)), (6, None, None)],
-    ids=["1", "4", "8", "64", "6"],
+    [
+        *((1, (1, 1, 1), (1, 1)), (4, (2, 2, 1), (2, 2)), (8, (2, 2, 2), (2, 4)), (64, (4, 4, 4), (8, 8))),
+        *((3, None, None), (6, None, None)),
+    ],
+    ids=["1", "4", "8", "64", "3", "6"],
 )
 def test_tpus_stand_on_the_most_compact_torus(count: int, three: Any, two: Any) -> None:
     assert (torus(count, 3), torus(count, 2)) == (three, two)
@@ -293,9 +399,27 @@ def test_tpus_stand_on_the_most_compact_torus(count: int, three: Any, two: Any) 
         (("--devices", "1.5"), "devices: expected a number"),
         (("--tries", "0"), "tries: expected at least 1"),
         (("--chip", "H200", "--out", "/dev/null/plan.json"), "/dev/null"),
+        (("--chip", "H200", "--out", ""), "expected the name of what to write, got ''"),
+        (("--chip", "H200", "--hlo", ""), "expected the name of what to write, got ''"),
+        (("--chip", "H200", "--out", "x/y", "--hlo", "x/y/z"), "--out, --hlo: x/y cannot be a file and a directory"),
+        (("--chip", "H200,v5p", "--devices", "H200=1", "--mesh.fsdp", "-1"), "--devices: how many v5p? It says H200=1"),
         (("--chip", "v5e", "--devices", "1", "--suggest", "true"), "no mesh fits 1 v5e"),
     ],
-    ids=["chip", "price", "prices", "priced chip", "devices", "half a device", "tries", "out", "too large"],
+    ids=[
+        "chip",
+        "price",
+        "prices",
+        "priced chip",
+        "devices",
+        "half a device",
+        "tries",
+        "out",
+        "no out",
+        "no hlo",
+        "out and hlo",
+        "devices of a chip",
+        "too large",
+    ],
 )
 def test_mistakes_are_one_line(
     arguments: tuple[str, ...], message: str, stand_in: list[str], capsys: pytest.CaptureFixture[str]
@@ -369,3 +493,13 @@ def test_both_compilers_count_the_same_products(planned: dict[str, dict[str, Any
         assert counts[0] == pytest.approx(counts[1], rel=0.05), name
     waits = {chip: planned[chip]["programs"]["sample"]["host_waits"] for chip in ("H200", "v5p")}
     assert waits["H200"] >= 32 and waits["v5p"] == 0  # the host learns after every token whether to go on
+
+
+@pytest.mark.compilers
+def test_a_mesh_may_split_the_sides_of_a_torus() -> None:
+    """JAX alone lays axes along whole sides: 2 of 16 TPUs that stand in a square of 4 x 4 are none."""
+    devices = find_compiler("v6e", 16).devices
+    mesh = make_layout(data=2, fsdp=4, tensor=2, devices=devices).mesh
+    assert sorted(device.id for device in mesh.devices.flat) == sorted(device.id for device in devices)
+    with pytest.raises(ValueError, match=r"^mesh: data 5 x fsdp 1 x tensor 4 cannot be laid on the torus of these 20"):
+        make_layout(data=5, fsdp=1, tensor=4, devices=find_compiler("v6e", 20).devices)
