@@ -137,8 +137,8 @@ def find_compiler(name: str, count: int) -> Compiler:
     chip = CHIPS[name]
     for variable, value in _ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
-    # JAX's own cache cannot read back what was compiled for devices that are not there.
-    warnings.filterwarnings("ignore", "Error reading persistent compilation cache entry", UserWarning)
+    # JAX's own cache cannot read back what was compiled for devices that are not there, and `_write` says what is full.
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache entry", UserWarning)
     return _gpu_compiler(name, chip, count) if chip.gpu is not None else _tpu_compiler(name, chip, count)
 
 
