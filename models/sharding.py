@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -174,8 +174,24 @@ def make_layout(
             )
         table[axis] = tuple(mesh_axes)
     # Auto: the compiler propagates shardings from the constraints; Explicit would put them into types.
-    mesh = jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
-    return Layout(mesh, tuple(table.items()))
+    return Layout(_make_mesh(sizes, devices, axis_types=(AxisType.Auto,) * 3), tuple(table.items()))
+
+
+def _make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device], axis_types: tuple[AxisType, ...]) -> Mesh:
+    """Returns the mesh; on TPUs its axes are laid along the sides of their torus, or else along parts of sides."""
+    shape = tuple(sizes.values())
+    try:
+        return jax.make_mesh(shape, MESH_AXES, axis_types=axis_types, devices=devices)
+    except NotImplementedError:  # a size that is no product of whole sides
+        pass
+    try:
+        placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    except (NotImplementedError, TypeError, ValueError) as error:
+        text = " x ".join(f"{name} {size}" for name, size in sizes.items())
+        raise ValueError(
+            f"mesh: {text} cannot be laid on the torus of these {len(devices)} TPUs; choose sizes that divide its sides"
+        ) from error
+    return Mesh(placed, MESH_AXES, axis_types=axis_types)
 
 
 def constrain(layout: Layout | None, array: jax.Array, *axes: str | None) -> jax.Array:

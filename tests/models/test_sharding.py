@@ -81,6 +81,21 @@ for name, mesh in meshes.items():
 """
 
 
+def test_a_mesh_that_no_sides_of_a_torus_make_takes_parts_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As JAX refuses it for TPUs."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise NotImplementedError("Failed to find assignment")
+
+    devices = jax.devices()[:1]
+    expected = make_layout(data=1, fsdp=1, tensor=1, devices=devices).mesh
+    monkeypatch.setattr(jax, "make_mesh", refuse)
+    assert make_layout(data=1, fsdp=1, tensor=1, devices=devices).mesh == expected
+    monkeypatch.setattr("jax.experimental.mesh_utils.create_device_mesh", refuse)
+    with pytest.raises(ValueError, match=r"^mesh: data 1 x fsdp 1 x tensor 1 cannot be laid on the torus of these 1"):
+        make_layout(data=1, fsdp=1, tensor=1, devices=devices)
+
+
 @pytest.mark.slow
 def test_eight_devices_equal_one(tmp_path: Path) -> None:
     from models.hf_weights import save_pretrained

@@ -20,18 +20,20 @@ import pytest
 from jax.sharding import AbstractMesh
 
 from models.config import Qwen3Config
+from models.sharding import make_layout
 from train.__main__ import main
 from train.accelerators import has_gpu, has_tpu, has_tpu_compiler
 from train.config import MeshConfig, PlanConfig
 from train.parse import parse
 from train.plan import compilers
 from train.plan.chips import CHIPS, USABLE_SHARE
-from train.plan.compilers import Compiled, Compiler, NoCompiler, find_compiler, torus
+from train.plan.compilers import Compiled, Compiler, NoCompiler, find_compiler
 from train.plan.devices import device_count
 from train.plan.plans import Plan
 from train.plan.programs import Cost, StepProgram
 from train.plan.roofline import Work
 from train.plan.suggest import candidate_meshes, with_smaller_microbatch
+from train.plan.tables import rank
 
 NETWORK = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
 NETWORK |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
@@ -212,26 +214,6 @@ def test_a_program_that_its_compiler_refuses_does_not_fit(
     assert "v6e: does NOT fit, 125 % of 32 GiB" in capsys.readouterr().out
 
 
-NO_COMPILER = [
-    ("H200", {}, "JAX's compiler for GPUs is not installed: pip install -e '.[plan-gpu]' (H200)"),
-    ("H200", {"jax-cuda13-plugin": "0.1"}, f"jax-cuda13-plugin is 0.1, and JAX is {jax.__version__}: pip install"),
-    ("H200", {"jax-cuda13-plugin": jax.__version__}, "jax-cuda13-pjrt is not installed, and JAX is"),
-    ("v5p", {}, "libtpu is not installed: pip install -e '.[tpu]' (v5p)"),
-    ("v5p", {"libtpu": "0.0.1"}, "libtpu is 0.0.1, and JAX"),
-]
-
-
-@pytest.mark.parametrize(("chip", "installed", "message"), NO_COMPILER, ids=range(len(NO_COMPILER)))
-def test_a_missing_or_wrong_compiler_is_named(
-    chip: str, installed: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(compilers, "_version", installed.get)
-    monkeypatch.setattr(compilers.importlib.util, "find_spec", lambda name: True)
-    with pytest.raises(NoCompiler) as raised:
-        find_compiler(chip, 4)
-    assert message in str(raised.value) and "\n" not in str(raised.value)
-
-
 def test_without_the_compiler_the_plan_estimates_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -260,26 +242,36 @@ def test_a_failure_of_the_compiler_is_one_line_and_an_estimate(
     assert not printed.err
 
 
-def test_a_damaged_kept_program_is_compiled_again(
-    stand_in: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("folder", ["/dev/null/cache", f"/tmp/{'a' * 300}"], ids=["no folder", "long"])
+def test_a_cache_that_cannot_be_written_is_said_once(
+    folder: str, stand_in: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    compiler = StandIn("H200", CHIPS["H200"], jax.devices()[:1], "1")
-    lowered = jax.jit(lambda x: x @ x).lower(jax.ShapeDtypeStruct((8, 8), "float32"))
-    first = compiler.compile(lowered)
-    (file,) = (tmp_path / "cache" / "plans").iterdir()
-    file.write_bytes(file.read_bytes()[:-20])
-    assert compiler.compile(lowered).text == first.text and len(stand_in) == 2
-    assert "compiled again" in capsys.readouterr().out
-    assert compiler.compile(lowered)._replace(seconds=0) == first._replace(seconds=0) and len(stand_in) == 2
+    monkeypatch.setattr("train.plan.compilers.cache_folder", lambda: Path(folder))
+    assert main([*ARGUMENTS, *MESH, "--chip", "H200"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.count("compiled programs are not kept there") == 1 and not printed.err and len(stand_in) == 5
 
 
-@pytest.mark.parametrize(
-    ("count", "three", "two"),
-    [(1, (1, 1, 1), (1, 1)), (4, (2, 2, 1), (2, 2)), (8, (2, 2, 2), (2, 4)), (64, (4, 4, 4), (8, 8)), (6, None, None)],
-    ids=["1", "4", "8", "64", "6"],
-)
-def test_tpus_stand_on_the_most_compact_torus(count: int, three: Any, two: Any) -> None:
-    assert (torus(count, 3), torus(count, 2)) == (three, two)
+def test_an_interrupt_ends_the_plan_at_once(
+    stand_in: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A compiler cannot be stopped, and Python would wait for it."""
+
+    def interrupted(*_: Any) -> Plan:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("train.plan.command.make_plan", interrupted)
+    monkeypatch.setattr("train.plan.command.os._exit", sys.exit)
+    with pytest.raises(SystemExit) as raised:
+        main([*ARGUMENTS, *MESH, "--chip", "H200"])
+    assert raised.value.code == 130 and "interrupted" in capsys.readouterr().err
+
+
+def test_what_is_estimated_comes_after_what_is_predicted() -> None:
+    """Without seconds there is no price, not even of chips that cost nothing."""
+    config = parse(PlanConfig, [*ARGUMENTS[1:], "--chip", "H200,v5p", "--price_per_chip_hour", "0"])
+    plans = [a_plan("v5p", 0.0, 1.0, 1), a_plan("H200", 3.0, 1.0, 1), a_plan("H200", 2.0, 1.0, 1)]
+    assert sorted(plans, key=lambda plan: rank(config, plan)) == plans[::-1]
 
 
 @pytest.mark.parametrize(
@@ -293,9 +285,27 @@ def test_tpus_stand_on_the_most_compact_torus(count: int, three: Any, two: Any) 
         (("--devices", "1.5"), "devices: expected a number"),
         (("--tries", "0"), "tries: expected at least 1"),
         (("--chip", "H200", "--out", "/dev/null/plan.json"), "/dev/null"),
+        (("--chip", "H200", "--out", ""), "expected the name of what to write, got ''"),
+        (("--chip", "H200", "--hlo", ""), "expected the name of what to write, got ''"),
+        (("--chip", "H200", "--out", "x/y", "--hlo", "x/y/z"), "--out, --hlo: x/y cannot be a file and a directory"),
+        (("--chip", "H200,v5p", "--devices", "H200=1", "--mesh.fsdp", "-1"), "--devices: how many v5p? It says H200=1"),
         (("--chip", "v5e", "--devices", "1", "--suggest", "true"), "no mesh fits 1 v5e"),
     ],
-    ids=["chip", "price", "prices", "priced chip", "devices", "half a device", "tries", "out", "too large"],
+    ids=[
+        "chip",
+        "price",
+        "prices",
+        "priced chip",
+        "devices",
+        "half a device",
+        "tries",
+        "out",
+        "no out",
+        "no hlo",
+        "out and hlo",
+        "devices of a chip",
+        "too large",
+    ],
 )
 def test_mistakes_are_one_line(
     arguments: tuple[str, ...], message: str, stand_in: list[str], capsys: pytest.CaptureFixture[str]
@@ -369,3 +379,11 @@ def test_both_compilers_count_the_same_products(planned: dict[str, dict[str, Any
         assert counts[0] == pytest.approx(counts[1], rel=0.05), name
     waits = {chip: planned[chip]["programs"]["sample"]["host_waits"] for chip in ("H200", "v5p")}
     assert waits["H200"] >= 32 and waits["v5p"] == 0  # the host learns after every token whether to go on
+
+
+@pytest.mark.compilers
+def test_a_mesh_may_split_the_sides_of_a_torus() -> None:
+    """JAX alone lays axes along whole sides: 2 of 16 TPUs that stand in a square of 4 x 4 are none."""
+    devices = find_compiler("v6e", 16).devices
+    mesh = make_layout(data=2, fsdp=4, tensor=2, devices=devices).mesh
+    assert sorted(device.id for device in mesh.devices.flat) == sorted(device.id for device in devices)

@@ -143,9 +143,64 @@ def test_a_loop_counts_as_often_as_it_runs_and_the_host_waits_only_where_its_end
 
 
 def test_a_tpus_instruction_takes_its_compilers_cycles() -> None:
-    cycles = 'backend_config={"window_config":{"estimated_cycles":"3500"}}'
-    work = work_of("%x = f32[64]{0} parameter(0)", f"%y = f32[64]{{0}} add(%x, %x), {cycles}", chip="v5p")
+    cycles = 'backend_config={{"window_config":{{"estimated_cycles":"{}"}}}}'
+    lines = ("%x = f32[64]{0} parameter(0)", "%y = f32[64]{{0}} add(%x, %x), " + cycles)
+    work = work_of(lines[0], lines[1].format(3500), chip="v5p")
     assert work.seconds == 3500 / 1.75e9 and work.host_waits == 0
+    assert work_of(lines[0], lines[1].format(2**63 - 1), chip="v5p").seconds == 3 * 256 / V5P.bandwidth  # it has none
+
+
+STARTED = {
+    "fusion": (
+        "((bf16[28,64,64], s32[]), bf16[64,64]{1,0}, u32[]) fusion-start(%a, %i), kind=kLoop, calls=%sliced",
+        "bf16[64,64]{1,0} fusion(%a, %i), kind=kLoop, calls=%sliced",
+    ),
+    "call": (
+        "((bf16[28,64,64], s32[]), bf16[64,64]{1,0}, u32[]) call-start(%a, %i), to_apply=%sliced",
+        "bf16[64,64]{1,0} call(%a, %i), to_apply=%sliced",
+    ),
+    "async": (
+        "((bf16[28,64,64], s32[]), bf16[64,64]{1,0}, u32[]) async-start(%a, %i), calls=%sliced",
+        "bf16[64,64]{1,0} call(%a, %i), to_apply=%sliced",
+    ),
+    "copy": (
+        "(bf16[28,64,64]{2,1,0:T(8,128)S(1)}, bf16[28,64,64]{2,1,0}, u32[]{:S(2)}) copy-start(%a)",
+        "bf16[28,64,64]{2,1,0:T(8,128)S(1)} copy(%a)",
+    ),
+    "gather": (
+        "(bf16[8,64]{1,0}, bf16[16,64]{1,0}) all-gather-start(%x), replica_groups={{0,1}}, dimensions={0}",
+        "bf16[16,64]{1,0} all-gather(%x), replica_groups={{0,1}}, dimensions={0}",
+    ),
+    "gather of two": (
+        "((bf16[8,64], bf16[8,64]), (bf16[16,64], bf16[16,64])) all-gather-start(%x, %x), replica_groups={{0,1}}",
+        "(bf16[16,64], bf16[16,64]) all-gather(%x, %x), replica_groups={{0,1}}",
+    ),
+    "reduce": (
+        "(bf16[8,64], bf16[8,64]) all-reduce-start(%x, %x), replica_groups={{0,1}}, to_apply=%plus",
+        "(bf16[8,64], bf16[8,64]) all-reduce(%x, %x), replica_groups={{0,1}}, to_apply=%plus",
+    ),
+}
+
+
+@pytest.mark.parametrize(("started", "whole"), STARTED.values(), ids=STARTED)
+def test_what_is_only_started_counts_as_what_it_does(started: str, whole: str) -> None:
+    """A compiler that lets instructions run beside others writes OPCODE-start and OPCODE-done."""
+    works = [work_of(STACK, INDEX, ROW, f"%b = {line}", links=lambda group: 450e9) for line in (started, whole)]
+    assert works[0] == works[1] and works[0].kernels == 1 and 0 < works[0].bytes <= 2 * 28 * MATRIX
+
+
+def test_the_workspace_of_a_product_is_not_moved() -> None:
+    call = '(bf16[8,64]{1,0}, s8[33554432]{0}) custom-call(%x, %x), custom_call_target="__cublas$lt$matmul"'
+    assert work_of(ROW, f"%b = {call}").bytes == 3 * 2 * 8 * 64
+
+
+def test_a_collective_that_lists_no_group_is_one_of_all_devices() -> None:
+    lines = ["HloModule jit_f, is_scheduled=true, num_partitions=4", "", "ENTRY %main (x: f32[6]) -> f32[6] {"]
+    lines += [
+        "  %x = f32[6]{0} parameter(0)",
+        "  ROOT %b = f32[6]{0} all-reduce(%x), replica_groups={}, to_apply=%plus",
+    ]
+    assert Roofline(read_program("\n".join([*lines, "}"]))).work().sent == {("all-reduce", (0, 1, 2, 3)): 36}
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,8 @@ in float32, and temporaries are scaled by the size of the compute dtype: too low
 
 import dataclasses
 import json
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,13 +20,13 @@ import jax
 from models.config import Qwen3Config
 from train.config import PlanConfig
 from train.console import print_plain
-from train.plan.compilers import Compiler, NoCompiler, find_compiler
+from train.plan.compilers import Compiler, NoCompiler, find_compiler, plugin_errors_kept
 from train.plan.devices import device_count, simulated_devices
 from train.plan.plans import Plan, make_plan, named_programs, plan_json
 from train.plan.programs import network_config
 from train.plan.suggest import candidate_meshes, with_smaller_microbatch
 from train.plan.tables import print_comparison, print_plan, rank
-from train.run.files import check_out, write_whole
+from train.run.files import check_out, check_out_directory, write_whole
 from train.running import setup_errors
 
 
@@ -35,9 +37,18 @@ def plan(config: PlanConfig) -> None:
       SetupError: a mesh that does not divide devices, batch or weights; a model whose shape cannot be found; an output
         that cannot be written.
     """
-    with setup_errors():
-        for out in filter(None, (config.out, config.hlo and f"{config.hlo}/sample.hlo")):
-            check_out(out)
+    try:
+        make_and_print(config)
+    except KeyboardInterrupt:  # at once: a compiler cannot be stopped, and Python waits for its threads
+        print("\ninterrupted; programs that were compiled are kept", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(130)
+
+
+def make_and_print(config: PlanConfig) -> None:
+    """Makes the plans, prints them and writes the best one's files; see `plan`."""
+    with setup_errors(), plugin_errors_kept():
+        check_outputs(config)
         if config.suggest and not config.chips:
             raise ValueError("--suggest: for which chip? Give --chip, such as H200 or H200,v5p")
         counts = {chip: device_count(config, chip) for chip in config.chips or (None,)}
@@ -72,7 +83,7 @@ def chip_plans(
     if not config.suggest or chip is None:
         return [make_plan(config, chip, compiler, devices, network, rewards)]
     plans: list[Plan] = []
-    for mesh in candidate_meshes(config, chip, devices, network, rewards):
+    for mesh in candidate_meshes(config, chip, compiler.devices if compiler else devices, network, rewards):
         candidate: PlanConfig | None = dataclasses.replace(config, mesh=mesh)
         while candidate is not None:
             plans.append(make_plan(candidate, chip, compiler, devices, network, rewards))
@@ -99,6 +110,18 @@ def no_mesh_text(config: PlanConfig) -> str:
     counts = ", ".join(f"{device_count(config, chip)} {chip}" for chip in config.chips)
     advice = "take more of them, a smaller prompts_per_step, model.param_dtype bfloat16, or lora.rank"
     return f"no mesh fits {counts}: {advice}"
+
+
+def check_outputs(config: PlanConfig) -> None:
+    """Refuses files that could not be written, before anything is compiled."""
+    if config.out is not None:
+        check_out(config.out)
+    if config.hlo is not None:
+        check_out_directory(config.hlo, "sample.hlo")
+    if config.out is not None and config.hlo is not None:
+        folder = Path(config.hlo).resolve()
+        if Path(config.out).resolve() in (folder, *folder.parents):
+            raise ValueError(f"--out, --hlo: {config.out} cannot be a file and a directory; choose two names")
 
 
 def write_files(config: PlanConfig, made: Plan) -> None:

@@ -7,17 +7,22 @@ What they compile is kept in the folder `plans` of the `cache_folder`, so that a
 another price, compiles nothing.
 """
 
+import contextlib
+import functools
 import gzip
 import hashlib
 import importlib.metadata
 import importlib.util
 import json
-import math
+import logging
 import os
 import re
+import threading
 import time
 import warnings
-from collections.abc import Sequence
+import zlib
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,9 +45,14 @@ _ENVIRONMENT = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5p-8",  # of this machine, which is none: libtpu warns if it is not told
     "TPU_HOST_BOUNDS": "1,1,1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # its lock is for chips: plans compile beside each other, and beside a run
+    "TPU_LOG_DIR": "disabled",  # else each process leaves log files behind
     "TF_CPP_MIN_LOG_LEVEL": "3",  # rematerialisation that does not suffice is said by the plan itself
 }
 _CUDA_PLUGINS = ("jax-cuda13-plugin", "jax-cuda12-plugin")
+_FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")  # variables that change what is compiled
+_compiling: dict[str, threading.Lock] = defaultdict(threading.Lock)  # digest of a program -> its lock
+_plugin_errors: list[str] = []
 
 
 class NoCompiler(Exception):
@@ -77,34 +87,43 @@ class Compiler:
     def compile(self, lowered: Any) -> Compiled:
         """Compiles a lowered program, or takes it from the cache."""
         file = self._cache_file(lowered)
-        if (kept := _read(file)) is not None:
-            return kept
-        began = time.perf_counter()
-        compiled = self._compile(lowered)._replace(seconds=time.perf_counter() - began)
-        _write(file, compiled)
-        return compiled
+        with _compiling[file.name]:  # equal programs, such as those of two reward models of one shape: once
+            if (kept := _read(file)) is not None:
+                return kept
+            began = time.perf_counter()
+            compiled = self._compile(lowered)._replace(seconds=time.perf_counter() - began)
+            _write(file, compiled)
+            return compiled
 
     def _compile(self, lowered: Any) -> Compiled:
-        options = GPU_OPTIONS if self.chip.gpu is not None else {}
-        note = ""
         try:
-            compiled = lowered.compile(compiler_options=options)
+            compiled, note = self._executable(lowered)
         except Exception as error:  # a kind of its own, from the plugin
             if self.chip.gpu is None and (needed := _needed_bytes(str(error))):
                 return Compiled("", needed, "", 0.0, fits=False)
-            if self.chip.gpu is None or _NO_TILES not in str(error):
-                raise NoCompiler(f"{self.name} failed: {_first_line(error)}") from error
-            note = "products by the vendor's library: without timing, the compiler found no tiles for one of them"
-            compiled = lowered.compile(compiler_options=LIBRARY_PRODUCTS)
+            raise NoCompiler(f"{self.name} failed: {_first_line(error)}") from error
         analysis = compiled.memory_analysis()
         temporaries = analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
         return Compiled(compiled.as_text(), float(temporaries), note, 0.0)
 
+    def _executable(self, lowered: Any) -> tuple[Any, str]:
+        """Returns the compiled program, and what was done otherwise than asked."""
+        if self.chip.gpu is None:
+            return lowered.compile(), ""
+        try:
+            return lowered.compile(compiler_options=GPU_OPTIONS), ""
+        except Exception as error:
+            if _NO_TILES not in str(error):
+                raise
+        note = "products by the vendor's library: without timing, the compiler found no tiles for one of them"
+        return lowered.compile(compiler_options=LIBRARY_PRODUCTS), note
+
     def _cache_file(self, lowered: Any) -> Path:
-        """Returns the file of a program: its arithmetic, its named scopes, the devices, and the compiler's version."""
+        """Returns the file of a program: arithmetic, named scopes, devices, and the compiler's version and options."""
         scopes = sorted(set(re.findall(r'loc\("([^"]+)"\(', lowered.as_text(debug_info=True))))
         parts = [lowered.as_text(), *scopes, self.name, self.version, jax.__version__, repr(self.chip)]
         parts += [f"{place}" for place in self.places(self.devices)]
+        parts += [repr((GPU_OPTIONS, LIBRARY_PRODUCTS)), *(os.environ.get(variable, "") for variable in _FLAGS)]
         digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()
         return cache_folder() / "plans" / f"{digest[:40]}.json.gz"
 
@@ -118,8 +137,8 @@ def find_compiler(name: str, count: int) -> Compiler:
     chip = CHIPS[name]
     for variable, value in _ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
-    # JAX's own cache cannot read back what was compiled for devices that are not there.
-    warnings.filterwarnings("ignore", "Error reading persistent compilation cache entry", UserWarning)
+    # JAX's own cache cannot read back what was compiled for devices that are not there, and `_write` says what is full.
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache entry", UserWarning)
     return _gpu_compiler(name, chip, count) if chip.gpu is not None else _tpu_compiler(name, chip, count)
 
 
@@ -136,7 +155,7 @@ def _gpu_compiler(name: str, chip: Chip, count: int) -> Compiler:
     if each > HOST_GPUS:
         raise NoCompiler(f"{count} {name}: expected up to {HOST_GPUS}, or a multiple of it")
     topology = {"target_config": gpu_target(chip), "topology": f"1x{hosts}x{each}"}
-    devices = _describe("", "cuda", topology, f"{plugin} has no {name}")
+    devices = _describe("", "cuda", topology, f"{plugin} cannot describe {count} {name}")
     return Compiler(f"JAX's compiler for {name}", chip, devices, str(_version(plugin)))
 
 
@@ -146,17 +165,17 @@ def _tpu_compiler(name: str, chip: Chip, count: int) -> Compiler:
         raise NoCompiler(f"libtpu is not installed: pip install -e '.[tpu]' ({name})")
     if (wanted := _wanted("libtpu")) and not version.startswith(wanted):
         raise NoCompiler(f"libtpu is {version}, and JAX {jax.__version__} asks for {wanted}.*: pip install 'jax[tpu]'")
-    slices = math.ceil(count / chip.largest_slice)
-    sides = torus(count // slices, chip.torus)
-    if count % slices or sides is None:
+    if count > chip.largest_slice:
+        raise NoCompiler(f"{count} {name}: a slice has up to {chip.largest_slice}, and JAX makes no mesh of several")
+    if (sides := torus(count, chip.torus)) is None:
         raise NoCompiler(f"{count} {name}: expected 1, 2 or a multiple of 4 that makes a torus, such as 4, 8, 16, 64")
-    options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
+    options: dict[str, Any] = {}
     if name == "v4":
         options["chip_config_name"] = "megacore"  # both cores of a chip are one device, as in JAX on a v4
     if count < 4:
         options["chips_per_host_bounds"] = (*sides, *[1] * (3 - len(sides)))
     shape = "x".join(map(str, sides))
-    devices = _describe(f"{name}:{shape}", "tpu", options, f"libtpu has no {name}:{shape}")
+    devices = _describe(f"{name}:{shape}", "tpu", options, f"libtpu cannot describe {name}:{shape}")
     if len(devices) != count:
         raise NoCompiler(f"libtpu has {len(devices)} devices in {name}:{shape}, not {count}")
     return Compiler(f"the compiler for TPU {name}", chip, devices, version)
@@ -165,7 +184,7 @@ def _tpu_compiler(name: str, chip: Chip, count: int) -> Compiler:
 def torus(count: int, dimensions: int) -> tuple[int, ...] | None:
     """Returns the sides of the most compact torus of `count` TPUs, hosts of 2 x 2; None if there is none."""
     if count < 4:
-        return (count, *[1] * (dimensions - 1)) if count > 0 else None
+        return (count, *[1] * (dimensions - 1)) if count in (1, 2) else None
     best: tuple[int, ...] | None = None
     for x in (n for n in range(2, count + 1, 2) if count % n == 0):
         for y in (n for n in range(x, count // x + 1, 2) if (count // x) % n == 0):
@@ -185,7 +204,27 @@ def _describe(name: str, platform: str, options: dict[str, Any], failure: str) -
     try:
         return list(topologies.get_topology_desc(name, platform=platform, **options).devices)
     except Exception as error:
-        raise NoCompiler(f"{failure} ({_first_line(error)})") from error
+        reason = _plugin_errors[-1] if platform == "cuda" and _plugin_errors else _first_line(error)
+        raise NoCompiler(f"{failure} ({reason})") from error
+
+
+@contextlib.contextmanager
+def plugin_errors_kept() -> Iterator[None]:
+    """Keeps why JAX could not load a plugin, of which it would print a traceback; `find_compiler` says it."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        if not record.getMessage().startswith("Jax plugin configuration error"):
+            return True
+        error = record.exc_info[1] if record.exc_info else None
+        _plugin_errors.append(_first_line(error) if error is not None else record.getMessage().split(": ", 1)[-1])
+        return False
+
+    logger = logging.getLogger("jax._src.xla_bridge")
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
 
 
 def _version(package: str) -> str | None:
@@ -205,22 +244,24 @@ def _wanted(package: str) -> str | None:
 
 def _needed_bytes(message: str) -> float | None:
     """Returns the bytes of a program that a TPU's compiler refuses: "Used 37.20G of 31.25G hbm"."""
-    found = re.search(r"Used ([\d.]+)([KMG]) of ", message)
-    return float(found[1]) * 2 ** {"K": 10, "M": 20, "G": 30}[found[2]] if found else None
+    found = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", message)
+    return float(found[1]) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[found[2]] if found else None
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0][:200]
 
 
 def _read(file: Path) -> Compiled | None:
     """Returns a kept program; None if there is none that is whole."""
-    if not file.exists():
+    try:
+        kept = file.read_bytes()
+    except OSError:  # it is not there, or the folder cannot be one: `_write` says that
         return None
     try:
-        return Compiled(**json.loads(gzip.decompress(file.read_bytes())))._replace(seconds=0.0)
-    except (OSError, EOFError, ValueError, TypeError) as error:
+        return Compiled(**json.loads(gzip.decompress(kept)))._replace(seconds=0.0)
+    except (OSError, EOFError, ValueError, TypeError, zlib.error) as error:
         print_plain(f"{file}: not a kept program ({_first_line(error)}); compiled again")
         return None
 
@@ -233,4 +274,11 @@ def _write(file: Path, compiled: Compiled) -> None:
         temporary.write_bytes(gzip.compress(json.dumps(compiled._asdict()).encode(), 1))
         temporary.replace(file)
     except OSError as error:
-        print_plain(f"{file}: not kept ({error.strerror})")
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        _say_not_kept(file.parent, str(error.strerror))
+
+
+@functools.cache
+def _say_not_kept(folder: Path, reason: str) -> None:
+    print_plain(f"{folder}: compiled programs are not kept there ({reason})")

@@ -17,6 +17,8 @@ def device_count(config: PlanConfig, chip: str | None = None) -> int:
     counts = config.counts
     count = counts.get(chip) if chip is not None else next(iter(counts.values()), None)
     count = count or (math.prod(sizes) if min(sizes) > 0 else 0)
+    if count < 1 and counts:
+        raise ValueError(f"--devices: how many {chip}? It says {config.devices}; name each chip, or none, or a --mesh")
     if count < 1:
         raise ValueError("plan: for how many devices? Give --devices, or a --mesh without -1")
     return count

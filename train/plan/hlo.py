@@ -29,7 +29,10 @@ Trips = Callable[[int, int], float]
 
 
 class Instruction(NamedTuple):
-    """One instruction of HLO text: NAME = SHAPE OPCODE(OPERANDS), ATTRIBUTES."""
+    """One instruction of HLO text: NAME = SHAPE OPCODE(OPERANDS), ATTRIBUTES.
+
+    What is started here and ends at a later instruction (OPCODE-start, OPCODE-done) stands here as if it ended here.
+    """
 
     name: str
     shape: str
@@ -98,6 +101,9 @@ class Program(NamedTuple):
 
 def read_program(text: str) -> Program:
     """Parses `compiled.as_text()`."""
+    if partitions := re.match(r"HloModule .*\bnum_partitions=(\d+)", text):  # no group listed: all devices are in one
+        everyone = ",".join(map(str, range(int(partitions[1]))))
+        text = text.replace("replica_groups={}", f"replica_groups={{{{{everyone}}}}}")
     computations, entry = {}, ""
     for name, is_entry, instructions in _computations(text):
         computations[name] = {item.name: item for item in instructions}
@@ -129,7 +135,35 @@ def _instruction(name: str, rest: str, is_root: bool) -> Instruction:
     operands = tuple(re.findall(r"%([\w.\-]+)", inside))
     opcode = rest[:start]
     attributes = f"{inside}){rest[close + 1 :]}" if opcode in ("constant", "parameter") else rest[close + 1 :]
-    return Instruction(name, shape, opcode, operands, attributes, is_root)
+    return Instruction(name, *_started(shape, opcode, attributes), operands, attributes, is_root)
+
+
+def _started(shape: str, opcode: str, attributes: str) -> tuple[str, str]:
+    """Returns shape and opcode of what an instruction does, whether or not it is only started there.
+
+    The shape of a start is (operands, results, ...), of a copy (result, operand, ...). The vendor's products return
+    (result, workspace): the workspace is memory, but nothing passes through it as a whole.
+    """
+    what = opcode.removesuffix("-start")
+    if what != opcode and what != "all-reduce" and len(parts := _elements(shape)) > 1:
+        shape = parts[0 if what == "copy" else 1]
+    elif what == "custom-call" and '"__cublas' in attributes and len(parts := _elements(shape)) > 1:
+        shape = parts[0]
+    return shape, "call" if what == "async" else what
+
+
+def _elements(shape: str) -> list[str]:
+    """Returns the elements of a tuple's shape; none of an array's."""
+    if not shape.startswith("("):
+        return []
+    depth, parts = 0, [""]
+    for character in shape[1:-1]:
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return [part.strip() for part in parts]
 
 
 def _closing(text: str, start: int) -> int:
@@ -224,7 +258,7 @@ def sent_bytes(item: Instruction, computation: Computation) -> tuple[Route, floa
     Sent around a ring of n devices: (n - 1) / n of the full array for all-gather, reduce-scatter and all-to-all,
     twice that for all-reduce; the whole operand for a permutation.
     """
-    kind = item.opcode.removesuffix("-start")
+    kind = item.opcode
     if kind not in COLLECTIVES:
         return None
     operands = sum(shape_bytes(computation[name].shape.replace(_FAST_MEMORY, "")) for name in item.operands)

@@ -1,5 +1,6 @@
 """One plan: a run's programs compiled for one mesh of one kind of chip, and what they take together."""
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -136,7 +137,9 @@ def make_plan(
 def predicted_costs(programs: Sequence[StepProgram], layout: Layout, compiler: Compiler) -> dict[str, Cost]:
     """Compiles programs by the chip's own compiler, the largest first, and says which one is done."""
     costs: dict[str, Cost] = {}
-    with ThreadPoolExecutor(COMPILED_AT_ONCE) as pool, console.status("lowering") as status:
+    pool = ThreadPoolExecutor(COMPILED_AT_ONCE)
+    with contextlib.ExitStack() as stack, console.status("lowering") as status:
+        stack.callback(pool.shutdown, wait=False, cancel_futures=True)  # after an error what has not begun is left out
         waiting = {}
         for program in reversed(programs):  # `gradient` stands last and takes longest
             lowered = program.jitted.lower(*program.arguments, **program.options)

@@ -28,9 +28,10 @@ from models.weight_files import could_be_on_hub, find_directory
 from train.build import make_optimizer
 from train.config import PlanConfig
 from train.packing import abstract_microbatch
+from train.plan.chips import Chip
 from train.plan.compilers import Compiler
 from train.plan.hlo import Trips, read_program
-from train.plan.roofline import KernelCost, Roofline, Work, link_speed
+from train.plan.roofline import KernelCost, Links, Roofline, Work, link_speed
 from train.rewards.model import SCORED_AXES, scoring_program
 from train.state import TrainState, abstract_opt_state
 from train.update import Update
@@ -47,7 +48,7 @@ class StepProgram(NamedTuple):
     arguments: tuple[Any, ...]
     options: dict[str, Any]
     beside: tuple[str, ...] = ()  # arrays beside the RESIDENT ones that are in memory while it runs
-    trips: Trips = lambda depth, index: math.nan  # of loops whose length XLA does not know
+    trips: Trips | None = None  # of loops whose length XLA does not know; None: there should be none
     taken: Mapping[str, int] = {}  # named scope of a conditional -> the branch that the run's settings take
     kernels: Mapping[str, KernelCost] = {}  # part of a name or scope -> cost of a kernel of one's own
 
@@ -233,7 +234,7 @@ def estimated_cost(program: StepProgram, layout: Layout, size: float) -> Cost:
     lowered = program.jitted.lower(*program.arguments, **program.options)
     compiled = lowered.compile(compiler_options={"xla_backend_optimization_level": 0})
     text = compiled.as_text()
-    work = Roofline(read_program(text), trips=program.trips, taken=program.taken).work()
+    work, _ = counted_work(program, text)
     sent = {key: size * count for key, count in work.by_axis(dict(layout.mesh.shape)).items()}
     analysis = compiled.memory_analysis()
     temporaries = analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
@@ -246,10 +247,24 @@ def predicted_cost(program: StepProgram, layout: Layout, lowered: Any, compiler:
     if not compiled.fits:
         return Cost(compiled.temporaries, Work(), {}, compiled.seconds, fits=False)
     links = link_speed(compiler.chip, compiler.places(list(layout.mesh.devices.flat)))
-    options: Any = {"taken": program.taken, "kernels": program.kernels, "links": links}
-    work = Roofline(read_program(compiled.text), compiler.chip, program.trips, **options).work()
-    sent = work.by_axis(dict(layout.mesh.shape))
-    return Cost(compiled.temporaries, work, sent, compiled.seconds, True, True, compiled.note, compiled.text)
+    work, note = counted_work(program, compiled.text, compiler.chip, links)
+    sent, notes = work.by_axis(dict(layout.mesh.shape)), "; ".join(filter(None, (compiled.note, note)))
+    return Cost(compiled.temporaries, work, sent, compiled.seconds, True, True, notes, compiled.text)
+
+
+def counted_work(
+    program: StepProgram, text: str, chip: Chip | None = None, links: Links = lambda group: math.inf
+) -> tuple[Work, str]:
+    """Returns the work that a program's text says, and what is to be known of it; often nothing."""
+    unknown = []
+
+    def trips(depth: int, index: int) -> float:
+        unknown.append(depth)
+        return program.trips(depth, index) if program.trips is not None else 1.0
+
+    roofline = Roofline(read_program(text), chip, trips, taken=program.taken, kernels=program.kernels, links=links)
+    work = roofline.work()
+    return work, f"{len(unknown)} loops of unknown length count once" if unknown and program.trips is None else ""
 
 
 @functools.cache

@@ -29,7 +29,7 @@ _ALLOCATIONS = ("AllocateBuffer", "AssumeGatherIndicesInBound", "PrepareAsyncCal
 _SLICES = ("dynamic-slice", "gather", "slice")
 _UPDATES = ("dynamic-update-slice", "scatter")
 _VIEWS = ("bitcast", "reshape", "transpose", "copy")
-_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_CYCLES = re.compile(r'"estimated_cycles":"(\d{1,18})"')  # 2^63 - 1 (19 digits) means that there is no estimate
 _COST_ESTIMATE = re.compile(r'"cost_estimate":\{"flops":"(\d+)".*?"bytes_accessed":"(\d+)"')
 
 Links = Callable[[tuple[int, ...]], float]  # a group of devices -> bytes per second that each sends to the others
@@ -189,7 +189,7 @@ class Roofline:
             work.seconds = roof
         elif cycles := _CYCLES.search(item.attributes):
             work.seconds = float(cycles[1]) / self._chip.clock
-        elif own is not None:
+        elif own is not None or "estimated_cycles" in item.attributes:
             work.seconds = roof
         if self._on_gpu:
             work.seconds += LAUNCH_SECONDS
@@ -198,7 +198,7 @@ class Roofline:
     def _flops(self, item: Instruction, computation: Computation) -> float:
         """Counts the products of an instruction and of what it calls."""
         called = self._program.computations.get(item.called or "", {})
-        if item.opcode in ("fusion", "async-start", "custom-call") and called:
+        if item.opcode in ("fusion", "custom-call") and called:
             return sum(self._flops(part, called) for part in called.values())
         return product_flops(item, computation)
 
@@ -207,7 +207,7 @@ class Roofline:
         if sent := sent_bytes(item, computation):
             return [sent]
         called = self._program.computations.get(item.called or "", {})
-        if item.opcode not in ("fusion", "async-start") or not called:
+        if item.opcode != "fusion" or not called:
             return []
         return [sent for part in called.values() for sent in self._sent(part, called)]
 

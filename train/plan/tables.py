@@ -166,4 +166,5 @@ def rank(config: PlanConfig, plan: Plan) -> tuple[bool, float, float]:
     price = config.prices.get(str(plan.chip), 0.0)
     seconds = plan.step.seconds if plan.is_predicted else math.inf
     priced = config.chips and all(chip in config.prices for chip in config.chips)
-    return not plan.fits(str(plan.chip)), price * seconds * math.prod(plan.mesh.values()) if priced else 0.0, seconds
+    cost = price * seconds * math.prod(plan.mesh.values()) if priced and price else 0.0  # 0 * inf is no number
+    return not plan.fits(str(plan.chip)), cost if plan.is_predicted else seconds, seconds
