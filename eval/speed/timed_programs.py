@@ -26,7 +26,7 @@ from flax import nnx
 from eval.speed.machine import copy_gbytes, matmul_gflops
 from eval.speed.timing import END_ID, median_seconds, process_peak_bytes, write_figures
 from models.compile_cache import enable_compile_cache
-from models.generate import SamplingCopy, sampling_program
+from models.generate import SamplingCopy, known_drawing, sampling_program
 from models.hf_weights import abstract_model, split
 from models.sampler import Rollout, SamplingParams
 from models.sharding import Layout, fetch, parameter_shardings
@@ -102,9 +102,9 @@ def sampling_seconds(
     sampling = SamplingParams(config.temperature, config.top_k, config.top_p, T, np.array([END_ID], np.int32))
     weights = SamplingCopy(graphdef, state.all_params, layout)(state.all_params)
     program = sampling_program(graphdef, T, 0)
-    G = config.num_generations
+    options = {"num_generations": config.num_generations, "drawing": known_drawing(weights, sampling)}
     seconds, rollout = median_seconds(
-        lambda: program(weights, *prompts, numbers, jax.random.key(0), sampling, num_generations=G),
+        lambda: program(weights, *prompts, numbers, jax.random.key(0), sampling, **options),
         repeats,
         jax.block_until_ready,
     )

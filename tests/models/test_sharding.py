@@ -32,8 +32,9 @@ import json, sys
 import jax, jax.numpy as jnp, numpy as np, optax
 from models.config import Qwen3Config
 from models.hf_weights import abstract_model, load_pretrained, save_pretrained, split
+from models.decoding import UnrolledDecoder
 from models.generate import SamplingCopy, sampling_program
-from models.sampler import Rollout, SamplingParams
+from models.sampler import Rollout, SamplingParams, sample
 from models.sharding import make_layout
 from flax import nnx
 from train.config import *
@@ -67,8 +68,15 @@ def compute(layout):
     copied = SamplingCopy(graphdef, params, layout)(params)
     sampling = SamplingParams(1.0, 0, 1.0, 0, np.array([1], np.int32))
     draw = lambda p: sampling_program(graphdef, T, 0)(p, *placed, jax.random.key(3), sampling, num_generations=G)
-    sampled, from_copy = draw(params), draw(copied)
-    return jax.device_get((after.params, metrics, sampled, from_copy)), spread
+    rollouts = [draw(params), draw(copied)]
+    if dict(layout.rules)["heads"] == dict(layout.rules)["kv_heads"]:  # as accelerators decode
+        weights = SamplingCopy(graphdef, params, layout, unrolled=True)(params)
+        rollouts.append(draw(weights))
+        sizes = {"num_generations": G, "max_completion_length": T}
+        with_kernels = lambda w: sample(
+            UnrolledDecoder(w, kernel=True, interpret=True), *placed, jax.random.key(3), sampling, **sizes)
+        rollouts.append(jax.jit(with_kernels)(weights))
+    return jax.device_get((after.params, metrics, *rollouts)), spread
 
 one, _ = compute(make_layout(devices=jax.devices()[:1]))
 for name, mesh in meshes.items():
@@ -103,6 +111,7 @@ def test_eight_devices_equal_one(tmp_path: Path) -> None:
 
     save_pretrained(Qwen3(CONFIG, nnx.Rngs(0)), tmp_path)
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
+    flags += " --xla_cpu_collective_call_terminate_timeout_seconds=600"  # a busy machine runs 8 devices in turn
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", PROGRAM, str(tmp_path), json.dumps(MESHES)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
