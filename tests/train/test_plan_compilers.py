@@ -28,6 +28,7 @@ from train.plan import compilers
 from train.plan.chips import CHIPS, USABLE_SHARE
 from train.plan.compilers import Compiled, Compiler, NoCompiler, find_compiler, torus
 from train.plan.devices import device_count
+from train.plan.hlo import product_flops, read_program
 from train.plan.plans import Plan
 from train.plan.programs import Cost, StepProgram
 from train.plan.roofline import Work
@@ -369,3 +370,23 @@ def test_both_compilers_count_the_same_products(planned: dict[str, dict[str, Any
         assert counts[0] == pytest.approx(counts[1], rel=0.05), name
     waits = {chip: planned[chip]["programs"]["sample"]["host_waits"] for chip in ("H200", "v5p")}
     assert waits["H200"] >= 32 and waits["v5p"] == 0  # the host learns after every token whether to go on
+
+
+@pytest.mark.compilers
+@pytest.mark.parametrize("chip", ["H200", "v5p"])
+def test_products_of_float32_are_float32(chip: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither TF32 nor bfloat16 passes: every product that a compiler writes says `highest`."""
+    monkeypatch.setattr("train.plan.command.simulated_devices", lambda count: [None] * count)
+    monkeypatch.setattr("train.plan.compilers.cache_folder", lambda: tmp_path)
+    files = ["--hlo", str(tmp_path / "hlo"), "--model.dtype", "float32"]
+    assert main([*ARGUMENTS, *MESH, "--chip", chip, *files]) == 0
+    for name in ("sample", "logprobs", "gradient"):
+        program = read_program((tmp_path / "hlo" / f"{name}.hlo").read_text())
+        products = [
+            item.attributes.lower().replace('"', "")
+            for computation in program.computations.values()
+            for item in computation.values()
+            if product_flops(item, computation)
+        ]
+        assert products and all(re.search(r"operand_precision[=:][{\[]highest,highest", text) for text in products)
+        assert not any("tf32" in text for text in products)
