@@ -28,6 +28,7 @@ from models.decode_attention import (
     rotated,
 )
 from models.lora import adapter_names
+from models.precision import products_in
 from models.qwen3 import ACTIVATIONS, Prefix, Qwen3, last_hidden, rotary_angles
 from models.sharding import Layout, constrain, with_sharding
 
@@ -141,7 +142,8 @@ def decode_weights(graphdef: Any, params: Any) -> DecodeWeights:
     for name, adapters in adapter_names(lora).items():
         assert lora is not None
         a, b = (layers[adapter] for adapter in adapters)
-        layers[name] = layers[name] + lora.scale * _stacked_product(a, b).reshape(layers[name].shape)
+        with products_in(jnp.float32):
+            layers[name] = layers[name] + lora.scale * _stacked_product(a, b).reshape(layers[name].shape)
     layers = {name: array.astype(dtype) for name, array in layers.items()}
     K, E = config.num_key_value_heads, config.head_dim
 
@@ -212,6 +214,24 @@ class UnrolledDecoder:
         self._attend = partial(decode_attention, layout=weights.layout, kernel=kernel, interpret=interpret)
 
     def start(self, prompt_PS: jax.Array, lengths_P: jax.Array, G: int, T: int) -> tuple[UnrolledPrefix, UnrolledPast]:
+        with products_in(self._weights.embed_VD.dtype):
+            return self._prefill(prompt_PS, lengths_P, G, T)
+
+    def step(
+        self, token_PG: jax.Array, prefix: UnrolledPrefix, past: UnrolledPast, live_PG: jax.Array
+    ) -> tuple[jax.Array, UnrolledPast]:
+        with products_in(self._weights.embed_VD.dtype):
+            return self._decode(token_PG, prefix, past, live_PG)
+
+    @jax.named_scope("head")
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        table_VD = self._weights.embed_VD if self._weights.unembed_VD is None else self._weights.unembed_VD
+        with products_in(table_VD.dtype):
+            return jnp.einsum("...d,vd->...v", hidden, table_VD, preferred_element_type=jnp.float32)
+
+    def _prefill(
+        self, prompt_PS: jax.Array, lengths_P: jax.Array, G: int, T: int
+    ) -> tuple[UnrolledPrefix, UnrolledPast]:
         P, S = prompt_PS.shape
         rotary = rotary_angles(jnp.broadcast_to(jnp.arange(S), (P, 1, S)), self._config)
         x_P1SD = self._embed(prompt_PS[:, None])
@@ -229,7 +249,7 @@ class UnrolledDecoder:
         state = UnrolledPrefix(tuple(prefix), lengths_P, last_hidden(hidden_PSD, lengths_P))
         return state, UnrolledPast(tuple(past), jnp.zeros((), jnp.int32))
 
-    def step(
+    def _decode(
         self, token_PG: jax.Array, prefix: UnrolledPrefix, past: UnrolledPast, live_PG: jax.Array
     ) -> tuple[jax.Array, UnrolledPast]:
         position_PG1 = jnp.broadcast_to((prefix.lengths_P + past.length)[:, None, None], (*token_PG.shape, 1))
@@ -247,11 +267,6 @@ class UnrolledDecoder:
             caches.append(cache)
         hidden_PGD = self._norm(x_PG1D, self._weights.norm_D)[:, :, 0]
         return hidden_PGD, UnrolledPast(tuple(caches), past.length + 1)
-
-    @jax.named_scope("head")
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        table_VD = self._weights.embed_VD if self._weights.unembed_VD is None else self._weights.unembed_VD
-        return jnp.einsum("...d,vd->...v", hidden, table_VD, preferred_element_type=jnp.float32)
 
     @jax.named_scope("embed")
     def _embed(self, tokens_PGT: jax.Array) -> jax.Array:
