@@ -1,6 +1,6 @@
 """How the sampler runs the network: the prompt once per group, then one token of every completion at a time.
 
-Two ways, chosen here by the devices' kind, with the same tokens up to rounding:
+Two ways, chosen here by the devices' kind (`mesh.decoding`), with the same tokens up to rounding:
 
     scanned    a scan over the stacked layers, and a cache that is read in pieces: the fastest on CPUs
     unrolled   every layer's weights and cache are arrays of their own, the projections of one input one product, and
@@ -31,6 +31,8 @@ from models.lora import adapter_names
 from models.precision import products_in
 from models.qwen3 import ACTIVATIONS, Prefix, Qwen3, last_hidden, rotary_angles
 from models.sharding import Layout, constrain, with_sharding
+
+GPUS = ("gpu", "cuda")  # JAX's names of the platform; cuda: devices that are only compiled for
 
 
 class Decoder(Protocol):
@@ -91,6 +93,7 @@ class DecodeWeights:
     """A policy's weights as the unrolled decoder reads them."""
 
     config: Qwen3Config = field(metadata={"static": True})
+    kernels: bool = field(metadata={"static": True})  # attention by kernels for GPUs
     layout: Layout | None = field(metadata={"static": True})  # of the activations
     embed_VD: Any
     unembed_VD: Any  # None: tied
@@ -128,13 +131,30 @@ def with_weight_shardings(weights: DecodeWeights, layout: Layout) -> DecodeWeigh
     )
 
 
-def unrolls(layout: Layout) -> bool:
-    """Returns whether the devices of a layout decode unrolled: accelerators do, unless heads are split beyond keys."""
-    rules = dict(layout.rules)
-    return platform_of(layout) != "cpu" and rules["heads"] == rules["kv_heads"]
+def choose_decoding(decoding: str, layout: Layout, config: Qwen3Config) -> str:
+    """Returns scanned, unrolled or kernels: what `mesh.decoding` asks for, or of "auto" what the devices want.
+
+    Raises:
+      ValueError: the devices, the rules of the mesh, or the width of the heads do not allow it.
+    """
+    rules, on_gpu = dict(layout.rules), platform_of(layout) in GPUS
+    joins = rules["heads"] == rules["kv_heads"]  # a key's query heads lie where it does: they are one product
+    if decoding == "auto":
+        if platform_of(layout) == "cpu" or not joins:
+            return "scanned"
+        return "kernels" if on_gpu and has_kernel(config.head_dim) else "unrolled"
+    if decoding in ("unrolled", "kernels") and not joins:
+        raise ValueError(f"mesh.decoding: {decoding} needs one rule for heads and kv_heads; expected auto or scanned")
+    if decoding == "kernels" and not (on_gpu and has_kernel(config.head_dim)):
+        kind = layout.mesh.devices.flat[0].platform
+        raise ValueError(
+            f"mesh.decoding: kernels are for GPUs and heads of 32, 64, 128, ..., got {kind} and heads of "
+            f"{config.head_dim}; expected auto, scanned or unrolled"
+        )
+    return decoding
 
 
-def decode_weights(graphdef: Any, params: Any) -> DecodeWeights:
+def decode_weights(graphdef: Any, params: Any, *, kernels: bool = False) -> DecodeWeights:
     """Returns the weights of the unrolled decoder, from a policy's parameters."""
     model: Qwen3 = nnx.merge(graphdef, params)
     config, dtype, layers = model.config, model.dtype, dict(params["layers"])
@@ -173,7 +193,7 @@ def decode_weights(graphdef: Any, params: Any) -> DecodeWeights:
     )
     unembed = None if config.tie_word_embeddings else params["unembed_VD"].astype(dtype)
     embed, norm = params["embed_VD"].astype(dtype), params["norm_D"].astype(dtype)
-    return DecodeWeights(config, model.layout, embed, unembed, norm, unrolled)
+    return DecodeWeights(config, kernels, model.layout, embed, unembed, norm, unrolled)
 
 
 def _stacked_product(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -202,16 +222,15 @@ class UnrolledDecoder:
 
     Args:
       weights: as `decode_weights` returns them.
-      kernel: whether attention is the kernels for GPUs.
-      interpret: run them without a GPU, slowly.
+      interpret: run the kernels without a GPU, slowly.
     """
 
     shrinks = False  # the weights are read for one row as for all, and attention reads live rows alone
 
-    def __init__(self, weights: DecodeWeights, *, kernel: bool, interpret: bool = False) -> None:
+    def __init__(self, weights: DecodeWeights, *, interpret: bool = False) -> None:
         self._weights, self._config, self.layout = weights, weights.config, weights.layout
         self._windows = weights.config.windows or (None,) * weights.config.num_hidden_layers
-        self._attend = partial(decode_attention, layout=weights.layout, kernel=kernel, interpret=interpret)
+        self._attend = partial(decode_attention, layout=weights.layout, kernel=weights.kernels, interpret=interpret)
 
     def start(self, prompt_PS: jax.Array, lengths_P: jax.Array, G: int, T: int) -> tuple[UnrolledPrefix, UnrolledPast]:
         with products_in(self._weights.embed_VD.dtype):
@@ -318,8 +337,7 @@ def make_decoder(params: Any, graphdef: Any) -> Decoder:
     """Returns the decoder of a policy's parameters, or of the `DecodeWeights` that were made of them."""
     if not isinstance(params, DecodeWeights):
         return ScannedDecoder(nnx.merge(graphdef, params))
-    on_gpu = platform_of(params.layout) in ("gpu", "cuda")
-    return UnrolledDecoder(params, kernel=on_gpu and has_kernel(params.config.head_dim))
+    return UnrolledDecoder(params)
 
 
 def platform_of(layout: Layout | None) -> str:

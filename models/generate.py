@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from models.decoding import DecodeWeights, decode_weights, make_decoder, unrolls, with_weight_shardings
+from models.decoding import DecodeWeights, choose_decoding, decode_weights, make_decoder, with_weight_shardings
 from models.sampler import Drawing, Rollout, SamplingParams, sample
 from models.sharding import Layout, fetch, parameter_shardings
 from models.tokenizer import Prompt, Tokenizer
@@ -39,9 +39,10 @@ class Generator:
         top_p: float = 1.0,
         min_tokens: int = 0,
         sampling_copy: bool = True,
+        decoding: str = "auto",
     ) -> None:
         self.tokenizer, self.layout, self.max_prompt_length = tokenizer, layout, max_prompt_length
-        self._graphdef, self._sampling_copy = graphdef, sampling_copy
+        self._graphdef, self._sampling_copy, self._decoding = graphdef, sampling_copy, decoding
         self._copy: SamplingCopy | None = None
         eos_ids = np.array(tokenizer.eos_ids, np.int32)
         self.sampling = SamplingParams(temperature, top_k, top_p, min_tokens, eos_ids)
@@ -74,7 +75,7 @@ class Generator:
         if not self._sampling_copy:
             return params
         if self._copy is None:
-            self._copy = SamplingCopy(self._graphdef, params, self.layout)
+            self._copy = SamplingCopy(self._graphdef, params, self.layout, self._decoding)
         return self._copy(params)
 
     def complete(
@@ -113,14 +114,18 @@ class SamplingCopy:
 
     Args:
       params: parameters, or ShapeDtypeStructs with shardings, that fix the layout.
-      unrolled: whether the copy is for the unrolled decoder; None = as the devices want it.
+      decoding: what the copy is for, see `models.decoding.choose_decoding`.
+
+    Raises:
+      ValueError: see `choose_decoding`.
     """
 
-    def __init__(self, graphdef: Any, params: Any, layout: Layout, unrolled: bool | None = None) -> None:
+    def __init__(self, graphdef: Any, params: Any, layout: Layout, decoding: str = "auto") -> None:
         model, sampling = nnx.merge(graphdef, params), layout.for_sampling()
-        self.unrolled = unrolls(layout) if unrolled is None else unrolled
+        chosen = choose_decoding(decoding, layout, model.config)
+        self.unrolled = chosen != "scanned"
         if self.unrolled:
-            convert = partial(decode_weights, graphdef)
+            convert = partial(decode_weights, graphdef, kernels=chosen == "kernels")
             self.targets: Any = with_weight_shardings(jax.eval_shape(convert, params), sampling)
             self.is_copied = [True] * len(jax.tree.leaves(params))
             shardings = jax.tree.map(lambda target: target.sharding, self.targets)

@@ -105,6 +105,13 @@ class MeshConfig:
     tensor: int = 1  # devices over which attention heads, the MLP and the vocabulary are split
     rules: dict[str, list[str]] = field(default_factory=dict)  # overrides of models.sharding.RULES
     sampling_copy: bool = True  # sample from whole weights in model.dtype; false: gather each layer for every token
+    # how sampling runs the layers: scanned (as CPUs want it), unrolled, kernels (unrolled, attention by kernels for
+    # GPUs); auto: kernels on GPUs, unrolled on TPUs, scanned on CPUs and without a sampling copy
+    decoding: Literal["auto", "scanned", "unrolled", "kernels"] = "auto"
+
+    def __post_init__(self) -> None:
+        if self.decoding in ("unrolled", "kernels") and not self.sampling_copy:
+            raise ValueError(f"mesh.decoding: {self.decoding} needs a copy; expected mesh.sampling_copy: true with it")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,7 @@ from functools import partial
 
 import jax
 
+from models.decoding import choose_decoding
 from models.generate import Generator
 from models.hf_weights import split
 from models.sharding import Layout, fetch, to_host
@@ -68,6 +69,7 @@ def train_policy(config: PolicyConfig) -> None:
             rewards.check_rows(part.columns(part.rows))
         model = make_model(start, config.lora, layout, config.seed, tokenizer)
         graphdef, params, network = *split(model), model.config
+        choose_decoding(config.mesh.decoding, layout, network)  # one that the devices cannot do is refused here
         run = Run(config, model.config.to_hf(), tokenizer, pins.pins)
         optimizer, schedule = make_optimizer(config.optimizer, config.max_steps * config.updates_per_step)
         initial = make_state(params, optimizer, layout)
@@ -88,6 +90,7 @@ def train_policy(config: PolicyConfig) -> None:
         top_p=config.top_p,
         min_tokens=config.min_tokens,
         sampling_copy=config.mesh.sampling_copy,
+        decoding=config.mesh.decoding,
     )
     update = Update(graphdef, optimizer, config, layout, state)
     watch = ScoreWatch(config.output_dir, list(rewards.scorers))

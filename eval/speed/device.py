@@ -38,7 +38,11 @@ SIZES = {
 }
 # Name of an implementation of attention and decoding -> the settings of `train policy` that choose it. The first is
 # what a run takes by default, and what is planned; the others are compared with it.
-IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {"xla": ()}
+IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "unrolled, XLA": ("--mesh.decoding=unrolled",),
+    "scanned, XLA": ("--mesh.decoding=scanned",),
+}
 TIMED = "eval.speed.timed_programs"
 DEFAULT_CHIP = "H200"  # planned for where the machine's device is none of the plan's chips
 REPEATS = 3  # timed calls of each program

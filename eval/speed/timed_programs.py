@@ -100,7 +100,7 @@ def sampling_seconds(
     prompts = (layout.put(prompt_PS, ("prompt", None)), layout.put(lengths_P, ("prompt",)))
     numbers = layout.put(np.arange(P, dtype=np.int32), ("prompt",))
     sampling = SamplingParams(config.temperature, config.top_k, config.top_p, T, np.array([END_ID], np.int32))
-    weights = SamplingCopy(graphdef, state.all_params, layout)(state.all_params)
+    weights = SamplingCopy(graphdef, state.all_params, layout, config.mesh.decoding)(state.all_params)
     program = sampling_program(graphdef, T, 0)
     options = {"num_generations": config.num_generations, "drawing": known_drawing(weights, sampling)}
     seconds, rollout = median_seconds(

@@ -1,7 +1,10 @@
 """The unrolled decoder draws what the scanned one draws, with kernels and without, whatever the network has."""
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -11,13 +14,20 @@ import pytest
 from flax import nnx
 
 from models.config import Qwen3Config
-from models.decoding import DecodeWeights, ScannedDecoder, UnrolledDecoder, decode_weights, make_decoder, unrolls
+from models.decoding import (
+    DecodeWeights,
+    ScannedDecoder,
+    UnrolledDecoder,
+    choose_decoding,
+    decode_weights,
+    make_decoder,
+)
 from models.generate import SamplingCopy, known_drawing, sampling_program
 from models.hf_weights import split
 from models.lora import Lora
 from models.qwen3 import Qwen3
 from models.sampler import Drawing, Rollout, SamplingParams, draw, sample
-from models.sharding import make_layout
+from models.sharding import Layout, make_layout
 
 P, G, S, T, V = 3, 4, 9, 16, 61
 PROMPT_PS = np.random.default_rng(0).integers(0, V, (P, S)).astype(np.int32)
@@ -55,11 +65,11 @@ def drawn(decoder: Callable[[], Any]) -> Rollout:
 @pytest.mark.parametrize("name", NETWORKS)
 def test_unrolled_is_scanned(name: str) -> None:
     graphdef, params = network(name)
-    weights = decode_weights(graphdef, params)
     expected = drawn(lambda: make_decoder(params, graphdef))
     assert expected.lengths_PG.min() < T < expected.lengths_PG.sum(), "some end early"
-    for kernel in (False, True):
-        found = drawn(lambda kernel=kernel: UnrolledDecoder(weights, kernel=kernel, interpret=True))  # type: ignore[misc]
+    for kernels in (False, True):
+        weights = decode_weights(graphdef, params, kernels=kernels)
+        found = drawn(partial(UnrolledDecoder, weights, interpret=True))
         np.testing.assert_array_equal(found.tokens_PGT, expected.tokens_PGT)
         np.testing.assert_array_equal(found.finished_PG, expected.finished_PG)
         np.testing.assert_allclose(found.logprobs_PGT, expected.logprobs_PGT, atol=3e-5)
@@ -79,25 +89,46 @@ def test_what_is_known_before_compiling_changes_no_token(name: str) -> None:
     assert Drawing.of(sampling) == Drawing(name != "greedy", name == "greedy")
 
 
-def test_cpus_scan_and_other_devices_unroll() -> None:
+def layout_of(platform: str, **rules: tuple[str, ...]) -> Layout:
     layout = make_layout(devices=jax.devices()[:1])
+    mesh: Any = SimpleNamespace(devices=np.array([SimpleNamespace(platform=platform)], object))
+    return replace(layout, mesh=mesh, rules=tuple((dict(layout.rules) | rules).items()))
 
-    class Accelerators:
-        devices = np.array([type("Device", (), {"platform": "tpu"})()], object)
 
-    accelerators = replace(layout, mesh=Accelerators())  # type: ignore[arg-type]
-    assert not unrolls(layout) and unrolls(accelerators)
-    split_heads = replace(accelerators, rules=tuple((dict(layout.rules) | {"kv_heads": ()}).items()))
-    assert not unrolls(split_heads), "query heads that are split where their key is not have no product of their own"
+def test_cpus_scan_and_other_devices_unroll() -> None:
+    wide, narrow = Qwen3Config(**SIZES | {"head_dim": 64}), Qwen3Config(**SIZES)
+    chosen = {name: choose_decoding("auto", layout_of(name), wide) for name in ("cpu", "gpu", "cuda", "tpu")}
+    assert chosen == {"cpu": "scanned", "gpu": "kernels", "cuda": "kernels", "tpu": "unrolled"}
+    assert choose_decoding("auto", layout_of("gpu"), narrow) == "unrolled"
+    assert choose_decoding("auto", layout_of("gpu", kv_heads=()), wide) == "scanned"
+    assert choose_decoding("unrolled", layout_of("cpu"), narrow) == "unrolled"
     graphdef, params = network("tied")
     assert isinstance(make_decoder(params, graphdef), ScannedDecoder)
+
+
+@pytest.mark.parametrize(
+    ("decoding", "platform", "rules", "message"),
+    [
+        ("kernels", "tpu", {}, "kernels are for GPUs and heads of 32, 64, 128, ..., got tpu and heads of 16"),
+        (
+            "unrolled",
+            "tpu",
+            {"kv_heads": ()},
+            "unrolled needs one rule for heads and kv_heads; expected auto or scanned",
+        ),
+    ],
+    ids=["kernels", "heads"],
+)
+def test_decoding_that_devices_cannot_do(decoding: str, platform: str, rules: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"mesh.decoding: {message}")):
+        choose_decoding(decoding, layout_of(platform, **rules), Qwen3Config(**SIZES))
 
 
 def test_the_copy_for_unrolled_decoding_is_a_copy() -> None:
     """Made once for all calls; the program draws the same from it as from the parameters."""
     layout = make_layout(devices=jax.devices()[:1])
     graphdef, params = network("tied", layout=layout)
-    copy = SamplingCopy(graphdef, params, layout, unrolled=True)
+    copy = SamplingCopy(graphdef, params, layout, "unrolled")
     weights = copy(params)
     assert isinstance(weights, DecodeWeights) and copy(weights) is weights
     assert [leaf.shape for leaf in jax.tree.leaves(weights)] == [leaf.shape for leaf in copy.new_leaves]

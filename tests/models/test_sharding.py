@@ -36,6 +36,7 @@ from models.decoding import UnrolledDecoder
 from models.generate import SamplingCopy, sampling_program
 from models.sampler import Rollout, SamplingParams, sample
 from models.sharding import make_layout
+from dataclasses import replace
 from flax import nnx
 from train.config import *
 from train.batch import Groups, make_batch
@@ -70,11 +71,11 @@ def compute(layout):
     draw = lambda p: sampling_program(graphdef, T, 0)(p, *placed, jax.random.key(3), sampling, num_generations=G)
     rollouts = [draw(params), draw(copied)]
     if dict(layout.rules)["heads"] == dict(layout.rules)["kv_heads"]:  # as accelerators decode
-        weights = SamplingCopy(graphdef, params, layout, unrolled=True)(params)
+        weights = SamplingCopy(graphdef, params, layout, "unrolled")(params)
         rollouts.append(draw(weights))
         sizes = {"num_generations": G, "max_completion_length": T}
         with_kernels = lambda w: sample(
-            UnrolledDecoder(w, kernel=True, interpret=True), *placed, jax.random.key(3), sampling, **sizes)
+            UnrolledDecoder(replace(w, kernels=True), interpret=True), *placed, jax.random.key(3), sampling, **sizes)
         rollouts.append(jax.jit(with_kernels)(weights))
     return jax.device_get((after.params, metrics, *rollouts)), spread
 

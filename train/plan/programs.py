@@ -109,7 +109,7 @@ def sampling_parts(config: PlanConfig, layout: Layout, graphdef: Any, params: An
     programs: list[StepProgram] = []
     arrays: dict[str, float] = {}
     during: tuple[str, ...] = ()
-    copy = SamplingCopy(graphdef, params, layout) if config.mesh.sampling_copy else None
+    copy = SamplingCopy(graphdef, params, layout, config.mesh.decoding) if config.mesh.sampling_copy else None
     if copy is not None and any(copy.is_copied):
         programs.append(StepProgram("copy", 1, copy.program, (copy.argument(params),), {}))
         arrays, during = {"sampling copy": bytes_per_device(copy.new_leaves)}, ("sampling copy",)
@@ -130,7 +130,7 @@ def sampling_parts(config: PlanConfig, layout: Layout, graphdef: Any, params: An
 
 def sampling_kernels(config: PlanConfig, layout: Layout, params: Any) -> Mapping[str, KernelCost]:
     """Returns the costs of the sampler's own kernels for a token in the middle of the longest completion."""
-    if not isinstance(params, DecodeWeights):
+    if not isinstance(params, DecodeWeights) or not params.kernels:
         return {}
     P, G, S, T = axis_sizes(config)
     network, size = params.config, jnp.dtype(params.embed_VD.dtype).itemsize
