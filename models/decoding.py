@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import AbstractMesh
 
 from models.attention import KeyValues, Past, group_attention
 from models.config import Qwen3Config
@@ -342,4 +343,6 @@ def make_decoder(params: Any, graphdef: Any) -> Decoder:
 
 def platform_of(layout: Layout | None) -> str:
     """Returns the kind of the devices: cpu, gpu, cuda (of devices that are only compiled for) or tpu."""
-    return "cpu" if layout is None else str(layout.mesh.devices.flat[0].platform)
+    if layout is None or isinstance(layout.mesh, AbstractMesh):
+        return "cpu"
+    return str(layout.mesh.devices.flat[0].platform)

@@ -82,7 +82,7 @@ def sample(
       pad_id: the token behind a completion's end.
       drawing: what `params` asks for, if that is known; None = the program decides, and has both in it.
     """
-    decoder = ScannedDecoder(model) if isinstance(model, Qwen3) else model
+    decoder: Decoder = model if hasattr(model, "start") else ScannedDecoder(model)  # type: ignore[assignment]
     (P, _), G, T = prompt_PS.shape, num_generations, max_completion_length
     rows_PG = rows_P if rows_P.ndim == 2 else rows_P[:, None] * G + jnp.arange(G)
     keys_PG = jax.vmap(jax.vmap(lambda row: jax.random.fold_in(key, row)))(rows_PG)

@@ -174,29 +174,29 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str], Mappi
         return MACHINE if name == "machine" else {"programs": PROGRAMS} if name.startswith("plan") else dict(FIGURES)
 
     monkeypatch.setattr(Parts, "run", run)
+    parse_device([])  # imports what would ask for packages
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     return runs
 
 
 def test_parts_come_by_importance_and_the_plan_stays_off_the_device(started: list[Any], tmp_path: Path) -> None:
     report = make_report(parse_device([]), Parts(tmp_path, 10))
-    assert [name for name, _, _ in started] == ["machine", "step, xla", "plan, H200", TORCH]
+    others = ["step, unrolled, XLA", "step, scanned, XLA"]
+    assert [name for name, _, _ in started] == ["machine", "step, default", "plan, H200", *others, TORCH]
     command, env = started[2][1:]
     assert env == {"JAX_PLATFORMS": "cpu"} and command[command.index("--chip") + 1] == "H200"
     assert report.machine["size"] == "qwen3-1.7b" and report.is_planned
-    assert "implementations of attention and decoding: xla alone, so none is compared with it" in report.notes
+    settings = [json.loads(Path(started[i][1][2]).read_text())["arguments"] for i in (1, 3, 4)]
+    assert [[*settings[0], f"--mesh.decoding={name}"] for name in ("unrolled", "scanned")] == settings[1:]
 
 
-def test_another_implementation_is_a_line_of_the_table(
+def test_an_implementation_that_is_alone_is_compared_with_none(
     started: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(device.IMPLEMENTATIONS, "other", ("--model.remat=dots",))
+    monkeypatch.setattr(device, "IMPLEMENTATIONS", {"default": ()})
     report = make_report(parse_device(["--size", "tiny"]), Parts(tmp_path, 10))
-    assert [*report.figures] == ["xla", "other", TORCH] and not any("compared with" in note for note in report.notes)
-    names = [name for name, _, _ in started]
-    assert names[1:4] == ["step, xla", "plan, H200", "step, other"]
-    settings = json.loads(Path(started[3][1][2]).read_text())
-    assert settings["arguments"] == [*policy_arguments(SIZES["tiny"]), "--model.remat=dots"]
+    assert [*report.figures] == ["default", TORCH]
+    assert "implementations of attention and decoding: default alone, so none is compared with it" in report.notes
 
 
 def test_without_torch_its_line_is_empty_and_a_note_says_why(
