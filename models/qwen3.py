@@ -25,7 +25,7 @@ from gopo_jax import token_logprobs
 from models.attention import KeyValues, Past, PrefixKeyValues, group_attention
 from models.config import Qwen3Config
 from models.lora import Lora, adapter_names, add_adapters
-from models.sharding import Layout, constrain, total_shards
+from models.sharding import Layout, constrain, gather, total_shards
 
 # Checkpoint policies: which values of a layer's forward pass are saved for the backward pass, not recomputed.
 REMAT: dict[str, Callable[..., Any] | None] = {
@@ -99,15 +99,16 @@ class Layers(nnx.Module):
         self, x_PGTD: jax.Array, rotary: tuple[jax.Array, jax.Array], **attention: Any
     ) -> tuple[jax.Array, KeyValues]:
         config, dtype = self.config, x_PGTD.dtype
+        multiply = partial(linear, flatten=total_shards(self.layout, "group", "sequence") == 1)
 
         def project(x: jax.Array, name: str, inputs: int = 1) -> jax.Array:
             with jax.named_scope(name.partition("_")[0]):  # "gate_LDF": gate; `train plan --top` prints it
-                y = linear(x, getattr(self, name)[...].astype(dtype), inputs)
+                y = multiply(x, getattr(self, name)[...].astype(dtype), inputs)
             if (adapters := adapter_names(self.lora).get(name)) is None:
                 return y
             assert self.lora is not None
             a, b = (getattr(self, part)[...].astype(dtype) for part in adapters)
-            return y + self.lora.scale * linear(linear(x, a, inputs), b)
+            return y + self.lora.scale * multiply(multiply(x, a, inputs), b)
 
         y_PGTD = rms_norm(x_PGTD, self.attention_norm_LD, config.rms_norm_eps)
         query_PGTHE = project(y_PGTD, "query_LDHE")
@@ -268,19 +269,31 @@ class Backbone(nnx.Module):
     def _scan_layers(self, step: Callable[..., Any], x: Any, inputs_L: Any) -> tuple[Any, Any]:
         """Scans x, output = step(layer, x, inputs) over the layers; returns x and the stacked outputs."""
         graphdef, params_L = nnx.split(self.layers)
+        policy = REMAT[self.remat]
 
         def body(x: Any, slices: Any) -> tuple[Any, Any]:
             params, number, window, inputs = slices
+            if policy is not None:  # else the gathered parameters of all layers would be saved for the backward pass
+                params = gather_layer(self.layout, params, self.dtype)
             return step(partial(nnx.merge(graphdef, params), layer=number, window=window), x, inputs)
 
         config, unlimited = self.config, np.iinfo(np.int32).max
         windows_L = None if config.windows is None else jnp.array([w or unlimited for w in config.windows], jnp.int32)
         slices = (params_L, jnp.arange(config.num_hidden_layers), windows_L, inputs_L)
-        policy = REMAT[self.remat]
         return jax.lax.scan(jax.checkpoint(body, policy=policy) if policy else body, x, slices)
 
     def _final_norm(self, x: jax.Array) -> jax.Array:
         return rms_norm(x, self.norm_D, self.config.rms_norm_eps)
+
+
+def gather_layer(layout: Layout | None, params: Any, dtype: Any) -> Any:
+    """Gathers the parameters of one layer once (see `models.sharding.gather`), however often its products use them."""
+
+    def gather_parameter(parameter: nnx.Param) -> nnx.Variable:
+        _, *axes = parameter.get_metadata()["axes"]  # without that of the layers
+        return parameter.replace(gather(layout, parameter[...], dtype, axes))
+
+    return jax.tree.map(gather_parameter, params, is_leaf=lambda leaf: isinstance(leaf, nnx.Param))
 
 
 def prefix_key_values(kv: KeyValues) -> PrefixKeyValues:
@@ -338,12 +351,16 @@ class Qwen3(Backbone):
         return self.logits(self.hidden(tokens_BS))
 
 
-def linear(x: jax.Array, weight: jax.Array, inputs: int = 1) -> jax.Array:
-    """Contracts the last `inputs` axes of x with the first axes of the weight, as one product of two matrices.
+def linear(x: jax.Array, weight: jax.Array, inputs: int = 1, *, flatten: bool = True) -> jax.Array:
+    """Contracts the last `inputs` axes of x with the first axes of the weight.
 
-    For the gradient of a contraction over several axes, XLA on a CPU would make a transposed copy of the activations,
-    which takes longer than the product.
+    Args:
+      flatten: whether to multiply two matrices, with all other axes of x as one. For the gradient of a contraction over
+        several axes, XLA on a CPU would make a transposed copy of the activations, which takes longer than the product.
+        But an axis behind the first that is split over devices cannot be merged: its parts would be gathered.
     """
+    if not flatten:
+        return jnp.tensordot(x, weight, inputs)
     rows, columns = x.shape[: x.ndim - inputs], weight.shape[inputs:]
     width = math.prod(weight.shape[:inputs])
     return (x.reshape(-1, width) @ weight.reshape(width, -1)).reshape(*rows, *columns)

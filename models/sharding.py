@@ -202,6 +202,26 @@ def constrain(layout: Layout | None, array: jax.Array, *axes: str | None) -> jax
     return jax.lax.with_sharding_constraint(array, layout.sharding(split_axes))
 
 
+def gather(layout: Layout | None, parameter: jax.Array, dtype: Any, axes: Axes) -> jax.Array:
+    """Gathers a parameter over the devices that share the prompts; a no-op on one device.
+
+    The parameter is rounded to the compute dtype before it is sent, and has its own dtype afterwards. Its gradient is
+    summed over the devices in that dtype, and each of them keeps its part.
+    """
+    if layout is None or layout.mesh.size == 1:
+        return parameter
+
+    @jax.custom_vjp
+    def gathered(parameter: jax.Array) -> jax.Array:
+        return constrain(layout.for_sampling(), parameter.astype(dtype), *axes).astype(parameter.dtype)
+
+    def backward(_: None, gradient: jax.Array) -> tuple[jax.Array]:
+        return (constrain(layout, gradient, *axes),)
+
+    gathered.defvjp(lambda parameter: (gathered(parameter), None), backward)
+    return gathered(parameter)
+
+
 def parameter_axes(model: nnx.Module) -> dict[str, Any]:
     """Returns the logical axes of every parameter, as a tree like the parameters'."""
     state = nnx.split(model, nnx.Param, ...)[1]

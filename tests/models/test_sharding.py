@@ -13,7 +13,7 @@ from flax import nnx
 from models.config import Qwen3Config
 from models.generate import SamplingCopy
 from models.hf_weights import abstract_model, abstract_params, split
-from models.lora import Lora
+from models.lora import PROJECTIONS, Lora
 from models.sharding import RULES, constrain, make_layout, parameter_axes, parameter_shardings
 
 ROOT = Path(__file__).parents[2]
@@ -114,6 +114,67 @@ def test_eight_devices_equal_one(tmp_path: Path) -> None:
         assert result["gradient"] < 1e-5 and result["metrics"] < 1e-5, result
         # equal draws; a token may differ only where rounding crosses a boundary, and nothing here lies on one
         assert result["tokens_equal"] == 1 and result["logprobs"] < 1e-4, result
+
+
+TRAFFIC = """
+import json, sys
+import jax, jax.numpy as jnp
+from flax import nnx
+from models.config import Qwen3Config
+from models.hf_weights import abstract_model, abstract_params, split
+from models.sharding import gather, make_layout
+from train.plan.hlo import read_program
+from train.plan.roofline import Roofline
+
+LAYERS, G, S = 3, 4, 8
+network = Qwen3Config(64, 32, 80, LAYERS, 4, 2, 24)
+
+def in_layers(layout, P, T):
+    model = abstract_model(network, layout=layout)
+    graphdef, params = split(model)[0], abstract_params(model, layout)
+    int32 = lambda dims, *axes: jax.ShapeDtypeStruct(dims, jnp.int32, sharding=layout.sharding(axes))
+    tokens = int32((P, S), "prompt", None), int32((P,), "prompt"), int32((P, G, T), "prompt", "group", None)
+    loss = lambda params, *tokens: nnx.merge(graphdef, params).prefill_and_extend(*tokens)[1].sum()
+    placement = jax.tree.map(lambda leaf: leaf.sharding, params)
+    text = jax.jit(jax.grad(loss), out_shardings=placement).lower(params, *tokens).compile().as_text()
+    work = Roofline(read_program(text)).work()
+    items = [(item.opcode, work) for item, work in work.items.items() if item.loops and work.sent]
+    count = lambda kind: sum(work.kernels for opcode, work in items if opcode == kind) / LAYERS
+    return {"bytes": sum(sum(work.sent.values()) for _, work in items) / LAYERS,
+            "gathers": count("all-gather"), "others": count("all-to-all") + count("collective-permute")}
+
+whole, grouped = (make_layout(**mesh) for mesh in json.loads(sys.argv[1]))
+weight, near_1 = jnp.array([1 + 2**-10, 2.0]), 1 + 2**-10
+product = jax.jit(lambda weight: (gather(whole, weight, "bfloat16", ("embed",)) * near_1).sum())
+print(json.dumps({
+    "whole": [in_layers(whole, *sizes) for sizes in ((4, 16), (8, 32))],
+    "grouped": [in_layers(grouped, *sizes) for sizes in ((4, 16), (4, 32), (8, 16))],
+    "product": float(product(weight)), "gradient": jax.grad(product)(weight).tolist()}))
+"""
+
+
+def test_layers_send_weights_and_no_completions() -> None:
+    """For each device, whatever T, forward and backward send in each layer:
+
+    groups whole:  each weight twice (forward, recomputed), its gradient once; nothing of any prompt
+    groups split:  the same, and activations of prompts, which each device of a group computes, but of no completion
+    """
+    whole = {"data": 2, "fsdp": 2}
+    grouped = whole | {"rules": {"prompt": ["data"], "group": ["fsdp"]}}
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", TRAFFIC, json.dumps([whole, grouped])]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    small, large = found["whole"]
+    assert small == large and small["gathers"] == 2 * len(PROJECTIONS) and small["others"] == 0
+    short, long, more = (of["bytes"] for of in found["grouped"])
+    assert short == long and short < 1.3 * small["bytes"]
+    prompt_bytes = 4 * (4 // 2) * 8 * 32  # hidden states of the two prompts that each device has more
+    assert more - short < 8 * prompt_bytes
+    assert found["product"] == 3 * (1 + 2**-10), "gathered in the compute dtype"
+    assert found["gradient"] == [1 + 2**-10] * 2, "and summed in the parameter's"
 
 
 def test_every_parameter_axis_has_a_meaning() -> None:
