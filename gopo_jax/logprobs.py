@@ -37,7 +37,7 @@ def token_logprobs(
 
     The T axis is scanned in chunks of C positions and the backward pass recomputes each chunk, so the
     largest array is [..., C, V]: no array ever has both T and V, forward or backward. Leading axes keep
-    their shape, so they may be sharded.
+    their shape, so they may be sharded. The product is as exact as `jax.default_matmul_precision` says.
 
     Args:
       hidden: [..., T, D] hidden states; hidden[..., t, :] predicts tokens[..., t].

@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from models.precision import products_in
+
 # Hugging Face's name of a projection -> our name, and the number of its input axes (behind L)
 PROJECTIONS: dict[str, tuple[str, int]] = {
     "q_proj": ("query_LDHE", 1),
@@ -128,7 +130,8 @@ def merge_adapters(params: Parameters, lora: Lora) -> Parameters:
 def _merge(weight_L: jax.Array, a_L: jax.Array, b_L: jax.Array, scale: float) -> jax.Array:
     def merge_layer(slices: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         weight, a, b = slices
-        product = a.reshape(-1, a.shape[-1]) @ b.reshape(len(b), -1)
+        with products_in(jnp.float32):
+            product = a.reshape(-1, a.shape[-1]) @ b.reshape(len(b), -1)
         return (weight.astype(jnp.float32) + scale * product.reshape(weight.shape)).astype(weight.dtype)
 
     return jax.lax.map(merge_layer, (weight_L, a_L, b_L))

@@ -25,6 +25,7 @@ from gopo_jax import token_logprobs
 from models.attention import KeyValues, Past, PrefixKeyValues, group_attention
 from models.config import Qwen3Config
 from models.lora import Lora, adapter_names, add_adapters
+from models.precision import products_in
 from models.sharding import Layout, constrain, gather, total_shards
 
 # Checkpoint policies: which values of a layer's forward pass are saved for the backward pass, not recomputed.
@@ -143,7 +144,8 @@ class Layers(nnx.Module):
 class Backbone(nnx.Module):
     """Embedding, layers and final norm, without a head.
 
-    `dtype` is the compute dtype, `param_dtype` that of stored parameters, `remat` a key of `REMAT`.
+    `dtype` is the compute dtype (see `models.precision`), `param_dtype` that of stored parameters, `remat` a key of
+    `REMAT`.
     """
 
     def __init__(
@@ -280,7 +282,8 @@ class Backbone(nnx.Module):
         config, unlimited = self.config, np.iinfo(np.int32).max
         windows_L = None if config.windows is None else jnp.array([w or unlimited for w in config.windows], jnp.int32)
         slices = (params_L, jnp.arange(config.num_hidden_layers), windows_L, inputs_L)
-        return jax.lax.scan(jax.checkpoint(body, policy=policy) if policy else body, x, slices)
+        with products_in(self.dtype):
+            return jax.lax.scan(jax.checkpoint(body, policy=policy) if policy else body, x, slices)
 
     def _final_norm(self, x: jax.Array) -> jax.Array:
         return rms_norm(x, self.norm_D, self.config.rms_norm_eps)
@@ -329,8 +332,12 @@ class Qwen3(Backbone):
         with different prompts use copies of the head, so the gradients are summed once, not after every chunk.
         """
         rows = math.prod(tokens.shape[:-1]) // total_shards(self.layout, "prompt", *["group"] * (tokens.ndim == 3))
-        logprobs_of = partial(token_logprobs, chunk=max(chunk_tokens // rows, 1), **options)
         devices = total_shards(self.layout, "prompt")
+
+        def logprobs_of(hidden: jax.Array, head_VD: jax.Array, tokens: jax.Array) -> Any:
+            with products_in(self.dtype):
+                return token_logprobs(hidden, head_VD, tokens, chunk=max(chunk_tokens // rows, 1), **options)
+
         if devices == 1:
             return logprobs_of(hidden, self.head_VD, tokens)
         heads = jnp.broadcast_to(self.head_VD, (devices, *self.head_VD.shape))
@@ -343,7 +350,8 @@ class Qwen3(Backbone):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Returns float32 logits [..., V] of hidden states [..., D]."""
         head_VD = self.head_VD.astype(hidden.dtype)
-        return jnp.einsum("...d,vd->...v", hidden, head_VD, preferred_element_type=jnp.float32)
+        with products_in(hidden.dtype):
+            return jnp.einsum("...d,vd->...v", hidden, head_VD, preferred_element_type=jnp.float32)
 
     def __call__(self, tokens_BS: jax.Array, lengths_B: jax.Array) -> jax.Array:
         """Returns float32 logits [B, S, V] of right-padded sequences; from `lengths_B` on they mean nothing."""

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from models.config import Qwen3Config
+from models.precision import products_in
 from models.qwen3 import Backbone
 
 
@@ -37,4 +38,5 @@ class Qwen3RewardModel(Backbone):
 
     def score_hidden(self, hidden: jax.Array) -> jax.Array:
         """Returns float32 rewards [...] of hidden states [..., D]."""
-        return hidden.astype(jnp.float32) @ self.score_D[...]
+        with products_in(jnp.float32):
+            return hidden.astype(jnp.float32) @ self.score_D[...]

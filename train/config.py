@@ -28,7 +28,7 @@ class ModelConfig:
     path: str | None = None
     architecture: Qwen3Config | None = None  # instead of path: this network with random weights
     tokenizer: str | None = None  # a tokenizer directory or Hub name; default: the one that belongs to path
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; products of float32 are not TF32
     param_dtype: Literal["float32", "bfloat16"] = "float32"  # of the parameters and the optimizer state
     # the backward pass recomputes: nothing; all but matmuls; whole layers
     remat: Literal["none", "dots", "full"] = "full"

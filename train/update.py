@@ -23,7 +23,7 @@ from train.state import TrainState, apply_gradient, tree_shardings
 class Programs(NamedTuple):
     """The jitted programs of an update."""
 
-    zero_grads: Any  # params -> a gradient of zeros
+    zero_grads: Any  # params -> a gradient of zeros, float32
     accumulate: (
         Any  # (gradient, state, ref_params, micro-batch, denominator) -> gradient plus the micro-batch's, metrics
     )
@@ -42,9 +42,8 @@ def make_programs(
 
     @partial(jax.jit, out_shardings=placement.params)
     def zero_grads(params: Any) -> Any:
-        # with master weights the sum is float32, whatever the parameters are stored in
-        dtype = jnp.float32 if config.optimizer.master_weights else None
-        return jax.tree.map(partial(jnp.zeros_like, dtype=dtype), params)
+        # float32: in bfloat16 a sum stalls at 256 times its summands
+        return jax.tree.map(partial(jnp.zeros_like, dtype=jnp.float32), params)
 
     @partial(jax.jit, donate_argnums=0, out_shardings=(placement.params, None))
     def accumulate(
@@ -56,7 +55,10 @@ def make_programs(
 
     @partial(jax.jit, donate_argnums=0, out_shardings=(placement, None))
     def apply_gradients(state: TrainState, gradient: Any) -> tuple[TrainState, Metrics]:
-        return apply_gradient(optimizer, state, gradient), {"grad_norm": (optax.tree.norm(gradient), jnp.ones(()))}
+        metrics = {"grad_norm": (optax.tree.norm(gradient), jnp.ones(()))}
+        if not config.optimizer.master_weights:  # the whole sum is rounded, once: the moments are as the parameters
+            gradient = jax.tree.map(lambda total, param: total.astype(param.dtype), gradient, state.params)
+        return apply_gradient(optimizer, state, gradient), metrics
 
     return Programs(zero_grads, accumulate, apply_gradients, jax.jit(partial(completion_logprobs, graphdef, config)))
 

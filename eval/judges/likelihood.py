@@ -21,6 +21,7 @@ from eval.judges.pairs import CompletionPair, Judgement, winner_of
 from eval.judges.task import JudgeTask, readable
 from models.checkpoint import load_model
 from models.hf_weights import split
+from models.precision import products_in
 from models.qwen3 import Qwen3
 from models.sharding import Layout, fetch
 from models.tokenizer import Prompt, Tokenizer, pad, tokenizer_path
@@ -124,5 +125,6 @@ def _label_logprobs(graphdef: Any, params: Any, tokens_PS: Any, lengths_P: Any, 
     model = nnx.merge(graphdef, params)
     last_PD = model.prefill(tokens_PS, lengths_P)[1].last_PD
     # float32: in bfloat16 the two logits would often be equal, a false tie
-    logits_PV = jnp.einsum("pd,vd->pv", last_PD.astype(jnp.float32), model.head_VD)
+    with products_in(jnp.float32):
+        logits_PV = jnp.einsum("pd,vd->pv", last_PD.astype(jnp.float32), model.head_VD)
     return jax.nn.log_softmax(logits_PV, axis=-1)[:, labels_2]

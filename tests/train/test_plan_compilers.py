@@ -29,6 +29,7 @@ from train.plan import compilers
 from train.plan.chips import CHIPS, USABLE_SHARE
 from train.plan.compilers import Compiled, Compiler, NoCompiler, find_compiler
 from train.plan.devices import device_count
+from train.plan.hlo import product_flops, read_program
 from train.plan.plans import Plan
 from train.plan.programs import Cost, StepProgram
 from train.plan.roofline import Work
@@ -387,3 +388,23 @@ def test_a_mesh_may_split_the_sides_of_a_torus() -> None:
     devices = find_compiler("v6e", 16).devices
     mesh = make_layout(data=2, fsdp=4, tensor=2, devices=devices).mesh
     assert sorted(device.id for device in mesh.devices.flat) == sorted(device.id for device in devices)
+
+
+@pytest.mark.compilers
+@pytest.mark.parametrize("chip", ["H200", "v5p"])
+def test_products_of_float32_are_float32(chip: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither TF32 nor bfloat16 passes: every product that a compiler writes says `highest`."""
+    monkeypatch.setattr("train.plan.command.simulated_devices", lambda count: [None] * count)
+    monkeypatch.setattr("train.plan.compilers.cache_folder", lambda: tmp_path)
+    files = ["--hlo", str(tmp_path / "hlo"), "--model.dtype", "float32"]
+    assert main([*ARGUMENTS, *MESH, "--chip", chip, *files]) == 0
+    for name in ("sample", "logprobs", "gradient"):
+        program = read_program((tmp_path / "hlo" / f"{name}.hlo").read_text())
+        products = [
+            item.attributes.lower().replace('"', "")
+            for computation in program.computations.values()
+            for item in computation.values()
+            if product_flops(item, computation)
+        ]
+        assert products and all(re.search(r"operand_precision[=:][{\[]highest,highest", text) for text in products)
+        assert not any("tf32" in text for text in products)

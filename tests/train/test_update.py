@@ -1,0 +1,59 @@
+"""The update: gradients of micro-batches add up in float32, whatever the parameters are stored in."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from models.checkpoint import load_model
+from models.hf_weights import split
+from models.sharding import make_layout
+from train.batch import make_batch
+from train.build import make_optimizer
+from train.config import LossConfig, OptimizerConfig, PolicyConfig
+from train.objective import make_advantages
+from train.packing import microbatches
+from train.state import copy_tree, make_state
+from train.update import Update
+
+
+@pytest.mark.parametrize("master", [False, True], ids=["rounded", "master weights"])
+def test_many_small_gradients_add_up(
+    master: bool, policy_config: Callable[..., PolicyConfig], make_groups: Callable[..., Any], tmp_path: Path
+) -> None:
+    """300 times a gradient is 300 times as much; a sum in bfloat16 would stop at 256 times."""
+    model = replace(policy_config(tmp_path).model, param_dtype="bfloat16")
+    config = policy_config(
+        tmp_path, model=model, optimizer=OptimizerConfig(master_weights=master), loss=LossConfig(beta=0.0)
+    )
+    layout = make_layout()
+    graphdef, params = split(load_model(str(model.path), mesh=layout, param_dtype="bfloat16"))
+    optimizer, _ = make_optimizer(config.optimizer, 10)
+    state = make_state(copy_tree(params), optimizer, layout)
+    update = Update(graphdef, optimizer, config, layout, state)
+    groups = make_groups(config)
+    batch = make_batch(groups, config)
+    batch = batch._replace(advantages_PG=make_advantages(config)(groups.rewards_PGR, 0.0))
+    _, micro = next(iter(microbatches(batch, config.microbatch_prompts, layout)))
+
+    def summed(times: int) -> Any:
+        total = update.programs.zero_grads(state.params)
+        for _ in range(times):
+            total, _ = update.programs.accumulate(total, state, None, micro, np.float32(100))
+        return jax.device_get(total)
+
+    one, many = summed(1), summed(300)
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(one))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(b, 300 * a, rtol=1e-4), one, many)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(many)} == {"float32"}
+
+    dtypes = lambda tree: jax.tree.map(lambda leaf: leaf.dtype, tree)  # noqa: E731
+    before = dtypes(state)
+    after, metrics = update.programs.apply_gradients(state, many)
+    assert dtypes(after) == before
+    norm = np.sqrt(sum(np.square(leaf, dtype=np.float64).sum() for leaf in jax.tree.leaves(many)))
+    assert float(metrics["grad_norm"][0]) == pytest.approx(norm, rel=1e-5)
