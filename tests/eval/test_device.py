@@ -40,7 +40,7 @@ PROGRAMS = {
 
 def full_report(**changes: Any) -> Report:
     planned, notes = planned_figures({"programs": PROGRAMS, "step_seconds": 6.5}, "H200")
-    figures = {"xla": FIGURES, TORCH: FIGURES | {"sample_s": 16.0}}
+    figures = {name: FIGURES for name in device.IMPLEMENTATIONS} | {TORCH: FIGURES | {"sample_s": 16.0}}
     return replace(Report(MACHINE | RUN, asdict(SIZES["qwen3-1.7b"]), figures, planned, notes), **changes)
 
 
@@ -105,7 +105,9 @@ def test_every_figure_is_measured_planned_and_their_ratio() -> None:
 
 def test_the_form_is_the_same_with_everything_and_with_nothing() -> None:
     whole = markdown(full_report())
-    empty = markdown(full_report(figures={"xla": {}, TORCH: {}}, planned={}, notes=["all: left out"]))
+    empty = markdown(
+        full_report(figures=dict.fromkeys([*device.IMPLEMENTATIONS, TORCH], {}), planned={}, notes=["all: left out"])
+    )
     first_column = lambda text: [line.split("|")[1].strip(" :-") for line in text.splitlines() if "|" in line]  # noqa: E731
     assert first_column(whole) == first_column(empty)
     assert "`python -m eval device`" in whole and "jax 0.11.2" in whole and "NVIDIA H200, 1 of 1; 16 CPU cores" in whole

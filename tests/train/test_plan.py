@@ -208,7 +208,7 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Mesh], tuple[
     @functools.cache
     def plan(mesh: Mesh) -> tuple[str, dict[str, Any]]:
         file = tmp_path_factory.mktemp("plan") / "plan.json"
-        printed = program("-m", "train", "plan", *settings_of(mesh), "--chip", "H200", "--out", str(file))
+        printed = program("-m", "train", "plan", *settings_of(mesh), "--out", str(file))  # by the compiler for CPUs
         return printed, json.loads(file.read_text())
 
     return plan
