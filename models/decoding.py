@@ -74,17 +74,22 @@ class ScannedDecoder:
 
 
 class DecodeLayer(NamedTuple):
-    """One layer's weights, in the compute dtype, adapters added. W = Q + 2: queries, key and value of a head."""
+    """One layer's weights, in the compute dtype, adapters added.
+
+    Of every key/value head its W = Q + 2 projections lie together: Q queries, the key, the value; M = K W E. Weights
+    have two axes: with a small one in the middle, a TPU would pad it.
+    """
 
     attention_norm_D: Any
-    qkv_DKWE: Any
+    qkv_DM: Any
     qkv_bias_KWE: Any  # None without biases
     query_norm_E: Any
     key_norm_E: Any
     output_KQED: Any
     output_bias_D: Any
     mlp_norm_D: Any
-    gate_up_DNF: Any  # N = 2: gate, up
+    gate_DF: Any
+    up_DF: Any
     down_FD: Any
 
 
@@ -104,14 +109,15 @@ class DecodeWeights:
 
 LAYER_AXES = DecodeLayer(
     attention_norm_D=("width",),
-    qkv_DKWE=("embed", "kv_heads", None, "head_dim"),
+    qkv_DM=("embed", "kv_heads"),
     qkv_bias_KWE=("kv_heads", None, "head_dim"),
     query_norm_E=("head_dim",),
     key_norm_E=("head_dim",),
     output_KQED=("kv_heads", None, "head_dim", "embed"),
     output_bias_D=("width",),
     mlp_norm_D=("width",),
-    gate_up_DNF=("embed", None, "mlp"),
+    gate_DF=("embed", "mlp"),
+    up_DF=("embed", "mlp"),
     down_FD=("mlp", "embed"),
 )
 
@@ -173,21 +179,22 @@ def decode_weights(graphdef: Any, params: Any, *, kernels: bool = False) -> Deco
         parts = [layers[name] for name in (query, key, value)]
         return jnp.concatenate([part.reshape(*part.shape[:-2], K, -1, E) for part in parts], axis=-2)
 
-    qkv = by_head("query_LDHE", "key_LDKE", "value_LDKE")
+    D = config.hidden_size
+    qkv_LDM = by_head("query_LDHE", "key_LDKE", "value_LDKE").reshape(config.num_hidden_layers, D, -1)
     biases = by_head("query_bias_LHE", "key_bias_LKE", "value_bias_LKE") if config.attention_bias else None
-    output = layers["output_LHED"].reshape(len(qkv), K, -1, E, config.hidden_size)
-    gate_up = jnp.stack([layers["gate_LDF"], layers["up_LDF"]], axis=2)
+    output = layers["output_LHED"].reshape(config.num_hidden_layers, K, -1, E, D)
     unrolled = tuple(
         DecodeLayer(
             attention_norm_D=layers["attention_norm_LD"][i],
-            qkv_DKWE=qkv[i],
+            qkv_DM=qkv_LDM[i],
             qkv_bias_KWE=None if biases is None else biases[i],
             query_norm_E=layers["query_norm_LE"][i],
             key_norm_E=layers["key_norm_LE"][i],
             output_KQED=output[i],
             output_bias_D=layers["output_bias_LD"][i] if config.attention_bias else None,
             mlp_norm_D=layers["mlp_norm_LD"][i],
-            gate_up_DNF=gate_up[i],
+            gate_DF=layers["gate_LDF"][i],
+            up_DF=layers["up_LDF"][i],
             down_FD=layers["down_LFD"][i],
         )
         for i in range(config.num_hidden_layers)
@@ -301,7 +308,8 @@ class UnrolledDecoder:
         """Returns queries, keys and values [P, G, T, K, W, E] of a layer."""
         y_PGTD = self._norm(x_PGTD, weights.attention_norm_D)
         with jax.named_scope("qkv"):
-            qkv = jnp.einsum("pgtd,dkwe->pgtkwe", y_PGTD, weights.qkv_DKWE)
+            K, E = self._config.num_key_value_heads, self._config.head_dim
+            qkv = (y_PGTD @ weights.qkv_DM).reshape(*y_PGTD.shape[:3], K, -1, E)
             qkv = qkv if weights.qkv_bias_KWE is None else qkv + weights.qkv_bias_KWE
         return constrain(self.layout, qkv, "prompt", "group", "sequence", "kv_heads", None, None)
 
@@ -326,9 +334,11 @@ class UnrolledDecoder:
             y_PGTD = y_PGTD if weights.output_bias_D is None else y_PGTD + weights.output_bias_D
         x_PGTD = constrain(self.layout, x_PGTD + y_PGTD, *axes)
         y_PGTD = self._norm(x_PGTD, weights.mlp_norm_D)
-        with jax.named_scope("gate_up"):
-            gate_up = jnp.einsum("pgtd,dnf->pgtnf", y_PGTD, weights.gate_up_DNF)
-        hidden_PGTF = ACTIVATIONS[self._config.hidden_act](gate_up[..., 0, :]) * gate_up[..., 1, :]
+        with jax.named_scope("gate"):
+            gate_PGTF = y_PGTD @ weights.gate_DF
+        with jax.named_scope("up"):
+            up_PGTF = y_PGTD @ weights.up_DF
+        hidden_PGTF = ACTIVATIONS[self._config.hidden_act](gate_PGTF) * up_PGTF
         with jax.named_scope("down"):
             y_PGTD = jnp.einsum("pgtf,fd->pgtd", hidden_PGTF, weights.down_FD)
         return constrain(self.layout, x_PGTD + y_PGTD, *axes)
