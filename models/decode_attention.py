@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from models.qwen3 import rms_norm, rotate
 from models.sharding import Layout
 
 PREFIX_BLOCK, PAST_BLOCK = 64, 32  # positions that a kernel reads at a time
@@ -95,19 +96,6 @@ def decode_attention(
     return sharded(*arguments)
 
 
-def normalised(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
-    """Returns x / sqrt(mean(x^2) + epsilon) * scale over the last axis; the statistics are float32."""
-    x32 = x.astype(jnp.float32)
-    x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + epsilon)
-    return x32.astype(x.dtype) * scale.astype(x.dtype)
-
-
-def rotated(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Applies the rotary embedding; the two halves of the last axis form the pairs."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-
-
 # XLA's path
 
 
@@ -120,10 +108,10 @@ def _attend_by_xla(
     window: int | None,
 ) -> tuple[jax.Array, LayerKeyValues]:
     E, dtype = qkv_PGKWE.shape[-1], qkv_PGKWE.dtype
-    cos, sin = token.cos_PGC[:, :, None, None], token.sin_PGC[:, :, None, None]
-    query = rotated(normalised(qkv_PGKWE[..., :-2, :], norms.query_E, norms.epsilon), cos, sin)
+    rotary = token.cos_PGC[:, :, None, None], token.sin_PGC[:, :, None, None]
+    query = rotate(rms_norm(qkv_PGKWE[..., :-2, :], norms.query_E, norms.epsilon), rotary)
     query = query * jnp.asarray(E**-0.5, dtype)
-    new = rotated(normalised(qkv_PGKWE[..., -2:-1, :], norms.key_E, norms.epsilon), cos, sin)
+    new = rotate(rms_norm(qkv_PGKWE[..., -2:-1, :], norms.key_E, norms.epsilon), rotary)
 
     def put(cache_PKGTE: jax.Array, new_PGK1E: jax.Array) -> jax.Array:
         return jax.lax.dynamic_update_slice_in_dim(cache_PKGTE, jnp.swapaxes(new_PGK1E, 1, 2), token.filled, axis=3)
@@ -367,7 +355,7 @@ def _past_kernel(
 def _normalise_and_rotate(
     halves: tuple[jax.Array, ...], scales: tuple[jax.Array, ...], cos: jax.Array, sin: jax.Array, epsilon: float
 ) -> list[jax.Array]:
-    """`rotated(normalised(x))` of x in two halves, rounded where those round."""
+    """`rotate(rms_norm(x))` of x in two halves, rounded where those round."""
     dtype, width = halves[0].dtype, 2 * halves[0].shape[-1]
     wide = [half.astype(jnp.float32) for half in halves]
     mean = sum(jnp.square(half).sum(-1, keepdims=True) for half in wide) / width

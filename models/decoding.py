@@ -3,8 +3,8 @@
 Two ways, chosen here by the devices' kind (`mesh.decoding`), with the same tokens up to rounding:
 
     scanned    a scan over the stacked layers, and a cache that is read in pieces: the fastest on CPUs
-    unrolled   every layer's weights and cache are arrays of their own, the projections of one input one product, and
-               attention a kernel (models.decode_attention): on GPUs and TPUs, where a scan inside the token loop
+    unrolled   every layer's weights and cache are arrays of their own, query, key and value one product, and on GPUs
+               attention is kernels (models.decode_attention): on accelerators, where a scan inside the token loop
                copies each layer's weights out of the stack for every token
 """
 
@@ -25,12 +25,10 @@ from models.decode_attention import (
     Token,
     decode_attention,
     has_kernel,
-    normalised,
-    rotated,
 )
-from models.lora import adapter_names
+from models.lora import merge_adapters
 from models.precision import products_in
-from models.qwen3 import ACTIVATIONS, Prefix, Qwen3, last_hidden, rotary_angles
+from models.qwen3 import ACTIVATIONS, Prefix, Qwen3, last_hidden, rms_norm, rotary_angles, rotate
 from models.sharding import Layout, constrain, with_sharding
 
 GPUS = ("gpu", "cuda")  # JAX's names of the platform; cuda: devices that are only compiled for
@@ -164,14 +162,9 @@ def choose_decoding(decoding: str, layout: Layout, config: Qwen3Config) -> str:
 def decode_weights(graphdef: Any, params: Any, *, kernels: bool = False) -> DecodeWeights:
     """Returns the weights of the unrolled decoder, from a policy's parameters."""
     model: Qwen3 = nnx.merge(graphdef, params)
-    config, dtype, layers = model.config, model.dtype, dict(params["layers"])
-    lora = model.layers.lora
-    for name, adapters in adapter_names(lora).items():
-        assert lora is not None
-        a, b = (layers[adapter] for adapter in adapters)
-        with products_in(jnp.float32):
-            layers[name] = layers[name] + lora.scale * _stacked_product(a, b).reshape(layers[name].shape)
-    layers = {name: array.astype(dtype) for name, array in layers.items()}
+    config, dtype, lora = model.config, model.dtype, model.layers.lora
+    params = params if lora is None else merge_adapters(params, lora)
+    layers = {name: array.astype(dtype) for name, array in params["layers"].items()}
     K, E = config.num_key_value_heads, config.head_dim
 
     def by_head(query: str, key: str, value: str) -> jax.Array:
@@ -202,12 +195,6 @@ def decode_weights(graphdef: Any, params: Any, *, kernels: bool = False) -> Deco
     unembed = None if config.tie_word_embeddings else params["unembed_VD"].astype(dtype)
     embed, norm = params["embed_VD"].astype(dtype), params["norm_D"].astype(dtype)
     return DecodeWeights(config, kernels, model.layout, embed, unembed, norm, unrolled)
-
-
-def _stacked_product(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Returns the products [L, inputs, outputs] of adapters [L, inputs..., A] and [L, A, outputs...]."""
-    L, A = len(a), a.shape[-1]
-    return jnp.einsum("lia,lao->lio", a.reshape(L, -1, A), b.reshape(L, A, -1), preferred_element_type=jnp.float32)
 
 
 class UnrolledPrefix(NamedTuple):
@@ -300,9 +287,8 @@ class UnrolledDecoder:
         x_PGTD = jnp.take(self._weights.embed_VD, tokens_PGT, axis=0)
         return constrain(self.layout, x_PGTD, "prompt", "group", "sequence", "width")
 
-    @jax.named_scope("norm")
     def _norm(self, x: jax.Array, scale: jax.Array) -> jax.Array:
-        return normalised(x, scale, self._config.rms_norm_eps)
+        return rms_norm(x, scale, self._config.rms_norm_eps)
 
     def _projections(self, x_PGTD: jax.Array, weights: DecodeLayer) -> jax.Array:
         """Returns queries, keys and values [P, G, T, K, W, E] of a layer."""
@@ -318,9 +304,8 @@ class UnrolledDecoder:
     ) -> tuple[jax.Array, LayerKeyValues]:
         """Attends within prompts; returns [P, 1, S, K, Q, E], and their keys and values."""
         cos, sin = (angle[..., None, :] for angle in rotary)  # over K and W
-        epsilon = self._config.rms_norm_eps
-        query = rotated(normalised(qkv[..., :-2, :], weights.query_norm_E, epsilon), cos, sin)
-        key = rotated(normalised(qkv[..., -2:-1, :], weights.key_norm_E, epsilon), cos, sin)
+        query = rotate(self._norm(qkv[..., :-2, :], weights.query_norm_E), (cos, sin))
+        key = rotate(self._norm(qkv[..., -2:-1, :], weights.key_norm_E), (cos, sin))
         keys, values = (jnp.einsum("pgtke->pkgte", part[..., 0, :]) for part in (key, qkv[..., -1:, :]))
         out = group_attention(query, KeyValues(keys, values), window=window)
         return out, LayerKeyValues(keys[:, :, 0], values[:, :, 0])

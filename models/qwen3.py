@@ -375,7 +375,7 @@ def linear(x: jax.Array, weight: jax.Array, inputs: int = 1, *, flatten: bool = 
 
 
 @jax.named_scope("norm")
-def rms_norm(x: jax.Array, scale: nnx.Param, epsilon: float) -> jax.Array:
+def rms_norm(x: jax.Array, scale: nnx.Param | jax.Array, epsilon: float) -> jax.Array:
     """Returns x / sqrt(mean(x^2) + epsilon) * scale over the last axis; the statistics are float32."""
     x32 = x.astype(jnp.float32)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + epsilon)
@@ -440,7 +440,7 @@ def rotary_angles(positions_PGT: jax.Array, config: Qwen3Config) -> tuple[jax.Ar
 
 @jax.named_scope("rotary")
 def rotate(x: jax.Array, rotary: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Applies rotary embedding to [P, G, T, heads, E]; the two halves of E form the pairs, as in Hugging Face."""
+    """Applies rotary embedding to [..., heads, E]; the two halves of E form the pairs, as in Hugging Face."""
     cos, sin = rotary
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

@@ -14,9 +14,8 @@ from models.decode_attention import (
     decode_attention,
     has_kernel,
     kernel_work,
-    normalised,
-    rotated,
 )
+from models.qwen3 import rms_norm, rotate
 
 # P, G, K, Q, E, S, T, filled positions, window
 SHAPES = {
@@ -69,8 +68,8 @@ def test_xlas_path_is_softmax_attention(name: str) -> None:
     qkv, norms, token, prefix, cache = arguments(shape)
     out, grown = decode_attention(qkv, norms, token, prefix, cache, window=window)
     cos, sin = token.cos_PGC[:, :, None, None], token.sin_PGC[:, :, None, None]
-    query = np.asarray(rotated(normalised(qkv[..., :Q, :], norms.query_E, 1e-6), cos, sin))
-    key = np.asarray(rotated(normalised(qkv[..., Q : Q + 1, :], norms.key_E, 1e-6), cos, sin))
+    query = np.asarray(rotate(rms_norm(qkv[..., :Q, :], norms.query_E, 1e-6), (cos, sin)))
+    key = np.asarray(rotate(rms_norm(qkv[..., Q : Q + 1, :], norms.key_E, 1e-6), (cos, sin)))
     for p, g, k in np.ndindex(P, G, K):
         n = int(token.lengths_P[p])
         keys = np.concatenate([prefix.keys[p, k, :n], cache.keys[p, k, g, :filled], key[p, g, k]])
