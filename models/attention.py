@@ -14,7 +14,7 @@ CACHE_CHUNK = 64  # cached positions read at a time, so that empty chunks are no
 
 
 class KeyValues(NamedTuple):
-    """Keys and values of completions, [P, K, G, T, E]; of all layers [L, ...]."""
+    """Keys and values as a layer projects them, [P, G, T, K, E], of prompts [P, S, K, E]; of all layers [L, ...]."""
 
     keys: jax.Array
     values: jax.Array
@@ -28,6 +28,16 @@ class PrefixKeyValues(NamedTuple):
 
     keys: jax.Array
     values: jax.Array
+
+
+def heads_first(kv: KeyValues) -> KeyValues:
+    """Converts [..., P, G, T, K, E] to [..., P, K, G, T, E]: decoding on a CPU is twice as fast in this order."""
+    return KeyValues(*(jnp.einsum("...gtke->...kgte", part) for part in kv))
+
+
+def prefix_key_values(kv: KeyValues) -> PrefixKeyValues:
+    """Converts keys and values of prompts, [..., P, S, K, E], to the order in which their completions read them."""
+    return PrefixKeyValues(jnp.einsum("...ske->...kes", kv.keys), jnp.einsum("...ske->...kse", kv.values))
 
 
 class Past(NamedTuple):
@@ -79,7 +89,7 @@ def group_attention(
 
     Args:
       query_PGTKQE: queries, rotated and normalised, Q query heads per key/value head.
-      new_PKGTE: keys and values of the T positions; position t attends to positions 0 ... t.
+      new_PKGTE: keys and values of the T positions (see `heads_first`); position t attends to positions 0 ... t.
       prefix: keys and values of the prompt, shared by the group.
       prefix_lengths_P: tokens of each prompt; the positions behind are masked. Needed with prefix.
       past: keys and values of the completion's earlier positions in all layers. Unfilled positions are masked;

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from models.flops import KernelWork
 from models.qwen3 import rms_norm, rotate
 from models.sharding import Layout
 
@@ -44,13 +45,6 @@ class Token(NamedTuple):
     lengths_P: Any  # tokens of each prompt
     filled: Any  # positions of the cache that are filled, of every completion
     live_PG: Any  # False: the completion has ended; nothing of it is read, and its output means nothing
-
-
-class Work(NamedTuple):
-    """What a kernel does in one call, on one device."""
-
-    flops: float
-    bytes: float
 
 
 def decode_attention(
@@ -376,7 +370,7 @@ def has_kernel(head_dim: int) -> bool:
     return head_dim >= 2 * MIN_ROWS and head_dim == _power_of_2(head_dim)
 
 
-def kernel_work(P: int, G: int, K: int, Q: int, E: int, S: int, filled: float, itemsize: int) -> dict[str, Work]:
+def kernel_work(P: int, G: int, K: int, Q: int, E: int, S: int, filled: float, itemsize: int) -> dict[str, KernelWork]:
     """Returns what each kernel does in a call on one device: `S` tokens of every prompt, `filled` of every completion.
 
     prefix_attention: 4 P G K Q S E FLOPs; keys and values of the prompt once, the group's projections, its partial sums
@@ -384,7 +378,7 @@ def kernel_work(P: int, G: int, K: int, Q: int, E: int, S: int, filled: float, i
     """
     rows = P * G * K * Q
     projections, sums = P * G * K * (Q + 2) * E * itemsize, 4 * rows * (E + 2)
-    prefix = Work(4.0 * rows * S * E, 2.0 * P * K * S * E * itemsize + projections + sums)
+    prefix = KernelWork(4.0 * rows * S * E, 2.0 * P * K * S * E * itemsize + projections + sums)
     cached = 2.0 * P * G * K * (filled + 1) * E * itemsize
-    past = Work(4.0 * rows * (filled + 1) * E, cached + projections + sums + rows * E * itemsize)
+    past = KernelWork(4.0 * rows * (filled + 1) * E, cached + projections + sums + rows * E * itemsize)
     return {"prefix_attention": prefix, "past_attention": past}

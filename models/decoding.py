@@ -15,9 +15,8 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import AbstractMesh
 
-from models.attention import KeyValues, Past, group_attention
+from models.attention import KeyValues, Past, group_attention, heads_first
 from models.config import Qwen3Config
 from models.decode_attention import (
     HeadNorms,
@@ -26,12 +25,11 @@ from models.decode_attention import (
     decode_attention,
     has_kernel,
 )
+from models.flash_attention import choose_attention, flash_attention
 from models.lora import merge_adapters
 from models.precision import products_in
 from models.qwen3 import ACTIVATIONS, Prefix, Qwen3, last_hidden, rms_norm, rotary_angles, rotate
-from models.sharding import Layout, constrain, with_sharding
-
-GPUS = ("gpu", "cuda")  # JAX's names of the platform; cuda: devices that are only compiled for
+from models.sharding import GPUS, Layout, constrain, platform_of, with_sharding
 
 
 class Decoder(Protocol):
@@ -224,6 +222,7 @@ class UnrolledDecoder:
 
     def __init__(self, weights: DecodeWeights, *, interpret: bool = False) -> None:
         self._weights, self._config, self.layout = weights, weights.config, weights.layout
+        self._flash = choose_attention(weights.layout, weights.config) == "kernels"  # within prompts
         self._windows = weights.config.windows or (None,) * weights.config.num_hidden_layers
         self._attend = partial(decode_attention, layout=weights.layout, kernel=weights.kernels, interpret=interpret)
 
@@ -306,8 +305,14 @@ class UnrolledDecoder:
         cos, sin = (angle[..., None, :] for angle in rotary)  # over K and W
         query = rotate(self._norm(qkv[..., :-2, :], weights.query_norm_E), (cos, sin))
         key = rotate(self._norm(qkv[..., -2:-1, :], weights.key_norm_E), (cos, sin))
-        keys, values = (jnp.einsum("pgtke->pkgte", part[..., 0, :]) for part in (key, qkv[..., -1:, :]))
-        out = group_attention(query, KeyValues(keys, values), window=window)
+        new = KeyValues(key[..., 0, :], qkv[..., -1, :])
+        keys, values = heads_first(new)
+        if self._flash:
+            P, G, S, K, Q, E = query.shape
+            out = flash_attention(query.reshape(P, G, S, K * Q, E), new, window=window, layout=self.layout)
+            out = out.reshape(query.shape)
+        else:
+            out = group_attention(query, KeyValues(keys, values), window=window)
         return out, LayerKeyValues(keys[:, :, 0], values[:, :, 0])
 
     def _rest_of_layer(self, x_PGTD: jax.Array, out_PGTKQE: jax.Array, weights: DecodeLayer) -> jax.Array:
@@ -334,10 +339,3 @@ def make_decoder(params: Any, graphdef: Any) -> Decoder:
     if not isinstance(params, DecodeWeights):
         return ScannedDecoder(nnx.merge(graphdef, params))
     return UnrolledDecoder(params)
-
-
-def platform_of(layout: Layout | None) -> str:
-    """Returns the kind of the devices: cpu, gpu, cuda (of devices that are only compiled for) or tpu."""
-    if layout is None or isinstance(layout.mesh, AbstractMesh):
-        return "cpu"
-    return str(layout.mesh.devices.flat[0].platform)

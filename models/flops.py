@@ -1,6 +1,7 @@
 """The least arithmetic and memory traffic of a step, with every prompt computed once per group: bounds for speed."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from models.config import Qwen3Config
 
@@ -9,6 +10,13 @@ PEAK_FLOPS = {
     **{"TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5": 459e12, "TPU v6": 918e12},
     **{"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12},
 }
+
+
+class KernelWork(NamedTuple):
+    """What a kernel of our own does in one call, on one device: the compiled text does not show it."""
+
+    flops: float
+    bytes: float
 
 
 def peak_flops(device_kind: str) -> float | None:

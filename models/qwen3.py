@@ -22,11 +22,12 @@ import numpy as np
 from flax import nnx
 
 from gopo_jax import token_logprobs
-from models.attention import KeyValues, Past, PrefixKeyValues, group_attention
+from models.attention import KeyValues, Past, PrefixKeyValues, group_attention, heads_first, prefix_key_values
 from models.config import Qwen3Config
+from models.flash_attention import choose_attention, flash_attention
 from models.lora import Lora, adapter_names, add_adapters
 from models.precision import products_in
-from models.sharding import Layout, constrain, gather, total_shards
+from models.sharding import Layout, constrain, gather, platform_of, total_shards
 
 # Checkpoint policies: which values of a layer's forward pass are saved for the backward pass, not recomputed.
 REMAT: dict[str, Callable[..., Any] | None] = {
@@ -68,6 +69,7 @@ class Layers(nnx.Module):
         self, config: Qwen3Config, rngs: nnx.Rngs, param_dtype: Any, layout: Layout | None, lora: Lora | None
     ) -> None:
         self.config, self.layout, self.lora = config, layout, lora
+        self.attention = choose_attention(layout, config)
         L, D, F, E = config.num_hidden_layers, config.hidden_size, config.intermediate_size, config.head_dim
         H, K = config.num_attention_heads, config.num_key_value_heads
 
@@ -97,8 +99,18 @@ class Layers(nnx.Module):
         add_adapters(self, lora, rngs)
 
     def __call__(
-        self, x_PGTD: jax.Array, rotary: tuple[jax.Array, jax.Array], **attention: Any
+        self,
+        x_PGTD: jax.Array,
+        rotary: tuple[jax.Array, jax.Array],
+        *,
+        prompt: KeyValues | None = None,
+        **attention: Any,
     ) -> tuple[jax.Array, KeyValues]:
+        """Returns the layer's output, and the keys and values of its positions.
+
+        `prompt` has the keys and values of the group's prompt, if this pass computes them too, else `prefix` has them
+        (see `group_attention`, whose the other arguments are).
+        """
         config, dtype = self.config, x_PGTD.dtype
         multiply = partial(linear, flatten=total_shards(self.layout, "group", "sequence") == 1)
 
@@ -122,12 +134,8 @@ class Layers(nnx.Module):
         query_PGTHE = rotate(rms_norm(query_PGTHE, self.query_norm_LE, config.rms_norm_eps), rotary)
         key_PGTKE = rotate(rms_norm(key_PGTKE, self.key_norm_LE, config.rms_norm_eps), rotary)
         query_PGTHE = constrain(self.layout, query_PGTHE, "prompt", "group", "sequence", "heads", None)
-        # heads before positions: decoding on a CPU is twice as fast as with [..., T, K, E]
-        new_PKGTE = KeyValues(jnp.einsum("pgtke->pkgte", key_PGTKE), jnp.einsum("pgtke->pkgte", value_PGTKE))
-
-        P, G, T, H, E = query_PGTHE.shape
-        query_PGTKQE = query_PGTHE.reshape(P, G, T, config.num_key_value_heads, -1, E)
-        out_PGTHE = group_attention(query_PGTKQE, new_PKGTE, **attention).reshape(P, G, T, H, E)
+        new_PGTKE = KeyValues(key_PGTKE, value_PGTKE)
+        out_PGTHE = self._attend(query_PGTHE, new_PGTKE, prompt, **attention)
         y_PGTD = project(out_PGTHE, "output_LHED", inputs=2)
         if config.attention_bias:
             y_PGTD += self.output_bias_LD[...].astype(dtype)
@@ -138,7 +146,29 @@ class Layers(nnx.Module):
         hidden_PGTF = gate_PGTF * project(y_PGTD, "up_LDF")
         hidden_PGTF = constrain(self.layout, hidden_PGTF, "prompt", "group", "sequence", "mlp")
         x_PGTD = x_PGTD + project(hidden_PGTF, "down_LFD")
-        return constrain(self.layout, x_PGTD, "prompt", "group", "sequence", "width"), new_PKGTE
+        return constrain(self.layout, x_PGTD, "prompt", "group", "sequence", "width"), new_PGTKE
+
+    def _attend(
+        self,
+        query_PGTHE: jax.Array,
+        new_PGTKE: KeyValues,
+        prompt: KeyValues | None,
+        *,
+        prefix: PrefixKeyValues | None = None,
+        past: Past | None = None,
+        layer: jax.typing.ArrayLike = 0,
+        prefix_lengths_P: jax.Array | None = None,
+        **options: Any,
+    ) -> jax.Array:
+        """Attention by kernels where they can, else by XLA, [P, G, T, H, E]."""
+        if self.attention != "xla" and prefix is None and past is None:
+            options |= {"prompt": prompt, "prompt_lengths_P": prefix_lengths_P, "layout": self.layout}
+            return flash_attention(query_PGTHE, new_PGTKE, interpret=self.attention == "interpreted", **options)
+        P, G, T, H, E = query_PGTHE.shape
+        query_PGTKQE = query_PGTHE.reshape(P, G, T, self.config.num_key_value_heads, -1, E)
+        prefix = prefix if prompt is None else prefix_key_values(prompt)
+        options |= {"prefix": prefix, "prefix_lengths_P": prefix_lengths_P, "past": past, "layer": layer}
+        return group_attention(query_PGTKQE, heads_first(new_PGTKE), **options).reshape(P, G, T, H, E)
 
 
 class Backbone(nnx.Module):
@@ -170,7 +200,7 @@ class Backbone(nnx.Module):
     def prefill(self, prompt_PS: jax.Array, lengths_P: jax.Array) -> tuple[jax.Array, Prefix]:
         """Returns hidden states of right-padded prompts, and the prefix for their completions."""
         hidden_P1SD, new = self._forward(prompt_PS[:, None], jnp.zeros_like(lengths_P)[:, None, None])
-        hidden_PSD = hidden_P1SD[:, 0]
+        hidden_PSD, new = hidden_P1SD[:, 0], KeyValues(*(part[:, :, 0] for part in new))
         return hidden_PSD, Prefix(prefix_key_values(new), lengths_P, last_hidden(hidden_PSD, lengths_P))
 
     def extend(
@@ -187,7 +217,8 @@ class Backbone(nnx.Module):
         completions (see `group_attention`).
         """
         start_P11 = prefix.lengths_P[:, None, None] + (past.length if past is not None else 0)
-        return self._forward(tokens_PGT, start_P11, prefix=prefix, past=past, offset_PGT=offset_PGT)
+        hidden, new = self._forward(tokens_PGT, start_P11, prefix=prefix, past=past, offset_PGT=offset_PGT)
+        return hidden, heads_first(new)
 
     def prefill_and_extend(
         self, prompt_PS: jax.Array, lengths_P: jax.Array, tokens_PGT: jax.Array, offset_PGT: jax.Array | None = None
@@ -196,13 +227,14 @@ class Backbone(nnx.Module):
 
         One pass over the layers does both, so sharded parameters are gathered once.
         """
-        prompt, prompt_rotary = self._embed(prompt_PS[:, None], jnp.zeros_like(lengths_P)[:, None, None])
-        completion, rotary = self._embed(tokens_PGT, lengths_P[:, None, None], offset_PGT)
+        table_VD = self.gathered_table(self.embed_VD)
+        prompt, prompt_rotary = self._embed(table_VD, prompt_PS[:, None], jnp.zeros_like(lengths_P)[:, None, None])
+        completion, rotary = self._embed(table_VD, tokens_PGT, lengths_P[:, None, None], offset_PGT)
         options = {"prefix_lengths_P": lengths_P, "offset_PGT": offset_PGT}
 
         def step(layer: Callable[..., Any], x: tuple[jax.Array, jax.Array], _: None) -> tuple[Any, None]:
             prompt, new = layer(x[0], prompt_rotary)
-            completion, _ = layer(x[1], rotary, prefix=prefix_key_values(new), **options)
+            completion, _ = layer(x[1], rotary, prompt=KeyValues(*(part[:, 0] for part in new)), **options)
             return (prompt, completion), None
 
         (prompt, completion), _ = self._scan_layers(step, (prompt, completion), None)
@@ -211,16 +243,21 @@ class Backbone(nnx.Module):
     def predict(
         self, prompt_PS: jax.Array, lengths_P: jax.Array, tokens_PGT: jax.Array, offset_PGT: jax.Array | None = None
     ) -> jax.Array:
-        """Returns the hidden state that predicts each completion token, [P, G, T, D]; the last token is never input."""
+        """Returns the hidden state that predicts each completion token, [P, G, T, D].
+
+        The last token predicts nothing. It is left out on CPUs; elsewhere it is computed, because T - 1 positions make
+        products of sizes that no tile divides.
+        """
         P, G, T = tokens_PGT.shape
         if T == 1:
             last_PD = self.prefill(prompt_PS, lengths_P)[1].last_PD
             return jnp.broadcast_to(last_PD[:, None, None], (P, G, 1, last_PD.shape[-1]))
-        inputs_PGT = None if offset_PGT is None else offset_PGT[..., :-1]
-        hidden_PSD, hidden_PGTD = self.prefill_and_extend(prompt_PS, lengths_P, tokens_PGT[..., :-1], inputs_PGT)
+        end = -1 if platform_of(self.layout) == "cpu" else None
+        inputs_PGT = None if offset_PGT is None else offset_PGT[..., :end]
+        hidden_PSD, hidden_PGTD = self.prefill_and_extend(prompt_PS, lengths_P, tokens_PGT[..., :end], inputs_PGT)
         last_P11D = last_hidden(hidden_PSD, lengths_P)[:, None, None]
         first_PG1D = jnp.broadcast_to(last_P11D, (P, G, 1, last_P11D.shape[-1]))
-        hidden_PGTD = jnp.concatenate([first_PG1D, hidden_PGTD], axis=2)
+        hidden_PGTD = jnp.concatenate([first_PG1D, hidden_PGTD[:, :, : T - 1]], axis=2)
         return hidden_PGTD if offset_PGT is None else jnp.where(offset_PGT[..., None] == 0, first_PG1D, hidden_PGTD)
 
     def hidden(self, tokens_BS: jax.Array, offset_BS: jax.Array | None = None) -> jax.Array:
@@ -236,8 +273,8 @@ class Backbone(nnx.Module):
         table is rounded to the compute dtype before it is gathered and float32 afterwards, so that the gradients of
         many tokens are summed in float32: in bfloat16 a frequent token's sum would stall at 256 times its summands.
         """
-        table = constrain(self.layout, table_VD[...].astype(self.dtype), "vocab", "width")
-        return table.astype(jnp.float32)
+        rounded = table_VD[...].astype(self.dtype).astype(jnp.float32)
+        return gather(self.layout, rounded, self.dtype, ("vocab", "embed"))
 
     def _forward(
         self,
@@ -248,7 +285,7 @@ class Backbone(nnx.Module):
         past: Past | None = None,
         offset_PGT: jax.Array | None = None,
     ) -> tuple[jax.Array, KeyValues]:
-        x_PGTD, rotary = self._embed(tokens_PGT, start_P11, offset_PGT)
+        x_PGTD, rotary = self._embed(self.gathered_table(self.embed_VD), tokens_PGT, start_P11, offset_PGT)
         lengths_P = prefix.lengths_P if prefix is not None else None
         options = {"prefix_lengths_P": lengths_P, "past": past, "offset_PGT": offset_PGT}
 
@@ -260,11 +297,11 @@ class Backbone(nnx.Module):
 
     @jax.named_scope("embed")
     def _embed(
-        self, tokens_PGT: jax.Array, start_P11: jax.Array, offset_PGT: jax.Array | None = None
+        self, table_VD: jax.Array, tokens_PGT: jax.Array, start_P11: jax.Array, offset_PGT: jax.Array | None = None
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """Returns the first layer's input, and cosines and sines of the rotary angles of its positions."""
         positions_PGT = start_P11 + (jnp.arange(tokens_PGT.shape[-1]) if offset_PGT is None else offset_PGT)
-        x_PGTD = jnp.take(self.gathered_table(self.embed_VD), tokens_PGT, axis=0).astype(self.dtype)
+        x_PGTD = jnp.take(table_VD, tokens_PGT, axis=0).astype(self.dtype)
         x_PGTD = constrain(self.layout, x_PGTD, "prompt", "group", "sequence", "width")
         return x_PGTD, rotary_angles(positions_PGT, self.config)
 
@@ -299,11 +336,6 @@ def gather_layer(layout: Layout | None, params: Any, dtype: Any) -> Any:
     return jax.tree.map(gather_parameter, params, is_leaf=lambda leaf: isinstance(leaf, nnx.Param))
 
 
-def prefix_key_values(kv: KeyValues) -> PrefixKeyValues:
-    """Converts keys and values of prompts, [..., P, K, 1, S, E], to the axes that their completions read."""
-    return PrefixKeyValues(jnp.swapaxes(kv.keys[..., 0, :, :], -1, -2), kv.values[..., 0, :, :])
-
-
 def last_hidden(hidden_PSD: jax.Array, lengths_P: jax.Array) -> jax.Array:
     """Returns the hidden state [P, D] of each prompt's last real token."""
     return jnp.take_along_axis(hidden_PSD, (lengths_P - 1)[:, None, None], axis=1)[:, 0]
@@ -325,14 +357,17 @@ class Qwen3(Backbone):
         return self.gathered_table(self.embed_VD if self.config.tie_word_embeddings else self.unembed_VD)
 
     @jax.named_scope("head")
-    def logprobs(self, hidden: jax.Array, tokens: jax.Array, *, chunk_tokens: int, **options: Any) -> Any:
+    def logprobs(self, hidden: jax.Array, tokens: jax.Array, *, chunk_tokens: int | None = None, **options: Any) -> Any:
         """Returns `gopo_jax.token_logprobs` of tokens [P, ..., T] given hidden states [P, ..., T, D].
 
-        Each device has logits of at most `chunk_tokens` tokens at a time (but of one token per row at least). Devices
+        Each device has logits of at most `chunk_tokens` tokens at a time (but of one token per row at least); None: of
+        1024 on CPUs, of 4096 elsewhere, where every chunk reads and writes the head and its gradient once more. Devices
         with different prompts use copies of the head, so the gradients are summed once, not after every chunk.
         """
         rows = math.prod(tokens.shape[:-1]) // total_shards(self.layout, "prompt", *["group"] * (tokens.ndim == 3))
         devices = total_shards(self.layout, "prompt")
+        if chunk_tokens is None:
+            chunk_tokens = 1024 if platform_of(self.layout) == "cpu" else 4096
 
         def logprobs_of(hidden: jax.Array, head_VD: jax.Array, tokens: jax.Array) -> Any:
             with products_in(self.dtype):

@@ -6,14 +6,14 @@ edit of `RULES`, or an override in the run's config.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 from jax.experimental import mesh_utils, multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
@@ -34,6 +34,8 @@ RULES: dict[str, tuple[str, ...]] = {
     "rank": (),  # of adapters
 }
 
+GPUS = ("gpu", "cuda")  # JAX's names of the platform; cuda: devices that are only compiled for
+
 ACTIVATION_AXES = ("prompt", "group", "sequence", "width")
 
 Axes = Sequence[str | None]
@@ -45,6 +47,7 @@ class Layout:
 
     mesh: Mesh
     rules: tuple[tuple[str, tuple[str, ...]], ...]
+    attention: str = "auto"  # of whole rows, see `models.flash_attention.choose_attention`
 
     def spec(self, axes: Axes) -> PartitionSpec:
         """Returns the partition of an array with these logical axes (None = not sharded).
@@ -84,13 +87,11 @@ class Layout:
         """
         rules = dict(self.rules)
         prompts = {*rules["prompt"], *rules["group"]}
-        return Layout(
-            self.mesh,
-            tuple(
-                (name, axes if name in ACTIVATION_AXES else tuple(axis for axis in axes if axis not in prompts))
-                for name, axes in self.rules
-            ),
+        gathered = tuple(
+            (name, axes if name in ACTIVATION_AXES else tuple(axis for axis in axes if axis not in prompts))
+            for name, axes in self.rules
         )
+        return replace(self, rules=gathered)
 
     def put(self, array: Any, axes: Axes) -> jax.Array:
         """Shards a host array, which every process has, over all devices; axes of size 1 are not split."""
@@ -104,6 +105,13 @@ class Layout:
 def total_shards(layout: Layout | None, *axes: str) -> int:
     """Returns the number of devices that these logical axes are split over together, 1 without a layout."""
     return math.prod(layout.shard_count(axis) for axis in axes) if layout is not None else 1
+
+
+def platform_of(layout: Layout | None) -> str:
+    """Returns the kind of the devices: cpu, gpu, cuda (of devices that are only compiled for) or tpu."""
+    if layout is None or isinstance(layout.mesh, AbstractMesh):
+        return "cpu"
+    return str(layout.mesh.devices.flat[0].platform)
 
 
 def fetch(array: jax.Array) -> np.ndarray:
@@ -141,6 +149,7 @@ def make_layout(
     fsdp: int = 1,
     tensor: int = 1,
     rules: Mapping[str, Sequence[str]] | None = None,
+    attention: str = "auto",
     devices: Sequence[jax.Device] | None = None,
 ) -> Layout:
     """Makes a mesh of data x fsdp x tensor devices with `RULES`, some of them overridden.
@@ -148,6 +157,7 @@ def make_layout(
     Args:
       data, fsdp, tensor: mesh sizes; at most one of them may be -1, all remaining devices.
       rules: overrides of `RULES`, e.g. {"prompt": ["data"], "group": ["fsdp"]}.
+      attention: see `models.flash_attention.choose_attention`.
       devices: the devices to use; None = all.
 
     Raises:
@@ -174,7 +184,7 @@ def make_layout(
             )
         table[axis] = tuple(mesh_axes)
     # Auto: the compiler propagates shardings from the constraints; Explicit would put them into types.
-    return Layout(_make_mesh(sizes, devices, axis_types=(AxisType.Auto,) * 3), tuple(table.items()))
+    return Layout(_make_mesh(sizes, devices, axis_types=(AxisType.Auto,) * 3), tuple(table.items()), attention)
 
 
 def _make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device], axis_types: tuple[AxisType, ...]) -> Mesh:

@@ -35,7 +35,9 @@ def make_layout_for(
     Raises:
       ValueError: a mesh that does not divide the batches or the groups.
     """
-    layout = make_layout(data=mesh.data, fsdp=mesh.fsdp, tensor=mesh.tensor, rules=mesh.rules, devices=devices)
+    layout = make_layout(
+        data=mesh.data, fsdp=mesh.fsdp, tensor=mesh.tensor, rules=mesh.rules, attention=mesh.attention, devices=devices
+    )
     for rows in batches:
         if rows % layout.shard_count("prompt"):
             raise ValueError(

@@ -108,6 +108,9 @@ class MeshConfig:
     # how sampling runs the layers: scanned (as CPUs want it), unrolled, kernels (unrolled, attention by kernels for
     # GPUs); auto: kernels on GPUs, unrolled on TPUs, scanned on CPUs and without a sampling copy
     decoding: Literal["auto", "scanned", "unrolled", "kernels"] = "auto"
+    # attention of whole rows, where prompts are computed, completions scored and gradients taken: xla, or kernels that
+    # keep no scores in memory, for GPUs; auto: kernels where they can, see docs/speed.md
+    attention: Literal["auto", "xla", "kernels"] = "auto"
 
     def __post_init__(self) -> None:
         if self.decoding in ("unrolled", "kernels") and not self.sampling_copy:
@@ -283,13 +286,14 @@ class LossConfig:
     importance_sampling_clip_max: float = 2.0  # the largest such weight
     importance_sampling_clip_min: float = 0.0  # the smallest such weight
     offload_reference: bool = False  # keep the reference policy in the host's memory between updates
-    logprob_chunk: int = 1024  # tokens whose logits exist at a time on each device; at least one of every row
+    # tokens whose logits exist at a time on each device, at least one of every row; null: 1024 on CPUs, 4096 elsewhere
+    logprob_chunk: int | None = None
 
     def __post_init__(self) -> None:
         _at_least(self, 0, "beta", "clip_low", "clip_high", "importance_sampling_clip_min")
         _at_least(self, self.importance_sampling_clip_min, "importance_sampling_clip_max")
         _finite(self, "beta")
-        _at_least(self, 1, "logprob_chunk")
+        _at_least(self, 1, *["logprob_chunk"] * (self.logprob_chunk is not None))
         known = [
             name for name in dotted.option_names(SURROGATES[self.surrogate]) if name not in ("clip_low", "clip_high")
         ]

@@ -25,6 +25,12 @@ MESHES = {
     "tensor 4, data 2": {"data": 2, "tensor": 4, "rules": {"kv_heads": []}},
     "data 2, fsdp 2, tensor 2": {"data": 2, "fsdp": 2, "tensor": 2},
     "group sharded": {"data": 4, "fsdp": 2, "rules": {"prompt": ["data"], "group": ["fsdp"]}},
+    # attention by kernels, without a GPU
+    "kernels, all axes": {"data": 2, "fsdp": 2, "tensor": 2, "attention": "interpreted"},
+    "kernels, group sharded": {
+        **{"data": 2, "fsdp": 2, "tensor": 2, "attention": "interpreted"},
+        "rules": {"prompt": ["data"], "group": ["fsdp"]},
+    },
 }
 
 PROGRAM = """

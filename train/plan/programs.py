@@ -18,6 +18,8 @@ from models.checkpoint import is_run, read_about
 from models.config import Qwen3Config, read_config
 from models.decode_attention import kernel_work
 from models.decoding import DecodeWeights
+from models.flash_attention import choose_attention
+from models.flash_gpu import flash_work
 from models.generate import SamplingCopy, known_drawing, sampling_program
 from models.hf_weights import abstract_model, abstract_params, split
 from models.lora import split_trainable
@@ -86,10 +88,10 @@ def step_parts(config: PlanConfig, layout: Layout, network: Qwen3Config, rewards
     dtypes = {"dtype": config.model.dtype, "param_dtype": config.model.param_dtype}
     model = abstract_model(network, lora=config.lora, remat=config.model.remat, layout=layout, **dtypes)
     (graphdef, _), params = split(model), abstract_params(model, layout)
-    arrays, programs = updating_parts(config, layout, graphdef, params)
+    arrays, programs = updating_parts(config, layout, network, graphdef, params)
     for more_arrays, more_programs in (
         scoring_parts(config, layout, rewards),
-        sampling_parts(config, layout, graphdef, params),
+        sampling_parts(config, layout, network, graphdef, params),
     ):
         arrays, programs = more_arrays | arrays, more_programs + programs
     P, G, S, T = axis_sizes(config)
@@ -103,7 +105,7 @@ def axis_sizes(config: PlanConfig) -> tuple[int, int, int, int]:
     return config.prompts_per_step, config.num_generations, *lengths
 
 
-def sampling_parts(config: PlanConfig, layout: Layout, graphdef: Any, params: Any) -> StepParts:
+def sampling_parts(config: PlanConfig, layout: Layout, network: Qwen3Config, graphdef: Any, params: Any) -> StepParts:
     """Returns the sampling copy, and the programs that make it and sample from it."""
     P, G, S, T = axis_sizes(config)
     programs: list[StepProgram] = []
@@ -123,22 +125,39 @@ def sampling_parts(config: PlanConfig, layout: Layout, graphdef: Any, params: An
     jitted = sampling_program(graphdef, T, 0)
     taken = {"truncate": int(config.top_k > 0 or config.top_p < 1), "draw": int(config.temperature > 0)}
     options = {"num_generations": G, "drawing": known_drawing(params, settings)}
-    trips, kernels = sampling_trips(T), sampling_kernels(config, layout, params)
+    trips, kernels = sampling_trips(T), sampling_kernels(config, layout, network, params)
     programs.append(StepProgram("sample", 1, jitted, arguments, options, during, trips, taken, kernels))
     return arrays, programs
 
 
-def sampling_kernels(config: PlanConfig, layout: Layout, params: Any) -> Mapping[str, KernelCost]:
-    """Returns the costs of the sampler's own kernels for a token in the middle of the longest completion."""
-    if not isinstance(params, DecodeWeights) or not params.kernels:
-        return {}
+def sampling_kernels(config: PlanConfig, layout: Layout, network: Qwen3Config, params: Any) -> Mapping[str, KernelCost]:
+    """Returns the costs of the sampler's own kernels; those of decoding in the middle of the longest completion."""
     P, G, S, T = axis_sizes(config)
-    network, size = params.config, jnp.dtype(params.embed_VD.dtype).itemsize
+    costs = attention_kernels(layout, network, config.model.dtype, P, 1, S)
+    if not isinstance(params, DecodeWeights) or not params.kernels:
+        return costs
     sizes = [n // layout.shard_count(axis) for n, axis in ((P, "prompt"), (G, "group"))]
     heads = network.num_key_value_heads // layout.shard_count("kv_heads")
     queries = network.num_attention_heads // network.num_key_value_heads
+    size = jnp.dtype(params.embed_VD.dtype).itemsize
     works = kernel_work(sizes[0], sizes[1], heads, queries, network.head_dim, S, (T - 1) / 2, size)
-    return {name: KernelCost(*work) for name, work in works.items()}
+    return {**costs, **{name: KernelCost(*work) for name, work in works.items()}}
+
+
+def attention_kernels(
+    layout: Layout, network: Qwen3Config, dtype: str, P: int, G: int, T: int, S: int = 0
+) -> Mapping[str, KernelCost]:
+    """Returns the costs of attention's kernels for prompts of S tokens with G rows of T, and for the prompts alone."""
+    if choose_attention(layout, network) != "kernels":
+        return {}
+    H, K = network.num_attention_heads, network.num_key_value_heads
+    shards = {axis: layout.shard_count(axis) for axis in ("prompt", "group", "heads", "kv_heads")}
+    heads = (H // shards["heads"], K // shards["kv_heads"], network.head_dim)
+    group, size = (G // shards["group"] if G > 1 else 1), jnp.dtype(dtype).itemsize
+    costs = flash_work(P // shards["prompt"], group, T, *heads, S, size)
+    if S:
+        costs = flash_work(P // shards["prompt"], 1, S, *heads, 0, size) | costs  # names that are longer come first
+    return {name: KernelCost(*cost) for name, cost in costs.items()}
 
 
 def scoring_parts(config: PlanConfig, layout: Layout, rewards: Sequence[Qwen3Config]) -> StepParts:
@@ -154,11 +173,13 @@ def scoring_parts(config: PlanConfig, layout: Layout, rewards: Sequence[Qwen3Con
         place = f"offloaded {spec.label}" if spec.offload else "reward models"
         arrays[place] = arrays.get(place, 0.0) + bytes_per_device(params)
         jitted, during = scoring_program(split(scorer)[0]), (place,) if spec.offload else ()
-        programs.append(StepProgram(f"score {spec.label}", -(-P // n), jitted, (params, *texts), {}, during))
+        kernels = attention_kernels(layout, network, config.model.dtype, n, G, T, S)
+        score = StepProgram(f"score {spec.label}", -(-P // n), jitted, (params, *texts), {}, during, kernels=kernels)
+        programs.append(score)
     return arrays, programs
 
 
-def updating_parts(config: PlanConfig, layout: Layout, graphdef: Any, params: Any) -> StepParts:
+def updating_parts(config: PlanConfig, layout: Layout, network: Qwen3Config, graphdef: Any, params: Any) -> StepParts:
     """Returns parameters, reference, optimizer state and gradient, and the programs of the update."""
     P, G, S, T = axis_sizes(config)
     optimizer, _ = make_optimizer(config.optimizer, config.max_steps * config.updates_per_step)
@@ -186,14 +207,19 @@ def updating_parts(config: PlanConfig, layout: Layout, graphdef: Any, params: An
         StepProgram("optimizer", config.updates_per_step, update.apply_gradients, (state, gradient), {}, ("gradient",))
     ]
     beside: tuple[str, ...] = ("gradient", place)
+    kernels = attention_kernels(layout, network, config.model.dtype, config.microbatch_prompts, G, T, S)
     if config.logprobs_before_update:  # then the update reads them, and no reference policy
         policies = 2 if reference else 1
-        programs.append(StepProgram("logprobs", policies * parts, update.logprobs, (params, micro), {}, (place,)))
+        logprobs = (params, micro)
+        programs.append(
+            StepProgram("logprobs", policies * parts, update.logprobs, logprobs, {}, (place,), kernels=kernels)
+        )
         like = micro.sampled_PGT
         micro = micro._replace(old_PGT=like, ref_PGT=like if reference else None)
         reference, beside = None, ("gradient",)
     arguments = (gradient, state, reference, micro, denominator)
-    programs.append(StepProgram("gradient", config.num_iterations * parts, update.accumulate, arguments, {}, beside))
+    calls = config.num_iterations * parts
+    programs.append(StepProgram("gradient", calls, update.accumulate, arguments, {}, beside, kernels=kernels))
     return arrays, programs
 
 
