@@ -222,7 +222,7 @@ class UnrolledDecoder:
 
     def __init__(self, weights: DecodeWeights, *, interpret: bool = False) -> None:
         self._weights, self._config, self.layout = weights, weights.config, weights.layout
-        self._flash = choose_attention(weights.layout, weights.config) == "kernels"  # within prompts
+        self._prompt_attention = choose_attention(weights.layout, weights.config)
         self._windows = weights.config.windows or (None,) * weights.config.num_hidden_layers
         self._attend = partial(decode_attention, layout=weights.layout, kernel=weights.kernels, interpret=interpret)
 
@@ -307,10 +307,10 @@ class UnrolledDecoder:
         key = rotate(self._norm(qkv[..., -2:-1, :], weights.key_norm_E), (cos, sin))
         new = KeyValues(key[..., 0, :], qkv[..., -1, :])
         keys, values = heads_first(new)
-        if self._flash:
+        if self._prompt_attention != "xla":
             P, G, S, K, Q, E = query.shape
-            out = flash_attention(query.reshape(P, G, S, K * Q, E), new, window=window, layout=self.layout)
-            out = out.reshape(query.shape)
+            options: Any = {"window": window, "layout": self.layout, "kernels": self._prompt_attention}
+            out = flash_attention(query.reshape(P, G, S, K * Q, E), new, **options).reshape(query.shape)
         else:
             out = group_attention(query, KeyValues(keys, values), window=window)
         return out, LayerKeyValues(keys[:, :, 0], values[:, :, 0])

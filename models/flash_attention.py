@@ -1,8 +1,8 @@
 """Attention of whole rows to their group's prompt and to themselves by kernels: scoring, the update, the prompt's pass.
 
 The same as `models.attention.group_attention` without a cache, and with queries and keys in the order in which the
-projections write them. Kernels are for accelerators (`models.flash_gpu`); on CPUs, and as the reference, there is XLA's
-path. `choose_attention` decides by the devices; `mesh.attention` overrides it.
+projections write them. Kernels are for accelerators (`models.flash_gpu`, `models.flash_tpu`); on CPUs, and as the
+reference, there is XLA's path. `choose_attention` decides by the devices; `mesh.attention` overrides it.
 """
 
 from functools import partial
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from models import flash_gpu
+from models import flash_gpu, flash_tpu
 from models.attention import KeyValues
 from models.config import Qwen3Config
 from models.sharding import GPUS, Layout, platform_of, total_shards
@@ -21,25 +21,30 @@ from models.sharding import GPUS, Layout, platform_of, total_shards
 ATTENTION = ("auto", "xla", "kernels")  # of `mesh.attention`
 
 
+KERNELS: dict[str, Any] = {"gpu": flash_gpu, "tpu": flash_tpu}
+INTERPRETED = "interpreted "  # and the kernels' kind: on CPUs, slowly, for tests
+
+
 def choose_attention(layout: Layout | None, config: Qwen3Config) -> str:
-    """Returns xla, kernels or interpreted (for tests): what the layout asks for, or for "auto" what its devices want.
+    """Returns xla or a key of `KERNELS`: what the layout asks for, or for "auto" what its devices want.
 
     Raises:
       ValueError: the devices, the rules of the mesh, or the width of the heads do not allow it.
     """
     wanted = "xla" if layout is None else layout.attention
-    if layout is None or wanted in ("xla", "interpreted"):
+    if layout is None or wanted == "xla" or wanted.startswith(INTERPRETED):
         return wanted
-    rules, on_gpu = dict(layout.rules), platform_of(layout) in GPUS
-    shards = rules["heads"] == rules["kv_heads"] and total_shards(layout, "sequence", "head_dim") == 1
-    can = on_gpu and shards and config.head_dim in flash_gpu.HEADS
-    if wanted == "kernels" and not can:
-        kind = layout.mesh.devices.flat[0].platform
+    rules, platform = dict(layout.rules), platform_of(layout)
+    kind = "gpu" if platform in GPUS else platform
+    alike = rules["heads"] == rules["kv_heads"] and total_shards(layout, "sequence", "head_dim") == 1
+    if kind in KERNELS and alike and config.head_dim in KERNELS[kind].HEADS:
+        return kind
+    if wanted == "kernels":
         raise ValueError(
-            f"mesh.attention: kernels are for GPUs, heads of 16, 32, 64 or 128, one rule for heads and kv_heads and no "
-            f"split sequence, got {kind} and heads of {config.head_dim}; expected auto or xla"
+            f"mesh.attention: kernels are for GPUs and TPUs, heads of 16, 32, 64 or 128, one rule for heads and "
+            f"kv_heads and no split sequence, got {platform} and heads of {config.head_dim}; expected auto or xla"
         )
-    return "kernels" if can else "xla"
+    return "xla"
 
 
 class Inputs(NamedTuple):
@@ -61,7 +66,7 @@ def flash_attention(
     offset_PGT: jax.Array | None = None,
     window: jax.typing.ArrayLike | None = None,
     layout: Layout | None = None,
-    interpret: bool = False,
+    kernels: str = "gpu",
 ) -> jax.Array:
     """Softmax attention of rows of T positions to their prompt and to themselves, differentiable.
 
@@ -78,7 +83,7 @@ def flash_attention(
       offset_PGT: for rows that pack several completions: each position's index in its completion; None = t.
       window: a position attends to itself and the window - 1 positions before it; None = to all before it.
       layout: shards the kernels over prompts, rows and heads.
-      interpret: run the kernels without a GPU, slowly.
+      kernels: which, as `choose_attention` returns it.
 
     Returns:
       [P, G, T, H, E] in the queries' dtype. Scores and the softmax are float32.
@@ -95,7 +100,7 @@ def flash_attention(
         before = jnp.asarray(window, jnp.int32) - 1
         first_PGT = t - jnp.minimum(offset_PGT, before)
         prompt_first_PGT = jnp.maximum(lengths_P[:, None, None] + offset_PGT - before, 0)
-    to_blocks = partial(_pad, multiple=flash_gpu.MULTIPLE)
+    to_blocks = partial(_pad, multiple=_module(kernels).MULTIPLE)
     row, prompt = jax.tree.map(partial(to_blocks, axis=2), row), jax.tree.map(partial(to_blocks, axis=1), prompt)
     last = row.keys.shape[2] - T  # positions that only fill up a block see themselves, and nobody sees them
     if last:
@@ -104,7 +109,7 @@ def flash_attention(
     inputs = Inputs(
         to_blocks(query_PGTHE, axis=2), row, prompt, (lengths_P, first_PGT, to_blocks(prompt_first_PGT, axis=2))
     )
-    return _attend(inputs, layout, interpret)[:, :, :T]
+    return _attend(inputs, layout, kernels)[:, :, :T]
 
 
 def _pad(array: jax.Array, *, axis: int, multiple: int) -> jax.Array:
@@ -112,13 +117,17 @@ def _pad(array: jax.Array, *, axis: int, multiple: int) -> jax.Array:
     return jnp.pad(array, [(0, size if i == axis else 0) for i in range(array.ndim)]) if size else array
 
 
+def _module(kernels: str) -> Any:
+    return KERNELS[kernels.removeprefix(INTERPRETED)]
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _attend(inputs: Inputs, layout: Layout | None, interpret: bool) -> jax.Array:
-    return _forward(inputs, layout, interpret)[0]
+def _attend(inputs: Inputs, layout: Layout | None, kernels: str) -> jax.Array:
+    return _forward(inputs, layout, kernels)[0]
 
 
-def _forward(inputs: Inputs, layout: Layout | None, interpret: bool) -> tuple[jax.Array, Any]:
-    forward = partial(flash_gpu.forward, interpret=interpret)
+def _forward(inputs: Inputs, layout: Layout | None, kernels: str) -> tuple[jax.Array, Any]:
+    forward = partial(_module(kernels).forward, interpret=kernels.startswith(INTERPRETED))
     if layout is not None:
         specs = _specs(inputs, layout)
         out = (specs.query_PGTHE, _numbers(inputs, layout))
@@ -127,14 +136,17 @@ def _forward(inputs: Inputs, layout: Layout | None, interpret: bool) -> tuple[ja
     return out_PGTHE, (inputs, out_PGTHE, normalizer_PGHT)
 
 
-def _backward(layout: Layout | None, interpret: bool, residuals: Any, gradient_PGTHE: jax.Array) -> tuple[Inputs]:
+def _backward(layout: Layout | None, kernels: str, residuals: Any, gradient_PGTHE: jax.Array) -> tuple[Inputs]:
     inputs, out_PGTHE, normalizer_PGHT = residuals
     axes = () if layout is None else _axes_of_group(inputs, layout)
+    interpret = kernels.startswith(INTERPRETED)
 
     def backward(
         inputs: Inputs, out_PGTHE: jax.Array, normalizer_PGHT: jax.Array, gradient_PGTHE: jax.Array
     ) -> tuple[jax.Array, KeyValues, KeyValues | None]:
-        d_query, d_row, d_prompt = flash_gpu.backward(inputs, out_PGTHE, normalizer_PGHT, gradient_PGTHE, interpret)
+        d_query, d_row, d_prompt = _module(kernels).backward(
+            inputs, out_PGTHE, normalizer_PGHT, gradient_PGTHE, interpret
+        )
         if d_prompt is not None:
             d_prompt = jax.lax.psum(d_prompt, axes) if axes else d_prompt
             d_prompt = jax.tree.map(lambda total: total.astype(d_query.dtype), d_prompt)

@@ -163,7 +163,7 @@ class Layers(nnx.Module):
         """Attention by kernels where they can, else by XLA, [P, G, T, H, E]."""
         if self.attention != "xla" and prefix is None and past is None:
             options |= {"prompt": prompt, "prompt_lengths_P": prefix_lengths_P, "layout": self.layout}
-            return flash_attention(query_PGTHE, new_PGTKE, interpret=self.attention == "interpreted", **options)
+            return flash_attention(query_PGTHE, new_PGTKE, kernels=self.attention, **options)
         P, G, T, H, E = query_PGTHE.shape
         query_PGTKQE = query_PGTHE.reshape(P, G, T, self.config.num_key_value_heads, -1, E)
         prefix = prefix if prompt is None else prefix_key_values(prompt)

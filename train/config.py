@@ -109,7 +109,7 @@ class MeshConfig:
     # GPUs); auto: kernels on GPUs, unrolled on TPUs, scanned on CPUs and without a sampling copy
     decoding: Literal["auto", "scanned", "unrolled", "kernels"] = "auto"
     # attention of whole rows, where prompts are computed, completions scored and gradients taken: xla, or kernels that
-    # keep no scores in memory, for GPUs; auto: kernels where they can, see docs/speed.md
+    # keep no scores in memory, for GPUs and TPUs; auto: kernels where they can, see docs/speed.md
     attention: Literal["auto", "xla", "kernels"] = "auto"
 
     def __post_init__(self) -> None:

@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh
 from models import flash_gpu
 from models.attention import KeyValues, group_attention, heads_first, prefix_key_values
 from models.config import REWARD_MODEL, Qwen3Config
-from models.flash_attention import choose_attention, flash_attention
+from models.flash_attention import KERNELS, choose_attention, flash_attention
 from models.flash_gpu import flash_work
 from models.hf_weights import split
 from models.qwen3 import Qwen3
@@ -67,14 +67,19 @@ def by_xla(
     return group_attention(query_PGTKQE, heads_first(row), **options).reshape(query.shape)
 
 
-def by_kernels(query: jax.Array, row: KeyValues, prompt: KeyValues | None, **options: Any) -> jax.Array:
-    return flash_attention(query, row, prompt=prompt, interpret=True, **options)
+CASES = [(name, "float32", 2e-5) for name in SHAPES] + [
+    (name, "bfloat16", 2e-2) for name in ("heads 8:1, sixteen rows, short prompt", "window into the prompt, packed")
+]
 
 
-@pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-5), ("bfloat16", 2e-2)], ids=["float32", "bfloat16"])
-def test_kernels_are_xlas_attention(name: str, dtype: str, tolerance: float) -> None:
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize(("name", "dtype", "tolerance"), CASES, ids=[f"{dtype}, {name}" for name, dtype, _ in CASES])
+def test_kernels_are_xlas_attention(name: str, dtype: str, tolerance: float, kernels: str) -> None:
     """Output and gradients of queries, keys and values, each to the tolerance times its largest number."""
+
+    def by_kernels(query: jax.Array, row: KeyValues, prompt: KeyValues | None, **options: Any) -> jax.Array:
+        return flash_attention(query, row, prompt=prompt, kernels=f"interpreted {kernels}", **options)
+
     given, options = arguments(SHAPES[name], dtype)
     weight = jnp.asarray(np.random.default_rng(1).normal(size=given[0].shape), jnp.float32)
 
@@ -111,7 +116,7 @@ def test_a_policy_has_the_same_hidden_states_and_gradient(windows: bool) -> None
     prompt_PS, tokens_PGT = rng.integers(0, 61, (2, 9)), rng.integers(0, 61, (2, 3, 12))
     offset_PGT = jnp.asarray(np.tile(np.r_[np.arange(7), np.arange(5)], (2, 3, 1)))
     found = []
-    for attention in ("xla", "interpreted"):
+    for attention in ("xla", "interpreted gpu"):
         graphdef, params = network(Qwen3, attention, **config)
 
         def loss(params: Any, graphdef: Any = graphdef) -> jax.Array:
@@ -128,7 +133,7 @@ def test_a_reward_model_has_the_same_scores() -> None:
     prefix_PS, suffix_PGT = rng.integers(0, 61, (2, 9)), rng.integers(0, 61, (2, 3, 12))
     lengths = jnp.array([9, 4]), jnp.asarray(rng.integers(1, 13, (2, 3)))
     scores = []
-    for attention in ("xla", "interpreted"):
+    for attention in ("xla", "interpreted gpu"):
         graphdef, params = network(Qwen3RewardModel, attention, architecture=REWARD_MODEL)
         model = nnx.merge(graphdef, params)
         scores.append(
@@ -149,19 +154,19 @@ def layout_of(platform: str, attention: str = "auto", **rules: tuple[str, ...]) 
 
 
 def test_devices_choose() -> None:
-    """Kernels where they can; XLA for CPUs, TPUs, heads of another width, and rules that part what a kernel joins."""
+    """Kernels where they can; XLA for CPUs, heads of another width, and rules that part what a kernel joins."""
     heads = {width: Qwen3Config(**SIZES | {"head_dim": width}) for width in (16, 24, 128, 256)}
     assert choose_attention(None, heads[128]) == "xla"
     assert {p: choose_attention(layout_of(p), heads[128]) for p in ("cpu", "gpu", "cuda", "tpu")} == {
         "cpu": "xla",
-        "gpu": "kernels",
-        "cuda": "kernels",
-        "tpu": "xla",
+        "gpu": "gpu",
+        "cuda": "gpu",
+        "tpu": "tpu",
     }
     assert {n: choose_attention(layout_of("gpu"), config) for n, config in heads.items()} == {
-        16: "kernels",
+        16: "gpu",
         24: "xla",
-        128: "kernels",
+        128: "gpu",
         256: "xla",
     }
     assert choose_attention(layout_of("gpu", kv_heads=()), heads[128]) == "xla"
@@ -173,11 +178,11 @@ def test_devices_choose() -> None:
 
 @pytest.mark.parametrize(
     "layout",
-    [layout_of("cpu", "kernels"), layout_of("tpu", "kernels"), layout_of("gpu", "kernels", kv_heads=())],
-    ids=["cpu", "tpu", "rules"],
+    [layout_of("cpu", "kernels"), layout_of("gpu", "kernels", kv_heads=())],
+    ids=["cpu", "rules"],
 )
 def test_kernels_that_cannot_run_are_refused(layout: Layout) -> None:
-    with pytest.raises(ValueError, match=r"mesh.attention: kernels are for GPUs, .* expected auto or xla"):
+    with pytest.raises(ValueError, match=r"mesh.attention: kernels are for GPUs and TPUs, .* expected auto or xla"):
         choose_attention(layout, Qwen3Config(**SIZES))
 
 

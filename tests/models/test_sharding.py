@@ -26,9 +26,9 @@ MESHES = {
     "data 2, fsdp 2, tensor 2": {"data": 2, "fsdp": 2, "tensor": 2},
     "group sharded": {"data": 4, "fsdp": 2, "rules": {"prompt": ["data"], "group": ["fsdp"]}},
     # attention by kernels, without a GPU
-    "kernels, all axes": {"data": 2, "fsdp": 2, "tensor": 2, "attention": "interpreted"},
+    "kernels, all axes": {"data": 2, "fsdp": 2, "tensor": 2, "attention": "interpreted tpu"},
     "kernels, group sharded": {
-        **{"data": 2, "fsdp": 2, "tensor": 2, "attention": "interpreted"},
+        **{"data": 2, "fsdp": 2, "tensor": 2, "attention": "interpreted gpu"},
         "rules": {"prompt": ["data"], "group": ["fsdp"]},
     },
 }
