@@ -194,6 +194,27 @@ def test_the_workspace_of_a_product_is_not_moved() -> None:
     assert work_of(ROW, f"%b = {call}").bytes == 3 * 2 * 8 * 64
 
 
+def test_a_fused_all_reduce_that_is_sliced_is_a_reduce_scatter() -> None:
+    """As a TPU's compiler writes it; outside of a fusion every device has the whole sum."""
+    lines = [
+        "HloModule m, num_partitions=4",
+        "%fused (x: f32[8]) -> f32[2] {",
+        "  %x = f32[8]{0} parameter(0)",
+        "  %sum = f32[8]{0} all-reduce(%x), replica_groups={{0,1,2,3}}, to_apply=%plus",
+        "  %n = s32[] constant(0)",
+        "  ROOT %part = f32[2]{0} dynamic-slice(%sum, %n), dynamic_slice_sizes={2}",
+        "}",
+        "ENTRY %main (x: f32[8]) -> f32[2] {",
+        "  %x = f32[8]{0} parameter(0)",
+        "  ROOT %scattered = f32[2]{0} fusion(%x), kind=kCustom, calls=%fused",
+        "}",
+    ]
+    work = Roofline(read_program("\n".join(lines))).work()
+    assert work.sent == {("reduce-scatter", (0, 1, 2, 3)): 32 * 3 / 4}
+    alone = [*lines[:1], lines[7], *lines[2:7]]
+    assert Roofline(read_program("\n".join(alone))).work().sent == {("all-reduce", (0, 1, 2, 3)): 2 * 32 * 3 / 4}
+
+
 def test_a_collective_that_lists_no_group_is_one_of_all_devices() -> None:
     lines = ["HloModule jit_f, is_scheduled=true, num_partitions=4", "", "ENTRY %main (x: f32[6]) -> f32[6] {"]
     lines += [

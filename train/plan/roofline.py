@@ -202,14 +202,23 @@ class Roofline:
             return sum(self._flops(part, called) for part in called.values())
         return product_flops(item, computation)
 
-    def _sent(self, item: Instruction, computation: Computation) -> Sequence[tuple[Route, float]]:
-        """Returns what an instruction and what it calls send."""
+    def _sent(
+        self, item: Instruction, computation: Computation, in_fusion: bool = False
+    ) -> Sequence[tuple[Route, float]]:
+        """Returns what an instruction and what it calls send.
+
+        A TPU's reduce-scatter is written as one fusion: an all-reduce, of which each device takes its slice.
+        """
         if sent := sent_bytes(item, computation):
+            (kind, group), count = sent
+            users = [user.opcode for user in computation.values() if item.name in user.operands]
+            if in_fusion and kind == "all-reduce" and set(users) == {"dynamic-slice"}:
+                return [(("reduce-scatter", group), count / 2)]
             return [sent]
         called = self._program.computations.get(item.called or "", {})
         if item.opcode != "fusion" or not called:
             return []
-        return [sent for part in called.values() for sent in self._sent(part, called)]
+        return [sent for part in called.values() for sent in self._sent(part, called, in_fusion=True)]
 
     def _bytes(self, item: Instruction, computation: Computation) -> float:
         """Returns the bytes of main memory that an instruction reads and writes."""
