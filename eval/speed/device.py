@@ -40,6 +40,7 @@ SIZES = {
 # what a run takes by default, and what is planned; the others are compared with it.
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "default": (),
+    "attention by XLA": ("--mesh.attention=xla",),
     "unrolled, XLA": ("--mesh.decoding=unrolled",),
     "scanned, XLA": ("--mesh.decoding=scanned",),
 }

@@ -182,12 +182,12 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str], Mappi
 
 def test_parts_come_by_importance_and_the_plan_stays_off_the_device(started: list[Any], tmp_path: Path) -> None:
     report = make_report(parse_device([]), Parts(tmp_path, 10))
-    others = ["step, unrolled, XLA", "step, scanned, XLA"]
+    others = ["step, attention by XLA", "step, unrolled, XLA", "step, scanned, XLA"]
     assert [name for name, _, _ in started] == ["machine", "step, default", "plan, H200", *others, TORCH]
     command, env = started[2][1:]
     assert env == {"JAX_PLATFORMS": "cpu"} and command[command.index("--chip") + 1] == "H200"
     assert report.machine["size"] == "qwen3-1.7b" and report.is_planned
-    settings = [json.loads(Path(started[i][1][2]).read_text())["arguments"] for i in (1, 3, 4)]
+    settings = [json.loads(Path(started[i][1][2]).read_text())["arguments"] for i in (1, 4, 5)]
     assert [[*settings[0], f"--mesh.decoding={name}"] for name in ("unrolled", "scanned")] == settings[1:]
 
 
