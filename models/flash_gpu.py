@@ -359,15 +359,15 @@ def _keys_kernel(
     start = pl.program_id(3) * KEYS_BACK
     key = (start + jnp.arange(KEYS_BACK))[:, None]
     sums: Any = (jnp.zeros(keys.shape, jnp.float32),) * 2
-    for q in range(queries_per_head):
+    first_step, heads = start // QUERY_STEP, jnp.int32(queries_per_head)
 
-        def body(i: jax.Array, sums: Any, q: int = q) -> Any:
-            at = pl.ds(i * QUERY_STEP, QUERY_STEP)
-            t = (i * QUERY_STEP + jnp.arange(QUERY_STEP))[None]
-            of_queries = (query_ref[at, q], gradient_ref[at, q], normalizer_ref[q, at], delta_ref[q, at])
-            return _add_gradients(keys, values, of_queries, (key >= first_ref[at][None]) & (key <= t), sums)
+    def body(n: jax.Array, sums: Any) -> Any:
+        i, q = first_step + jax.lax.div(n, heads), jax.lax.rem(n, heads)
+        at, t = pl.ds(i * QUERY_STEP, QUERY_STEP), (i * QUERY_STEP + jnp.arange(QUERY_STEP))[None]
+        of_queries = (query_ref[at, q], gradient_ref[at, q], normalizer_ref[q, at], delta_ref[q, at])
+        return _add_gradients(keys, values, of_queries, (key >= first_ref[at][None]) & (key <= t), sums)
 
-        sums = jax.lax.fori_loop(start // QUERY_STEP, last_ref[...], body, sums)
+    sums = jax.lax.fori_loop(0, (last_ref[...] - first_step) * heads, body, sums)
     d_keys_ref[...], d_values_ref[...] = (total.astype(d_keys_ref.dtype) for total in sums)
 
 
@@ -388,15 +388,16 @@ def _prompt_kernel(
     from jax.experimental import pallas as pl
 
     keys, values, (G, T) = keys_ref[...], values_ref[...], first_ref.shape
-    start, length, blocks = pl.program_id(2) * KEYS_BACK, length_ref[0], jnp.int32(T // QUERY_STEP)
+    start, length, steps = pl.program_id(2) * KEYS_BACK, length_ref[0], jnp.int32(T // QUERY_STEP)
     key = (start + jnp.arange(KEYS_BACK))[:, None]
     sums: Any = (jnp.zeros(keys.shape, jnp.float32),) * 2
-    for q in range(queries_per_head):
+    heads = jnp.int32(queries_per_head)
 
-        def body(n: jax.Array, sums: Any, q: int = q) -> Any:
-            g, at = jax.lax.div(n, blocks), pl.ds(jax.lax.rem(n, blocks) * QUERY_STEP, QUERY_STEP)
-            of_queries = (query_ref[g, at, q], gradient_ref[g, at, q], normalizer_ref[g, q, at], delta_ref[g, q, at])
-            return _add_gradients(keys, values, of_queries, (key >= first_ref[g, at][None]) & (key < length), sums)
+    def body(n: jax.Array, sums: Any) -> Any:
+        step, q = jax.lax.div(n, heads), jax.lax.rem(n, heads)
+        g, at = jax.lax.div(step, steps), pl.ds(jax.lax.rem(step, steps) * QUERY_STEP, QUERY_STEP)
+        of_queries = (query_ref[g, at, q], gradient_ref[g, at, q], normalizer_ref[g, q, at], delta_ref[g, q, at])
+        return _add_gradients(keys, values, of_queries, (key >= first_ref[g, at][None]) & (key < length), sums)
 
-        sums = jax.lax.fori_loop(0, jnp.where(start < length, G * blocks, 0), body, sums)
+    sums = jax.lax.fori_loop(0, jnp.where(start < length, G * steps * heads, 0), body, sums)
     d_keys_ref[...], d_values_ref[...] = sums

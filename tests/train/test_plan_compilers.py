@@ -400,9 +400,10 @@ def test_a_gpu_decodes_by_kernels(planned: dict[str, dict[str, Any]]) -> None:
 
 
 @pytest.mark.compilers
-def test_a_gpu_attends_by_kernels(planned: dict[str, dict[str, Any]]) -> None:
-    """The prompt's pass while sampling, scores, and the gradient: no array has an axis of queries and one of keys."""
-    texts = {name: (planned["H200"]["hlo"] / f"{name}.hlo").read_text() for name in ("sample", "logprobs", "gradient")}
+@pytest.mark.parametrize("chip", ["H200", "v5p"])
+def test_rows_attend_by_kernels(chip: str, planned: dict[str, dict[str, Any]]) -> None:
+    """In the prompt's pass while sampling, in scores, and in the gradient."""
+    texts = {name: (planned[chip]["hlo"] / f"{name}.hlo").read_text() for name in ("sample", "logprobs", "gradient")}
     assert "flash_forward_alone" in texts["sample"] and "flash_forward/" in texts["logprobs"]
     for kernel in ("flash_forward", "flash_queries", "flash_keys"):
         assert f"{kernel}/" in texts["gradient"] and f"{kernel}_alone" in texts["gradient"], kernel
@@ -410,9 +411,10 @@ def test_a_gpu_attends_by_kernels(planned: dict[str, dict[str, Any]]) -> None:
 
 
 @pytest.mark.compilers
-def test_kernels_take_heads_and_rows_of_every_kind() -> None:
-    """They compile for an H200, 8B's widths too, and no block overflows a GPU's shared memory."""
-    device = jax.sharding.SingleDeviceSharding(find_compiler("H200", 1).devices[0])
+@pytest.mark.parametrize("chip", ["H200", "v5p"])
+def test_kernels_take_heads_and_rows_of_every_kind(chip: str) -> None:
+    """They compile, with 8B's heads too: no block overflows the shared memory of a GPU, or a TPU's vector memory."""
+    device = jax.sharding.SingleDeviceSharding(find_compiler(chip, 1).devices[0])
 
     def shape(*sizes: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(sizes, dtype, sharding=device)
@@ -423,7 +425,8 @@ def test_kernels_take_heads_and_rows_of_every_kind() -> None:
 
         def loss(query: Any, row: Any, prompt: Any, lengths: Any, window: Any) -> Any:
             options = {"prompt": prompt, "prompt_lengths_P": lengths, "window": window}
-            return flash_attention(query, row, **options).astype(jnp.float32).sum()
+            kernels = "tpu" if chip == "v5p" else "gpu"
+            return flash_attention(query, row, kernels=kernels, **options).astype(jnp.float32).sum()
 
         lowered = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(query, row, prompt, lengths, shape(dtype=jnp.int32))
         assert lowered.compile().as_text().count("flash_prompt") >= 1
