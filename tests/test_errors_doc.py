@@ -12,7 +12,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "errors.md"
-FILES = [file for layer in ("gopo_jax", "models", "train", "eval") for file in sorted((ROOT / layer).rglob("*.py"))]
+FOLDERS = ("gopo_jax", "models", "train", "eval", "bench")
+FILES = [file for folder in FOLDERS for file in sorted((ROOT / folder).rglob("*.py"))]
 HOLE = "\0"  # a value in a message
 LEAST_LETTERS = 6  # a text with fewer is no message, but joins others, as in f"{file}: {error}"
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.speed.machine import copy_gbytes, matmul_gflops
-from eval.speed.peers import SCRIPTS, Timings, ratio_table, run_peer
+from eval.speed.peers import OWN_SCRIPTS, SCRIPTS, Timings, check_peer, ratio_table, run_peer, write_work
 from eval.speed.workloads import END_SHARE, WORKLOADS, Workload, prepare
 from models.config import REWARD_MODEL
 from models.flops import decode_bytes, forward_flops, step_flops
@@ -42,13 +42,15 @@ class SpeedConfig:
     workload: str = "w1"  # w1, w2, w3 or qwen3-SIZE: see eval/speed/workloads.py
     steps: int = 7  # steps that are timed, after two that are not
     json: str | None = None  # a JSON file to write the figures to
-    # a folder with scripts of other trainers (see eval/speed/peers.py), run in turn with ours
-    against: str | None = None
-    trl: str | None = None  # a Python that has TRL; null: left out
-    tunix: str | None = None  # a Python that has Tunix; null: left out
+    # a Python that has TRL, which is then run in turn with ours (bench/peers/README.md has how to make one); null: not
+    trl: str | None = None
+    tunix: str | None = None  # the same of Tunix
+    against: str | None = None  # a folder with other scripts that run them (eval/speed/peers.py); null: bench/peers
     tuned: bool = False  # TRL once more, with an allocator that keeps what is freed
     rounds: int = 2  # how many times each trainer is run, in turn
     sweep: str | None = None  # a picture to draw: step time against each of G, lengths and vocabulary
+    # a folder to write the workload to, for a script of bench/peers alone; nothing is measured
+    prepare: str | None = None
 
     def __post_init__(self) -> None:
         if self.workload not in WORKLOADS:
@@ -59,18 +61,23 @@ class SpeedConfig:
             raise ValueError(f"rounds: expected at least 1, got {self.rounds}")
         if self.sweep is not None and not self.sweep.lower().endswith((".png", ".svg", ".pdf")):
             raise ValueError(f"sweep: expected a picture's name that ends in .png, .svg or .pdf, got {self.sweep!r}")
-        if self.against is not None and self.sweep is not None:
-            raise ValueError("against, sweep: expected one of the two at a time")
-        if self.tuned and (self.against is None or self.trl is None):
-            raise ValueError("tuned: expected --against DIR and --trl PYTHON with it")
-        if self.against is not None:
-            if not self.peers:
-                raise ValueError("against: expected --trl PYTHON or --tunix PYTHON, of an environment that has it")
-            for name, python in self.peers.items():
-                if not (Path(self.against) / SCRIPTS[name]).is_file():
-                    raise ValueError(f"against: expected {SCRIPTS[name]} in {self.against}, there is none")
-                if shutil.which(python) is None:
-                    raise ValueError(f"{name}: {python} is not a program; expected the path of a Python that has it")
+        if self.sweep is not None and (self.peers or self.against is not None):
+            raise ValueError("against, trl, tunix, sweep: expected peers or a sweep, one of the two at a time")
+        if self.prepare is not None and (self.peers or self.against or self.sweep or self.json):
+            raise ValueError("prepare: measures nothing; leave out --against, --trl, --tunix, --sweep and --json")
+        if self.tuned and self.trl is None:
+            raise ValueError("tuned: expected --trl PYTHON with it")
+        if self.against is not None and not self.peers:
+            raise ValueError("against: expected --trl PYTHON or --tunix PYTHON, of an environment that has it")
+        for name, python in self.peers.items():
+            if not self.script(name).is_file():
+                raise ValueError(f"against: expected {SCRIPTS[name]} in {self.script(name).parent}, there is none")
+            if shutil.which(python) is None:
+                raise ValueError(f"{name}: {python} is not a program; expected the path of a Python that has it")
+
+    def script(self, peer: str) -> Path:
+        """The file that runs a peer."""
+        return (OWN_SCRIPTS if self.against is None else Path(self.against)) / SCRIPTS[peer]
 
     @property
     def peers(self) -> dict[str, str]:
@@ -93,9 +100,11 @@ def speed(config: SpeedConfig) -> dict[str, Any]:
     with setup_errors():
         for out in filter(None, (config.json, config.sweep)):
             check_out(out)
-        if config.sweep is not None:
+        if config.prepare is not None:
+            result = prepare_alone(config, workload, Path(config.prepare))
+        elif config.sweep is not None:
             result = sweep(workload, config.steps, Path(config.sweep))
-        elif config.against is not None:
+        elif config.peers:
             result = compare_with_peers(config, workload)
         else:
             result = measure_workload(config, workload)
@@ -103,6 +112,16 @@ def speed(config: SpeedConfig) -> dict[str, Any]:
         Path(config.json).parent.mkdir(parents=True, exist_ok=True)
         write_whole(Path(config.json), json.dumps(result, indent=2) + "\n")
     return result
+
+
+def prepare_alone(config: SpeedConfig, workload: Workload, folder: Path) -> dict[str, Any]:
+    """Writes a workload to a folder and says how a peer is run on it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    prepare(workload, folder, UNTIMED + config.steps)
+    write_work(folder)
+    steps = f"--data {folder.resolve()} --steps {UNTIMED + config.steps}"
+    console.print(f"PYTHON bench/peers/run_trl.py grpo {steps}", highlight=False, soft_wrap=True)
+    return {"workload": config.workload, "folder": str(folder)}
 
 
 def measure_workload(config: SpeedConfig, workload: Workload) -> dict[str, Any]:
@@ -155,27 +174,27 @@ def measure_workload(config: SpeedConfig, workload: Workload) -> dict[str, Any]:
 
 def compare_with_peers(config: SpeedConfig, workload: Workload) -> dict[str, Any]:
     """Runs peers and gopo_jax in turn; each cold start of gopo_jax has an empty compilation cache."""
-    assert config.against is not None
     turns = [(name, name, python) for name, python in config.peers.items()]
     turns += [("trl_tuned", "trl", config.peers["trl"])] if config.tuned else []
     ours, peers = Timings(), {label: Timings() for label, _, _ in turns}
+    for name, python in config.peers.items():
+        check_peer(config.script(name), python)
     lengths = {"PROMPT": workload.prompt, "COMPLETION": workload.completion}
     lengths |= {"ENDS": END_SHARE} if workload.ends else {}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         prepare(workload, work, UNTIMED + config.steps)
+        write_work(work)
         for _ in range(config.rounds):
             for label, name, python in turns:
-                script = Path(config.against).resolve() / SCRIPTS[name]
-                tuned = label != name
-                peers[label].add(run_peer(script, python, work / "peers", config.steps, UNTIMED, lengths, tuned=tuned))
+                script, tuned = config.script(name).resolve(), label != name
+                peers[label].add(run_peer(script, python, work, config.steps, UNTIMED, lengths, tuned=tuned))
                 shutil.rmtree(work / "xla", ignore_errors=True)
                 run = run_program(work, UNTIMED + config.steps)
-                ours.add(
-                    Timings(
-                        [row["timing_s/step"] for row in run.rows[UNTIMED:]], [run.first_step_s], [run.peak_rss_mib]
-                    )
+                seconds, tokens = (
+                    [row[name] for row in run.rows[UNTIMED:]] for name in ("timing_s/step", "completions/mean_length")
                 )
+                ours.add(Timings(seconds, [run.first_step_s], [run.peak_rss_mib], tokens))
         warm = run_program(work, max_steps=1)
     console.print(ratio_table(ours, peers), highlight=False)
     console.print(f"warm start  {warm.first_step_s:.1f} s", highlight=False)

@@ -89,8 +89,12 @@ def test_the_reward_of_the_workloads() -> None:
         (["--against", "."], "against: expected --trl PYTHON or --tunix PYTHON"),
         (["--against", ".", "--trl", sys.executable], "expected run_trl.py in ."),
         (["--against", "PEERS", "--trl", "no/python"], "trl: .*no/python is not a program"),
-        (["--tuned", "true"], "tuned: expected --against DIR and --trl PYTHON"),
-        (["--against", "PEERS", "--sweep", "cost.png"], "against, sweep: expected one of the two"),
+        (["--trl", "no/python"], "trl: .*no/python is not a program"),
+        (["--tuned", "true"], "tuned: expected --trl PYTHON"),
+        (["--against", "PEERS", "--sweep", "cost.png"], "against, trl, tunix, sweep: expected peers or a sweep"),
+        (["--tunix", sys.executable, "--sweep", "cost.png"], "against, trl, tunix, sweep: expected peers or a sweep"),
+        (["--prepare", "work", "--trl", sys.executable], "prepare: measures nothing; leave out"),
+        (["--prepare", "work", "--json", "out.json"], "prepare: measures nothing; leave out"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(arguments: list[str], message: str, tmp_path: Path) -> None:
@@ -102,9 +106,11 @@ def test_what_cannot_be_measured_is_refused(arguments: list[str], message: str, 
 PEER = """
 import json, os, sys
 arguments = dict(zip(sys.argv[2::2], sys.argv[3::2]))
+assert "JAX_COMPILATION_CACHE_DIR" not in os.environ
 assert sys.argv[1] == "grpo" and os.environ["PEER_PROMPT"] == "64" and os.environ["PEER_COMPLETION"] == "64"
 kept = "MALLOC_TRIM_THRESHOLD_" in os.environ
-steps = [{"step": 100.0}, {"step": 100.0}] + [{"step": 5.0 if kept else 6.0}] * (int(arguments["--steps"]) - 2)
+step = {"step": 5.0 if kept else 6.0} | ({"completion_tokens": 63.0} if kept else {})
+steps = [{"step": 100.0}, {"step": 100.0}] + [step] * (int(arguments["--steps"]) - 2)
 row = {"steps": steps, "cold_start_s": 30.0, "peak_rss_mib": 2000}
 open(arguments["--out"], "a").write(json.dumps(row) + "\\n")
 """
@@ -120,9 +126,12 @@ def test_peers_and_ours_take_turns(
         turns.append(max_steps)
         assert not (work / "xla").exists() or max_steps == 1
         (work / "xla").mkdir(exist_ok=True)
-        return RunFigures([{"timing_s/step": 9.0}] * 2 + [{"timing_s/step": 2.0}] * (max_steps - 2), 15.0, 1000.0, {})
+        untimed, timed = ({"timing_s/step": seconds, "completions/mean_length": 64.0} for seconds in (9.0, 2.0))
+        return RunFigures([untimed] * 2 + [timed] * (max_steps - 2), 15.0, 1000.0, {})
 
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(measuring, "prepare", lambda *_: None)
+    monkeypatch.setattr(measuring, "write_work", lambda *_: None)
     monkeypatch.setattr(measuring, "run_program", ours)
     (tmp_path / "python").symlink_to(sys.executable)
     monkeypatch.chdir(tmp_path)  # a relative path is one from here, not from the scripts' folder
@@ -132,16 +141,45 @@ def test_peers_and_ours_take_turns(
     assert main(["speed", *settings, "--json", str(tmp_path / "out.json")]) == 0
     assert turns == [5, 5, 5, 5, 1]
     found = json.loads((tmp_path / "out.json").read_text())["against"]
+    assert found["trl"].pop("completion_tokens") is None
     assert found["trl"] == {"step_s": 6.0, "cold_start_s": 30.0, "peak_rss_mib": 2000, "steps": [6.0] * 6}
     assert found["trl_tuned"]["step_s"] == 5.0 and found["gopo_jax"]["step_s"] == 2.0
+    assert found["trl_tuned"]["completion_tokens"] == 63.0 and found["gopo_jax"]["completion_tokens"] == 64.0
     table = capsys.readouterr().out
     assert all(ratio in table for ratio in ("1.00x", "3.00x", "2.00x"))
 
 
-def test_a_peer_that_fails_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "run_trl.py").write_text("print('no such optimizer'); raise SystemExit(3)")
-    with pytest.raises(ValueError, match=r"failed \(3\): no such optimizer"):
-        run_peer(tmp_path / "run_trl.py", sys.executable, tmp_path / "work", 1, 2, {})
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ("print('no such optimizer'); raise SystemExit(3)", r"failed \(3\): no such optimizer$"),
+        ("raise SystemExit(3)", r"failed \(3\): it printed nothing$"),
+        ("import os; raise OSError('disk full')", r"failed \(1\): OSError: disk full$"),
+        ("print('error: expected a peer'); print('bye'); raise SystemExit(2)", r"\(2\): error: expected a peer$"),
+        ("pass", r"expected a JSON line with steps, cold_start_s and peak_rss_mib in .*, got FileNotFoundError"),
+        ("WRITE('nothing')", "expected a JSON line with .*, got JSONDecodeError"),
+        ("""WRITE('{"cold_start_s": 1, "peak_rss_mib": 1}')""", "expected a JSON line with .*, got KeyError: 'steps'"),
+        ("""WRITE('{"steps": [{"step": 1}], "cold_start_s": 1, "peak_rss_mib": 1}')""", "expected 3 steps, got 1"),
+    ],
+    ids=["message", "silent", "traceback", "refusal", "no_file", "no_json", "no_steps", "fewer_steps"],
+)
+def test_a_peer_that_fails_is_one_line(script: str, message: str, tmp_path: Path) -> None:
+    written = "import sys\ndef WRITE(line): open(sys.argv[sys.argv.index('--out') + 1], 'w').write(line)\n"
+    (tmp_path / "run_trl.py").write_text(written + script)
+    with pytest.raises(ValueError, match=message) as error:
+        run_peer(tmp_path / "run_trl.py", sys.executable, tmp_path, 1, 2, {})
+    assert "\n" not in str(error.value)
+
+
+def test_workload_is_written_for_one_script_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps: list[int] = []
+    monkeypatch.setattr(measuring, "prepare", lambda workload, folder, count: steps.append(count))
+    monkeypatch.setattr(measuring, "write_work", lambda folder: (folder / "work.json").touch())
+    assert main(["speed", "--workload", "w3", "--steps", "1", "--prepare", str(tmp_path / "work")]) == 0
+    assert steps == [3] and (tmp_path / "work" / "work.json").exists()
+    assert f"run_trl.py grpo --data {tmp_path / 'work'} --steps 3" in capsys.readouterr().out
 
 
 def test_a_sweep_is_a_table_and_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
