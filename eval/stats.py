@@ -18,6 +18,7 @@ import numpy as np
 Scores = Sequence[float | None]  # of the completions of one prompt; None or NaN = unscorable
 RESAMPLES, CONFIDENCE = 9999, 0.95
 REFITS = 1999  # resamples of a statistic that is a regression
+NEWTON_STEPS = 100  # of that regression, at most
 MIN_PROMPTS = 20  # from which on a bootstrap is tried
 
 
@@ -164,6 +165,10 @@ def summary(rates_P: np.ndarray, seed: int) -> dict[str, Any]:
     return margin | {"mean": mean, "standard_error": error} | win_rate_interval(rates_P, seed)._asdict()
 
 
+class NotConvergedError(ValueError):
+    """An iteration that did not end, on data that no test has."""
+
+
 def length_controlled(
     rates_J: np.ndarray, length_a_J: np.ndarray, length_b_J: np.ndarray, prompt_J: np.ndarray, seed: int
 ) -> dict[str, Any]:
@@ -187,6 +192,8 @@ def length_controlled(
       As `summary`, the interval by BCa over prompts, or Wilson's as for `win_rate_interval`; standard_error is the
       standard deviation of the resamples, NaN without them. All NaN with method "none" without pairs, and where every
       pair has the same difference in length that is not 0: then length and skill cannot be told apart.
+    Raises:
+      NotConvergedError: the regression did not converge.
     References:
       Dubois et al., Length-controlled AlpacaEval, https://arxiv.org/abs/2404.04475, section 3.
     """
@@ -226,7 +233,7 @@ def _regressions(weight_XJ: np.ndarray, length_J: np.ndarray, outcome_J: np.ndar
     y = np.append(outcome_J, (0.5, 0.5))
     weight = np.pad(weight_XJ, ((0, 0), (0, 2)), constant_values=0.5)
     coefficients = np.repeat(start, len(weight) // start.shape[1], axis=1)
-    for _ in range(100):
+    for _ in range(NEWTON_STEPS):
         p = 1 / (1 + np.exp(-(coefficients[0][:, None] + coefficients[1][:, None] * x)))
         error, curvature = weight * (y - p), weight * p * (1 - p)
         slope_0, slope_1 = error.sum(1), error @ x
@@ -235,7 +242,10 @@ def _regressions(weight_XJ: np.ndarray, length_J: np.ndarray, outcome_J: np.ndar
         coefficients += np.clip(step, -2, 2)  # a full step may overshoot where the outcomes are nearly separated
         if np.abs(step).max() < 1e-9:
             return coefficients
-    raise RuntimeError("length_controlled: the regression did not converge in 100 steps; please report the data")
+    raise NotConvergedError(
+        f"length_controlled: the regression did not converge in {NEWTON_STEPS} steps; please report the judgements, "
+        f"judgements.jsonl"
+    )
 
 
 def cohen_kappa(labels_1: Sequence[Hashable], labels_2: Sequence[Hashable]) -> float:

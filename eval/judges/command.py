@@ -24,12 +24,12 @@ from typing import Any, Literal
 from eval.judges.pairs import CompletionPair, Judgement, read_pairs
 from eval.judges.results import JUDGEMENTS, NO_OUTCOME, gold_of, read_judgements, results, row_of, step_of
 from eval.judges.task import JudgeTask, load_task
-from eval.stats import without_nan
+from eval.stats import NotConvergedError, without_nan
 from train.config import MeshConfig
 from train.console import console
 from train.parse import parse
 from train.run.files import check_out, check_out_directory, write_jsonl, write_whole
-from train.running import setup_errors
+from train.running import SetupError, setup_errors
 
 JUDGE_JSON = "judge.json"
 
@@ -115,7 +115,11 @@ def judge_policies(config: JudgeConfig) -> dict[str, Any]:
     rows = [row_of(pair, of_pair.get(pair.key)) for pair in pairs]
     out = Path(config.out)
     write_jsonl(out / JUDGEMENTS, [without_nan(row) for row in rows])
-    result = without_nan(provenance(config, pairs) | results(rows, config.seed, gold, earlier) | usage)
+    try:
+        numbers = results(rows, config.seed, gold, earlier)
+    except NotConvergedError as error:
+        raise SetupError(str(error)) from error
+    result = without_nan(provenance(config, pairs) | numbers | usage)
     write_whole(out / JUDGE_JSON, json.dumps(result, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
     print_judgements(result)
     console.print(f"{out / JUDGE_JSON}")

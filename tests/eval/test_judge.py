@@ -461,6 +461,22 @@ def test_a_local_judge(backend: str, run: Callable[..., Any], tmp_path: Path, lo
     assert mirror["agreement"] == [{"with": str(tmp_path / "out"), "kappa": 1.0, "pairs": 10}]
 
 
+def test_regression_that_does_not_converge_is_one_line(
+    files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class ByOrder:
+        def judge(self, pairs: list[CompletionPair]) -> list[Judgement]:
+            return [Judgement([order("ab", "a"), order("ba", "ab"[len(pair.b) % 2])]) for pair in pairs]
+
+    monkeypatch.setattr("eval.judges.command.local_judge", lambda *_: ByOrder())
+    monkeypatch.setattr("eval.stats.NEWTON_STEPS", 1)
+    command = ["judge", *files, "--out", str(tmp_path / "out"), "--backend", "likelihood", "--model", "m"]
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: length_controlled: the regression did not converge in 1 steps; please report")
+    assert error.count("\n") == 1 and len((tmp_path / "out" / "judgements.jsonl").read_text().splitlines()) == 12
+
+
 def test_likelihood_rows(run: Callable[..., Any]) -> None:
     """p is the mean over both orders of A's probability; the bias is of who won in each."""
     result, rows = run("likelihood")
