@@ -271,6 +271,37 @@ def test_an_interrupt_ends_the_plan_at_once(
     assert raised.value.code == 130 and "interrupted" in capsys.readouterr().err
 
 
+def test_hours_and_price_are_those_of_all_devices() -> None:
+    plan, estimated = a_plan("H200", 7.2, 1.0, 4), a_plan("H200", 0.0, 1.0, 4)
+    assert plan.devices == 4 and plan.hours(500) == pytest.approx(1.0)
+    assert plan.price(500, {"H200": 2.5, "v5p": 9.0}) == pytest.approx(10.0)
+    assert plan.price(500, {"v5p": 9.0}) is estimated.price(500, {"H200": 2.5}) is estimated.hours(500) is None
+    assert plan.price(500, {"H200": 0.0}) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("options", "ignored"),
+    [
+        (["--top", "3", "--price_per_chip_hour", "0"], "--top, --price_per_chip_hour: without effect"),
+        (["--top", "3"], "--top: without effect"),
+        (["--top", "3", "--chip", "H200"], None),
+        ([], None),
+    ],
+    ids=["both", "top", "with_a_chip", "neither"],
+)
+def test_options_that_need_a_chip_say_so(
+    options: list[str],
+    ignored: str | None,
+    stand_in: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("train.plan.command.make_plan", lambda config, chip, *_: a_plan(chip, 0.0, 1.0, 1))
+    assert main([*ARGUMENTS, *MESH, *options]) == 0
+    notes = [line for line in capsys.readouterr().out.splitlines() if "without effect" in line]
+    assert len(notes) == (ignored is not None) and all(line.startswith(f"{ignored}, since") for line in notes)
+
+
 def test_what_is_estimated_comes_after_what_is_predicted() -> None:
     """Without seconds there is no price, not even of chips that cost nothing."""
     config = parse(PlanConfig, [*ARGUMENTS[1:], "--chip", "H200,v5p", "--price_per_chip_hour", "0"])

@@ -51,6 +51,8 @@ def make_and_print(config: PlanConfig) -> None:
         check_outputs(config)
         if config.suggest and not config.chips:
             raise ValueError("--suggest: for which chip? Give --chip, such as H200 or H200,v5p")
+        if ignored := options_without_seconds(config):
+            print_plain(f"{ignored}: without effect, since seconds are those of a chip; give --chip, such as H200")
         counts = {chip: device_count(config, chip) for chip in config.chips or (None,)}
         devices = simulated_devices(max(counts.values()))
         network = network_config(config.model.path) if config.model.path else config.model.architecture
@@ -69,6 +71,12 @@ def make_and_print(config: PlanConfig) -> None:
         print_plain(no_mesh_text(config))
     with setup_errors():
         write_files(config, best)
+
+
+def options_without_seconds(config: PlanConfig) -> str:
+    """Returns the options that need a chip's seconds, if no chip is named."""
+    given = {"--top": config.top, "--price_per_chip_hour": config.price_per_chip_hour is not None}
+    return ", ".join(name for name, value in given.items() if value and not config.chips)
 
 
 def chip_plans(

@@ -68,6 +68,19 @@ class Plan(NamedTuple):
         """Whether the chip's own compiler made all programs, so that their seconds are known."""
         return all(cost.predicted for cost in self.costs)
 
+    @property
+    def devices(self) -> int:
+        return math.prod(self.mesh.values())
+
+    def hours(self, steps: int) -> float | None:
+        """Returns how long so many steps take; None where seconds are not known."""
+        return self.step.seconds * steps / 3600 if self.is_predicted else None
+
+    def price(self, steps: int, prices: Mapping[str, float]) -> float | None:
+        """Returns what so many steps cost; None where seconds, or the price of this chip's hour, are not known."""
+        hours, price = self.hours(steps), prices.get(str(self.chip))
+        return price * self.devices * hours if price is not None and hours is not None else None
+
     def part(self, name: str) -> Work:
         """Returns the work of a part of a step (a key of PARTS) on each device."""
         total = Work()
@@ -198,12 +211,9 @@ def named_programs(plan: Plan) -> Iterator[tuple[StepProgram, Cost]]:
 def plan_json(config: PlanConfig, plan: Plan) -> dict[str, Any]:
     """Returns all figures, per device; a program's are of one call. What only the chip's compiler knows may be None."""
     step, known = plan.step, plan.is_predicted
-    price = config.prices.get(str(plan.chip))
-    hours = step.seconds * config.max_steps / 3600
-    devices = math.prod(plan.mesh.values())
     return {
         "mesh": plan.mesh,
-        "devices": devices,
+        "devices": plan.devices,
         "microbatch_prompts": plan.microbatch_prompts,
         "chip": plan.chip,
         "compiler": plan.compiler,
@@ -214,11 +224,11 @@ def plan_json(config: PlanConfig, plan: Plan) -> dict[str, Any]:
         "step_seconds": step.seconds if known else None,
         "parts": {name: _part_json(plan, name) if known else None for name in PARTS},
         "tokens_per_second": plan.tokens / step.seconds if known else None,
-        "hours": hours if known else None,
+        "hours": plan.hours(config.max_steps),
         "price": {
-            "per_chip_hour": price,
-            "step": price * devices * step.seconds / 3600 if price is not None and known else None,
-            "run": price * devices * hours if price is not None and known else None,
+            "per_chip_hour": config.prices.get(str(plan.chip)),
+            "step": plan.price(1, config.prices),
+            "run": plan.price(config.max_steps, config.prices),
         },
         "programs": {program.name: _program_json(plan, program, cost) for program, cost in named_programs(plan)},
     }

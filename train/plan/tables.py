@@ -21,7 +21,7 @@ def print_plan(config: PlanConfig, plan: Plan, network: Qwen3Config, rewards: Se
     """Prints the arrays and programs on each device, what each sends, whether it fits, its seconds and its price."""
     sizes = ", ".join(f"{n / 1e9:.2f} G" for n in map(parameter_count, (network, *rewards)))
     console.print(
-        f"\n{math.prod(plan.mesh.values())} {plan.chip or 'devices'}, {mesh_text(plan)}: {config.prompts_per_step} "
+        f"\n{plan.devices} {plan.chip or 'devices'}, {mesh_text(plan)}: {config.prompts_per_step} "
         f"prompts x {config.num_generations}, prompts to {config.max_prompt_length} and completions to "
         f"{config.max_completion_length} tokens, micro-batches of {plan.microbatch_prompts} prompts; parameters of "
         f"policy and reward models: {sizes}; {config.model.dtype}, parameters {config.model.param_dtype}"
@@ -86,18 +86,18 @@ def print_seconds(config: PlanConfig, plan: Plan) -> None:
             shares = (plan.mfu(name, work), plan.bandwidth_share(work))
             seconds = (f"{work.seconds:,.2f}", f"{work.link_seconds:,.2f}")
             table.add_row(name, *seconds, *(f"{100 * share:.0f} %" for share in shares))
-    step, devices = plan.step, math.prod(plan.mesh.values())
+    step, hours = plan.step, plan.hours(config.max_steps)
+    assert hours is not None  # as seconds are predicted
     share = 100 * plan.bandwidth_share(step)
     table.add_row(
         "step", f"{step.seconds:,.2f}", f"{step.link_seconds:,.2f}", f"{100 * plan.step_mfu:.0f} %", f"{share:.0f} %"
     )
     console.print("")
     print_table(table)
-    hours = step.seconds * config.max_steps / 3600
     rate = plan.tokens / step.seconds
     print_plain(
-        f"{rate:,.0f} completion tokens a second, {rate / devices:,.0f} on each device; {config.max_steps:,} steps: "
-        f"{hours:,.1f} hours, {hours * devices:,.0f} chip hours{price_text(config, plan)}"
+        f"{rate:,.0f} completion tokens a second, {rate / plan.devices:,.0f} on each device; {config.max_steps:,} "
+        f"steps: {hours:,.1f} hours, {hours * plan.devices:,.0f} chip hours{price_text(config, plan)}"
     )
     print_plain(
         "predicted by a roofline of the compiled programs, for the longest texts: no device was timed; rewards that "
@@ -107,11 +107,8 @@ def print_seconds(config: PlanConfig, plan: Plan) -> None:
 
 def price_text(config: PlanConfig, plan: Plan) -> str:
     """Returns what a run costs, if the price of an hour is known."""
-    price = config.prices.get(str(plan.chip))
-    if price is None:
-        return ""
-    run = price * math.prod(plan.mesh.values()) * plan.step.seconds * config.max_steps / 3600
-    return f", at {price:g} an hour {run:,.0f}"
+    run = plan.price(config.max_steps, config.prices)
+    return f", at {config.prices[str(plan.chip)]:g} an hour {run:,.0f}" if run is not None else ""
 
 
 def print_kernels(name: str, items: Mapping[Item, Work], count: int) -> None:
@@ -146,16 +143,13 @@ def print_comparison(config: PlanConfig, plans: Sequence[Plan], best: Plan) -> N
     table = Table("", *columns, box=None)
     for plan in sorted(plans, key=lambda plan: rank(config, plan)):
         seconds = [f"{plan.part(name).seconds:,.1f}" if plan.is_predicted else "-" for name in PARTS]
-        hours = plan.step.seconds * config.max_steps / 3600
-        price = config.prices.get(str(plan.chip))
-        run = (
-            f"{price * hours * math.prod(plan.mesh.values()):,.0f}" if price is not None and plan.is_predicted else "-"
-        )
-        totals = (f"{plan.step.seconds:,.1f}", f"{hours:,.1f}", run) if plan.is_predicted else ("-", "-", "-")
+        hours, run = plan.hours(config.max_steps), plan.price(config.max_steps, config.prices)
+        step = f"{plan.step.seconds:,.1f}" if plan.is_predicted else "-"
+        totals = (step, "-" if hours is None else f"{hours:,.1f}", "-" if run is None else f"{run:,.0f}")
         memory = f"{plan.peak / GIB:.1f} of {CHIPS[str(plan.chip)].memory / GIB:.0f} GiB"
         fits = "" if plan.fits(str(plan.chip)) else ", does NOT fit"
         mark = "->" if plan is best and not fits else ""
-        counts = (str(math.prod(plan.mesh.values())), mesh_text(plan), str(plan.microbatch_prompts))
+        counts = (str(plan.devices), mesh_text(plan), str(plan.microbatch_prompts))
         table.add_row(mark, str(plan.chip), *counts, memory + fits, *seconds, *totals)
     console.print("")
     print_table(table)
@@ -163,8 +157,7 @@ def print_comparison(config: PlanConfig, plans: Sequence[Plan], best: Plan) -> N
 
 def rank(config: PlanConfig, plan: Plan) -> tuple[bool, float, float]:
     """Returns the key by which plans are ordered: what fits, the price of a run where all have one, the seconds."""
-    price = config.prices.get(str(plan.chip), 0.0)
     seconds = plan.step.seconds if plan.is_predicted else math.inf
-    priced = config.chips and all(chip in config.prices for chip in config.chips)
-    cost = price * seconds * math.prod(plan.mesh.values()) if priced and price else 0.0  # 0 * inf is no number
-    return not plan.fits(str(plan.chip)), cost if plan.is_predicted else seconds, seconds
+    priced = all(chip in config.prices for chip in config.chips)
+    price = plan.price(1, config.prices if priced else {}) or 0.0
+    return not plan.fits(str(plan.chip)), price if plan.is_predicted else seconds, seconds
