@@ -128,6 +128,27 @@ def test_a_policy_has_the_same_hidden_states_and_gradient(windows: bool) -> None
         np.testing.assert_allclose(one, other, atol=2e-5 * max(1, float(jnp.abs(other).max())))
 
 
+def test_the_last_token_is_computed_on_accelerators_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    prompt_PS, tokens_PGT = rng.integers(0, 61, (2, 9)), rng.integers(0, 61, (2, 3, 12))
+    offset_PGT = jnp.asarray(np.tile(np.r_[np.arange(7), np.arange(5)], (2, 3, 1)))
+    graphdef, params = network(Qwen3, "xla")
+    model, sizes, hidden = nnx.merge(graphdef, params), [], []
+    computed = model.prefill_and_extend
+
+    def count(*arguments: Any) -> Any:
+        sizes.append(arguments[2].shape[-1])
+        return computed(*arguments)
+
+    monkeypatch.setattr(model, "prefill_and_extend", count)
+    for platform in ("cpu", "gpu"):
+        monkeypatch.setattr("models.qwen3.platform_of", lambda layout, platform=platform: platform)
+        hidden += [model.predict(prompt_PS, jnp.array([9, 4]), tokens_PGT, offset) for offset in (None, offset_PGT)]
+    assert sizes == [11, 11, 12, 12]
+    for on_cpu, elsewhere in zip(hidden[:2], hidden[2:], strict=True):
+        np.testing.assert_allclose(on_cpu, elsewhere, atol=1e-5)
+
+
 def test_a_reward_model_has_the_same_scores() -> None:
     rng = np.random.default_rng(0)
     prefix_PS, suffix_PGT = rng.integers(0, 61, (2, 9)), rng.integers(0, 61, (2, 3, 12))
