@@ -41,7 +41,10 @@ def prefix_key_values(kv: KeyValues) -> PrefixKeyValues:
 
 
 class Past(NamedTuple):
-    """Key-value cache of growing completions in all layers; the first `length` positions are filled."""
+    """Key-value cache of growing completions in all layers; the first `length` positions are filled.
+
+    `length` is a number, or [P] where prompts are at different positions; it is then appended one position at a time.
+    """
 
     keys_LPKGET: jax.Array  # T last, as in `PrefixKeyValues`
     values_LPKGTE: jax.Array
@@ -56,11 +59,33 @@ class Past(NamedTuple):
     def append(self, new_LPKGTE: KeyValues) -> "Past":
         """Returns the cache with the keys and values of the next positions."""
         keys_LPKGET = jnp.swapaxes(new_LPKGTE.keys, -1, -2)
+        if self.length.ndim:
+            keys_LPKGET = put_positions(self.keys_LPKGET, keys_LPKGET, self.length, prompt_axis=1, axis=5)
+            values_LPKGTE = put_positions(self.values_LPKGTE, new_LPKGTE.values, self.length, prompt_axis=1, axis=4)
+            return Past(keys_LPKGET, values_LPKGTE, self.length + 1)
         return Past(
             jax.lax.dynamic_update_slice_in_dim(self.keys_LPKGET, keys_LPKGET, self.length, axis=5),
             jax.lax.dynamic_update_slice_in_dim(self.values_LPKGTE, new_LPKGTE.values, self.length, axis=4),
             self.length + new_LPKGTE.keys.shape[4],
         )
+
+
+def put_positions(cache: jax.Array, new: jax.Array, position_P: jax.Array, *, prompt_axis: int, axis: int) -> jax.Array:
+    """Writes one position of each prompt: cache[..., p, ..., position_P[p], ...] = new[..., p, ..., 0, ...].
+
+    Each device writes its own prompts: they are a batch axis of the scatter.
+    """
+    numbers = jax.lax.ScatterDimensionNumbers(
+        update_window_dims=tuple(range(1, cache.ndim - 1)),
+        inserted_window_dims=(axis,),
+        scatter_dims_to_operand_dims=(axis,),
+        operand_batching_dims=(prompt_axis,),
+        scatter_indices_batching_dims=(0,),
+    )
+    updates = jnp.moveaxis(new.squeeze(axis), prompt_axis, 0)
+    return jax.lax.scatter(
+        cache, position_P[:, None], updates, numbers, unique_indices=True, mode=jax.lax.GatherScatterMode.CLIP
+    )
 
 
 class RunningSoftmax(NamedTuple):
@@ -103,7 +128,9 @@ def group_attention(
       [P, G, T, K, Q, E] in the queries' dtype. Scores and the softmax are float32.
     """
     P, G, T, K, _, E = query_PGTKQE.shape
-    past_length = past.length if past is not None else 0
+    past_length: Any = 0
+    if past is not None:  # broadcastable to [P, K, G, C, Q, U]
+        past_length = past.length if past.length.ndim == 0 else past.length.reshape(P, 1, 1, 1, 1, 1)
     query_PKGTQE = jnp.einsum("pgtkqe->pkgtqe", query_PGTKQE * jnp.asarray(E**-0.5, query_PGTKQE.dtype))
 
     def in_window(distance: Any, mask: jax.Array) -> jax.Array:
@@ -141,7 +168,7 @@ def group_attention(
                 mask = in_window(past_length + t_C11 - position_U, filled_U)
                 return _online_softmax([(_scores(query_PKGCQE, jnp.swapaxes(keys, -1, -2), mask), values)], softmax)
 
-            softmax = jax.lax.fori_loop(0, (past_length + size - 1) // size, add_chunk, softmax)
+            softmax = jax.lax.fori_loop(0, (past.length.max() + size - 1) // size, add_chunk, softmax)
         return softmax.numerator_PKGTQE / softmax.denominator_PKGTQ1
 
     block = max(-(-T // QUERY_BLOCKS), MIN_QUERY_BLOCK)

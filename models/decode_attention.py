@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from models.attention import put_positions
 from models.flops import KernelWork
 from models.qwen3 import rms_norm, rotate
 from models.sharding import Layout
@@ -43,7 +44,7 @@ class Token(NamedTuple):
     cos_PGC: Any  # of the rotary angles, float32; C = E / 2
     sin_PGC: Any
     lengths_P: Any  # tokens of each prompt
-    filled: Any  # positions of the cache that are filled, of every completion
+    filled: Any  # positions of the cache that are filled: of every completion, or [P] of those of each prompt
     live_PG: Any  # False: the completion has ended; nothing of it is read, and its output means nothing
 
 
@@ -83,7 +84,8 @@ def decode_attention(
     heads, groups = ("prompt", "group", "kv_heads", None, None), ("prompt", "group")
     prompt, completion = ("prompt", "kv_heads", None, None), ("prompt", "kv_heads", "group", None, None)
     spec, none = layout.spec, PartitionSpec()
-    tokens = Token(spec((*groups, None)), spec((*groups, None)), spec(("prompt",)), none, spec(groups))
+    filled = spec(("prompt",) if token.filled.ndim else ())
+    tokens = Token(spec((*groups, None)), spec((*groups, None)), spec(("prompt",)), filled, spec(groups))
     caches = LayerKeyValues(spec(completion), spec(completion))
     inputs = (spec(heads), none, none, tokens, LayerKeyValues(spec(prompt), spec(prompt)), caches)
     sharded = jax.shard_map(attend, mesh=layout.mesh, in_specs=inputs, out_specs=(spec(heads), caches), check_vma=False)
@@ -108,15 +110,19 @@ def _attend_by_xla(
     new = rotate(rms_norm(qkv_PGKWE[..., -2:-1, :], norms.key_E, norms.epsilon), rotary)
 
     def put(cache_PKGTE: jax.Array, new_PGK1E: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice_in_dim(cache_PKGTE, jnp.swapaxes(new_PGK1E, 1, 2), token.filled, axis=3)
+        new_PKG1E = jnp.swapaxes(new_PGK1E, 1, 2)
+        if token.filled.ndim:
+            return put_positions(cache_PKGTE, new_PKG1E, token.filled, prompt_axis=0, axis=3)
+        return jax.lax.dynamic_update_slice_in_dim(cache_PKGTE, new_PKG1E, token.filled, axis=3)
 
     cache = LayerKeyValues(put(cache.keys, new), put(cache.values, qkv_PGKWE[..., -1:, :]))
     position_S, position_T = jnp.arange(prefix.keys.shape[2]), jnp.arange(cache.keys.shape[3])
     length = token.lengths_P[:, None, None, None, None]
-    of_prefix, of_past = position_S < length, position_T <= token.filled
+    filled = token.filled[:, None, None, None, None] if token.filled.ndim else token.filled
+    of_prefix, of_past = position_S < length, position_T <= filled
     if window is not None:
-        of_prefix &= length + token.filled - position_S < window
-        of_past &= token.filled - position_T < window
+        of_prefix &= length + filled - position_S < window
+        of_past &= filled - position_T < window
     product = partial(jnp.einsum, preferred_element_type=jnp.float32)
     prefix_scores = jnp.where(of_prefix, product("pgkqe,pkse->pkgqs", query, prefix.keys), _MASKED)
     past_scores = jnp.where(of_past, product("pgkqe,pkgte->pkgqt", query, cache.keys), _MASKED)
@@ -151,14 +157,14 @@ def _attend_by_kernels(
     options: dict[str, Any] = {"interpret": interpret}
     if not interpret:
         options["compiler_params"] = gpu.CompilerParams(num_warps=4, num_stages=2)
-    scalars = jnp.stack([token.filled.astype(jnp.int32)])
+    filled = token.filled.astype(jnp.int32).reshape(-1)  # one for all, or one of each prompt
     live_PG = token.live_PG.astype(jnp.int32)
 
     def block(*shape: int | None, index: Callable[..., tuple[Any, ...]]) -> pl.BlockSpec:
         return pl.BlockSpec(shape, index)
 
     whole = block(E, index=lambda *_: (0,))
-    scalar = block(1, index=lambda *_: (0,))
+    scalar = block(1, index=lambda p, *_: (p if token.filled.ndim else 0,))
     length = block(1, index=lambda p, *_: (p,))
     group = block(None, G, None, W, E, index=lambda p, k: (p, 0, k, 0, 0))
     angles = block(None, G, E // 2, index=lambda p, k: (p, 0, 0))
@@ -177,7 +183,7 @@ def _attend_by_kernels(
         out_shape=partial_shapes,
         name="prefix_attention",
         **options,
-    )(scalars, token.lengths_P, live_PG, qkv_PGKWE, token.cos_PGC, token.sin_PGC, query_norm_E, *prefix)
+    )(filled, token.lengths_P, live_PG, qkv_PGKWE, token.cos_PGC, token.sin_PGC, query_norm_E, *prefix)
 
     one = block(None, None, None, W, E, index=lambda p, k, g: (p, g, k, 0, 0))
     angle = block(None, None, E // 2, index=lambda p, k, g: (p, g, 0))
@@ -194,7 +200,7 @@ def _attend_by_kernels(
         name="past_attention",
         **options,
     )(
-        *(scalars, live_PG, qkv_PGKWE, token.cos_PGC, token.sin_PGC, query_norm_E, key_norm_E),
+        *(filled, live_PG, qkv_PGKWE, token.cos_PGC, token.sin_PGC, query_norm_E, key_norm_E),
         *partial_sums,
         *cache,
     )

@@ -216,7 +216,7 @@ class Backbone(nnx.Module):
         `past` caches the keys and values of the completion's earlier tokens; `offset_PGT` is for rows that pack several
         completions (see `group_attention`).
         """
-        start_P11 = prefix.lengths_P[:, None, None] + (past.length if past is not None else 0)
+        start_P11 = (prefix.lengths_P + (past.length if past is not None else 0))[:, None, None]
         hidden, new = self._forward(tokens_PGT, start_P11, prefix=prefix, past=past, offset_PGT=offset_PGT)
         return hidden, heads_first(new)
 

@@ -82,64 +82,15 @@ def sample(
       pad_id: the token behind a completion's end.
       drawing: what `params` asks for, if that is known; None = the program decides, and has both in it.
     """
-    decoder: Decoder = model if hasattr(model, "start") else ScannedDecoder(model)  # type: ignore[assignment]
-    (P, _), G, T = prompt_PS.shape, num_generations, max_completion_length
-    rows_PG = rows_P if rows_P.ndim == 2 else rows_P[:, None] * G + jnp.arange(G)
-    keys_PG = jax.vmap(jax.vmap(lambda row: jax.random.fold_in(key, row)))(rows_PG)
-    uniforms_PGT = jax.vmap(jax.vmap(lambda k: jax.random.uniform(k, (T,))))(keys_PG)
-    eos_ids = jnp.asarray(params.eos_ids)
+    decoder = as_decoder(model)
+    prefix, past = decoder.start(prompt_PS, lengths_P, num_generations, max_completion_length)
+    rows = first_rows(prefix, rows_P, key, num_generations, max_completion_length, pad_id)
+    return decode_to_end(decoder, prefix, DecodeState(rows, past), params, pad_id, drawing)[0]
 
-    prefix, past = decoder.start(prompt_PS, lengths_P, G, T)
-    empty = Rollout(
-        jnp.full((P, G, T), pad_id, jnp.int32),
-        jnp.zeros((P, G, T), jnp.float32),
-        jnp.zeros((P, G), jnp.int32),
-        jnp.zeros((P, G), bool),
-    )
-    hidden_PGD = jnp.broadcast_to(prefix.last_PD[:, None], (P, G, prefix.last_PD.shape[-1]))
-    completion_PG = jnp.tile(jnp.arange(G), (P, 1))
-    rows = ActiveRows(completion_PG, jnp.zeros((P, G), bool), hidden_PGD, uniforms_PGT, empty)
 
-    def decode_step(prefix: Any, state: DecodeState) -> DecodeState:
-        rows, t = state.rows, state.past.length
-        logits_PGV = decoder.logits(rows.hidden_PGD)
-        uniform_PG = jax.lax.dynamic_index_in_dim(rows.uniforms_PGT, t, axis=2, keepdims=False)
-        banned_V = jnp.zeros(logits_PGV.shape[-1], bool).at[eos_ids].set(t < params.min_tokens)
-        if params.absent_V is not None:
-            banned_V |= params.absent_V
-        token_PG, logprob_PG = draw(logits_PGV, uniform_PG, banned_V, params, drawing)
-
-        live_PG, rollout = ~rows.done_PG, rows.rollout
-        token_PG = jnp.where(live_PG, token_PG, pad_id)
-        ended_PG = live_PG & (token_PG[..., None] == eos_ids).any(-1)
-        rollout = Rollout(
-            rollout.tokens_PGT.at[:, :, t].set(token_PG),
-            rollout.logprobs_PGT.at[:, :, t].set(jnp.where(live_PG, logprob_PG, 0)),
-            rollout.lengths_PG + live_PG,
-            rollout.finished_PG | ended_PG,
-        )
-        done_PG = rows.done_PG | ended_PG
-        hidden_PGD, past = decoder.step(token_PG, prefix, state.past, ~done_PG)
-        return DecodeState(rows._replace(done_PG=done_PG, hidden_PGD=hidden_PGD, rollout=rollout), past)
-
-    prompt_P, rollout = jnp.arange(P), empty
-    state = DecodeState(rows, past)
-    shrinks = decoder.shrinks and T >= MIN_SHRINKING_LENGTH
-    sizes = shrink_schedule(P, G, decoder.layout) if shrinks else [(P, G)]
-    for size, smaller in zip(sizes, [*sizes[1:], None], strict=True):
-
-        def should_continue(state: DecodeState, smaller: tuple[int, int] | None = smaller) -> jax.Array:
-            done_PG = state.rows.done_PG
-            return (state.past.length < T) & ~done_PG.all() & ~fits_in(done_PG, smaller)
-
-        state = jax.lax.while_loop(should_continue, partial(decode_step, prefix), state)
-        index = (prompt_P[:, None], state.rows.completion_PG)
-        rollout = jax.tree.map(lambda all, some, index=index: all.at[index].set(some), rollout, state.rows.rollout)
-        if smaller is not None and smaller[1] < size[1]:
-            state = shrink_completions(state, smaller[1])
-        elif smaller is not None:
-            prompt_P, prefix, state = shrink_prompts(prompt_P, prefix, state, smaller[0])
-    return rollout
+def as_decoder(model: Any) -> Decoder:
+    """Returns how to run a model: itself, if it is a decoder."""
+    return model if hasattr(model, "start") else ScannedDecoder(model)
 
 
 class ActiveRows(NamedTuple):
@@ -156,7 +107,106 @@ class DecodeState(NamedTuple):
     """State of the decoding loop."""
 
     rows: ActiveRows
-    past: Any  # the decoder's cache; to shrink, a `Past`
+    past: Any  # the decoder's cache, of as many positions for all prompts or for each; to shrink, a `Past`
+
+
+def first_rows(prefix: Any, rows_P: jax.Array, key: jax.Array, G: int, T: int, pad_id: int) -> ActiveRows:
+    """Returns completions that have no token yet, with the numbers that they draw from (`rows_P`: see `sample`)."""
+    P = len(rows_P)
+    rows_PG = rows_P if rows_P.ndim == 2 else rows_P[:, None] * G + jnp.arange(G)
+    keys_PG = jax.vmap(jax.vmap(lambda row: jax.random.fold_in(key, row)))(rows_PG)
+    uniforms_PGT = jax.vmap(jax.vmap(lambda k: jax.random.uniform(k, (T,))))(keys_PG)
+    empty = Rollout(
+        jnp.full((P, G, T), pad_id, jnp.int32),
+        jnp.zeros((P, G, T), jnp.float32),
+        jnp.zeros((P, G), jnp.int32),
+        jnp.zeros((P, G), bool),
+    )
+    hidden_PGD = jnp.broadcast_to(prefix.last_PD[:, None], (P, G, prefix.last_PD.shape[-1]))
+    completion_PG = jnp.tile(jnp.arange(G), (P, 1))
+    return ActiveRows(completion_PG, jnp.zeros((P, G), bool), hidden_PGD, uniforms_PGT, empty)
+
+
+def decode_step(
+    decoder: Decoder, prefix: Any, params: SamplingParams, pad_id: int, drawing: Drawing | None, state: DecodeState
+) -> DecodeState:
+    """Draws one more token of every completion that continues, and computes what predicts the next one."""
+    rows, t = state.rows, state.past.length
+    logits_PGV = decoder.logits(rows.hidden_PGD)
+    uniform_PG = at_position(rows.uniforms_PGT, t)
+    is_eos_V = jnp.zeros(logits_PGV.shape[-1], bool).at[jnp.asarray(params.eos_ids)].set(True)
+    banned = is_eos_V & (t < params.min_tokens if t.ndim == 0 else (t < params.min_tokens)[:, None, None])
+    if params.absent_V is not None:
+        banned |= params.absent_V
+    token_PG, logprob_PG = draw(logits_PGV, uniform_PG, banned, params, drawing)
+
+    live_PG, rollout = ~rows.done_PG, rows.rollout
+    token_PG = jnp.where(live_PG, token_PG, pad_id)
+    ended_PG = live_PG & (token_PG[..., None] == jnp.asarray(params.eos_ids)).any(-1)
+    rollout = Rollout(
+        set_position(rollout.tokens_PGT, token_PG, t, live_PG),
+        set_position(rollout.logprobs_PGT, jnp.where(live_PG, logprob_PG, 0), t, live_PG),
+        rollout.lengths_PG + live_PG,
+        rollout.finished_PG | ended_PG,
+    )
+    done_PG = rows.done_PG | ended_PG
+    if t.ndim:
+        done_PG |= (t + 1 == rows.uniforms_PGT.shape[-1])[:, None]
+    hidden_PGD, past = decoder.step(token_PG, prefix, state.past, ~done_PG)
+    if t.ndim:  # prompts that have ended stay at the beginning of the cache: they write behind no end, and read nothing
+        past = past._replace(length=jnp.where(done_PG.all(1), 0, past.length))
+    return DecodeState(rows._replace(done_PG=done_PG, hidden_PGD=hidden_PGD, rollout=rollout), past)
+
+
+def at_position(array_PGT: jax.Array, t: jax.Array) -> jax.Array:
+    """Returns array_PGT[:, :, t], for one t or one of each prompt."""
+    if t.ndim == 0:
+        return jax.lax.dynamic_index_in_dim(array_PGT, t, axis=2, keepdims=False)
+    return jnp.take_along_axis(array_PGT, t[:, None, None], axis=2)[..., 0]
+
+
+def set_position(array_PGT: jax.Array, values_PG: jax.Array, t: jax.Array, live_PG: jax.Array) -> jax.Array:
+    """Sets array_PGT[:, :, t], for one t or, of rows that continue, for one of each prompt."""
+    if t.ndim == 0:
+        return array_PGT.at[:, :, t].set(values_PG)
+    is_next_PGT = (jnp.arange(array_PGT.shape[-1]) == t[:, None, None]) & live_PG[..., None]
+    return jnp.where(is_next_PGT, values_PG[..., None], array_PGT)  # no scatter: these arrays are small
+
+
+def decode_to_end(
+    decoder: Decoder,
+    prefix: Any,
+    state: DecodeState,
+    params: SamplingParams,
+    pad_id: int,
+    drawing: Drawing | None = None,
+) -> tuple[Rollout, DecodeState]:
+    """Decodes until all completions have ended, in fewer rows as they do where the decoder gains by it.
+
+    Returns:
+      The completions, and the state before its rows were first reduced, whose buffers can be those of the argument.
+    """
+    (P, G), T = state.rows.done_PG.shape, state.rows.uniforms_PGT.shape[-1]
+    prompt_P, rollout, unreduced = jnp.arange(P), state.rows.rollout, None
+    shrinks = decoder.shrinks and T >= MIN_SHRINKING_LENGTH
+    sizes = shrink_schedule(P, G, decoder.layout) if shrinks else [(P, G)]
+    for size, smaller in zip(sizes, [*sizes[1:], None], strict=True):
+
+        def should_continue(state: DecodeState, smaller: tuple[int, int] | None = smaller) -> jax.Array:
+            done_PG = state.rows.done_PG
+            return (state.past.length < T).all() & ~done_PG.all() & ~fits_in(done_PG, smaller)
+
+        step = partial(decode_step, decoder, prefix, params, pad_id, drawing)
+        state = jax.lax.while_loop(should_continue, step, state)
+        unreduced = state if unreduced is None else unreduced
+        index = (prompt_P[:, None], state.rows.completion_PG)
+        rollout = jax.tree.map(lambda all, some, index=index: all.at[index].set(some), rollout, state.rows.rollout)
+        if smaller is not None and smaller[1] < size[1]:
+            state = shrink_completions(state, smaller[1])
+        elif smaller is not None:
+            prompt_P, prefix, state = shrink_prompts(prompt_P, prefix, state, smaller[0])
+    assert unreduced is not None
+    return rollout, unreduced
 
 
 def shrink_schedule(P: int, G: int, layout: Layout | None) -> list[tuple[int, int]]:
@@ -205,7 +255,8 @@ def shrink_prompts(
     take_prompts = partial(jnp.take, indices=index_P, axis=1)
     prefix = Prefix(jax.tree.map(take_prompts, prefix.kv), prefix.lengths_P[index_P], prefix.last_PD[index_P])
     rows = jax.tree.map(lambda array: array[index_P], state.rows)
-    past = Past(take_prompts(state.past.keys_LPKGET), take_prompts(state.past.values_LPKGTE), state.past.length)
+    length = state.past.length if state.past.length.ndim == 0 else state.past.length[index_P]
+    past = Past(take_prompts(state.past.keys_LPKGET), take_prompts(state.past.values_LPKGTE), length)
     return prompt_P[index_P], prefix, DecodeState(rows, past)
 
 
@@ -225,7 +276,7 @@ def draw(
     Args:
       logits: [..., V] float32 logits.
       uniform: [...] numbers in [0, 1).
-      banned_V: [V] booleans, the tokens that must not be drawn.
+      banned_V: [V] booleans, the tokens that must not be drawn; or of every row.
       params: sampling settings.
       drawing: see `sample`.
     """
