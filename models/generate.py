@@ -1,6 +1,6 @@
 """The sampler as a program: jitted, on a mesh, from prompts of any number to texts."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ from flax import nnx
 from models.decoding import DecodeWeights, choose_decoding, decode_weights, make_decoder, with_weight_shardings
 from models.sampler import Drawing, Rollout, SamplingParams, sample
 from models.sharding import Layout, fetch, parameter_shardings
+from models.slots import Batch, Part, SlotRollouts, has_finish, slot_programs
 from models.tokenizer import Prompt, Tokenizer
 
 
@@ -40,13 +41,20 @@ class Generator:
         min_tokens: int = 0,
         sampling_copy: bool = True,
         decoding: str = "auto",
+        rollout_prompts: int | None = None,
     ) -> None:
+        """
+        Args:
+          rollout_prompts: prompts that `rollouts` decodes at a time; None: all.
+        """
         self.tokenizer, self.layout, self.max_prompt_length = tokenizer, layout, max_prompt_length
         self._graphdef, self._sampling_copy, self._decoding = graphdef, sampling_copy, decoding
         self._copy: SamplingCopy | None = None
         eos_ids = np.array(tokenizer.eos_ids, np.int32)
         self.sampling = SamplingParams(temperature, top_k, top_p, min_tokens, eos_ids)
+        self._rollout_prompts, self._max_completion_length = rollout_prompts, max_completion_length
         self._sample = sampling_program(graphdef, max_completion_length, tokenizer.pad_id)
+        self._slots = slot_programs(graphdef, max_completion_length, tokenizer.pad_id, layout)
 
     def rollout(
         self,
@@ -66,9 +74,40 @@ class Generator:
         put = self.layout.put
         prompts = (put(prompt_PS, ("prompt", None)), put(lengths_P, ("prompt",)))
         numbers, weights = put(rows, ("prompt", "group")[: rows.ndim]), self.sampling_weights(params)
-        sampling = self.sampling._replace(absent_V=self.tokenizer.absent_ids(len(params["embed_VD"])))
+        sampling = self._sampling_of(params)
         options = {"num_generations": num_generations, "drawing": known_drawing(weights, sampling)}
         return self._sample(weights, *prompts, numbers, key, sampling, **options)
+
+    def rollouts(
+        self, params: Any, prompt_PS: np.ndarray, lengths_P: np.ndarray, key: jax.Array, num_generations: int
+    ) -> Iterable[Part]:
+        """Draws G completions of each prompt, `rollout_prompts` at a time; gives the groups in parts, as they end.
+
+        The devices are at work when this returns. While the caller works on a part, they decode the next one.
+        """
+        P, slots = len(prompt_PS), self._rollout_prompts
+        if slots is None or slots >= P:
+            rollout = self.rollout(params, prompt_PS, lengths_P, key, num_generations)
+            return (Part(np.arange(P), jax.tree.map(fetch, whole)) for whole in [rollout])
+        weights, sampling = self.sampling_weights(params), self._sampling_of(params)
+        sizes = (slots, num_generations, self._max_completion_length)
+        return iter(
+            SlotRollouts(
+                self._slots,
+                weights,
+                Batch(prompt_PS, lengths_P, key),
+                sampling,
+                slots=slots,
+                num_generations=num_generations,
+                layout=self.layout,
+                drawing=known_drawing(weights, sampling),
+                finishes=has_finish(weights, self._graphdef, *sizes),
+            )
+        )
+
+    def _sampling_of(self, params: Any) -> SamplingParams:
+        """Returns the settings, with the ids that have no token."""
+        return self.sampling._replace(absent_V=self.tokenizer.absent_ids(len(params["embed_VD"])))
 
     def sampling_weights(self, params: Any) -> Any:
         """Returns the weights to sample from. Idempotent."""

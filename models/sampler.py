@@ -188,8 +188,7 @@ def decode_to_end(
     """
     (P, G), T = state.rows.done_PG.shape, state.rows.uniforms_PGT.shape[-1]
     prompt_P, rollout, unreduced = jnp.arange(P), state.rows.rollout, None
-    shrinks = decoder.shrinks and T >= MIN_SHRINKING_LENGTH
-    sizes = shrink_schedule(P, G, decoder.layout) if shrinks else [(P, G)]
+    sizes = row_sizes(decoder, P, G, T)
     for size, smaller in zip(sizes, [*sizes[1:], None], strict=True):
 
         def should_continue(state: DecodeState, smaller: tuple[int, int] | None = smaller) -> jax.Array:
@@ -207,6 +206,12 @@ def decode_to_end(
             prompt_P, prefix, state = shrink_prompts(prompt_P, prefix, state, smaller[0])
     assert unreduced is not None
     return rollout, unreduced
+
+
+def row_sizes(decoder: Decoder, P: int, G: int, T: int) -> list[tuple[int, int]]:
+    """Returns the sizes (prompts, completions of each) that a decoder's rows shrink through, (P, G) the first."""
+    shrinks = decoder.shrinks and T >= MIN_SHRINKING_LENGTH
+    return shrink_schedule(P, G, decoder.layout) if shrinks else [(P, G)]
 
 
 def shrink_schedule(P: int, G: int, layout: Layout | None) -> list[tuple[int, int]]:
