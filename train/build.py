@@ -41,8 +41,9 @@ def make_layout_for(
     for rows in batches:
         if rows % layout.shard_count("prompt"):
             raise ValueError(
-                f"mesh: {rows} rows (of a step, of a micro-batch, or of a batch_prompts) cannot be split over "
-                f"{layout.shard_count('prompt')} devices; choose sizes that are multiples of it, or another mesh"
+                f"mesh: {rows} rows (of a step, of rollout_prompts, of a micro-batch, or of a batch_prompts) cannot be "
+                f"split over {layout.shard_count('prompt')} devices; choose sizes that are multiples of it, or another "
+                f"mesh"
             )
     for size in groups:
         if size > 1 and size % layout.shard_count("group"):
@@ -61,6 +62,7 @@ def policy_layout(config: PolicyConfig, devices: Sequence[jax.Device] | None = N
     """
     batches = [spec.batch_prompts for spec in config.rewards if spec.model]
     batches += [config.prompts_per_step, config.microbatch_prompts, config.validation.batch_prompts]
+    batches += [] if config.rollout_prompts is None else [config.rollout_prompts]
     groups = (config.num_generations, config.validation.num_generations)
     return make_layout_for(config.mesh, *batches, groups=groups, devices=devices)
 

@@ -343,6 +343,9 @@ class PolicyConfig(RunConfig):
     advantage_options: dict[str, Any] = field(default_factory=dict)
     num_generations: int = 8  # completions per prompt (G)
     prompts_per_step: int = 128  # prompts per step (P)
+    # prompts that are sampled at a time; when the completions of some have ended, waiting prompts take their places;
+    # null: all at once, which is fastest where memory is enough
+    rollout_prompts: int | None = None
     microbatch_prompts: int = 8  # prompts whose gradient is computed at a time
     num_iterations: int = 1  # passes over each batch
     minibatch_prompts: int | None = None  # prompts per update; null: all, one update in each pass
@@ -369,6 +372,11 @@ class PolicyConfig(RunConfig):
         _at_least(self, 1, "num_iterations", "dynamic_sampling_attempts")
         if self.minibatch_prompts is not None:
             _at_least(self, 1, "minibatch_prompts")
+        if self.rollout_prompts is not None and not 1 <= self.rollout_prompts <= self.prompts_per_step:
+            raise ValueError(
+                f"rollout_prompts: expected a number from 1 to prompts_per_step = {self.prompts_per_step}, or null to "
+                f"sample all of them at once, got {self.rollout_prompts}"
+            )
         _at_least(self, 0, "top_k", "min_tokens")
         _positive(self, "temperature")
         _finite(self, "temperature")
@@ -404,6 +412,11 @@ class PolicyConfig(RunConfig):
     def takes_every_reward(self) -> bool:
         """Whether the advantage takes rewards_PGR and weights_R, not their weighted sum rewards_PG."""
         return "weights_R" in inspect.signature(self.advantage_function).parameters
+
+    @property
+    def samples_in_parts(self) -> bool:
+        """Whether fewer prompts are sampled at a time than a step has."""
+        return self.rollout_prompts not in (None, self.prompts_per_step)
 
     @property
     def update_prompts(self) -> int:

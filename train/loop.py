@@ -20,12 +20,11 @@ import math
 import time
 from functools import partial
 
-import jax
-
 from models.decoding import choose_decoding
 from models.generate import Generator
 from models.hf_weights import split
-from models.sharding import Layout, fetch, to_host
+from models.sharding import Layout, to_host
+from models.slots import Part, join_parts
 from train.batch import Groups, choose, completion_table, is_enough, make_batch
 from train.build import make_model, make_optimizer, make_tokenizer, policy_layout, warn_of_rounding
 from train.config import PolicyConfig
@@ -36,6 +35,7 @@ from train.pins import Pins
 from train.processes import share
 from train.rewards import Rewards
 from train.rewards.functions import completion_ids
+from train.rewards.parts import PartScores
 from train.rewards.watch import ScoreWatch
 from train.run.directory import Run
 from train.run.lock import owns_its_run
@@ -91,6 +91,7 @@ def train_policy(config: PolicyConfig) -> None:
         min_tokens=config.min_tokens,
         sampling_copy=config.mesh.sampling_copy,
         decoding=config.mesh.decoding,
+        rollout_prompts=config.rollout_prompts,
     )
     update = Update(graphdef, optimizer, config, layout, state)
     watch = ScoreWatch(config.output_dir, list(rewards.scorers))
@@ -107,18 +108,19 @@ def train_policy(config: PolicyConfig) -> None:
             rows = prompts.batch(config.seed, step, config.prompts_per_step, attempt)
             # 2 tokens
             prompt_PS, lengths_P = prompts.encode(rows)
-            # 3 rollouts
+            # 3 rollouts, dispatched to the devices
             with timer("generate"):
                 key = stream_key(config.seed, TRAIN, step, attempt)
-                sampled = generator.rollout(state.all_params, prompt_PS, lengths_P, key, config.num_generations)
-                rollout = jax.tree.map(fetch, sampled)
-            # 4 rewards
+                sampled = generator.rollouts(state.all_params, prompt_PS, lengths_P, key, config.num_generations)
+            # 4 rewards of the groups that have ended, while others are sampled; of all groups at once by default
+            parts, scores = list[Part](), PartScores(rewards, tokenizer, prompts.prompts(rows), prompts.columns(rows))
+            for part in timer.each("generate", sampled):
+                parts.append(part)
+                with timer("reward"):
+                    scores.add(part)
             with timer("reward"):
-                own = share(len(rows))  # each process scores its slice of the prompts, and all get every reward
-                texts_PG = tokenizer.decode(rollout.tokens_PGT[own], rollout.lengths_PG[own])
-                ids_PG = completion_ids(rollout.tokens_PGT[own], rollout.lengths_PG[own])
-                rewards_PGR = rewards.score(prompts.prompts(rows[own]), texts_PG, prompts.columns(rows, own), ids_PG)
-            attempts.append(Groups(rows, prompt_PS, lengths_P, rollout, rewards_PGR))
+                rewards_PGR = scores.of_all()
+            attempts.append(Groups(rows, prompt_PS, lengths_P, join_parts(parts), rewards_PGR))
         groups = choose(attempts, advantages, config)
         rewards_PG, rollout = rewards.combine(groups.rewards_PGR), groups.rollout
         with timer("update"):

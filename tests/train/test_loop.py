@@ -151,6 +151,57 @@ def test_interrupted_equals_uninterrupted(
     assert completions[0] == completions[1]
 
 
+SCORED: list[int] = []  # completions of each call
+
+
+def letters(completions: list[str], wanted: list[str], **_: Any) -> list[float]:
+    SCORED.append(len(completions))
+    return [text.count(w) + len(text) / 64 for text, w in zip(completions, wanted, strict=True)]
+
+
+def policy_that_ends(config: PolicyConfig, folder: Path) -> ModelConfig:
+    """The config's policy, with a fifth of all tokens ending a completion."""
+    size = json.loads((Path(str(config.model.path)) / "config.json").read_text())["vocab_size"]
+    shutil.copytree(str(config.model.path), folder)
+    generation = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps(generation | {"eos_token_id": list(range(0, size, 5))}))
+    return ModelConfig(path=str(folder), remat="none")
+
+
+def test_prompts_sampled_at_a_time_change_nothing(
+    policy_config: MakeConfig, with_function: MakeConfig, tmp_path: Path
+) -> None:
+    """All at once; and a run that is begun with 3 of 4 and goes on with 1: the same order, texts, rewards, metrics."""
+    base = with_function(tmp_path, "letters")
+    settings: dict[str, Any] = {
+        "model": policy_that_ends(base, tmp_path / "policy"),
+        "rewards": [base.rewards[0], replace(policy_config(tmp_path).rewards[0], batch_prompts=3)],
+        "validation": ValidationConfig(prompts=0),
+        "log": LogConfig(tensorboard=False, progress=False, completions_every=1),
+    }
+    whole = replace(base, **settings, max_steps=2, output_dir=str(tmp_path / "whole"))
+    parts = replace(whole, output_dir=str(tmp_path / "parts"))
+    train_policy(whole)
+    P, G = whole.prompts_per_step, whole.num_generations
+    assert SCORED == [P * G, P * G]
+    SCORED.clear()
+    train_policy(replace(parts, max_steps=1, rollout_prompts=3))
+    train_policy(replace(parts, rollout_prompts=1))
+    assert sum(SCORED) == 2 * P * G and SCORED[-P:] == [G] * P, "each prompt as soon as it has ended"
+    rows, expected = numbers(parts.output_dir), numbers(whole.output_dir)
+    assert [row["step"] for row in rows] == [1, 2]
+    for row, other in zip(rows, expected, strict=True):
+        assert row.keys() == other.keys()
+        for name, value in row.items():
+            assert math.isclose(value, other[name], rel_tol=1e-4, abs_tol=1e-5), (row["step"], name)
+        assert row["completions/min_length"] < row["completions/max_length"]
+    for step in (1, 2):
+        file = f"completions/train_{step:06d}.parquet"
+        found, wanted = (pq.read_table(Path(run.output_dir) / file).to_pydict() for run in (parts, whole))
+        for name in ("prompt", "completion", "length", "stop_reason", "rewards/r"):
+            assert found[name] == wanted[name]
+
+
 def sometimes_unscorable(completions: list[str], wanted: list[str], **_: Any) -> list[float | None]:
     return [None if len(text) % 3 == 0 else float(text.count(w)) for text, w in zip(completions, wanted, strict=True)]
 
@@ -301,16 +352,9 @@ def test_nothing_compiles_but_for_shapes_that_are_new(
     policy_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every backend compilation is counted, over 20 steps of completions of varying lengths."""
-    ends = json.loads((Path(policy_config(tmp_path).model.path or "") / "config.json").read_text())["vocab_size"]
-    policy = tmp_path / "policy"
-    shutil.copytree(str(policy_config(tmp_path).model.path), policy)
-    generation = json.loads((policy / "generation_config.json").read_text())
-    (policy / "generation_config.json").write_text(
-        json.dumps(generation | {"eos_token_id": list(range(0, ends, 5))})  # a fifth of all tokens end a completion
-    )
     config = policy_config(
         tmp_path,
-        model=ModelConfig(path=str(policy), remat="none"),
+        model=policy_that_ends(policy_config(tmp_path), tmp_path / "policy"),
         rewards=[RewardSpec(function="eval.speed.workloads.even_share")],
         max_steps=20,
         max_completion_length=24,

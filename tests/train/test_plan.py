@@ -231,7 +231,10 @@ def test_the_plan_of_a_small_run(planned: Callable[[Mesh], tuple[str, dict[str, 
     [
         ((), "for how many devices? Give --devices"),
         (("--devices", "6", "--mesh", "data=4,fsdp=1,tensor=1"), "does not make the 6 devices"),
-        (("--devices", "16"), "8 rows (of a step, of a micro-batch, or of a batch_prompts) cannot be split over 16"),
+        (
+            ("--devices", "16"),
+            "8 rows (of a step, of rollout_prompts, of a micro-batch, or of a batch_prompts) cannot be split over 16",
+        ),
         (("--devices", "8", "--suggest", "true"), "--suggest: for which chip?"),
         (("--mesh", "data=1,fsdp=1,tensor=8"), "the axis 'kv_heads' of size 4 cannot be split over 8 devices"),
     ],

@@ -31,7 +31,14 @@ from train.data.prompts import Prompts, Splits, load_splits
 from train.data.rows import Row, load_rows, require_columns
 from train.plan.chips import CHIPS, GIB, USABLE_SHARE
 from train.plan.devices import simulated_devices
-from train.plan.programs import bytes_per_device, network_config, parameter_count, resident_bytes, step_parts
+from train.plan.programs import (
+    SLOTS,
+    bytes_per_device,
+    network_config,
+    parameter_count,
+    resident_bytes,
+    step_parts,
+)
 from train.rewards.functions import function_scorer
 from train.running import setup_errors
 from train.state import abstract_opt_state
@@ -356,7 +363,7 @@ def describe_memory(layout: Layout, arrays: Mapping[str, float], chip: str | Non
             table.add_row(name, f"{count / 2**20:,.1f}")
     console.print(table)
     update = resident_bytes(arrays, ("gradient", "offloaded reference"))
-    peak = max(update, resident_bytes(arrays, ("sampling copy", "cache of keys and values")))
+    peak = max(update, resident_bytes(arrays, ("sampling copy", SLOTS)))
     print_plain(f"together at most {bytes_text(peak)}; activations and logits come on top: `train plan` compiles them")
     if chip is not None:
         memory = CHIPS[chip].memory
@@ -376,6 +383,10 @@ def describe_schedule(config: TrainingConfig, summary: DataSummary, saved: tuple
             f"{steps:,} steps of {P} prompts x {G} = {P * G:,} completions, {steps * P * G:,} in all"
             + epochs_text(rows, steps * P)
         )
+        if config.samples_in_parts:
+            print_plain(
+                f"{config.rollout_prompts} prompts sampled at a time; waiting ones take the places of ended ones"
+            )
         if config.updates_per_step > 1:
             print_plain(f"{config.updates_per_step} updates a step, of {config.update_prompts} prompts each")
         due = [step for step in range(steps + 1) if config.validation.due(step, steps)]

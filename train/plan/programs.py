@@ -26,6 +26,7 @@ from models.lora import split_trainable
 from models.published import PUBLISHED
 from models.sampler import SamplingParams
 from models.sharding import Layout, with_sharding
+from models.slots import finish_arguments, has_finish, refill_size, slot_axes, slot_programs
 from models.weight_files import could_be_on_hub, find_directory
 from train.build import make_optimizer
 from train.config import PlanConfig
@@ -38,6 +39,7 @@ from train.rewards.model import SCORED_AXES, scoring_program
 from train.state import TrainState, abstract_opt_state
 from train.update import Update
 
+SLOTS = "cache of keys and values"  # with rollout_prompts, all that is kept of the prompts that are sampled at a time
 RESIDENT = ("parameters", "base of adapters", "reference", "optimizer", "reward models")
 
 
@@ -94,9 +96,10 @@ def step_parts(config: PlanConfig, layout: Layout, network: Qwen3Config, rewards
         sampling_parts(config, layout, network, graphdef, params),
     ):
         arrays, programs = more_arrays | arrays, more_programs + programs
-    P, G, S, T = axis_sizes(config)
-    size = jnp.dtype(config.model.dtype).itemsize
-    return arrays | {"cache of keys and values": cache_bytes(network, P, G, S, T, layout, size)}, programs
+    if SLOTS not in arrays:
+        P, G, S, T = axis_sizes(config)
+        arrays[SLOTS] = cache_bytes(network, P, G, S, T, layout, jnp.dtype(config.model.dtype).itemsize)
+    return arrays, programs
 
 
 def axis_sizes(config: PlanConfig) -> tuple[int, int, int, int]:
@@ -122,18 +125,76 @@ def sampling_parts(config: PlanConfig, layout: Layout, network: Qwen3Config, gra
     ]
     settings = SamplingParams(config.temperature, config.top_k, config.top_p, config.min_tokens, np.zeros(2, np.int32))
     arguments = (params, *prompts, jax.eval_shape(lambda: jax.random.key(0)), settings)
-    jitted = sampling_program(graphdef, T, 0)
-    taken = {"truncate": int(config.top_k > 0 or config.top_p < 1), "draw": int(config.temperature > 0)}
+    if config.samples_in_parts:
+        more_arrays, more_programs = slot_parts(config, layout, network, graphdef, params, settings, during)
+        return arrays | more_arrays, programs + more_programs
+    jitted, taken = sampling_program(graphdef, T, 0), sampling_taken(config)
     options = {"num_generations": G, "drawing": known_drawing(params, settings)}
     trips, kernels = sampling_trips(T), sampling_kernels(config, layout, network, params)
     programs.append(StepProgram("sample", 1, jitted, arguments, options, during, trips, taken, kernels))
     return arrays, programs
 
 
-def sampling_kernels(config: PlanConfig, layout: Layout, network: Qwen3Config, params: Any) -> Mapping[str, KernelCost]:
-    """Returns the costs of the sampler's own kernels; those of decoding in the middle of the longest completion."""
-    P, G, S, T = axis_sizes(config)
-    costs = attention_kernels(layout, network, config.model.dtype, P, 1, S)
+def slot_parts(
+    config: PlanConfig,
+    layout: Layout,
+    network: Qwen3Config,
+    graphdef: Any,
+    params: Any,
+    settings: SamplingParams,
+    during: tuple[str, ...],
+) -> StepParts:
+    """Returns the slots of `rollout_prompts`, and the programs that fill them and sample in them.
+
+    As no completion ends early, slots end together: they are decoded to the end as often as prompts fill them.
+    """
+    (P, G, S, T), R = axis_sizes(config), sampled_at_once(config)
+    programs, C = slot_programs(graphdef, T, 0, layout), refill_size(R, layout)
+    shapes = jax.eval_shape(functools.partial(programs.empty, P=R, S=S, G=G), params)
+    slots = jax.tree.map(lambda a, axes: abstract_array(layout, a.shape, a.dtype, axes), shapes, slot_axes(shapes))
+    options: dict[str, Any] = {"drawing": known_drawing(params, settings)}
+    kernels = sampling_kernels(config, layout, network, params, prefilled=C)
+    number = functools.partial(abstract_array, layout, dtype=jnp.int32)
+    new, source = number((C,), axes=("prompt",)), number((R,), axes=("prompt",))
+    prompts = (number((C, S), axes=("prompt", None)), new, new, jax.eval_shape(lambda: jax.random.key(0)), source)
+    beside, turns = (*during, SLOTS), -(-P // R)
+    enough, finishes = number((), axes=()), int(has_finish(params, graphdef, R, G, T))
+
+    def decoding(name: str, calls: int, program: Any, *arguments: Any) -> StepProgram:
+        trips, taken = sampling_trips(T), sampling_taken(config)
+        return StepProgram(name, calls, program, (params, *arguments), options, beside, trips, taken, kernels)
+
+    given = (params, slots, *prompts)
+    refill = StepProgram("sample refill", -(-P // C), programs.refill, given, {}, beside, kernels=kernels)
+    parts = [
+        refill,
+        decoding("sample decode", turns - finishes, programs.decode, *slots, settings, enough),
+    ]
+    if finishes:
+        parts.append(decoding("sample finish", 1, programs.finish, *finish_arguments(slots, settings)))
+    return {SLOTS: bytes_per_device(slots)}, parts
+
+
+def sampled_at_once(config: PlanConfig) -> int:
+    """Returns the number of prompts that are sampled at a time."""
+    return config.rollout_prompts if config.rollout_prompts is not None else config.prompts_per_step
+
+
+def sampling_taken(config: PlanConfig) -> dict[str, int]:
+    """Returns which branches of the sampler the settings take."""
+    return {"truncate": int(config.top_k > 0 or config.top_p < 1), "draw": int(config.temperature > 0)}
+
+
+def sampling_kernels(
+    config: PlanConfig, layout: Layout, network: Qwen3Config, params: Any, prefilled: int | None = None
+) -> Mapping[str, KernelCost]:
+    """Returns the costs of the sampler's own kernels; those of decoding in the middle of the longest completion.
+
+    Args:
+      prefilled: prompts that are prefilled at a time; None: all.
+    """
+    (_, G, S, T), P = axis_sizes(config), sampled_at_once(config)
+    costs = attention_kernels(layout, network, config.model.dtype, prefilled or P, 1, S)
     if not isinstance(params, DecodeWeights) or not params.kernels:
         return costs
     sizes = [n // layout.shard_count(axis) for n, axis in ((P, "prompt"), (G, "group"))]

@@ -5,7 +5,7 @@ rewards are NaN, the others are combined. Order and differences are those of flo
 """
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ import numpy as np
 from models.sharding import Layout
 from models.tokenizer import Prompt
 from train.config import RewardSpec
+from train.processes import gather
 from train.rewards.functions import Scorer, TokenIds, check_rows, completion_ids, function_scorer
 from train.rewards.model import RewardModelScorer
 from train.rewards.precision import combine, narrow
@@ -96,8 +97,33 @@ class Rewards:
 
         Where there are several processes, each passes its share of the prompts and gets the rewards of all prompts.
         """
+        scores = self.score_by_functions(prompts, completions_PG, columns, completion_ids_PG)
+        return self.with_models(scores, prompts, completions_PG)
+
+    def score_by_functions(
+        self,
+        prompts: Sequence[Prompt],
+        completions_PG: Sequence[Sequence[str]],
+        columns: dict[str, list[Any]],
+        completion_ids_PG: TokenIds | None = None,
+    ) -> dict[str, np.ndarray]:
+        """Returns the rewards [P, G] of these prompts alone by every function; no process waits for another."""
         arguments = (prompts, completions_PG, columns, completion_ids_PG)
-        return np.stack([score(*arguments) for score in self.scorers.values()], -1)
+        functions = {name: s for name, s in self.scorers.items() if not isinstance(s, RewardModelScorer)}
+        return {name: score(*arguments) for name, score in functions.items()}
+
+    def with_models(
+        self,
+        scores_PG: Mapping[str, np.ndarray],
+        prompts: Sequence[Prompt],
+        completions_PG: Sequence[Sequence[str]],
+    ) -> np.ndarray:
+        """Returns `rewards_PGR` of all processes, given the functions' rewards of this one's share of the prompts."""
+        rewards = [
+            score(prompts, completions_PG) if isinstance(score, RewardModelScorer) else gather(scores_PG[name])
+            for name, score in self.scorers.items()
+        ]
+        return np.stack(rewards, -1)
 
     def combine(self, rewards_PGR: np.ndarray) -> np.ndarray:
         """Returns `rewards_PG`: see the function `combine`."""

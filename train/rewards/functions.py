@@ -12,10 +12,10 @@ import numpy as np
 
 from models.tokenizer import Prompt
 from train.dotted import check_options, import_function, option_names
-from train.processes import gather
 from train.rewards.returned import RewardError, check_kind, read_returned
 
-# (prompts, completions_PG, columns, completion_ids_PG) of this process -> rewards_PG of all processes
+# (prompts, completions_PG, columns, completion_ids_PG) -> rewards_PG. A reward model, given this process' share of the
+# prompts, returns the rewards of all processes.
 Scorer = Callable[..., np.ndarray]
 TokenIds = Sequence[Sequence[list[int]]]  # [P, G] lists of a completion's tokens
 STANDARD_ARGUMENTS = ("prompts", "completions", "completion_ids")  # known for any data
@@ -180,6 +180,6 @@ def function_scorer(
             if BUILT_IN.get(name, name).startswith("train.rewards."):
                 raise RewardError(str(error)) from error  # its message says it all; a traceback of yours is for you
             raise
-        return gather(read_returned(name, returned, P * G).reshape(P, G))
+        return read_returned(name, returned, P * G).reshape(P, G)
 
     return score

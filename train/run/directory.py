@@ -35,7 +35,7 @@ from train.strict_yaml import load_yaml
 METRICS, CONFIG, COMPLETIONS, CALIBRATION = "metrics.jsonl", "config.yaml", "completions", "calibration.json"
 WANDB = "wandb.json"  # the id of the run's page in Weights & Biases
 # Settings that may differ between a run and its continuation: they change no number that is already written.
-_MAY_CHANGE = ("max_steps", "log", "checkpoint", "mesh", "output_dir", "early_stopping")
+_MAY_CHANGE = ("max_steps", "log", "checkpoint", "mesh", "output_dir", "early_stopping", "rollout_prompts")
 # So may these, in any section: they say where arrays lie and how much is computed at a time.
 _PLACEMENT = ("offload", "offload_reference", "logprob_chunk", "batch_prompts")
 

@@ -3,7 +3,8 @@
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,8 @@ from models.config import Qwen3Config
 from models.flops import forward_flops, peak_flops, step_flops
 from train.batch import Groups
 from train.config import PolicyConfig
+
+Item = TypeVar("Item")
 
 
 class Timer:
@@ -28,6 +31,17 @@ class Timer:
         yield
         spent = self.seconds.get(f"timing_s/{name}", 0.0)
         self.seconds[f"timing_s/{name}"] = spent + time.perf_counter() - began
+
+    def each(self, name: str, items: Iterable[Item]) -> Iterator[Item]:
+        """Yields the items, and measures how long each is waited for."""
+        iterator = iter(items)
+        while True:
+            with self(name):
+                try:
+                    item = next(iterator)
+                except StopIteration:
+                    return
+            yield item
 
 
 def mean_metrics(metrics: Mapping[str, tuple[jax.Array, jax.Array]]) -> dict[str, float]:
