@@ -141,7 +141,8 @@ def decode_slots(
     """Draws tokens until so many slots have ended; returns the state, and [P] whether each slot has."""
 
     def should_continue(state: DecodeState) -> jax.Array:
-        return state.rows.done_PG.all(1).sum() < enough
+        ended_P = state.rows.done_PG.all(1)
+        return (ended_P.sum() < enough) & ~ended_P.all()
 
     step = partial(decode_step, decoder, prefix, params, pad_id, drawing)
     state = jax.lax.while_loop(should_continue, step, state)

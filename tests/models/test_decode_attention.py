@@ -60,6 +60,23 @@ def test_kernels_are_xlas_path(name: str, dtype: str, tolerance: float) -> None:
         np.testing.assert_allclose(np.asarray(one, np.float32), np.asarray(other, np.float32), atol=tolerance * 4)
 
 
+@pytest.mark.parametrize("kernel", [False, True], ids=["xla", "kernels"])
+@pytest.mark.parametrize("window", [None, 9])
+def test_prompts_may_be_at_positions_of_their_own(kernel: bool, window: int | None) -> None:
+    """Each as if all were at its position, whatever the others' are."""
+    shape = (3, 2, 2, 2, 16, 37, 50, 0, window)
+    qkv, norms, token, *key_values = arguments(shape)
+    positions = [33, 0, 49]
+
+    def attend(filled: Any) -> Any:
+        at = token._replace(filled=jnp.asarray(filled, jnp.int32), live_PG=jnp.ones((3, 2), bool))
+        return decode_attention(qkv, norms, at, *key_values, window=window, kernel=kernel, interpret=True)
+
+    found = attend(positions)
+    for p, filled in enumerate(positions):
+        jax.tree.map(lambda a, b, p=p: np.testing.assert_allclose(a[p], b[p], atol=2e-5), found, attend(filled))
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_xlas_path_is_softmax_attention(name: str) -> None:
     """Against one query at a time in NumPy, over the list of positions that it sees."""

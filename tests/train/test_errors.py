@@ -160,6 +160,16 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
         {"microbatch_prompts": 3},
         "microbatch_prompts: expected a divisor of prompts_per_step = 4, got 3",
     ),
+    "no prompt at a time": (
+        {"rollout_prompts": 0},
+        "rollout_prompts: expected a number from 1 to prompts_per_step = 4, or null to sample all of them at once, "
+        "got 0",
+    ),
+    "more prompts at a time than a step has": (
+        {"rollout_prompts": 5},
+        "rollout_prompts: expected a number from 1 to prompts_per_step = 4, or null to sample all of them at once, "
+        "got 5",
+    ),
     "advantage": ({"advantage": "gopoo"}, "advantage: expected one of gopo, grpo"),
     "advantage option": (
         {"advantage": "grpo", "advantage_options": {"ties": "average"}},

@@ -15,13 +15,16 @@ from flax import nnx
 
 from models.checkpoint import load_model
 from models.hf_weights import split
+from models.sampler import Rollout
 from models.sharding import make_layout
+from models.slots import Part
 from models.tokenizer import Tokenizer
 from train.config import PolicyConfig, RewardSpec
 from train.loop import train_policy
 from train.rewards import Rewards
 from train.rewards.functions import BUILT_IN, completion_ids, function_scorer, load_function
 from train.rewards.model import RewardModelScorer, common_prefix_length
+from train.rewards.parts import PartScores
 
 G, LONGEST = 3, 8  # every text has at most as many tokens, one bucket: one compilation for each number of prompts
 GROUPS: dict[str, tuple[str, Sequence[str]]] = {
@@ -356,6 +359,37 @@ def test_training_and_validation_hand_over_the_tokens_of_the_texts(
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     for key in ("", "validation/"):
         assert rows[1][f"{key}reward"] == rows[1][f"{key}completions/mean_length"] > 0
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_parts_are_scored_by_shares(
+    processes: int, define: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tiny_tokenizer_dir: Path
+) -> None:
+    """Each process scores its share, however the prompts are spread; a part may have fewer than there are processes."""
+    calls: list[int] = []
+
+    def tokens(completions: list[str], completion_ids: list[list[int]], wanted: list[str], prompts: list[str]) -> Any:
+        calls.append(len(completions))
+        assert [wanted, prompts] == [[f"{kind}{ids[0]}" for ids in completion_ids] for kind in "wp"]
+        return [ids[0] + ids[1] / 10 for ids in completion_ids]
+
+    rewards = Rewards([RewardSpec(function=f"{define(tokens=tokens)}.tokens")], None, "float32")
+    P, numbers = 7, np.arange(7)
+    tokens_PGT = np.stack([np.repeat(numbers[:, None], G, 1), np.tile(np.arange(G), (P, 1)), np.ones((P, G), int)], -1)
+    rollout = Rollout(tokens_PGT, np.zeros((P, G, 3)), np.full((P, G), 2), np.ones((P, G), bool))
+    own = []
+    for index in range(processes):
+        monkeypatch.setattr(jax, "process_count", lambda: processes)
+        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+        monkeypatch.setattr("train.rewards.gather", lambda rows: rows)  # below the shares are put together
+        prompts, columns = [f"p{p}" for p in numbers], {"wanted": [f"w{p}" for p in numbers]}
+        scores = PartScores(rewards, Tokenizer(tiny_tokenizer_dir), prompts, columns)
+        for part in ([5], [6, 0, 2], [4, 1, 3]):
+            scores.add(Part(np.array(part), jax.tree.map(lambda array, part=part: array[part], rollout)))
+        own.append(scores.of_all())
+    expected = tokens_PGT[..., 0] + tokens_PGT[..., 1] / 10
+    np.testing.assert_array_equal(np.concatenate(own)[..., 0], expected)
+    assert sum(calls) == P * G and 0 not in calls
 
 
 @pytest.mark.parametrize("count", [0, 1, 5, 7])
