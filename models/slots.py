@@ -41,7 +41,7 @@ class Part(NamedTuple):
     """Groups whose completions have all ended, on the host."""
 
     prompts_P: np.ndarray  # their prompts' numbers in the batch
-    rollout: Rollout  # of NumPy arrays
+    rollout: Any  # a Rollout of NumPy arrays
 
 
 def join_parts(parts: list[Part]) -> Rollout:
@@ -93,6 +93,7 @@ def refill_slots(
     rows_C: jax.Array,
     key: jax.Array,
     source_P: jax.Array,
+    *,
     pad_id: int,
 ) -> tuple[Slots, Rollout]:
     """Puts new prompts into slots that have ended.
@@ -135,6 +136,7 @@ def decode_slots(
     state: DecodeState,
     params: SamplingParams,
     enough: jax.Array,
+    *,
     pad_id: int,
     drawing: Drawing | None,
 ) -> tuple[DecodeState, jax.Array]:
@@ -166,7 +168,7 @@ class SlotPrograms(NamedTuple):
 def slot_programs(graphdef: Any, T: int, pad_id: int, layout: Layout) -> SlotPrograms:
     """Returns the programs of a policy, for completions of T tokens."""
     # On one device `placed` constrains nothing, and JAX would name the same place in several ways: compiled for each.
-    place = {"out_shardings": layout.sharding(())} if layout.mesh.size == 1 else {}
+    place: dict[str, Any] = {"out_shardings": layout.sharding(())} if layout.mesh.size == 1 else {}
 
     def empty(weights: Any, *, P: int, S: int, G: int) -> Slots:
         return empty_slots(make_decoder(weights, graphdef), P, S, G, T, pad_id)
@@ -192,6 +194,12 @@ def slot_programs(graphdef: Any, T: int, pad_id: int, layout: Layout) -> SlotPro
         jax.jit(decode, donate_argnums=2, static_argnames="drawing", **place),
         jax.jit(finish, donate_argnums=(3, 4), static_argnames="drawing", **place),
     )
+
+
+def finish_arguments(slots: Slots, sampling: SamplingParams) -> tuple[Any, ...]:
+    """Returns what `finish` takes behind the weights: what is donated stands apart."""
+    rows: Any = slots.state.rows
+    return slots.prefix, rows._replace(rollout=None), rows.rollout, slots.state.past, sampling
 
 
 def refill_size(slots: int, layout: Layout | None) -> int:
@@ -285,13 +293,13 @@ class SlotRollouts:
         prefix, state = self._slots
         slots, options = len(self._prompt_of), {"drawing": self._drawing}
         if not self._waiting and self._finishes:
-            rows, rollout = state.rows._replace(rollout=None), state.rows.rollout
-            arguments = (prefix, rows, rollout, state.past, self._sampling)
+            arguments = finish_arguments(self._slots, self._sampling)
             rollout, past = self._programs.finish(self._weights, *arguments, **options)
-            self._slots = Slots(prefix, DecodeState(rows._replace(rollout=rollout), past))
+            self._slots = Slots(prefix, DecodeState(state.rows._replace(rollout=rollout), past))
             return None
         enough = min(refill_size(slots, self._layout), len(self._waiting)) or slots
-        arguments = (prefix, state, self._sampling, np.int32(enough))
-        state, ended_P = self._programs.decode(self._weights, *arguments, **options)
+        state, ended_P = self._programs.decode(
+            self._weights, prefix, state, self._sampling, np.int32(enough), **options
+        )
         self._slots = Slots(prefix, state)
         return ended_P

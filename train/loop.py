@@ -114,10 +114,10 @@ def train_policy(config: PolicyConfig) -> None:
                 sampled = generator.rollouts(state.all_params, prompt_PS, lengths_P, key, config.num_generations)
             # 4 rewards of the groups that have ended, while others are sampled; of all groups at once by default
             parts, scores = list[Part](), PartScores(rewards, tokenizer, prompts.prompts(rows), prompts.columns(rows))
-            for part in timer.each("generate", sampled):
-                parts.append(part)
+            for ended in timer.each("generate", sampled):
+                parts.append(ended)
                 with timer("reward"):
-                    scores.add(part)
+                    scores.add(ended)
             with timer("reward"):
                 rewards_PGR = scores.of_all()
             attempts.append(Groups(rows, prompt_PS, lengths_P, join_parts(parts), rewards_PGR))

@@ -39,8 +39,9 @@ UNTIMED = 2  # first steps, left out of every median
 class SpeedConfig:
     """Seconds of a policy's training step and of its parts."""
 
-    workload: str = "w1"  # w1, w2, w3 or qwen3-SIZE: see eval/speed/workloads.py
+    workload: str = "w1"  # w1 to w4 or qwen3-SIZE: see eval/speed/workloads.py
     steps: int = 7  # steps that are timed, after two that are not
+    rollout_prompts: int | None = None  # prompts that are sampled at a time; null: all of a step
     json: str | None = None  # a JSON file to write the figures to
     # a Python that has TRL, which is then run in turn with ours (bench/peers/README.md has how to make one); null: not
     trl: str | None = None
@@ -96,7 +97,7 @@ def speed(config: SpeedConfig) -> dict[str, Any]:
     Raises:
       SetupError: the program, or a peer's, failed.
     """
-    workload = WORKLOADS[config.workload]
+    workload = replace(WORKLOADS[config.workload], rollout_prompts=config.rollout_prompts)
     with setup_errors():
         for out in filter(None, (config.json, config.sweep)):
             check_out(out)

@@ -26,6 +26,7 @@ class Workload:
     microbatch_prompts: int = 8
     dtype: str = "float32"
     ends: bool = False  # completions may end early
+    rollout_prompts: int | None = None  # prompts that are sampled at a time; None: all
 
 
 def _qwen3(width: int, mlp: int, layers: int, heads: int, tied: bool, microbatch_prompts: int) -> Workload:
@@ -37,6 +38,7 @@ WORKLOADS = {
     "w1": Workload(64, 64, microbatch_prompts=4),
     "w2": Workload(512, 64, microbatch_prompts=2),  # the shape of TL;DR
     "w3": Workload(128, 512, microbatch_prompts=1, ends=True),  # of chat: most completions short, a few at the limit
+    "w4": Workload(128, 512, prompts_per_step=32, microbatch_prompts=1, ends=True),  # w3 with more prompts a step
     "qwen3-0.6b": _qwen3(1024, 3072, 28, 16, tied=True, microbatch_prompts=4),
     "qwen3-1.7b": _qwen3(2048, 6144, 28, 16, tied=True, microbatch_prompts=2),
     "qwen3-4b": _qwen3(2560, 9728, 36, 32, tied=True, microbatch_prompts=1),
@@ -92,6 +94,7 @@ def prepare(workload: Workload, work: Path, steps: int) -> None:
         "prompts_per_step": workload.prompts_per_step,
         "num_generations": workload.num_generations,
         "microbatch_prompts": workload.microbatch_prompts,
+        "rollout_prompts": workload.rollout_prompts,
         "max_prompt_length": workload.prompt,
         "max_completion_length": workload.completion,
         "optimizer": {"learning_rate": 1e-5, "warmup_steps": 0},

@@ -39,7 +39,8 @@ import jax, jax.numpy as jnp, numpy as np, optax
 from models.config import Qwen3Config
 from models.hf_weights import abstract_model, load_pretrained, save_pretrained, split
 from models.decoding import UnrolledDecoder
-from models.generate import SamplingCopy, sampling_program
+from models.generate import SamplingCopy, known_drawing, sampling_program
+from models.slots import Batch, SlotRollouts, join_parts, slot_programs
 from models.sampler import Rollout, SamplingParams, sample
 from models.sharding import make_layout
 from dataclasses import replace
@@ -75,7 +76,7 @@ def compute(layout):
     copied = SamplingCopy(graphdef, params, layout)(params)
     sampling = SamplingParams(1.0, 0, 1.0, 0, np.array([1], np.int32))
     draw = lambda p: sampling_program(graphdef, T, 0)(p, *placed, jax.random.key(3), sampling, num_generations=G)
-    rollouts = [draw(params), draw(copied)]
+    rollouts, weights = [draw(params), draw(copied)], copied
     if dict(layout.rules)["heads"] == dict(layout.rules)["kv_heads"]:  # as accelerators decode
         weights = SamplingCopy(graphdef, params, layout, "unrolled")(params)
         rollouts.append(draw(weights))
@@ -83,6 +84,13 @@ def compute(layout):
         with_kernels = lambda w: sample(
             UnrolledDecoder(replace(w, kernels=True), interpret=True), *placed, jax.random.key(3), sampling, **sizes)
         rollouts.append(jax.jit(with_kernels)(weights))
+    slots, batch = 4, Batch(prompt_PS.astype(np.int32), lengths_P.astype(np.int32), jax.random.key(3))
+    for given in (copied, weights) if slots % layout.shard_count("prompt") == 0 else ():  # in parts
+        options = {"slots": slots, "num_generations": G, "layout": layout, "drawing": known_drawing(given, sampling)}
+        programs = slot_programs(graphdef, T, 0, layout)
+        parts = SlotRollouts(programs, given, batch, sampling, finishes=False, **options)
+        rollouts.append(join_parts(list(parts)))
+        assert all(program._cache_size() <= 1 for program in programs), "each is compiled once"
     return jax.device_get((after.params, metrics, *rollouts)), spread
 
 one, _ = compute(make_layout(devices=jax.devices()[:1]))

@@ -110,7 +110,7 @@ def assert_same(found: Sequence[dict[str, float]], expected: Sequence[dict[str, 
 
 def vowels(completions: list[str], wanted: list[str], **_: Any) -> list[float | None]:
     """Of one's own share only: as many columns as completions, no more than a process' part."""
-    assert len(completions) == len(wanted) <= 16 // jax.process_count()
+    assert len(completions) == len(wanted) <= 32 // jax.process_count()
     return [None if len(text) == 1 else sum(c in "aeiou" for c in text) / 8 for text in completions]
 
 
@@ -133,14 +133,18 @@ def config_of(policy_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> Mak
 
 @pytest.mark.slow
 def test_several_processes_equal_one(config_of: MakeConfig, tmp_path: Path) -> None:
-    """A run begun by 4 x 1 devices, gone on with by 2 x 2 and ended by 1 x 4 is the run of 1 x 4."""
+    """A run begun by 4 x 1 devices, gone on with by 2 x 2 and ended by 1 x 4 is the run of 1 x 4.
+
+    That samples 8 prompts at once, while the others sample 4 at a time and score them as they end.
+    """
     folders = [tmp_path / name for name in ("whole", "parts")]
     for folder in folders:
         folder.mkdir()
     whole, parts = folders
-    expected = run(config_of(whole, max_steps=6), whole, 1, 4)
+    expected = run(config_of(whole, max_steps=6, prompts_per_step=8), whole, 1, 4)
     for steps, count, devices in ((2, 4, 1), (4, 2, 2), (6, 1, 4)):
-        found = run(config_of(parts, max_steps=steps), parts, count, devices)
+        config = config_of(parts, max_steps=steps, prompts_per_step=8, rollout_prompts=4)
+        found = run(config, parts, count, devices)
         assert [row["step"] for row in found] == list(range(steps + 1))
         assert_same(found, expected[: steps + 1])
         texts = [(folder / "run" / "completions" / f"validation_{steps:06d}.jsonl").read_text() for folder in folders]
