@@ -21,12 +21,13 @@ from models.config import Qwen3Config
 from models.flops import layer_weights
 from models.hf_weights import abstract_model, split
 from models.published import PUBLISHED
+from models.sharding import make_layout
 from train import processes
 from train.__main__ import main
 from train.config import PlanConfig
 from train.parse import parse
 from train.plan.hlo import Trips, read_program
-from train.plan.programs import parameter_count
+from train.plan.programs import SLOTS, parameter_count, step_parts
 from train.plan.roofline import Roofline, Work
 
 ROOT = Path(__file__).parents[2]
@@ -182,6 +183,25 @@ SETTINGS = {
     **{"num_generations": 4, "max_prompt_length": 32, "max_completion_length": 64},
 }
 ARGUMENTS = [f"--{name}={value}" for name, value in SETTINGS.items()]
+
+
+def test_fewer_prompts_at_a_time_take_less_memory() -> None:
+    """Nothing is compiled: a slot is a slot; refills are an eighth of the slots, and turns as many as fill them."""
+    layout = make_layout(devices=jax.devices()[:1])
+    parts = {}
+    for at_a_time in (None, 8, 4, 3, 1):
+        config = parse(PlanConfig, [*ARGUMENTS, "--mesh=data=1", f"--rollout_prompts={at_a_time or 'null'}"])
+        parts[at_a_time] = step_parts(config, layout, Qwen3Config(**NETWORK), [])
+    assert parts[8][0] == parts[None][0], "all at once"
+    keys = 2 * NETWORK["num_hidden_layers"] * NETWORK["num_key_value_heads"] * NETWORK["head_dim"] * 4
+    cache = parts[None][0][SLOTS]
+    assert cache == 8 * (32 + 4 * 64) * keys
+    for at_a_time in (4, 3, 1):
+        arrays, programs = parts[at_a_time]
+        assert 1 <= arrays[SLOTS] / (cache * at_a_time / 8) < 1.02 and arrays[SLOTS] == parts[1][0][SLOTS] * at_a_time
+        calls = {program.name: program.calls for program in programs if program.name.startswith("sample")}
+        assert calls == {"sample refill": 8, "sample decode": math.ceil(8 / at_a_time)}
+        assert all(SLOTS in program.beside for program in programs if program.name in calls)
 
 
 Mesh = tuple[int, int, int]  # data, fsdp, tensor
