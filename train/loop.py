@@ -12,12 +12,12 @@ Every step of `train_policy`:
     8  log, validate, checkpoint; a run in which nothing can be scored ends
 
 With one update per batch the policy that is trained is the policy that sampled, so the old log-probabilities are the
-new ones without their gradient and need no forward pass. Steps 5 and 6 are in `train.objective`, step 7 in
-`train.update`. Left out on purpose: rollouts on other machines.
+new ones without their gradient and need no forward pass. The host waits for rollouts and rewards alone: a step is
+logged when the next rollouts are dispatched (`train.run.log`), or at once if it saves something. Steps 5 and 6 are in
+`train.objective`, step 7 in `train.update`. Left out on purpose: rollouts on other machines.
 """
 
 import math
-import time
 from functools import partial
 
 from models.decoding import choose_decoding
@@ -39,7 +39,8 @@ from train.rewards.parts import PartScores
 from train.rewards.watch import ScoreWatch
 from train.run.directory import Run
 from train.run.lock import owns_its_run
-from train.run.metrics import Timer, require_finite, rollout_metrics, throughput
+from train.run.log import StepLog
+from train.run.metrics import Timer, rollout_metrics
 from train.running import setup_errors
 from train.state import TRAIN, VALIDATION, TrainState, copy_tree, make_state, stream_key
 from train.update import Update
@@ -100,8 +101,10 @@ def train_policy(config: PolicyConfig) -> None:
     if run.start == 0 and config.validation.due(0, config.max_steps):
         run.write(0, evaluate(state, 0))
 
+    timer = Timer()
+    log = StepLog(run, config, network, timer)
     for step in run.steps():
-        began, timer, attempts = time.perf_counter(), Timer(), list[Groups]()
+        attempts = list[Groups]()
         while not attempts or not is_enough(attempts, advantages, config):
             # 1 prompts
             attempt = len(attempts)
@@ -112,6 +115,7 @@ def train_policy(config: PolicyConfig) -> None:
             with timer("generate"):
                 key = stream_key(config.seed, TRAIN, step, attempt)
                 sampled = generator.rollouts(state.all_params, prompt_PS, lengths_P, key, config.num_generations)
+                log.write()  # the step before: its update ends while these rollouts are dispatched already
             # 4 rewards of the groups that have ended, while others are sampled; of all groups at once by default
             parts, scores = list[Part](), PartScores(rewards, tokenizer, prompts.prompts(rows), prompts.columns(rows))
             for ended in timer.each("generate", sampled):
@@ -128,31 +132,30 @@ def train_policy(config: PolicyConfig) -> None:
             # 5 advantages
             advantages_PG = advantages(groups.rewards_PGR, penalty_PG)
             # 6 loss, 7 update
-            state, metrics = update(state, ref_params, batch._replace(advantages_PG=advantages_PG), step)
+            state, updates = update(state, ref_params, batch._replace(advantages_PG=advantages_PG), step)
         # 8 log, validate, checkpoint
         done = step + 1
-        require_finite(done, metrics)
-        metrics |= rewards.metrics(groups.rewards_PGR)
+        metrics = rewards.metrics(groups.rewards_PGR)
         metrics |= rollout_metrics(rewards_PG, rollout.lengths_PG, rollout.finished_PG)
         metrics |= {"sampling/attempts": len(attempts), "epoch": done * config.prompts_per_step / len(prompts)}
         metrics |= {"learning_rate": schedule(done * config.updates_per_step - 1)}
+        log.hold(done, updates, metrics, attempts)
         if run.completions_due(done):
+            log.wait()  # here and below: a run that has diverged writes nothing more
             texts_PG = tokenizer.decode(rollout.tokens_PGT, rollout.lengths_PG)
             step_prompts = prompts.prompts(groups.rows)
             run.write_table(
                 done, completion_table(step_prompts, texts_PG, groups, list(rewards.scorers), advantages_PG)
             )
         if config.validation.due(done, config.max_steps):
+            log.wait()
             with timer("validation"):
-                metrics |= evaluate(state, done)
-        seconds = time.perf_counter() - began
-        metrics |= {**timer.seconds, "timing_s/step": seconds}
-        metrics |= throughput(config, network, attempts, seconds)
-        run.write(done, metrics)
-        run.show(done, {name: metrics.get(name, math.nan) for name in ("reward", "kl", "perf/tokens_per_s")})
+                log.add(evaluate(state, done))
         watch.look(f"step {done}", groups.rewards_PGR)
         if run.checkpoint_due(done) or watch.is_hopeless:
+            log.write()
             run.save(done, state)
+            timer.restart()  # saving is no part of a step
         if watch.is_hopeless:
             run.close(f"ended after step {done} of {config.max_steps}")
             raise watch.error(done)

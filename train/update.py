@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gopo_jax import add_metrics, kl_penalty, loss_count
+from gopo_jax import kl_penalty, loss_count
 from gopo_jax.losses import Metrics
 from models.lora import merge_trainable
 from models.sharding import Layout, fetch, to_device
@@ -16,7 +16,7 @@ from train.batch import Batch, minibatches
 from train.config import PolicyConfig
 from train.objective import completion_logprobs, policy_objective
 from train.packing import microbatches
-from train.run.metrics import mean_metrics
+from train.run.metrics import UpdateMetrics
 from train.state import TrainState, apply_gradient, tree_shardings
 
 
@@ -89,33 +89,44 @@ class Update:
         """
         if not self.config.logprobs_before_update:
             return batch, 0.0
-        batch = batch._replace(old_PGT=self._logprobs(state.all_params, batch))
+        policies = {"old_PGT": state.all_params}
         if ref_params is not None:
-            batch = batch._replace(ref_PGT=self._logprobs(merge_trainable(to_device(ref_params), state.frozen), batch))
+            policies["ref_PGT"] = merge_trainable(to_device(ref_params), state.frozen)
+        batch = batch._replace(**self._logprobs(policies, batch))
         settings = self.config.loss
         if settings.kl_in != "reward":
             return batch, 0.0
         kl_PGT = kl_penalty(jnp.asarray(batch.old_PGT), jnp.asarray(batch.ref_PGT), settings.kl)
         return batch, settings.beta * np.where(batch.mask_PGT, kl_PGT, 0).sum(-1)
 
-    def _logprobs(self, params: Any, batch: Batch) -> np.ndarray:
-        logprobs_PGT = np.zeros(batch.mask_PGT.shape, np.float32)
-        for indices, micro in microbatches(batch, self.config.microbatch_prompts, self.layout):
-            logprobs_PGT[indices] = fetch(self.programs.logprobs(params, micro))
-        return logprobs_PGT
+    def _logprobs(self, policies: dict[str, Any], batch: Batch) -> dict[str, np.ndarray]:
+        """Returns the log-probabilities of the batch by each of the policies, under their names.
+
+        All micro-batches are dispatched before the first is fetched. What waits on the devices is small: the tokens,
+        and 4 bytes of each for a policy.
+        """
+        parts = [
+            (indices, {name: self.programs.logprobs(params, micro) for name, params in policies.items()})
+            for indices, micro in microbatches(batch, self.config.microbatch_prompts, self.layout)
+        ]
+        logprobs = {name: np.zeros(batch.mask_PGT.shape, np.float32) for name in policies}
+        for indices, of_part in parts:
+            for name, logprobs_PGT in of_part.items():
+                logprobs[name][indices] = fetch(logprobs_PGT)
+        return logprobs
 
     def __call__(
         self, state: TrainState, ref_params: Any, batch: Batch, step: int
-    ) -> tuple[TrainState, dict[str, float]]:
-        """Returns the state after all updates on `batch`, and the metrics as means over them."""
-        config, metrics = self.config, list[Metrics]()
+    ) -> tuple[TrainState, list[UpdateMetrics]]:
+        """Dispatches all updates on `batch`; returns the state after them and their metrics, still on the devices."""
+        config, metrics = self.config, list[UpdateMetrics]()
         ref_params = to_device(ref_params) if batch.ref_PGT is None else None
         for part in minibatches(batch, config.update_prompts, config.num_iterations, config.seed, step):
             state, of_part = self.optimizer_step(state, ref_params, part)
             metrics.append(of_part)
-        return state, mean_metrics(add_metrics(*metrics))
+        return state, metrics
 
-    def optimizer_step(self, state: TrainState, ref_params: Any, batch: Batch) -> tuple[TrainState, Metrics]:
+    def optimizer_step(self, state: TrainState, ref_params: Any, batch: Batch) -> tuple[TrainState, UpdateMetrics]:
         """One optimizer step on the gradient of the whole batch, summed over its micro-batches."""
         aggregate, size = self.config.loss.aggregate, self.config.microbatch_prompts
         count = loss_count(jnp.asarray(batch.mask_PGT), aggregate, max_length=self.config.max_completion_length)
@@ -125,5 +136,5 @@ class Update:
         for _, micro in microbatches(batch, size, self.layout, in_order=by_part):
             gradient, of_part = self.programs.accumulate(gradient, state, ref_params, micro, denominator)
             metrics.append(of_part)
-        state, of_step = self.programs.apply_gradients(state, gradient)
-        return state, jax.device_get(of_step) | add_metrics(*jax.device_get(metrics))
+        state, of_update = self.programs.apply_gradients(state, gradient)
+        return state, UpdateMetrics(of_update, metrics)

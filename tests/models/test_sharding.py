@@ -47,6 +47,7 @@ from dataclasses import replace
 from flax import nnx
 from train.config import *
 from train.batch import Groups, make_batch
+from train.run.metrics import fetch_metrics
 from train.state import copy_tree, make_state
 from train.update import Update
 
@@ -70,7 +71,7 @@ def compute(layout):
     batch = batch._replace(advantages_PG=advantages_PG)
     reference = jax.tree.map(lambda p: p * 1.1, params)
     spread = len({s.device for leaf in jax.tree.leaves(params) for s in leaf.addressable_shards})
-    after, metrics = Update(graphdef, sgd, config, layout, state)(state, reference, batch, 0)
+    after, updates = Update(graphdef, sgd, config, layout, state)(state, reference, batch, 0)
     rows = np.arange(P, dtype=np.int32)
     placed = layout.put(prompt_PS, ("prompt", None)), layout.put(lengths_P, ("prompt",)), layout.put(rows, ("prompt",))
     copied = SamplingCopy(graphdef, params, layout)(params)
@@ -91,7 +92,7 @@ def compute(layout):
         parts = SlotRollouts(programs, given, batch, sampling, finishes=False, **options)
         rollouts.append(join_parts(list(parts)))
         assert all(program._cache_size() <= 1 for program in programs), "each is compiled once"
-    return jax.device_get((after.params, metrics, *rollouts)), spread
+    return jax.device_get((after.params, fetch_metrics(updates), *rollouts)), spread
 
 one, _ = compute(make_layout(devices=jax.devices()[:1]))
 for name, mesh in meshes.items():

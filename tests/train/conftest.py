@@ -17,6 +17,7 @@ from train.batch import Batch, Groups, make_batch
 from train.build import make_optimizer
 from train.config import PolicyConfig
 from train.objective import make_advantages
+from train.run.metrics import fetch_metrics
 from train.state import TrainState, copy_tree, make_state
 from train.update import Update
 
@@ -73,7 +74,7 @@ def update_once() -> Callable[..., Updated]:
         ref_params = jax.tree.map(lambda p: p * 1.01, params) if config.loss.beta else None
         batch, penalty_PG = programs[key].old_and_ref_logprobs(state, ref_params, make_batch(groups, config))
         batch = batch._replace(advantages_PG=make_advantages(config)(groups.rewards_PGR, penalty_PG))
-        after, metrics = programs[key](state, ref_params, batch, 0)
-        return Updated(batch, after, metrics)
+        after, updates = programs[key](state, ref_params, batch, 0)
+        return Updated(batch, after, fetch_metrics(updates))
 
     return update

@@ -46,7 +46,7 @@ from train.loop import train_policy
 from train.objective import completion_logprobs, make_advantages, policy_objective
 from train.packing import MicroBatch, microbatches
 from train.run.directory import read_metrics
-from train.run.metrics import require_finite, throughput
+from train.run.metrics import fetch_metrics, require_finite, throughput
 from train.state import copy_tree, make_state
 from train.update import Update
 
@@ -85,8 +85,8 @@ def test_the_cut_into_micro_batches_changes_nothing(
     for microbatch_prompts in (4, 1):
         config = replace(base, microbatch_prompts=microbatch_prompts)
         state = make_state(copy_tree(params), sgd, layout)
-        state, metrics = Update(graphdef, sgd, config, layout, state)(state, ref_params, batch, 0)
-        after[microbatch_prompts] = (state.params, metrics)
+        state, updates = Update(graphdef, sgd, config, layout, state)(state, ref_params, batch, 0)
+        after[microbatch_prompts] = (state.params, fetch_metrics(updates))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), after[4][0], after[1][0])
     for name, value in after[4][1].items():
         np.testing.assert_allclose(after[1][1][name], value, rtol=1e-5, atol=1e-6, err_msg=name)
@@ -305,7 +305,7 @@ def test_the_penalty_in_the_reward_and_the_mean_of_micro_batches(
 
     def loss_of(config: PolicyConfig, prompts: list[int]) -> float:
         one, state = update(config)
-        return one(state, ref_params, batch.take(np.array(prompts)), 0)[1]["loss"]
+        return fetch_metrics(one(state, ref_params, batch.take(np.array(prompts)), 0)[1])["loss"]
 
     half = replace(by_part, prompts_per_step=2)
     whole = loss_of(by_part, [0, 1, 2, 3])

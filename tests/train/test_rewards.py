@@ -25,6 +25,7 @@ from train.rewards import Rewards
 from train.rewards.functions import BUILT_IN, completion_ids, function_scorer, load_function
 from train.rewards.model import RewardModelScorer, common_prefix_length
 from train.rewards.parts import PartScores
+from train.run.metrics import UpdateMetrics
 
 G, LONGEST = 3, 8  # every text has at most as many tokens, one bucket: one compilation for each number of prompts
 GROUPS: dict[str, tuple[str, Sequence[str]]] = {
@@ -346,8 +347,8 @@ def test_training_and_validation_hand_over_the_tokens_of_the_texts(
         def old_and_ref_logprobs(self, state: Any, ref_params: Any, batch: Any) -> tuple[Any, float]:
             return batch, 0.0
 
-        def __call__(self, state: Any, *_: Any) -> tuple[Any, dict[str, float]]:
-            return state, {"loss": 0.0, "grad_norm": 0.0}
+        def __call__(self, state: Any, *_: Any) -> tuple[Any, list[UpdateMetrics]]:
+            return state, [UpdateMetrics({"grad_norm": (0.0, 1.0)}, [{"loss": (0.0, 1.0)}])]
 
     monkeypatch.setattr("train.loop.Update", lambda *_: NoUpdate())
     train_policy(policy_config(tmp_path, rewards=[RewardSpec(function=f"{define(seen=seen)}.seen")], max_steps=1))

@@ -15,6 +15,7 @@ from train.loop import train_policy
 from train.rewards.returned import RewardError
 from train.rewards.watch import MAX_SILENT, ScoreWatch
 from train.run.directory import Run, read_metrics
+from train.run.metrics import UpdateMetrics
 from train.running import exit_code
 
 NONE, ONE = np.full((2, 2, 1), np.nan), np.array([[[np.nan], [1.0]], [[np.nan], [np.nan]]])
@@ -54,8 +55,8 @@ def test_a_run_in_which_nothing_can_be_scored_ends_saved(
         def old_and_ref_logprobs(self, state: Any, ref_params: Any, batch: Any) -> tuple[Any, float]:
             return batch, 0.0
 
-        def __call__(self, state: Any, *_: Any) -> tuple[Any, dict[str, float]]:
-            return state, {"loss": 0.0, "grad_norm": 0.0}
+        def __call__(self, state: Any, *_: Any) -> tuple[Any, list[UpdateMetrics]]:
+            return state, [UpdateMetrics({"grad_norm": (0.0, 1.0)}, [{"loss": (0.0, 1.0)}])]
 
     monkeypatch.setattr("train.loop.Update", lambda *_: NoUpdate())
     module: Any = types.ModuleType("unscored")

@@ -4,13 +4,13 @@ import contextlib
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gopo_jax.losses import Metrics
+from gopo_jax.losses import Metrics, add_metrics
 from models.config import Qwen3Config
 from models.flops import forward_flops, peak_flops, step_flops
 from train.batch import Groups
@@ -20,17 +20,33 @@ Item = TypeVar("Item")
 
 
 class Timer:
-    """Measures the seconds spent in named parts of a step: `seconds` holds them as metrics "timing_s/NAME"."""
+    """Cuts the time of a run into phases without gaps: each goes from the end of the one before to its own."""
 
     def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+        self._seconds: dict[str, float] = {}
+        self._began = time.perf_counter()
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
-        spent = self.seconds.get(f"timing_s/{name}", 0.0)
-        self.seconds[f"timing_s/{name}"] = spent + time.perf_counter() - began
+        """Ends a phase of this name with the block; a profile shows the block under the name."""
+        with jax.profiler.TraceAnnotation(name):
+            yield
+        self.lap(name)
+
+    def lap(self, name: str) -> None:
+        """Ends a phase now."""
+        now = time.perf_counter()
+        self._seconds[name] = self._seconds.get(name, 0.0) + now - self._began
+        self._began = now
+
+    def restart(self) -> None:
+        """Begins the next phase now: the time since the last one counts for none."""
+        self._began = time.perf_counter()
+
+    def take(self) -> dict[str, float]:
+        """Returns the seconds of each phase as "timing_s/NAME" and their sum as "timing_s/step"; forgets them."""
+        seconds, self._seconds = self._seconds, {}
+        return {f"timing_s/{name}": spent for name, spent in seconds.items()} | {"timing_s/step": sum(seconds.values())}
 
     def each(self, name: str, items: Iterable[Item]) -> Iterator[Item]:
         """Yields the items, and measures how long each is waited for."""
@@ -42,6 +58,19 @@ class Timer:
                 except StopIteration:
                     return
             yield item
+
+
+class UpdateMetrics(NamedTuple):
+    """The (sum, count) pairs of an optimizer step, which may still be computed on the devices."""
+
+    of_update: Metrics
+    of_parts: list[Metrics]  # of every micro-batch
+
+
+def fetch_metrics(updates: Sequence[UpdateMetrics]) -> dict[str, float]:
+    """Waits for the updates of a step, and returns their metrics as means over all micro-batches of all of them."""
+    fetched = jax.device_get(list(updates))
+    return mean_metrics(add_metrics(*(of_update | add_metrics(*of_parts) for of_update, of_parts in fetched)))
 
 
 def mean_metrics(metrics: Mapping[str, tuple[jax.Array, jax.Array]]) -> dict[str, float]:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -102,7 +101,7 @@ def train_supervised(config: SupervisedConfig, task: SupervisedTask) -> None:
     for step in run.steps():
         if stopping.exhausted:
             break
-        began, timer = time.perf_counter(), Timer()
+        timer = Timer()
         batch = [examples[i] for i in batch_indices(len(examples), config.batch_size, config.seed, step)]
         with timer("update"):
             state, sums = update(state, arrays(batch))
@@ -116,7 +115,7 @@ def train_supervised(config: SupervisedConfig, task: SupervisedTask) -> None:
             best = stopping.observe(done, evaluation.metrics)
             if best or not stopping.enabled:
                 write_calibration(run, done, evaluation)
-        run.write(done, metrics | timer.seconds | {"timing_s/step": time.perf_counter() - began})
+        run.write(done, metrics | timer.take())
         run.show(done, {name: metrics[name] for name in ("loss", "accuracy") if name in metrics})
         if best:
             run.keep_best(done)
