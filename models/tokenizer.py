@@ -431,9 +431,9 @@ def tokenizer_path(model: str | Path) -> str:
     return str(directory / "tokenizer") if (directory / "tokenizer").is_dir() else str(directory)
 
 
-def bucket(length: int, limit: int) -> int:
-    """Returns the length to pad to, a power of two of at least 8, at most `limit`: few shapes, few compilations."""
-    return min(max(8, 1 << (length - 1).bit_length()), limit)
+def bucket(length: int, limit: int, least: int = 8) -> int:
+    """Returns the length to pad to: a power of two from `least`, at most `limit`; few shapes are few compilations."""
+    return min(max(least, 1 << (length - 1).bit_length()), limit)
 
 
 def pad(rows: Sequence[Sequence[int] | np.ndarray], pad_id: int, max_length: int) -> tuple[np.ndarray, np.ndarray]:

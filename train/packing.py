@@ -3,9 +3,10 @@
     tokens_PGT    a group of G completions, each followed by padding up to T
     tokens_PBT    the same tokens in B <= G rows of T slots; offset_PBT is a slot's position in its completion
     slot_PGT      the slot of each token among the B * T of its prompt, which brings log-probabilities back to [P, G, T]
+    prompt_PS     cut to the longest prompt of the micro-batch, in few widths
 
 A completion never crosses the end of a row, and does not see its neighbours (`models.attention.group_attention`).
-T stays as it is, so that shapes differ in B alone: few shapes, and so few compilations.
+T stays as it is, so that shapes differ in B and S alone: few shapes, and so few compilations.
 """
 
 from collections.abc import Iterator
@@ -15,7 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from models.decoding import platform_of
 from models.sharding import Layout
+from models.tokenizer import bucket
 from train.batch import Batch
 
 AXES = {
@@ -25,6 +28,8 @@ AXES = {
     "PGT": ("prompt", "group", None),
     "PBT": ("prompt", "group", None),
 }
+
+CPU_WIDTH, TILE_WIDTH = 8, 128  # tokens of the narrowest prompts; accelerators multiply tiles of 128
 
 
 class MicroBatch(NamedTuple):
@@ -47,16 +52,19 @@ def microbatches(
 ) -> Iterator[tuple[np.ndarray, MicroBatch]]:
     """Yields the batch in packed parts of `prompts` prompts on the devices, each with its prompts' indices in `batch`.
 
-    Prompts whose completions need the most rows come together, unless the parts are to be `in_order`. Tokens outside
-    `mask_PGT` are in no row.
+    Prompts whose completions need as many rows come together, and of these prompts of like length, unless the parts
+    are to be `in_order`. Tokens outside `mask_PGT` are in no row.
     """
     row_PG, start_PG = assign_rows(batch.mask_PGT)
-    needed_P = row_PG.max(-1) + 1
-    _, G, _ = batch.mask_PGT.shape
-    order_P = np.arange(len(needed_P)) if in_order else np.argsort(needed_P, kind="stable")
+    _, G, T = batch.mask_PGT.shape
+    rows_P = np.array([round_up(int(row) + 1, G, layout.shard_count("group")) for row in row_PG.max(-1)])
+    order_P = np.arange(len(rows_P)) if in_order else np.lexsort((batch.lengths_P, rows_P))
+    least = CPU_WIDTH if platform_of(layout) == "cpu" else TILE_WIDTH
     for indices in order_P.reshape(-1, prompts):
-        rows = round_up(int(needed_P[indices].max()), G, layout.shard_count("group"))
-        micro = pack(batch.take(indices), row_PG[indices], start_PG[indices], rows)
+        part, rows = batch.take(indices), int(rows_P[indices].max())
+        S = prompt_width(int(part.lengths_P.max()), part.prompt_PS.shape[1], rows * T, least)
+        part = part._replace(prompt_PS=part.prompt_PS[:, :S])
+        micro = pack(part, row_PG[indices], start_PG[indices], rows)
         arrays = zip(micro._fields, micro, strict=True)
         placed = (None if array is None else layout.put(array, axes_of(name)) for name, array in arrays)
         yield indices, MicroBatch(*placed)
@@ -104,6 +112,15 @@ def round_up(rows: int, G: int, ways: int) -> int:
     """Rounds a number of rows up to a power of two in units of the devices that share them; at most G."""
     units = -(-rows // ways)
     return min((1 << (units - 1).bit_length()) * ways, G)
+
+
+def prompt_width(longest: int, S: int, completion_slots: int, least: int) -> int:
+    """Rounds a prompt's length up to the width of its micro-batch: a power of two of at least `least`, at most S.
+
+    It is S where a narrower one, which is a program more to compile, saves less than an eighth of the positions.
+    """
+    width = bucket(longest, S, least)
+    return width if 8 * (S - width) >= S + completion_slots else S
 
 
 def pack(batch: Batch, row_PG: np.ndarray, start_PG: np.ndarray, rows: int) -> MicroBatch:

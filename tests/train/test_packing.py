@@ -16,7 +16,7 @@ from models.qwen3 import Qwen3
 from train.batch import Batch
 from train.build import make_layout_for
 from train.config import MeshConfig
-from train.packing import MicroBatch, microbatches, round_up, unpack
+from train.packing import CPU_WIDTH, TILE_WIDTH, MicroBatch, microbatches, prompt_width, round_up, unpack
 
 P, G, S, T, V = 8, 6, 5, 16, 61
 
@@ -74,6 +74,28 @@ def test_there_are_few_shapes() -> None:
     assert sorted({round_up(rows, 16, 4) for rows in range(1, 17)}) == [4, 8, 16]
     for G in (2, 5, 8, 24):
         assert all(rows <= round_up(rows, G, 1) <= min(G, 2 * rows - 1) for rows in range(1, G + 1))
+
+
+@pytest.mark.parametrize("least", [CPU_WIDTH, TILE_WIDTH])
+def test_there_are_few_widths_of_prompts_and_each_is_worth_its_program(least: int) -> None:
+    for S, slots in ((1024, 0), (1000, 0), (512, 512), (1024, 16 * 2048), (100, 64)):
+        width_of = {longest: prompt_width(longest, S, slots, least) for longest in range(1, S + 1)}
+        assert all(longest <= width <= S for longest, width in width_of.items())
+        widths = set(width_of.values())
+        assert len(widths) <= 1 + max(0, np.ceil(np.log2(S / least)))
+        assert all(width % least == 0 and 8 * (S - width) >= S + slots for width in widths - {S})
+
+
+def test_prompts_of_like_length_meet_and_are_cut_to_the_longest() -> None:
+    lengths_P = np.array([60, 3, 64, 7, 30, 5, 8, 33], np.int32)
+    batch = make_batch([[2] * G] * P)._replace(
+        prompt_PS=np.where(np.arange(64) < lengths_P[:, None], 1 + np.arange(64), 0).astype(np.int32),
+        lengths_P=lengths_P,
+    )
+    parts = parts_of(batch, 2)
+    assert [part.prompt_PS.shape[1] for _, part in parts] == [8, 8, 64, 64]
+    for indices, part in parts:
+        assert part.prompt_PS.sum() == batch.prompt_PS[indices].sum()  # what is cut is padding
 
 
 @pytest.mark.slow

@@ -7,8 +7,10 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 import pytest
 
+import train.packing
 from models.checkpoint import load_model
 from models.hf_weights import split
 from models.sharding import make_layout
@@ -17,6 +19,7 @@ from train.build import make_optimizer
 from train.config import LossConfig, OptimizerConfig, PolicyConfig
 from train.objective import make_advantages
 from train.packing import microbatches
+from train.run.metrics import fetch_metrics
 from train.state import copy_tree, make_state
 from train.update import Update
 
@@ -57,3 +60,34 @@ def test_many_small_gradients_add_up(
     assert dtypes(after) == before
     norm = np.sqrt(sum(np.square(leaf, dtype=np.float64).sum() for leaf in jax.tree.leaves(many)))
     assert float(metrics["grad_norm"][0]) == pytest.approx(norm, rel=1e-5)
+
+
+def test_prompts_cut_to_their_micro_batch_teach_the_same(
+    policy_config: Callable[..., PolicyConfig],
+    make_groups: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The gradient, metrics and log-probabilities are those of prompts that are all padded to the longest."""
+    config = policy_config(tmp_path, num_iterations=2, loss=LossConfig(beta=0.1, logprob_chunk=64))
+    groups = make_groups(config)
+    lengths_P, S = np.array([3, 40, 7, 33], np.int32), 64
+    prompt_PS = np.random.default_rng(3).integers(0, 300, (4, S)) * (np.arange(S) < lengths_P[:, None])
+    batch = make_batch(groups._replace(prompt_PS=prompt_PS.astype(np.int32), lengths_P=lengths_P), config)
+    batch = batch._replace(advantages_PG=make_advantages(config)(groups.rewards_PGR, 0.0))
+    layout = make_layout()
+    assert {micro.prompt_PS.shape[1] for _, micro in microbatches(batch, 2, layout)} == {8, 64}
+    graphdef, params = split(load_model(str(config.model.path), mesh=layout))
+    reference, sgd = jax.tree.map(lambda p: p * 1.01, params), optax.sgd(1.0)  # the step is the gradient
+    update = Update(graphdef, sgd, config, layout, make_state(params, sgd, layout))
+
+    def updated() -> tuple[Any, ...]:
+        state = make_state(copy_tree(params), sgd, layout)
+        filled, _ = update.old_and_ref_logprobs(state, reference, batch)
+        after, metrics = update.optimizer_step(state, reference, filled)
+        logprobs = [np.where(batch.mask_PGT, array, 0) for array in (filled.old_PGT, filled.ref_PGT)]
+        return after.params, fetch_metrics([metrics]), logprobs
+
+    cut = updated()
+    monkeypatch.setattr(train.packing, "prompt_width", lambda longest, S, *_: S)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), cut, updated())
