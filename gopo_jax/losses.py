@@ -73,6 +73,7 @@ def loss_count(mask: jax.Array, aggregate: str = "token", *, max_length: int | N
     return completions if aggregate == "sequence" else completions * (max_length or mask.shape[-1])
 
 
+@jax.named_scope("loss")
 def policy_loss(
     logprobs: jax.Array,
     old_logprobs: jax.Array,
@@ -232,6 +233,7 @@ def add_metrics(*parts: Metrics) -> Metrics:
     return {name: combine(name) for name in parts[0]}
 
 
+@jax.named_scope("loss")
 def preference_loss(
     chosen_rewards: jax.Array,
     rejected_rewards: jax.Array,
@@ -286,6 +288,7 @@ def preference_loss(
     return total(loss) / jnp.maximum(n, 1), jax.lax.stop_gradient(metrics)
 
 
+@jax.named_scope("loss")
 def listwise_loss(
     scores_PG: jax.Array, targets_PG: jax.Array, mask_PG: jax.Array | None = None
 ) -> tuple[jax.Array, Metrics]:

@@ -56,6 +56,7 @@ class Past(NamedTuple):
         (L, P, K, _, E), dtype = prefix.values.shape, prefix.values.dtype
         return cls(jnp.zeros((L, P, K, G, E, T), dtype), jnp.zeros((L, P, K, G, T, E), dtype), jnp.zeros((), jnp.int32))
 
+    @jax.named_scope("cache")
     def append(self, new_LPKGTE: KeyValues) -> "Past":
         """Returns the cache with the keys and values of the next positions."""
         keys_LPKGET = jnp.swapaxes(new_LPKGTE.keys, -1, -2)

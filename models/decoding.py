@@ -298,6 +298,7 @@ class UnrolledDecoder:
             qkv = qkv if weights.qkv_bias_KWE is None else qkv + weights.qkv_bias_KWE
         return constrain(self.layout, qkv, "prompt", "group", "sequence", "kv_heads", None, None)
 
+    @jax.named_scope("attention")
     def _attend_in_prompt(
         self, qkv: jax.Array, weights: DecodeLayer, rotary: tuple[jax.Array, jax.Array], window: int | None
     ) -> tuple[jax.Array, LayerKeyValues]:
@@ -315,6 +316,7 @@ class UnrolledDecoder:
             out = group_attention(query, KeyValues(keys, values), window=window)
         return out, LayerKeyValues(keys[:, :, 0], values[:, :, 0])
 
+    @jax.named_scope("layers")
     def _rest_of_layer(self, x_PGTD: jax.Array, out_PGTKQE: jax.Array, weights: DecodeLayer) -> jax.Array:
         """Adds the attention's output, and then the feed-forward network, to the residual stream."""
         axes = ("prompt", "group", "sequence", "width")

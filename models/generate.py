@@ -168,7 +168,7 @@ class SamplingCopy:
             self.targets: Any = with_weight_shardings(jax.eval_shape(convert, params), sampling)
             self.is_copied = [True] * len(jax.tree.leaves(params))
             shardings = jax.tree.map(lambda target: target.sharding, self.targets)
-            self.program = jax.jit(convert, out_shardings=shardings)
+            self.program = jax.jit(jax.named_scope("copy")(convert), out_shardings=shardings)
             return
         shardings = parameter_shardings(model, sampling)
         self.targets = jax.tree.map(
@@ -176,10 +176,13 @@ class SamplingCopy:
         )
         self.is_copied = self._differs(params)
         targets = self.copied_leaves(self.targets)
-        self.program = jax.jit(
-            lambda leaves: [leaf.astype(target.dtype) for leaf, target in zip(leaves, targets, strict=True)],
-            out_shardings=[target.sharding for target in targets],
-        )
+
+        @partial(jax.jit, out_shardings=[target.sharding for target in targets])
+        @jax.named_scope("copy")
+        def cast(leaves: list[Any]) -> list[Any]:
+            return [leaf.astype(target.dtype) for leaf, target in zip(leaves, targets, strict=True)]
+
+        self.program = cast
 
     @property
     def new_leaves(self) -> list[Any]:

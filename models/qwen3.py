@@ -117,11 +117,11 @@ class Layers(nnx.Module):
         def project(x: jax.Array, name: str, inputs: int = 1) -> jax.Array:
             with jax.named_scope(name.partition("_")[0]):  # "gate_LDF": gate; `train plan --top` prints it
                 y = multiply(x, getattr(self, name)[...].astype(dtype), inputs)
-            if (adapters := adapter_names(self.lora).get(name)) is None:
-                return y
-            assert self.lora is not None
-            a, b = (getattr(self, part)[...].astype(dtype) for part in adapters)
-            return y + self.lora.scale * multiply(multiply(x, a, inputs), b)
+                if (adapters := adapter_names(self.lora).get(name)) is None:
+                    return y
+                assert self.lora is not None
+                a, b = (getattr(self, part)[...].astype(dtype) for part in adapters)
+                return y + self.lora.scale * multiply(multiply(x, a, inputs), b)
 
         y_PGTD = rms_norm(x_PGTD, self.attention_norm_LD, config.rms_norm_eps)
         query_PGTHE = project(y_PGTD, "query_LDHE")
@@ -240,6 +240,7 @@ class Backbone(nnx.Module):
         (prompt, completion), _ = self._scan_layers(step, (prompt, completion), None)
         return self._final_norm(prompt)[:, 0], self._final_norm(completion)
 
+    @jax.named_scope("predict")
     def predict(
         self, prompt_PS: jax.Array, lengths_P: jax.Array, tokens_PGT: jax.Array, offset_PGT: jax.Array | None = None
     ) -> jax.Array:
@@ -319,7 +320,7 @@ class Backbone(nnx.Module):
         config, unlimited = self.config, np.iinfo(np.int32).max
         windows_L = None if config.windows is None else jnp.array([w or unlimited for w in config.windows], jnp.int32)
         slices = (params_L, jnp.arange(config.num_hidden_layers), windows_L, inputs_L)
-        with products_in(self.dtype):
+        with products_in(self.dtype), jax.named_scope("layers"):
             return jax.lax.scan(jax.checkpoint(body, policy=policy) if policy else body, x, slices)
 
     def _final_norm(self, x: jax.Array) -> jax.Array:

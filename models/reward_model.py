@@ -25,6 +25,7 @@ class Qwen3RewardModel(Backbone):
         hidden_BSD = self.hidden(tokens_BS)
         return self.score_hidden(jnp.take_along_axis(hidden_BSD, (lengths_B - 1)[:, None, None], axis=1)[:, 0])
 
+    @jax.named_scope("score")
     def score_group(
         self, prefix_PS: jax.Array, prefix_lengths_P: jax.Array, suffix_PGT: jax.Array, suffix_lengths_PG: jax.Array
     ) -> jax.Array:
@@ -36,6 +37,7 @@ class Qwen3RewardModel(Backbone):
         last_PG11 = (suffix_lengths_PG - 1)[..., None, None]
         return self.score_hidden(jnp.take_along_axis(hidden_PGTD, last_PG11, axis=2)[:, :, 0])
 
+    @jax.named_scope("head")
     def score_hidden(self, hidden: jax.Array) -> jax.Array:
         """Returns float32 rewards [...] of hidden states [..., D]."""
         with products_in(jnp.float32):

@@ -83,7 +83,8 @@ def sample(
       drawing: what `params` asks for, if that is known; None = the program decides, and has both in it.
     """
     decoder = as_decoder(model)
-    prefix, past = decoder.start(prompt_PS, lengths_P, num_generations, max_completion_length)
+    with jax.named_scope("prefill"):
+        prefix, past = decoder.start(prompt_PS, lengths_P, num_generations, max_completion_length)
     rows = first_rows(prefix, rows_P, key, num_generations, max_completion_length, pad_id)
     return decode_to_end(decoder, prefix, DecodeState(rows, past), params, pad_id, drawing)[0]
 
@@ -127,6 +128,7 @@ def first_rows(prefix: Any, rows_P: jax.Array, key: jax.Array, G: int, T: int, p
     return ActiveRows(completion_PG, jnp.zeros((P, G), bool), hidden_PGD, uniforms_PGT, empty)
 
 
+@jax.named_scope("token")
 def decode_step(
     decoder: Decoder, prefix: Any, params: SamplingParams, pad_id: int, drawing: Drawing | None, state: DecodeState
 ) -> DecodeState:
@@ -239,6 +241,7 @@ def fits_in(done_PG: jax.Array, size: tuple[int, int] | None) -> jax.Array:
     return (live_PG.any(1).sum() <= size[0]) & (live_PG.sum(1).max() <= size[1])
 
 
+@jax.named_scope("shrink")
 def shrink_completions(state: DecodeState, G: int) -> DecodeState:
     """Reduces the rows to G of each prompt: all that continue, filled up with ended ones."""
     index_PG = jnp.argsort(state.rows.done_PG, axis=1, stable=True)[:, :G]
@@ -252,6 +255,7 @@ def shrink_completions(state: DecodeState, G: int) -> DecodeState:
     return DecodeState(jax.tree.map(take, state.rows), Past(keys_LPKGET, values_LPKGTE, state.past.length))
 
 
+@jax.named_scope("shrink")
 def shrink_prompts(
     prompt_P: jax.Array, prefix: Prefix, state: DecodeState, P: int
 ) -> tuple[jax.Array, Prefix, DecodeState]:
@@ -293,8 +297,10 @@ def draw(
     weights = jnp.exp(allowed - allowed.max(-1, keepdims=True))
     greedy = lambda weights, _: weights.argmax(-1)  # noqa: E731
     if drawing is not None:
-        weights = _truncate(weights, params) if drawing.truncates else weights
-        token = (greedy if drawing.greedy else inverse_cdf)(weights, uniform)
+        with jax.named_scope("truncate"):
+            weights = _truncate(weights, params) if drawing.truncates else weights
+        with jax.named_scope("draw"):
+            token = (greedy if drawing.greedy else inverse_cdf)(weights, uniform)
     else:
         truncates = (jnp.asarray(params.top_k) > 0) | (jnp.asarray(params.top_p) < 1)
         with jax.named_scope("truncate"):  # `train plan` knows by these names which branch a run takes

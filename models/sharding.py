@@ -222,9 +222,11 @@ def gather(layout: Layout | None, parameter: jax.Array, dtype: Any, axes: Axes) 
         return parameter
 
     @jax.custom_vjp
+    @jax.named_scope("gather")
     def gathered(parameter: jax.Array) -> jax.Array:
         return constrain(layout.for_sampling(), parameter.astype(dtype), *axes).astype(parameter.dtype)
 
+    @jax.named_scope("gather")
     def backward(_: None, gradient: jax.Array) -> tuple[jax.Array]:
         return (constrain(layout, gradient, *axes),)
 

@@ -106,7 +106,8 @@ def refill_slots(
       The slots, and the completions that they held before, on every device.
     """
     (_, G), T, layout = slots.state.rows.done_PG.shape, slots.state.rows.uniforms_PGT.shape[-1], decoder.layout
-    prefix, _ = decoder.start(prompt_CS, lengths_C, G, T)
+    with jax.named_scope("prefill"):
+        prefix, _ = decoder.start(prompt_CS, lengths_C, G, T)
     new_rows = first_rows(prefix, rows_C, key, G, T, pad_id)
     axes = slot_axes(slots)
 

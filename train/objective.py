@@ -119,6 +119,7 @@ def policy_objective(
     return loss, jax.lax.stop_gradient(metrics)
 
 
+@jax.named_scope("loss")
 def sampler_weights(settings: LossConfig, old_PGT: jax.Array, batch: MicroBatch) -> jax.Array | None:
     """Truncated importance weights of trainer over sampler, [P, G, T]; None unless the config asks for them."""
     if settings.importance_sampling_mode is None:

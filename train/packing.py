@@ -146,6 +146,7 @@ def pack(batch: Batch, row_PG: np.ndarray, start_PG: np.ndarray, rows: int) -> M
     )
 
 
+@jax.named_scope("unpack")
 def unpack(array_PBT: jax.Array, slot_PGT: jax.Array) -> jax.Array:
     """Gathers the values of the slots for each token, [P, G, T]; arbitrary values outside the mask."""
     P, G, T = slot_PGT.shape

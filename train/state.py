@@ -56,6 +56,7 @@ def abstract_opt_state(params: Any, optimizer: optax.GradientTransformation, lay
     )
 
 
+@jax.named_scope("optimizer")
 def apply_gradient(optimizer: optax.GradientTransformation, state: TrainState, gradient: Any) -> TrainState:
     """Returns the state after one optimizer step with the gradient of `state.params`."""
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)

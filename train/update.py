@@ -41,6 +41,7 @@ def make_programs(
     placement = tree_shardings(state)
 
     @partial(jax.jit, out_shardings=placement.params)
+    @jax.named_scope("zero")
     def zero_grads(params: Any) -> Any:
         # float32: in bfloat16 a sum stalls at 256 times its summands
         return jax.tree.map(partial(jnp.zeros_like, dtype=jnp.float32), params)
@@ -51,9 +52,11 @@ def make_programs(
     ) -> tuple[Any, Metrics]:
         (loss, metrics), gradient = loss_and_gradient(state.params, ref_params, state.frozen, micro, denominator)
         metrics["loss"] = (loss, jnp.ones(()) / parts)
-        return jax.tree.map(jnp.add, total, gradient), metrics
+        with jax.named_scope("accumulate"):
+            return jax.tree.map(jnp.add, total, gradient), metrics
 
     @partial(jax.jit, donate_argnums=0, out_shardings=(placement, None))
+    @jax.named_scope("optimizer")
     def apply_gradients(state: TrainState, gradient: Any) -> tuple[TrainState, Metrics]:
         metrics = {"grad_norm": (optax.tree.norm(gradient), jnp.ones(()))}
         if not config.optimizer.master_weights:  # the whole sum is rounded, once: the moments are as the parameters

@@ -93,6 +93,7 @@ def require_finite(step: int, metrics: Mapping[str, float]) -> None:
             )
 
 
+@jax.named_scope("loss")
 def sampling_metrics(
     old_PGT: jax.Array, sampled_PGT: jax.Array, mask_PGT: jax.Array, weights_PGT: jax.Array | None
 ) -> Metrics:
