@@ -130,11 +130,26 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ProfileConfig:
+    start: int = 3  # the first step of the trace; the first two compile
+    steps: int = 2  # how many steps
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "start", "steps")
+
+    @property
+    def last(self) -> int:
+        """The last step of the trace."""
+        return self.start + self.steps - 1
+
+
+@dataclass(frozen=True, kw_only=True)
 class LogConfig:
     tensorboard: bool = True  # write metrics to output_dir/tensorboard too
     wandb_project: str | None = None  # log to this Weights & Biases project too; the key comes from the environment
     progress: bool = True  # a progress bar, on a terminal
     completions_every: int = 0  # steps between tables of the sampled completions with their rewards; 0: none
+    profile: ProfileConfig | None = None  # a trace of some steps, e.g. {start: 3, steps: 2}; null: none
 
     def __post_init__(self) -> None:
         _at_least(self, 0, "completions_every")
@@ -159,6 +174,10 @@ class RunConfig:
     def __post_init__(self) -> None:
         _at_least(self, 1, "max_steps")
         check_seed(self.seed)
+        if (profile := self.log.profile) is not None and profile.last > self.max_steps:
+            raise ValueError(
+                f"log.profile: expected steps up to max_steps = {self.max_steps}, got {profile.start} to {profile.last}"
+            )
         if self.optimizer.master_weights and (self.model.param_dtype == "float32" or self.lora.rank):
             raise ValueError(
                 "optimizer.master_weights: is for parameters that are trained in bfloat16; set model.param_dtype, or "

@@ -1,6 +1,7 @@
 """A run's directory: what is written into it, read from it, and checked when a run is resumed.
 
-    runs/NAME/{config.yaml, metrics.jsonl, tensorboard/, wandb.json, checkpoints/STEP/, tokenizer/, completions/}
+    runs/NAME/{config.yaml, metrics.jsonl, tensorboard/, wandb.json, checkpoints/STEP/, tokenizer/, completions/,
+               profile/}
 
 `metrics.jsonl` has one row per step, each step once: resuming cuts the file back to the restored step.
 """
@@ -29,6 +30,7 @@ from train.config import RunConfig, resolved
 from train.console import console, print_plain
 from train.processes import gather, is_distributed, is_first
 from train.run.files import check_room, check_run_directory, free_bytes, write_jsonl, write_whole
+from train.run.profile import PROFILE, Profile, finish_trace
 from train.state import TrainState
 from train.strict_yaml import load_yaml
 
@@ -49,7 +51,8 @@ def check_run(config: RunConfig) -> None:
     check_output_dir(config)
     path = Path(config.output_dir)
     checkpoints = config.checkpoint.directory or str(checkpoints_folder(path))
-    check_run_directory(config.output_dir, ("tokenizer", "tensorboard", COMPLETIONS), checkpoints)
+    folders = ("tokenizer", "tensorboard", COMPLETIONS, *([PROFILE] if config.log.profile else []))
+    check_run_directory(config.output_dir, folders, checkpoints)
     if not (path / CONFIG).is_file() and (path / METRICS).is_file() and (path / METRICS).stat().st_size:
         raise ValueError(
             f"{path / METRICS}: is no run's, for there is no {CONFIG} beside it, and a new run would replace it; "
@@ -98,6 +101,7 @@ class Run:
             tokenizer.save(self.path / "tokenizer")
         self._trackers: list[Any] = []
         self._progress: Progress | None = None
+        self._profile = Profile(None, self.path, 0)
         self._started = time.perf_counter()
         self.start = 0
 
@@ -179,6 +183,7 @@ class Run:
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Appends one row of metrics to metrics.jsonl and the trackers; NaN, a metric without a value, is left out."""
+        self._profile.logged(step)
         if not is_first():
             return
         row = {name: float(value) for name, value in values.items()}
@@ -256,10 +261,13 @@ class Run:
         )
         total = self.config.max_steps
         hidden = not (self.config.log.progress and console.is_terminal)  # `show` prints lines instead
+        if self.start < total:
+            self._profile = Profile(self.config.log.profile, self.path, self.start)
         with Progress(*columns, console=console, disable=hidden) as self._progress:
             task = self._progress.add_task(self.path.name, total=total, completed=self.start, shown="")
             for step in range(self.start, total):
-                yield step
+                with self._profile.step(step + 1):
+                    yield step
                 self._progress.update(task, completed=step + 1)
 
     def show(self, step: int, values: Mapping[str, float]) -> None:
@@ -273,6 +281,7 @@ class Run:
 
     def close(self, ending: str | None = None) -> None:
         """Waits for the checkpoint in flight, closes the trackers, and prints how the run ended."""
+        finish_trace()
         self._checkpoints.close()
         for tracker in self._trackers:
             tracker.close() if hasattr(tracker, "close") else tracker.finish()

@@ -29,6 +29,7 @@ from train.config import PolicyConfig, SupervisedConfig
 from train.console import print_plain
 from train.processes import broadcast_from_first, is_distributed, is_first
 from train.run.directory import check_run
+from train.run.profile import finish_trace
 from train.running import setup_errors
 
 LOCK = "lock.json"  # in a directory; FILE.lock.json beside a file
@@ -181,6 +182,7 @@ def owns_its_run(program: Callable[Concatenate[RunConfigT, P], None]) -> Callabl
             except BaseException:
                 if not is_distributed():
                     wait_for_saves()  # the next owner would remove what is being saved
+                finish_trace()
                 raise
 
     return with_locks
