@@ -3,5 +3,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 make install ACCELERATOR=cuda
-export XLA_PYTHON_CLIENT_MEM_FRACTION=0.95  # JAX takes 75 % of a GPU unless it is told otherwise
+# JAX takes 75 % of a GPU's memory unless it is told otherwise; what is left is for CUDA, its libraries and NCCL. No XLA
+# flag is set: docs/scale.md says which ones were tried, and which are on by themselves.
+export XLA_PYTHON_CLIENT_MEM_FRACTION=0.95
 exec .venv/bin/python -m train policy --config "$1" --mesh.data 1 --mesh.fsdp 8 "${@:2}"
