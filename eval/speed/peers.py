@@ -142,7 +142,7 @@ def failure_reason(output: str) -> str:
     """Returns the last line of a program's output that is an error, or else the last line."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     errors = [line for line in lines if re.match(r"(error|[\w.]*(Error|Exception|Interrupt))(:|$)", line)]
-    return (errors or lines or ["it printed nothing"])[-1]
+    return (errors or lines or ["it printed nothing"])[-1].removeprefix("error: ")
 
 
 def ratio_table(ours: Timings, peers: dict[str, Timings]) -> str:

@@ -155,7 +155,7 @@ def test_peers_and_ours_take_turns(
         ("print('no such optimizer'); raise SystemExit(3)", r"failed \(3\): no such optimizer$"),
         ("raise SystemExit(3)", r"failed \(3\): it printed nothing$"),
         ("import os; raise OSError('disk full')", r"failed \(1\): OSError: disk full$"),
-        ("print('error: expected a peer'); print('bye'); raise SystemExit(2)", r"\(2\): error: expected a peer$"),
+        ("print('error: expected a peer'); print('bye'); raise SystemExit(2)", r"\(2\): expected a peer$"),
         ("pass", r"expected a JSON line with steps, cold_start_s and peak_rss_mib in .*, got FileNotFoundError"),
         ("WRITE('nothing')", "expected a JSON line with .*, got JSONDecodeError"),
         ("""WRITE('{"cold_start_s": 1, "peak_rss_mib": 1}')""", "expected a JSON line with .*, got KeyError: 'steps'"),
