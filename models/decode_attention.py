@@ -2,7 +2,8 @@
 
 On a GPU two kernels a layer do all of it (Pallas, Triton). `prefix_attention` reads the prompt's keys once for all G
 completions of a group; `past_attention` reads each live completion's filled positions alone, joins the two by an online
-softmax, and writes the new key and value into the cache in place. Elsewhere the same is XLA's, over the whole cache.
+softmax, and writes the new key and value into the cache in place. On a TPU one kernel does the same
+(`models.decode_tpu`). Elsewhere the same is XLA's, over the whole cache.
 """
 
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from models.attention import put_positions
+from models.decode_tpu import attend_on_tpu
 from models.flops import KernelWork
 from models.qwen3 import rms_norm, rotate
 from models.sharding import Layout
@@ -57,7 +59,7 @@ def decode_attention(
     *,
     window: int | None = None,
     layout: Layout | None = None,
-    kernel: bool = False,
+    kernel: str | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, LayerKeyValues]:
     """Softmax attention of one token of each completion.
@@ -69,15 +71,20 @@ def decode_attention(
       cache: keys and values of `token.filled` earlier positions.
       window: a position attends to itself and the window - 1 positions before it; None = to all before it.
       layout: shards the kernels over prompts, completions and key/value heads.
-      kernel: whether to use the kernels for GPUs; otherwise XLA's path.
-      interpret: run the kernels without a GPU, slowly.
+      kernel: "gpu" or "tpu": use the kernels for these; None: XLA's path.
+      interpret: run the kernels without such a device, slowly.
 
     Returns:
       [P, G, K, Q, E] in the dtype of qkv, and the cache with the new position.
     """
-    if not kernel:
+    if kernel is None:
         return _attend_by_xla(qkv_PGKWE, norms, token, prefix, cache, window)
-    attend = partial(_attend_by_kernels, epsilon=norms.epsilon, window=window, interpret=interpret)
+    attend = partial(
+        {"gpu": _attend_on_gpu, "tpu": _attend_on_tpu}[kernel],
+        epsilon=norms.epsilon,
+        window=window,
+        interpret=interpret,
+    )
     arguments = (qkv_PGKWE, norms.query_E, norms.key_E, token, prefix, cache)
     if layout is None:
         return attend(*arguments)
@@ -134,10 +141,30 @@ def _attend_by_xla(
     return jnp.swapaxes((out / total).astype(dtype), 1, 2), cache
 
 
+# The kernel for TPUs
+
+
+def _attend_on_tpu(
+    qkv_PGKWE: jax.Array,
+    query_norm_E: jax.Array,
+    key_norm_E: jax.Array,
+    token: Token,
+    prefix: LayerKeyValues,
+    cache: LayerKeyValues,
+    **options: Any,
+) -> tuple[jax.Array, LayerKeyValues]:
+    out, grown = attend_on_tpu(
+        *(qkv_PGKWE, query_norm_E, key_norm_E, token.cos_PGC, token.sin_PGC, token.lengths_P),
+        *(jnp.broadcast_to(token.filled, token.lengths_P.shape), token.live_PG, tuple(prefix), tuple(cache)),
+        **options,
+    )
+    return out, LayerKeyValues(*grown)
+
+
 # Kernels for GPUs
 
 
-def _attend_by_kernels(
+def _attend_on_gpu(
     qkv_PGKWE: jax.Array,
     query_norm_E: jax.Array,
     key_norm_E: jax.Array,

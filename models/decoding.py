@@ -3,9 +3,9 @@
 Two ways, chosen here by the devices' kind (`mesh.decoding`), with the same tokens up to rounding:
 
     scanned    a scan over the stacked layers, and a cache that is read in pieces: the fastest on CPUs
-    unrolled   every layer's weights and cache are arrays of their own, query, key and value one product, and on GPUs
-               attention is kernels (models.decode_attention): on accelerators, where a scan inside the token loop
-               copies each layer's weights out of the stack for every token
+    unrolled   every layer's weights and cache are arrays of their own, query, key and value one product, and attention
+               is kernels (models.decode_attention) where they can be: on accelerators, where a scan inside the token
+               loop copies each layer's weights out of the stack for every token
 """
 
 from dataclasses import dataclass, field, replace
@@ -25,6 +25,7 @@ from models.decode_attention import (
     decode_attention,
     has_kernel,
 )
+from models.decode_tpu import has_tpu_kernel, padded_positions
 from models.flash_attention import choose_attention, flash_attention
 from models.lora import merge_adapters
 from models.precision import products_in
@@ -95,7 +96,7 @@ class DecodeWeights:
     """A policy's weights as the unrolled decoder reads them."""
 
     config: Qwen3Config = field(metadata={"static": True})
-    kernels: bool = field(metadata={"static": True})  # attention by kernels for GPUs
+    kernels: str | None = field(metadata={"static": True})  # attention by kernels for "gpu" or "tpu"
     layout: Layout | None = field(metadata={"static": True})  # of the activations
     embed_VD: Any
     unembed_VD: Any  # None: tied
@@ -140,25 +141,34 @@ def choose_decoding(decoding: str, layout: Layout, config: Qwen3Config) -> str:
     Raises:
       ValueError: the devices, the rules of the mesh, or the width of the heads do not allow it.
     """
-    rules, on_gpu = dict(layout.rules), platform_of(layout) in GPUS
+    rules, kernel = dict(layout.rules), kernel_for(layout, config.head_dim)
     joins = rules["heads"] == rules["kv_heads"]  # a key's query heads lie where it does: they are one product
     if decoding == "auto":
         if platform_of(layout) == "cpu" or not joins:
             return "scanned"
-        return "kernels" if on_gpu and has_kernel(config.head_dim) else "unrolled"
+        return "unrolled" if kernel is None else "kernels"
     if decoding in ("unrolled", "kernels") and not joins:
         raise ValueError(f"mesh.decoding: {decoding} needs one rule for heads and kv_heads; expected auto or scanned")
-    if decoding == "kernels" and not (on_gpu and has_kernel(config.head_dim)):
+    if decoding == "kernels" and kernel is None:
         kind = layout.mesh.devices.flat[0].platform
         raise ValueError(
-            f"mesh.decoding: kernels are for GPUs and heads of 32, 64, 128, ..., got {kind} and heads of "
-            f"{config.head_dim}; expected auto, scanned or unrolled"
+            "mesh.decoding: kernels are for heads of 32, 64, 128, ... on GPUs and of 128, 256, ... on TPUs, got heads "
+            f"of {config.head_dim} on {kind}; expected auto, scanned or unrolled"
         )
     return decoding
 
 
-def decode_weights(graphdef: Any, params: Any, *, kernels: bool = False) -> DecodeWeights:
-    """Returns the weights of the unrolled decoder, from a policy's parameters."""
+def kernel_for(layout: Layout | None, head_dim: int) -> str | None:
+    """Returns whose kernels can do the attention of such heads: "gpu" or "tpu"; None: XLA does it."""
+    platform = platform_of(layout)
+    if platform in GPUS:
+        return "gpu" if has_kernel(head_dim) else None
+    return "tpu" if platform == "tpu" and has_tpu_kernel(head_dim) else None
+
+
+def decode_weights(graphdef: Any, params: Any, *, kernels: str | None = None) -> DecodeWeights:
+    """Returns the weights of the unrolled decoder, from a policy's parameters; its attention is kernels for a "gpu" or
+    a "tpu", or XLA's."""
     model: Qwen3 = nnx.merge(graphdef, params)
     config, dtype, lora = model.config, model.dtype, model.layers.lora
     params = params if lora is None else merge_adapters(params, lora)
@@ -215,7 +225,7 @@ class UnrolledDecoder:
 
     Args:
       weights: as `decode_weights` returns them.
-      interpret: run the kernels without a GPU, slowly.
+      interpret: run the kernels without their device, slowly.
     """
 
     shrinks = False  # the weights are read for one row as for all, and attention reads live rows alone
@@ -253,14 +263,22 @@ class UnrolledDecoder:
             qkv = self._projections(x_P1SD, weights)
             out, keys_values = self._attend_in_prompt(qkv, weights, rotary, window)
             x_P1SD = self._rest_of_layer(x_P1SD, out, weights)
-            prefix.append(keys_values)
+            prefix.append(LayerKeyValues(*map(self._in_slabs, keys_values)))
             K, E = keys_values.keys.shape[1], keys_values.keys.shape[-1]
             axes = ("prompt", "kv_heads", "group", None, None)
-            empty = constrain(self.layout, jnp.zeros((P, K, G, T, E), keys_values.keys.dtype), *axes)
+            empty = jnp.zeros((P, K, G, T, E), keys_values.keys.dtype)
+            empty = constrain(self.layout, self._in_slabs(empty), *axes)
             past.append(LayerKeyValues(empty, empty))
         hidden_PSD = self._norm(x_P1SD, self._weights.norm_D)[:, 0]
         state = UnrolledPrefix(tuple(prefix), lengths_P, last_hidden(hidden_PSD, lengths_P))
         return state, UnrolledPast(tuple(past), jnp.zeros((), jnp.int32))
+
+    def _in_slabs(self, array_TE: jax.Array) -> jax.Array:
+        """Adds positions [..., T, E] to those of a whole slab, which a TPU's kernel reads and writes at a time."""
+        if self._weights.kernels != "tpu":
+            return array_TE
+        missing = padded_positions(array_TE.shape[-2]) - array_TE.shape[-2]
+        return jnp.pad(array_TE, [(0, 0)] * (array_TE.ndim - 2) + [(0, missing), (0, 0)])
 
     def _decode(
         self, token_PG: jax.Array, prefix: UnrolledPrefix, past: UnrolledPast, live_PG: jax.Array

@@ -8,7 +8,14 @@ import jax
 import numpy as np
 from flax import nnx
 
-from models.decoding import DecodeWeights, choose_decoding, decode_weights, make_decoder, with_weight_shardings
+from models.decoding import (
+    DecodeWeights,
+    choose_decoding,
+    decode_weights,
+    kernel_for,
+    make_decoder,
+    with_weight_shardings,
+)
 from models.sampler import Drawing, Rollout, SamplingParams, sample
 from models.sharding import Layout, fetch, parameter_shardings
 from models.slots import Batch, Part, SlotRollouts, has_finish, slot_programs
@@ -164,7 +171,8 @@ class SamplingCopy:
         chosen = choose_decoding(decoding, layout, model.config)
         self.unrolled = chosen != "scanned"
         if self.unrolled:
-            convert = partial(decode_weights, graphdef, kernels=chosen == "kernels")
+            kernels = kernel_for(layout, model.config.head_dim) if chosen == "kernels" else None
+            convert = partial(decode_weights, graphdef, kernels=kernels)
             self.targets: Any = with_weight_shardings(jax.eval_shape(convert, params), sampling)
             self.is_copied = [True] * len(jax.tree.leaves(params))
             shardings = jax.tree.map(lambda target: target.sharding, self.targets)

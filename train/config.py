@@ -106,7 +106,7 @@ class MeshConfig:
     rules: dict[str, list[str]] = field(default_factory=dict)  # overrides of models.sharding.RULES
     sampling_copy: bool = True  # sample from whole weights in model.dtype; false: gather each layer for every token
     # how sampling runs the layers: scanned (as CPUs want it), unrolled, kernels (unrolled, attention by kernels for
-    # GPUs); auto: kernels on GPUs, unrolled on TPUs, scanned on CPUs and without a sampling copy
+    # GPUs or TPUs); auto: kernels where the heads allow it, else unrolled; on CPUs and without a sampling copy scanned
     decoding: Literal["auto", "scanned", "unrolled", "kernels"] = "auto"
     # attention of whole rows, where prompts are computed, completions scored and gradients taken: xla, or kernels that
     # keep no scores in memory, for GPUs and TPUs; auto: kernels where they can, see docs/speed.md

@@ -1,11 +1,13 @@
 """Attention of one token: XLA's path is softmax attention, and the kernels are XLA's path."""
 
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
 from models.decode_attention import (
     HeadNorms,
@@ -15,7 +17,11 @@ from models.decode_attention import (
     has_kernel,
     kernel_work,
 )
+from models.decode_tpu import choose_sizes, group_parts, has_tpu_kernel, tpu_kernel_work
 from models.qwen3 import rms_norm, rotate
+
+# How a TPU's kernel runs on a CPU: memory that nothing has written is NaN, and copies arrive when they are awaited.
+INTERPRET: dict[str, Any] = {"gpu": True, "tpu": pltpu.InterpretParams()}
 
 # P, G, K, Q, E, S, T, filled positions, window
 SHAPES = {
@@ -46,13 +52,25 @@ def arguments(shape: tuple[Any, ...], dtype: str = "float32") -> tuple[Any, ...]
     return normal(P, G, K, Q + 2, E), HeadNorms(normal(E), normal(E), 1e-6), token, *caches
 
 
-@pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-5), ("bfloat16", 2e-2)], ids=["float32", "bfloat16"])
-def test_kernels_are_xlas_path(name: str, dtype: str, tolerance: float) -> None:
+@partial(jax.jit, static_argnames="window")
+def by_xla(given: tuple[Any, ...], window: int | None) -> tuple[jax.Array, LayerKeyValues]:
+    """XLA's path of one prompt after the other, each with as many filled positions as it has."""
+    qkv, (query_norm, key_norm, _), token, *caches = given
+
+    def of_prompt(qkv: jax.Array, token: Token, *caches: LayerKeyValues) -> Any:
+        one = jax.tree.map(lambda leaf: leaf[None], (qkv, token, *caches))
+        norms = HeadNorms(query_norm, key_norm, 1e-6)
+        out, cache = decode_attention(one[0], norms, one[1]._replace(filled=token.filled), *one[2:], window=window)
+        return out[0], jax.tree.map(lambda leaf: leaf[0], cache)
+
+    filled = jnp.broadcast_to(token.filled, token.lengths_P.shape)
+    return jax.vmap(of_prompt)(qkv, token._replace(filled=filled), *caches)
+
+
+def assert_kernel_is_xlas_path(kernel: str, given: tuple[Any, ...], window: int | None, tolerance: float) -> None:
     """Of completions that go on; what has ended may be anything finite. The cache grows by the same position."""
-    given, window = arguments(SHAPES[name], dtype), SHAPES[name][-1]
-    expected, expected_cache = decode_attention(*given, window=window)
-    found, found_cache = decode_attention(*given, window=window, kernel=True, interpret=True)
+    expected, expected_cache = by_xla(given, window)
+    found, found_cache = decode_attention(*given, window=window, kernel=kernel, interpret=INTERPRET[kernel])
     live, scale = np.asarray(given[2].live_PG), float(jnp.abs(expected.astype(jnp.float32)).max())
     difference = np.abs(np.asarray(found, np.float32) - np.asarray(expected, np.float32))
     assert difference[live].max() <= tolerance * max(scale, 1) and np.isfinite(difference).all()
@@ -75,6 +93,44 @@ def test_prompts_may_be_at_positions_of_their_own(kernel: bool, window: int | No
     found = attend(positions)
     for p, filled in enumerate(positions):
         jax.tree.map(lambda a, b, p=p: np.testing.assert_allclose(a[p], b[p], atol=2e-5), found, attend(filled))
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("kernel", ["gpu", "tpu"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-5), ("bfloat16", 2e-2)], ids=["float32", "bfloat16"])
+def test_kernels_are_xlas_path(name: str, kernel: str, dtype: str, tolerance: float) -> None:
+    assert_kernel_is_xlas_path(kernel, arguments(SHAPES[name], dtype), SHAPES[name][-1], tolerance)
+
+
+@pytest.mark.parametrize(
+    ("shape", "window"),
+    [((3, 3, 2, 2, 16, 600, 160, 0, None), None), ((2, 5, 1, 2, 16, 600, 304, 0, None), 200)],
+    ids=["no window", "window over blocks"],
+)
+def test_a_tpus_kernel_reads_what_each_prompt_has_filled(shape: tuple[Any, ...], window: int | None) -> None:
+    """Over several blocks, of the prompt and of completions, from none filled to all; a group may have ended at T."""
+    given = list(arguments(shape))
+    filled = np.linspace(0, shape[6], shape[0]).astype(np.int32)[::-1]
+    assert not given[2].live_PG[0].any()
+    given[2] = given[2]._replace(filled=jnp.asarray(filled))
+    assert_kernel_is_xlas_path("tpu", tuple(given), window, 2e-5)
+
+
+def test_a_group_whose_scores_do_not_fit_is_cut_into_parts() -> None:
+    assert [group_parts(G, Q) for G, Q in ((2, 1), (16, 8), (8, 2), (40, 4), (64, 8), (61, 8))] == [1, 1, 1, 2, 4, 61]
+    shape = (2, 40, 1, 4, 16, 20, 40, 33, None)
+    assert_kernel_is_xlas_path("tpu", arguments(shape), None, 2e-5)
+    prompt = [
+        tpu_kernel_work(P=1, G=G, K=1, Q=4, E=16, S=1024, filled=0, itemsize=2)["token_attention"] for G in (20, 40)
+    ]
+    assert prompt[1] == tuple(2 * part for part in prompt[0]), "each part reads the prompt"
+
+
+def test_blocks_fit_a_tpus_memory_and_two_cores_have_work() -> None:
+    for K, G, T, itemsize in np.ndindex(9, 17, 3, 2):
+        sizes = choose_sizes(K + 1, G + 1, 512, 16 * (1 + 31 * T), 128, 2 + 2 * itemsize)
+        assert (K + 1) % sizes.heads == 0 and (K == 0 or (K + 1) // sizes.heads >= 2)
+        assert sizes.heads * (G + 1) * sizes.past * 128 * (2 + 2 * itemsize) <= 2 * 2**20
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -111,7 +167,11 @@ def test_work_is_read_once_for_a_group_and_once_for_each_completion() -> None:
     longer = kernel_work(G=8, filled=201, **sizes)["past_attention"]
     assert longer.flops == 2 * one["past_attention"].flops
     assert longer.bytes - one["past_attention"].bytes == 2 * 2 * 8 * 8 * 101 * 128 * 2
+    tpu, tpu_longer = (tpu_kernel_work(G=8, filled=filled, **sizes)["token_attention"] for filled in (100, 201))
+    assert tpu.flops == sum(work.flops for work in one.values())
+    assert tpu_longer.bytes - tpu.bytes == longer.bytes - one["past_attention"].bytes
 
 
-def test_heads_that_a_gpus_products_can_have() -> None:
+def test_heads_that_kernels_can_have() -> None:
     assert [width for width in range(8, 300) if has_kernel(width)] == [32, 64, 128, 256]
+    assert [width for width in range(8, 400) if has_tpu_kernel(width)] == [128, 256, 384]

@@ -20,6 +20,7 @@ from models.decoding import (
     UnrolledDecoder,
     choose_decoding,
     decode_weights,
+    kernel_for,
     make_decoder,
 )
 from models.generate import SamplingCopy, known_drawing, sampling_program
@@ -67,7 +68,7 @@ def test_unrolled_is_scanned(name: str) -> None:
     graphdef, params = network(name)
     expected = drawn(lambda: make_decoder(params, graphdef))
     assert expected.lengths_PG.min() < T < expected.lengths_PG.sum(), "some end early"
-    for kernels in (False, True):
+    for kernels in (None, "gpu", "tpu"):
         weights = decode_weights(graphdef, params, kernels=kernels)
         found = drawn(partial(UnrolledDecoder, weights, interpret=True))
         np.testing.assert_array_equal(found.tokens_PGT, expected.tokens_PGT)
@@ -96,9 +97,13 @@ def layout_of(platform: str, **rules: tuple[str, ...]) -> Layout:
 
 
 def test_cpus_scan_and_other_devices_unroll() -> None:
-    wide, narrow = Qwen3Config(**SIZES | {"head_dim": 64}), Qwen3Config(**SIZES)
+    wide, narrow = Qwen3Config(**SIZES | {"head_dim": 128}), Qwen3Config(**SIZES)
     chosen = {name: choose_decoding("auto", layout_of(name), wide) for name in ("cpu", "gpu", "cuda", "tpu")}
-    assert chosen == {"cpu": "scanned", "gpu": "kernels", "cuda": "kernels", "tpu": "unrolled"}
+    assert chosen == {"cpu": "scanned", "gpu": "kernels", "cuda": "kernels", "tpu": "kernels"}
+    kernels = {name: kernel_for(layout_of(name), wide.head_dim) for name in chosen}
+    assert kernels == {"cpu": None, "gpu": "gpu", "cuda": "gpu", "tpu": "tpu"}
+    halves = Qwen3Config(**SIZES | {"head_dim": 64})
+    assert [choose_decoding("auto", layout_of(name), halves) for name in ("gpu", "tpu")] == ["kernels", "unrolled"]
     assert choose_decoding("auto", layout_of("gpu"), narrow) == "unrolled"
     assert choose_decoding("auto", layout_of("gpu", kv_heads=()), wide) == "scanned"
     assert choose_decoding("unrolled", layout_of("cpu"), narrow) == "unrolled"
@@ -109,7 +114,12 @@ def test_cpus_scan_and_other_devices_unroll() -> None:
 @pytest.mark.parametrize(
     ("decoding", "platform", "rules", "message"),
     [
-        ("kernels", "tpu", {}, "kernels are for GPUs and heads of 32, 64, 128, ..., got tpu and heads of 16"),
+        (
+            "kernels",
+            "tpu",
+            {},
+            "kernels are for heads of 32, 64, 128, ... on GPUs and of 128, 256, ... on TPUs, got heads of 16 on tpu",
+        ),
         (
             "unrolled",
             "tpu",

@@ -82,9 +82,11 @@ def compute(layout):
         weights = SamplingCopy(graphdef, params, layout, "unrolled")(params)
         rollouts.append(draw(weights))
         sizes = {"num_generations": G, "max_completion_length": T}
-        with_kernels = lambda w: sample(
-            UnrolledDecoder(replace(w, kernels=True), interpret=True), *placed, jax.random.key(3), sampling, **sizes)
-        rollouts.append(jax.jit(with_kernels)(weights))
+        for kernels in ("gpu", "tpu"):
+            with_kernels = lambda w: sample(
+                UnrolledDecoder(replace(w, kernels=kernels), interpret=True), *placed, jax.random.key(3), sampling,
+                **sizes)
+            rollouts.append(jax.jit(with_kernels)(weights))
     slots, batch = 4, Batch(prompt_PS.astype(np.int32), lengths_P.astype(np.int32), jax.random.key(3))
     for given in (copied, weights) if slots % layout.shard_count("prompt") == 0 else ():  # in parts
         options = {"slots": slots, "num_generations": G, "layout": layout, "drawing": known_drawing(given, sampling)}

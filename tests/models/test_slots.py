@@ -87,11 +87,12 @@ def test_rows_move_together_once_no_prompt_waits(policy: Any, monkeypatch: pytes
     assert_same(draw_in_slots(policy, 8), policy[-1])
 
 
-def test_kernels_read_each_prompts_positions(policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kernels", ["gpu", "tpu"])
+def test_kernels_read_each_prompts_positions(kernels: str, policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     graphdef, weights, layout, whole = policy
     if not isinstance(weights, DecodeWeights):
         weights = SamplingCopy(graphdef, weights, layout, "unrolled")(weights)
-    weights = replace(weights, kernels=True)
+    weights = replace(weights, kernels=kernels)
     monkeypatch.setattr("models.slots.make_decoder", lambda weights, _: UnrolledDecoder(weights, interpret=True))
     assert_same(draw_in_slots((graphdef, weights, layout, whole), 3), whole)
 

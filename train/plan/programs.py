@@ -195,7 +195,7 @@ def sampling_kernels(
     """
     (_, G, S, T), P = axis_sizes(config), sampled_at_once(config)
     costs = attention_kernels(layout, network, config.model.dtype, prefilled or P, 1, S)
-    if not isinstance(params, DecodeWeights) or not params.kernels:
+    if not isinstance(params, DecodeWeights) or params.kernels != "gpu":  # a TPU's stand in the compiled text
         return costs
     sizes = [n // layout.shard_count(axis) for n, axis in ((P, "prompt"), (G, "group"))]
     heads = network.num_key_value_heads // layout.shard_count("kv_heads")
