@@ -168,10 +168,23 @@ def policy_that_ends(config: PolicyConfig, folder: Path) -> ModelConfig:
     return ModelConfig(path=str(folder), remat="none")
 
 
+class NoUpdate:
+    """In place of Update: the policy stays as it is."""
+
+    def old_and_ref_logprobs(self, state: Any, ref_params: Any, batch: Any) -> tuple[Any, float]:
+        return batch, 0.0
+
+    def __call__(self, state: Any, *_: Any) -> tuple[Any, dict[str, float]]:
+        return state, {"loss": 0.0, "grad_norm": 0.0}
+
+
+@pytest.mark.parametrize("update", [NoUpdate, pytest.param(Update, marks=pytest.mark.slow)])
 def test_prompts_sampled_at_a_time_change_nothing(
-    policy_config: MakeConfig, with_function: MakeConfig, tmp_path: Path
+    update: Any, policy_config: MakeConfig, with_function: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All at once; and a run that is begun with 3 of 4 and goes on with 1: the same order, texts, rewards, metrics."""
+    SCORED.clear()
+    monkeypatch.setattr(train.loop, "Update", update if update is Update else lambda *_: NoUpdate())
     base = with_function(tmp_path, "letters")
     settings: dict[str, Any] = {
         "model": policy_that_ends(base, tmp_path / "policy"),
