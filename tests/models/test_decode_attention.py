@@ -78,9 +78,9 @@ def assert_kernel_is_xlas_path(kernel: str, given: tuple[Any, ...], window: int 
         np.testing.assert_allclose(np.asarray(one, np.float32), np.asarray(other, np.float32), atol=tolerance * 4)
 
 
-@pytest.mark.parametrize("kernel", [False, True], ids=["xla", "kernels"])
+@pytest.mark.parametrize("kernel", [None, "gpu", "tpu"], ids=["xla", "gpu", "tpu"])
 @pytest.mark.parametrize("window", [None, 9])
-def test_prompts_may_be_at_positions_of_their_own(kernel: bool, window: int | None) -> None:
+def test_prompts_may_be_at_positions_of_their_own(kernel: str | None, window: int | None) -> None:
     """Each as if all were at its position, whatever the others' are."""
     shape = (3, 2, 2, 2, 16, 37, 50, 0, window)
     qkv, norms, token, *key_values = arguments(shape)
@@ -88,7 +88,8 @@ def test_prompts_may_be_at_positions_of_their_own(kernel: bool, window: int | No
 
     def attend(filled: Any) -> Any:
         at = token._replace(filled=jnp.asarray(filled, jnp.int32), live_PG=jnp.ones((3, 2), bool))
-        return decode_attention(qkv, norms, at, *key_values, window=window, kernel=kernel, interpret=True)
+        interpret = INTERPRET.get(kernel, False)
+        return decode_attention(qkv, norms, at, *key_values, window=window, kernel=kernel, interpret=interpret)
 
     found = attend(positions)
     for p, filled in enumerate(positions):

@@ -46,7 +46,7 @@ from train.loop import train_policy
 from train.objective import completion_logprobs, make_advantages, policy_objective
 from train.packing import MicroBatch, microbatches
 from train.run.directory import read_metrics
-from train.run.metrics import fetch_metrics, require_finite, throughput
+from train.run.metrics import UpdateMetrics, fetch_metrics, require_finite, throughput
 from train.state import copy_tree, make_state
 from train.update import Update
 
@@ -174,8 +174,8 @@ class NoUpdate:
     def old_and_ref_logprobs(self, state: Any, ref_params: Any, batch: Any) -> tuple[Any, float]:
         return batch, 0.0
 
-    def __call__(self, state: Any, *_: Any) -> tuple[Any, dict[str, float]]:
-        return state, {"loss": 0.0, "grad_norm": 0.0}
+    def __call__(self, state: Any, *_: Any) -> tuple[Any, list[UpdateMetrics]]:
+        return state, [UpdateMetrics({"grad_norm": (0.0, 1.0)}, [{"loss": (0.0, 1.0)}])]
 
 
 @pytest.mark.parametrize("update", [NoUpdate, pytest.param(Update, marks=pytest.mark.slow)])
