@@ -16,7 +16,7 @@ from models.qwen3 import Qwen3
 from train.batch import Batch
 from train.build import make_layout_for
 from train.config import MeshConfig
-from train.packing import CPU_WIDTH, TILE_WIDTH, MicroBatch, microbatches, prompt_width, round_up, unpack
+from train.packing import CPU_WIDTH, TILE_WIDTH, MicroBatch, microbatches, prompt_width, round_up, row_width, unpack
 
 P, G, S, T, V = 8, 6, 5, 16, 61
 
@@ -40,8 +40,9 @@ def parts_of(batch: Batch, prompts: int) -> list[tuple[np.ndarray, MicroBatch]]:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_every_token_that_counts_has_a_slot_of_its_own(seed: int) -> None:
-    rng = np.random.default_rng(seed)
+def test_every_token_that_counts_has_a_slot_of_its_own(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng, width = np.random.default_rng(seed), T + 3 * (seed % 2)  # rows are wider where tiles want it
+    monkeypatch.setattr("train.packing.row_width", lambda T, layout: width)
     batch = make_batch(rng.integers(0, rng.integers(2, T + 2), (P, G)))
     parts = parts_of(batch, 2)
     assert sorted(np.concatenate([indices for indices, _ in parts])) == list(range(P))
@@ -50,16 +51,16 @@ def test_every_token_that_counts_has_a_slot_of_its_own(seed: int) -> None:
             np.testing.assert_array_equal(getattr(part, name), getattr(batch, name)[indices])
         mask_PGT, slot_PGT = part.mask_PGT, part.slot_PGT
         B = part.tokens_PBT.shape[1]
-        assert part.tokens_PBT.shape == part.offset_PBT.shape == (2, B, T) and B <= G
+        assert part.tokens_PBT.shape == part.offset_PBT.shape == (2, B, width) and B <= G
         for p in range(2):
             used = slot_PGT[p][mask_PGT[p]]
-            assert len(set(used)) == len(used) and used.max(initial=0) < B * T
+            assert len(set(used)) == len(used) and used.max(initial=0) < B * width
         back = np.asarray(unpack(part.tokens_PBT, slot_PGT))
         np.testing.assert_array_equal(back[mask_PGT], batch.tokens_PGT[indices][mask_PGT])
         offsets = np.asarray(unpack(part.offset_PBT, slot_PGT))
         np.testing.assert_array_equal(offsets[mask_PGT], np.broadcast_to(np.arange(T), mask_PGT.shape)[mask_PGT])
         for g in np.ndindex(2, G):  # a completion stays in one row
-            assert len(set(slot_PGT[g][mask_PGT[g]] // T)) <= 1
+            assert len(set(slot_PGT[g][mask_PGT[g]] // width)) <= 1
 
 
 def test_short_completions_share_a_row_and_groups_of_like_size_a_micro_batch() -> None:
@@ -74,6 +75,14 @@ def test_there_are_few_shapes() -> None:
     assert sorted({round_up(rows, 16, 4) for rows in range(1, 17)}) == [4, 8, 16]
     for G in (2, 5, 8, 24):
         assert all(rows <= round_up(rows, G, 1) <= min(G, 2 * rows - 1) for rows in range(1, G + 1))
+
+
+def test_rows_are_of_whole_tiles_on_accelerators_where_that_costs_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = make_layout_for(MeshConfig(), P)
+    lengths = (64, 100, 120, 128, 130, 500, 512, 2000)
+    assert [row_width(length, layout) for length in lengths] == [*lengths]
+    monkeypatch.setattr("train.packing.platform_of", lambda layout: "tpu")
+    assert [row_width(length, layout) for length in lengths] == [64, 100, 128, 128, 130, 512, 512, 2048]
 
 
 @pytest.mark.parametrize("least", [CPU_WIDTH, TILE_WIDTH])
