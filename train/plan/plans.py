@@ -155,7 +155,8 @@ def predicted_costs(programs: Sequence[StepProgram], layout: Layout, compiler: C
         stack.callback(pool.shutdown, wait=False, cancel_futures=True)  # after an error what has not begun is left out
         waiting = {}
         for program in reversed(programs):  # `gradient` stands last and takes longest
-            lowered = program.jitted.lower(*program.arguments, **program.options)
+            with jax.sharding.use_abstract_mesh(layout.mesh.abstract_mesh):  # Pallas learns the device's kind from it
+                lowered = program.jitted.lower(*program.arguments, **program.options)
             waiting[pool.submit(predicted_cost, program, layout, lowered, compiler)] = program.name
         status.update(f"compiling {', '.join(waiting.values())} by {compiler.name}")
         for done in as_completed(waiting):
