@@ -5,18 +5,21 @@ import inspect
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+from train.user_code import contained
+
 
 def import_function(dotted: str, setting: str) -> Callable[..., Any]:
     """Returns the function at a dotted path such as my_package.my_module.my_function.
 
     Raises:
-      ValueError: there is no such module or function; the message names `setting`.
+      ValueError: there is no such module or function, or it ends the program; the message names `setting`.
     """
     module, _, name = dotted.rpartition(".")
-    try:
-        function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"{setting}: {dotted}: cannot be imported ({error})") from error
+    with contained(f"{setting}: {dotted}"):
+        try:
+            function = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ValueError(f"{setting}: {dotted}: cannot be imported ({error})") from error
     if not callable(function):
         raise ValueError(f"{setting}: {dotted}: expected a function, got {type(function).__name__}")
     return function

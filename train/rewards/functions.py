@@ -1,6 +1,7 @@
 """Python functions as rewards: imports them by name and calls them with the arguments that their signature asks for.
 
-A function gets copies: what it changes in them changes nothing else. What it may return: `train.rewards.returned`.
+A function gets copies: what it changes in them changes nothing else. What it may return: `train.rewards.returned`. It
+cannot end the run without a word, and where it hangs is said: `train.user_code`.
 """
 
 import copy
@@ -13,6 +14,7 @@ import numpy as np
 from models.tokenizer import Prompt
 from train.dotted import check_options, import_function, option_names
 from train.rewards.returned import RewardError, check_kind, read_returned
+from train.user_code import HangWatch, contained
 
 # (prompts, completions_PG, columns, completion_ids_PG) -> rewards_PG. A reward model, given this process' share of the
 # prompts, returns the rewards of all processes.
@@ -147,6 +149,7 @@ def function_scorer(
     function, options = load_function(name), dict(options or {})
     check_kind(name, function)
     signature = RewardSignature(name, function, options)
+    watch = HangWatch(f"rewards: {name}", __file__)
     if data_columns is not None:
         signature.check_columns(data_columns)
         if name in BUILT_IN and (runs_here or name not in MACHINE_DEPENDENT):
@@ -175,11 +178,13 @@ def function_scorer(
         for key, column_PG in signature.select_kwargs(per_completion).items():
             values[key] = [copied(value) for group in column_PG for value in group]
         try:
-            returned = function(**values, **copied(options))
+            with contained(f"rewards.function: {name}"), watch():
+                returned = function(**values, **copied(options))
+                rewards = read_returned(name, returned, P * G)  # calls methods of an object of theirs
         except ValueError as error:
             if BUILT_IN.get(name, name).startswith("train.rewards."):
                 raise RewardError(str(error)) from error  # its message says it all; a traceback of yours is for you
             raise
-        return read_returned(name, returned, P * G).reshape(P, G)
+        return rewards.reshape(P, G)
 
     return score

@@ -1,0 +1,176 @@
+"""Runs a user's functions so that they cannot end the run without a word, move it to another directory, or hang unseen.
+
+Python's own ways out are caught: `sys.exit` and other exceptions that are no `Exception`, and `os._exit`. Machine code
+that ends the process cannot be caught in it; then the lock of the run's directory stays (`train.run.lock`), and the
+next start says that the program before did not end itself.
+"""
+
+import contextlib
+import faulthandler
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import NoReturn
+
+from train.console import console, print_plain
+from train.running import SetupError
+
+HANG_SECONDS = 60.0  # until a call that has not returned is reported, the first time
+GIL_SECONDS = 5.0  # more, until the interpreter's stack is printed: no Python thread could report
+_exit = os._exit
+
+
+class _ExitCall(BaseException):
+    """Raised by `os._exit` in a user's function in place of the end."""
+
+
+class _Containment:
+    """State of the process while a user's code runs in it.
+
+    Attributes:
+      owner: process and thread that run it; None while none runs.
+      what: its name.
+      directory: the working directory in which such code was left, if it is not the run's.
+    """
+
+    def __init__(self) -> None:
+        self.owner: tuple[int, int] | None = None
+        self.what = ""
+        self.directory: str | None = None
+
+
+_state = _Containment()
+
+
+@contextlib.contextmanager
+def contained(what: str) -> Iterator[None]:
+    """Runs a user's code, which cannot end the process in silence or change the run's working directory.
+
+    The code finds the working directory that it left itself; the run keeps its own. Ctrl-C passes through.
+
+    Args:
+      what: its name, as messages show it, e.g. "rewards.function: my_rewards.brevity".
+
+    Raises:
+      SetupError: the code raised an exception that is no `Exception`, or called `os._exit`.
+    """
+    before = (_state.owner, _state.what, os._exit)
+    _state.owner, _state.what = (os.getpid(), threading.get_ident()), what
+    os._exit = _refuse_exit
+    try:
+        with _own_directory():
+            yield
+    except (Exception, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        deed = str(error) if isinstance(error, _ExitCall) else f"raised {error!r:.80}"
+        raise SetupError(
+            f"{what}: {deed}, which would have ended the run; return rewards, or raise an Exception"
+        ) from error
+    finally:
+        _state.owner, _state.what, os._exit = before
+
+
+def _refuse_exit(status: int) -> NoReturn:
+    """Stands in for `os._exit` while a user's code runs."""
+    asked_by = sys._getframe(1).f_globals.get("__name__", "")
+    owner = _state.owner
+    if owner is None or owner[0] != os.getpid() or asked_by.startswith("train."):  # e.g. a forked child's end
+        _exit(status)
+    deed = f"called os._exit({status})"
+    if owner[1] == threading.get_ident():
+        raise _ExitCall(deed)
+    print(f"error: {_state.what}: {deed} in a thread, which ends the run", file=sys.stderr)
+    sys.stderr.flush()
+    _exit(status or 1)
+
+
+@contextlib.contextmanager
+def _own_directory() -> Iterator[None]:
+    """Gives users' code a working directory of its own, at first the run's."""
+    run_directory = _working_directory()
+    if _state.directory is not None:
+        with contextlib.suppress(OSError):  # removed since
+            os.chdir(_state.directory)
+    try:
+        yield
+    finally:
+        left_in = _working_directory()
+        _state.directory = None if left_in == run_directory else left_in
+        if run_directory is not None and left_in != run_directory:
+            os.chdir(run_directory)
+
+
+def _working_directory() -> str | None:
+    """Returns the working directory; None if it was removed."""
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        return None
+
+
+class HangWatch:
+    """Prints one line when a call does not return: which, since when and where it is; again each time that doubles.
+
+    A call of which that is known waits longer: twice the longest that has returned. A call that never lets another
+    thread run, as a regular expression's, is reported by `faulthandler`, which prints the stack.
+
+    Args:
+      what: the name of what is called.
+      file: the caller's, whose frames are not shown.
+    """
+
+    def __init__(self, what: str, file: str) -> None:
+        self._what, self._file, self._patience = what, file, HANG_SECONDS
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        began, since, done = time.monotonic(), time.strftime("%H:%M:%S"), threading.Event()
+        thread = threading.get_ident()
+
+        def watch() -> None:
+            wait = self._patience
+            while not done.wait(wait):
+                faulthandler.cancel_dump_traceback_later()
+                wait = time.monotonic() - began
+                place = stack_text(thread, self._file)
+                _tell(f"{self._what}: has not returned for {wait:.0f} s, since {since}; it is at {place}")
+
+        dumps = _dump_later(self._patience + GIL_SECONDS)
+        threading.Thread(target=watch, daemon=True, name="hang watch").start()
+        try:
+            yield
+        finally:
+            done.set()
+            if dumps:
+                faulthandler.cancel_dump_traceback_later()
+            self._patience = max(self._patience, 2 * (time.monotonic() - began))
+
+
+def stack_text(thread: int, file: str) -> str:
+    """Returns the calls of a thread inside of a file's frames, as "f (a.py:1) > ... > g (b.py:2)"."""
+    frame, calls = sys._current_frames().get(thread), list[str]()
+    while frame is not None and frame.f_code.co_filename != file:
+        code = frame.f_code
+        calls.insert(0, f"{code.co_name} ({os.sep.join(code.co_filename.split(os.sep)[-2:])}:{frame.f_lineno})")
+        frame = frame.f_back
+    return " > ".join(calls if len(calls) <= 4 else [*calls[:2], "...", *calls[-2:]])
+
+
+def _dump_later(seconds: float) -> bool:
+    """Has the stacks printed after some time, unless it is taken back; returns False where that cannot be done."""
+    try:
+        faulthandler.dump_traceback_later(seconds)
+    except (AttributeError, ValueError, OSError, RuntimeError):  # no standard error, or one that is no file
+        return False
+    return True
+
+
+def _tell(text: str) -> None:
+    """Prints a line, on every process."""
+    if console.quiet:
+        print(text, file=sys.stderr, flush=True)
+    else:
+        print_plain(text)
