@@ -272,7 +272,7 @@ def chat_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[
     """chat_server(answer) starts a server; the client's pauses are short, and no key is in the environment."""
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
     monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.02)
-    monkeypatch.setattr("eval.judges.server.PAUSE", 0.01)
+    monkeypatch.setattr("train.rewards.chat_api.PAUSE", 0.01)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     started: list[ChatServer] = []

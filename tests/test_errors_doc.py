@@ -42,6 +42,8 @@ INTERNAL = {
     "unbalanced brackets: \0": "the text is XLA's",
     "\0 is not JSON": "a judge's reply, which then is unparsable",
     "expected a chat completion, got \0": "a server's reply, which is asked for again",
+    "the body of a reply is broken (\0)": "the question is counted as one without an answer",
+    "the reply is longer than \0 bytes": "asked again; the client says that the connection failed",
     "expected chat messages before an answer of chat messages, got plain text": "callers render both alike",
     "\0: this task has no second question": "asked of tasks that have one",
 }

@@ -18,6 +18,7 @@ from models.config import Qwen3Config
 from models.lora import Lora
 from models.tokenizer import tokenizer_path
 from train import dotted
+from train.private import hide_secrets
 
 SamplerCorrection = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 
@@ -542,8 +543,19 @@ class ExportConfig:
 
 
 def resolved(config: Any) -> dict[str, Any]:
-    """The whole config as plain values, as it is saved with every run."""
-    return dataclasses.asdict(config)
+    """The whole config as plain values, as it is saved with every run: without the passwords in options of rewards."""
+    return hide_passwords(dataclasses.asdict(config))
+
+
+def hide_passwords(values: dict[str, Any]) -> dict[str, Any]:
+    """Returns a config's plain values without the passwords in the options of reward functions."""
+    if not isinstance(values.get("rewards"), list | tuple):
+        return values
+    rewards = [
+        {**spec, "options": hide_secrets(spec["options"])} if isinstance(spec, dict) and spec.get("options") else spec
+        for spec in values["rewards"]
+    ]
+    return {**values, "rewards": rewards}
 
 
 def _divides(name: str, part: int, whole_name: str, whole: int) -> None:

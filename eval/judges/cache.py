@@ -5,30 +5,9 @@ import json
 import sqlite3
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-# finish reasons of incomplete replies; an ordinary end has many names ("stop", "eos_token", none at all)
-CUT_OFF = (
-    *("length", "max_tokens", "max_output_tokens", "content_filter", "content management policy", "safety"),
-    *("refusal", "tool_calls", "tool_use", "function_call", "abort", "error"),
-)
-
-
-class Reply(NamedTuple):
-    """A server's reply.
-
-    `finish_reason` is the server's own word, "" if it gives none, or "refusal" if the model declined to answer.
-    """
-
-    text: str
-    finish_reason: str
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-
-    @property
-    def cut_off(self) -> bool:
-        """Whether the server reports the reply as incomplete: cut, filtered, or refused."""
-        return is_cut_off(self.finish_reason)
+from train.rewards.chat_api import Reply
 
 
 class Cache:
@@ -68,10 +47,6 @@ class Cache:
 
     def close(self) -> None:
         self._rows.close()
-
-
-def is_cut_off(finish_reason: str) -> bool:
-    return any(word in finish_reason.lower() for word in CUT_OFF)
 
 
 def content_key(content: Mapping[str, Any]) -> str:

@@ -9,11 +9,11 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from eval.judges.cache import Reply
 from eval.judges.pairs import CompletionPair, Judgement, shortened, winner_of
 from eval.judges.server import Failure, Request, Server
 from eval.judges.task import OVERALL, JudgeTask, Question, readable
 from eval.judges.verdict import UNPARSABLE, verdict
+from train.rewards.chat_api import Reply
 
 ORDERS = ("ab", "ba")
 ServerAnswer = Reply | Failure

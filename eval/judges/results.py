@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from eval.judges.cache import is_cut_off
 from eval.judges.pairs import CompletionPair, Judgement, is_number
 from eval.stats import cohen_kappa, length_controlled, position_bias, prompt_means, summary
 from models.names import split_step
 from train.data.rows import Row, load_rows
+from train.rewards.chat_api import is_cut_off
 
 JUDGEMENTS = "judgements.jsonl"
 NO_OUTCOME = ("unparsable", "failed", "too_long")  # why a pair has no outcome

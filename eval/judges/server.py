@@ -1,13 +1,11 @@
 """A judge behind an OpenAI-compatible server: concurrent requests, none sent twice, no reply lost.
 
-The `openai` client retries after connection failures, time-outs, 408, 409, 429 and server errors, with growing pauses
-or the server's own (Retry-After). Every reply is written to the cache on arrival. Worker threads send the requests; the
-main thread alone uses the cache and decides.
+`train.rewards.chat_api` sends the requests and retries. Every reply is written to the cache on arrival. Worker threads
+send the requests; the main thread alone uses the cache and decides.
 """
 
 import contextlib
 import json
-import os
 import queue
 import threading
 import time
@@ -25,17 +23,15 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from eval.judges.cache import Cache, Reply, content_key
+from eval.judges.cache import Cache, content_key
 from train.console import console
+from train.rewards.chat_api import BrokenReplyError, ChatApi, Reply, key_for
 from train.rewards.refusals import error_text, filtered, too_long
 
 FORMATS = ("json_schema", "json_object", "none")  # ways to request JSON, the strictest first
-PAUSE = 0.5  # seconds, after a broken reply; the client makes all other pauses
 LEAST_IN_A_ROW = 8  # failures that stop a run: both orders of one bad pair alone do not show a bad server
 PATIENCE = 2.5  # seconds to wait at the end for replies in flight
-SHORTEST_SECRET = 6  # characters; shorter keys, such as "none", are no secret
 LEAST_REFUSED = 4  # questions, before all count as refused: a refusal arrives sooner than a reply
-LONGEST_REPLY = 250_000  # characters of a reply; a longer reply is cut, and so unparsable
 
 
 @dataclass(frozen=True)
@@ -82,18 +78,13 @@ class Server:
     cached: int = 0
     _format: int = 0
     _limit_name: str = "max_tokens"  # or max_completion_tokens, for models that only know that name
-    _secret: str = field(default="", repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
-        import openai
-
-        key = os.environ.get("OPENAI_API_KEY") or ("none" if self.base_url else None)
+        key = key_for(self.base_url)
         if key is None:
             raise ValueError("expected a key in the environment variable OPENAI_API_KEY, or --base_url")
-        options: dict[str, Any] = {"timeout": self.timeout, "max_retries": self.max_retries}
-        self._secret = key.strip()
-        self.client = openai.OpenAI(api_key=key, base_url=self.base_url, **options)
+        self.api = ChatApi(key, self.base_url, timeout=self.timeout, max_retries=self.max_retries)
 
     def ask(self, requests: Sequence[Request], title: str) -> dict[Request, Reply | Failure]:
         """Answers the requests from the cache or the server; equal requests are sent once.
@@ -120,14 +111,14 @@ class Server:
         return answers
 
     def close(self) -> None:
-        self.client.close()
+        self.api.close()
 
     def key(self, request: Request, how: str) -> str:
         """Cache key of a reply: a hash of everything that determines it."""
         return content_key(
             {
                 "backend": "server",
-                "base_url": str(self.client.base_url),
+                "base_url": self.api.url,
                 "model": self.model,
                 "messages": request.messages,
                 "temperature": self.temperature,
@@ -193,14 +184,12 @@ class Server:
             self.requests += 1
 
     def _without_key(self, answer: Reply | Failure) -> Reply | Failure:
-        """Removes the key from a failure, which is printed and written; a server may quote it."""
-        if isinstance(answer, Reply) or len(self._secret) < SHORTEST_SECRET:
-            return answer
-        return replace(answer, why=answer.why.replace(self._secret, "***"))
+        """Removes key and passwords from a failure, which is printed and written."""
+        return answer if isinstance(answer, Reply) else replace(answer, why=self.api.cleaned(answer.why))
 
     def _check_hopeless(self, failure: Failure, failed: int, answered: int, asked: int) -> None:
         """Raises ValueError where further requests would be futile."""
-        where = f"{self.model} at {self.client.base_url}"
+        where = f"{self.model} at {self.api.address}"
         all_refused = failure.of_question and failed >= min(max(self.concurrency, LEAST_REFUSED), asked)
         if failure.refused or (all_refused and not self.requests + self.cached):
             raise ValueError(f"{where}: {failure.why}")
@@ -214,13 +203,10 @@ class Server:
         """Sends one request in the strictest format that the server accepts; returns that format and the answer."""
         import openai
 
-        broken = "no reply"
-        attempts = self.max_retries + 1
-        while attempts:
+        while True:
             level, limit_name = (self._format if request.schema else FORMATS.index("none")), self._limit_name
             try:
-                reply = self.client.chat.completions.create(**self._options(request, FORMATS[level], limit_name))
-                return FORMATS[level], read_completion(reply)
+                return FORMATS[level], self.api.reply(**self._options(request, FORMATS[level], limit_name))
             except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
                 if too_long(error):
                     return FORMATS[level], Failure(str(error), too_long=True)
@@ -233,12 +219,10 @@ class Server:
             except openai.APIConnectionError as error:
                 why = f"{error} {error.__cause__ or ''}".strip()
                 return FORMATS[level], Failure(why, by_connection=True)
-            except (json.JSONDecodeError, NotACompletionError, openai.APIResponseValidationError) as error:
-                broken, attempts = f"the body of a reply is broken ({error})", attempts - 1
-                time.sleep(PAUSE)
+            except BrokenReplyError as error:
+                return FORMATS[level], Failure(str(error))
             except openai.OpenAIError as error:
                 return FORMATS[level], Failure(f"{type(error).__name__}: {error}")
-        return "none", Failure(broken)
 
     def _options(self, request: Request, how: str, limit_name: str) -> dict[str, Any]:
         messages = [{"role": role, "content": content} for role, content in request.messages]
@@ -269,16 +253,13 @@ class Server:
             return True
 
 
-class NotACompletionError(ValueError):
-    """A server's reply is not a chat completion."""
-
-
 class ProgressBar:
     """Shows progress, requests per second, tokens and the number of cached replies."""
 
     def __init__(self, title: str, total: int, cached: int) -> None:
         columns: tuple[ProgressColumn, ...] = (
-            *(TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()),
+            TextColumn("{task.description}", markup=False),
+            *(BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()),
             TextColumn(f"{cached} cached" + "  {task.fields[rate]:.1f}/s  {task.fields[tokens]} tokens"),
         )
         self.bar = Progress(*columns, console=console, disable=not console.is_terminal)
@@ -306,27 +287,6 @@ def response_format(schema: str, how: str) -> dict[str, Any]:
     if how == "json_object":
         return {"type": "json_object"}
     return {"type": "json_schema", "json_schema": {"name": "judgement", "strict": True, "schema": json.loads(schema)}}
-
-
-def read_completion(reply: Any) -> Reply:
-    """Extracts text, finish reason and token counts of a chat completion.
-
-    Raises:
-      NotACompletionError: the reply is not a chat completion.
-    """
-    choices = getattr(reply, "choices", None)
-    if not choices or getattr(choices[0], "message", None) is None:
-        raise NotACompletionError(f"expected a chat completion, got {str(reply)[:100]!r}")
-    message, usage = choices[0].message, getattr(reply, "usage", None)
-    refusal = getattr(message, "refusal", None)
-    text = message.content if isinstance(message.content, str) else refusal or ""
-    return Reply(
-        # a lone surrogate cannot be written to a file: it becomes "?"
-        text=text[:LONGEST_REPLY].encode("utf-8", "replace").decode("utf-8"),
-        finish_reason="refusal" if refusal else str(choices[0].finish_reason or ""),
-        prompt_tokens=int(getattr(usage, "prompt_tokens", 0) or 0),
-        completion_tokens=int(getattr(usage, "completion_tokens", 0) or 0),
-    )
 
 
 def with_advice(error: Any) -> str:

@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 
 from eval.__main__ import main
-from eval.judges.cache import Cache, Reply
+from eval.judges.cache import Cache
 from eval.judges.server import Failure, Request, Server
+from train.rewards.chat_api import Reply
 
 ROOT = Path(__file__).parents[2]
 ASPECTS = ("helpfulness", "correctness", "coherence", "complexity", "verbosity", "overall")

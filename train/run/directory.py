@@ -26,7 +26,7 @@ from models.checkpoint import Checkpoints, checkpoints_folder, is_run, read_newe
 from models.config import read_json
 from models.names import split_step
 from models.tokenizer import Tokenizer
-from train.config import RunConfig, resolved
+from train.config import RunConfig, hide_passwords, resolved
 from train.console import console, print_plain
 from train.processes import gather, is_distributed, is_first
 from train.run.files import check_room, check_run_directory, free_bytes, write_jsonl, write_whole
@@ -327,7 +327,7 @@ def check_output_dir(config: RunConfig) -> None:
 
 def _refuse_another(config: RunConfig, saved: dict[str, Any], place: Any) -> None:
     """Refuses to go on with a run of another config; a setting that the saved one lacks has its default."""
-    plain, saved = json.loads(json.dumps(resolved(config))), _with_defaults(saved, config)
+    plain, saved = json.loads(json.dumps(resolved(config))), hide_passwords(_with_defaults(saved, config))
     changed = [
         key
         for key in plain
