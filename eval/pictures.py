@@ -18,6 +18,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from train.console import visible
+
 # colours of the drawings, and the page's CSS variables for them
 INK, MUTED, GRID = "#1b1b1f", "#5c5c67", "#dedee4"
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#a8457f", "#6b5bc2", "#8a6d00")
@@ -62,7 +64,8 @@ class Studio:
 
     def look(self, name: str) -> dict[str, Any]:
         i = self.style[name]
-        return {"color": SERIES[i], "linestyle": DASHES[i], "label": name}
+        label = f" {name}" if name.startswith("_") else name  # a legend leaves "_..." out
+        return {"color": SERIES[i], "linestyle": DASHES[i], "label": label}
 
     def marker(self, name: str) -> str:
         return MARKERS[self.style[name]]
@@ -76,6 +79,7 @@ class Studio:
             if labels := axes.get_legend_handles_labels()[1]:
                 columns = max(1, min(3, LEGEND_LETTERS // (8 + max(map(len, labels)))))
                 axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0.2, handlelength=2.6)
+            show_texts_as_they_are(axes)
             figure.draw_without_rendering()
             figure.set_layout_engine("none")  # laid out once, not for each file
             figure.savefig(self.folder / f"{name}.png", dpi=150)
@@ -104,6 +108,14 @@ def inline(svg: str, name: str, title: str, caption: str) -> Markup:
     for colour, variable in CSS_VARIABLES.items():
         svg = svg.replace(colour, f"var({variable})")
     return Markup(svg.strip())
+
+
+def show_texts_as_they_are(axes: Axes) -> None:
+    """Has names in labels, titles and notes drawn as text: "$" begins no formula, control characters are shown."""
+    legend = axes.get_legend()
+    for text in [axes.title, axes.xaxis.label, axes.yaxis.label, *axes.texts, *(legend.get_texts() if legend else [])]:
+        text.set_parse_math(False)
+        text.set_text(visible(text.get_text()))
 
 
 def over_steps(axes: Axes, label: str) -> None:

@@ -1,12 +1,15 @@
 """Tables, made once: for the terminal by rich, as CSV, LaTeX and Markdown by pandas; and numbers as text for them."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
+
+from train.console import visible
 
 NONE = "–"
 # pandas' own escape leaves the signs that the OT1 encoding prints as others, and [ and *, which \\ takes as arguments.
@@ -40,11 +43,12 @@ class Sheet:
 
     def rich(self) -> Table:
         """Returns the table for the terminal."""
-        table = Table(title=self.title, title_justify="left", caption_justify="left")
+        title = Text(visible(self.title), style="table.title")
+        table = Table(title=title, title_justify="left", caption_justify="left")
         for i, column in enumerate(self.columns):
-            table.add_column(column, justify="left" if i == 0 else "right")
+            table.add_column(Text(visible(column)), justify="left" if i == 0 else "right")
         for row in self.rows:
-            table.add_row(*map(Text, row))  # as it is: "[not reached]" is no markup
+            table.add_row(*(Text(visible(cell)) for cell in row))  # as it is: "[not reached]" is no markup
         return table
 
     def frame(self) -> Any:
@@ -58,11 +62,11 @@ class Sheet:
         return str(self.frame().to_csv(index=False, lineterminator="\n"))
 
     def markdown(self) -> str:
-        """Returns a pipe table and the note; white space in a cell is one blank."""
-        frame = self.frame().map(lambda cell: " ".join(cell.split()).replace("|", "\\|"))
+        """Returns a pipe table and the note, their texts as text; white space in a cell is one blank."""
+        frame = self.frame().map(markdown_cell).rename(columns=markdown_cell)
         align = ("left", *["right"] * (len(self.columns) - 1))
         text = frame.to_markdown(index=False, tablefmt="pipe", disable_numparse=True, colalign=align)
-        return f"{text}\n" + (f"\n{self.note}\n" if self.note else "")
+        return f"{text}\n" + (f"\n{markdown_text(self.note)}\n" if self.note else "")
 
     def latex(self) -> str:
         """Returns a tabular for \\input that needs no package; title and note are comments."""
@@ -81,6 +85,22 @@ class Sheet:
 def tex(text: str) -> str:
     """Escapes a text for LaTeX; white space becomes one blank."""
     return "".join(TEX.get(sign, sign) for sign in " ".join(text.split()))
+
+
+def markdown_cell(text: str) -> str:
+    """Escapes a text for a cell of a Markdown table, which shows it as it is; white space becomes one blank.
+
+    Brackets stay but where they would be a link, and "_" within words, where it means nothing.
+    """
+    line = re.sub(r"[\\`*<&|~$]", r"\\\g<0>", visible(" ".join(text.split())))
+    line = re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", line)
+    return re.sub(r"\](?=[(\[:])", r"\\]", line)
+
+
+def markdown_text(text: str) -> str:
+    """Escapes a text for a line of Markdown, which begins no heading, quotation, list or rule."""
+    line = re.sub(r"^(?=#|>|[-+](?: |$)|[-=]+$)", r"\\", markdown_cell(text))
+    return re.sub(r"^(\d+)(?=[.)](?: |$))", r"\1\\", line)
 
 
 def missing(value: float | None) -> bool:

@@ -1,9 +1,31 @@
-"""The console that all programs print to; it is quiet in every process but the first."""
+"""The console that all programs print to; it is quiet in every process but the first.
+
+Texts of models, names and paths are data: no markup is read in them, and control characters are shown, not obeyed.
+"""
+
+import re
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-console = Console(soft_wrap=True, markup=False, emoji=False)  # a path in brackets or :colons: is printed as it is
+# All control characters but line ends and tabs, those that turn the direction of writing, and broken characters.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def visible(text: str) -> str:
+    """Returns a text with each control character written out, such as \\x1b; a terminal would obey them."""
+    return _CONTROL.sub(lambda match: repr(match[0])[1:-1], text)
+
+
+class PlainConsole(Console):
+    """A console that shows the control characters of the texts it prints; its own colours are none of them."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        super().print(*(visible(item) if isinstance(item, str) else item for item in objects), **options)
+
+
+console = PlainConsole(soft_wrap=True, markup=False, emoji=False)  # a path in brackets or :colons: is printed as it is
 
 
 def print_plain(text: str) -> None:

@@ -18,7 +18,7 @@ from eval.report.judged import read_judged
 from eval.report.steps import steps_to_each_end
 from eval.report.tables import by_step, policies, rewards_by_step, steps_to_reach
 from eval.runs import CompletionTable, PolicyRun, same_model
-from eval.sheets import Sheet
+from eval.sheets import Sheet, markdown_text
 from eval.stats import (
     CONFIDENCE,
     MIN_PROMPTS,
@@ -118,10 +118,14 @@ def write_comparison(result: dict[str, Any], out: Path) -> None:
     pictures = comparison_pictures(out / "figures", result, result["runs"])
     pictures += judged_pictures(out / "figures", result, result["judged"])
     write_tables(out / "tables", sheets)
-    title = f"# {result['a']} against {result['b']}, judged by {result['judge']}\n\n"
-    text = "\n".join(f"## {sheet.title}\n\n{sheet.markdown()}" for sheet in sheets)
-    drawn = "".join(f"\n## {p.title}\n\n![{p.title}](figures/{p.name}.png)\n\n{p.caption}\n" for p in pictures)
-    write_whole(out / "compare.md", title + text + drawn)
+    headline = markdown_text(f"{result['a']} against {result['b']}, judged by {result['judge']}")
+    text = "\n".join(f"## {markdown_text(sheet.title)}\n\n{sheet.markdown()}" for sheet in sheets)
+    drawn = "".join(
+        f"\n## {title}\n\n![{title}](figures/{p.name}.png)\n\n{markdown_text(p.caption)}\n"
+        for p in pictures
+        for title in [markdown_text(p.title)]
+    )
+    write_whole(out / "compare.md", f"# {headline}\n\n{text}{drawn}")
     printed = [*main_sheets, *(sheet.first(4) for sheet in judged[:1])]  # as wide as a terminal
     console.print(*(sheet.rich() for sheet in printed), f"{out / COMPARE_JSON}", sep="\n")
 

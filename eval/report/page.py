@@ -1,7 +1,7 @@
 """Renders a report as report.html, which stands alone, and as report.md: a list of sections, each a list of blocks.
 
 page.html.jinja and page.md.jinja have a macro for each kind of block. In the page everything is escaped but the
-pictures' SVG, which is Markup.
+pictures' SVG, which is Markup; in report.md every text but command lines, which stand in a fence of their own.
 """
 
 import re
@@ -14,7 +14,8 @@ from urllib.parse import quote
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
 from eval.pictures import Picture, text_of
-from eval.sheets import Sheet, number
+from eval.sheets import Sheet, markdown_text, number
+from train.console import visible
 
 PHONE = 38  # letters of a table that fit side by side on a phone; of a wider one, each row becomes a card there
 SHORT = 24  # letters of cells that are not broken in such a card
@@ -120,12 +121,22 @@ def _render(template: str, content: Content) -> str:
     )
     environment.filters |= {
         "data_url": data_url,
+        "fence": fence,
         "kind": lambda block: type(block).__name__.lower(),  # of its macro
         "number": number,
-        "one_line": lambda text: " ".join(text.split()),
+        "link_target": lambda path: quote(path, safe="/~@+=,"),
+        "link_text": lambda text: re.sub(r"(?<!\\)[\[\]]", r"\\\g<0>", markdown_text(text)),
+        "md": markdown_text,
         "table_class": table_class,
+        "visible": visible,
     }
     return environment.get_template(template).render(content=content)
+
+
+def fence(lines: Sequence[str]) -> str:
+    """Returns backticks around a block of code, more than the lines have side by side."""
+    runs = re.findall("`+", "\n".join(lines))
+    return "`" * max(3, 1 + max(map(len, runs), default=0))
 
 
 def data_url(text: str, file: str) -> str:

@@ -19,7 +19,7 @@ from eval.report.reliability import reliability_pictures
 from eval.report.report import reward_model_row
 from eval.report.story import direction, headline, hints, what_happened
 from eval.runs import PolicyRun
-from eval.sheets import Sheet
+from eval.sheets import Sheet, markdown_text
 from eval.stats import mean_and_error, paired_gain
 from train.run.files import write_jsonl
 from train.supervised.calibration import reliability_bins
@@ -337,13 +337,13 @@ def test_smoothing_is_the_mean_of_the_neighbours() -> None:
 
 def test_a_table_says_the_same_everywhere() -> None:
     sheet = Sheet("T", ("a", "b<"), [("x|y", "1"), ("long", "1.50")], "n")
-    expected = ["| a    |   b< |", "|:-----|-----:|", "| x\\|y |    1 |", "| long | 1.50 |", "", "n"]
+    expected = ["| a    |  b\\< |", "|:-----|-----:|", "| x\\|y |    1 |", "| long | 1.50 |", "", "n"]
     assert sheet.markdown().splitlines() == expected
     whole = page(Content("", "", "", [Section("", [sheet])]))
     assert '<th scope="row" data-label="a">x|y</th><td data-label="b&lt;">1</td>' in whole
 
 
-def test_only_pictures_are_html_and_markdown_has_the_texts_as_they_are() -> None:
+def test_only_pictures_are_html_on_the_page_and_in_markdown() -> None:
     foreign = "<i>&'\"</i>"
     blocks = [foreign, Sheet(foreign, (foreign, "b"), [(foreign, foreign)], foreign, "t"), Files([(foreign, foreign)])]
     blocks += [Sample(0, foreign, [SampleAnswer(foreign, foreign, None, None)]), Commands([foreign])]
@@ -351,4 +351,6 @@ def test_only_pictures_are_html_and_markdown_has_the_texts_as_they_are() -> None
     shown = 4 + 1 + 5 + 3 + 3 + 1  # titles and headline, then block by block
     assert "<i>" not in page(content) and page(content).count("&lt;i&gt;&amp;&#39;&#34;&lt;/i&gt;") >= shown
     assert Page(page(content)).open == []
-    assert markdown(content).count(foreign) == shown and "&lt;" not in markdown(content)
+    text = markdown(content)  # of a file the second is its address, and commands stand in a fence
+    assert text.count(markdown_text(foreign)) == shown - 2 and "&lt;" not in text
+    assert text.count(foreign) == 1 and text.count("(%3Ci%3E%26%27%22%3C/i%3E)") == 1

@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from rich.table import Table
+from rich.text import Text
 
 from models.tokenizer import Tokenizer
 from train.build import make_tokenizer
 from train.config import PolicyConfig, RewardModelConfig, SupervisedConfig
-from train.console import console, print_plain
+from train.console import console, print_plain, visible
 from train.data.prompts import Prompts, load_splits, prompt_key
 from train.data.rows import Row, hold_out, load_rows
 from train.plan.show import show_rows
@@ -176,4 +177,5 @@ def add_length_rows(table: Table, part: str, lengths: Lengths, over: Mapping[str
     """
     for kind, tokens in lengths.items():
         numbers = [len(tokens), *(round(float(np.percentile(tokens, q))) for q in (0, 50, 95, 100))]
-        table.add_row(part, kind, *(f"{n:,}" for n in numbers), f"{over[kind]:,}" if kind in over else "")
+        cells = [*(f"{n:,}" for n in numbers), f"{over[kind]:,}" if kind in over else ""]
+        table.add_row(Text(visible(part)), kind, *cells)

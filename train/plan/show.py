@@ -7,7 +7,7 @@ from rich.text import Text
 from models.tokenizer import Tokenizer, tokenizer_path
 from train.build import make_tokenizer
 from train.config import PolicyConfig, RewardModelConfig, SupervisedConfig
-from train.console import console, print_plain
+from train.console import console, print_plain, visible
 from train.data.prompts import load_prompts
 from train.data.rows import load_rows
 from train.rewards.model import common_prefix_length
@@ -65,11 +65,12 @@ def show_tokens(title: str, ids: Sequence[int], tokenizer: Tokenizer, parts: Map
     Args:
       parts: name -> end of each part, for a line of its own.
     """
-    console.rule(f"{title}: {len(ids)} tokens", align="left")
+    console.rule(Text(visible(f"{title}: {len(ids)} tokens")), align="left")
     print_plain(tokenizer.hf.decode(ids, clean_up_tokenization_spaces=False))
     start = 0
     for name, end in (parts or {"": len(ids)}).items():
-        pieces = [Text(str(i), style="dim").append(f" {tokenizer.token_text(i)}", style="bold") for i in ids[start:end]]
+        shown = [(i, visible(tokenizer.token_text(i))) for i in ids[start:end]]
+        pieces = [Text(str(i), style="dim").append(f" {text}", style="bold") for i, text in shown]
         start = end
         if pieces:
             console.print(Text(f"{name}: " if name else "").append(Text("  ").join(pieces)), highlight=False)
