@@ -5,7 +5,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 
-from train.console import console
+from train.console import console, visible
 
 
 class SetupError(ValueError):
@@ -47,7 +47,7 @@ def exit_code(program: Callable[[], object], *, own_devices: bool = False, sever
             console.quiet = not processes.is_first()
         program()
     except (SetupError, processes.JoinError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {visible(str(error))}", file=sys.stderr)
         code = 1 if isinstance(error, FloatingPointError) else 2
     except (Exception, KeyboardInterrupt):
         if not processes.is_distributed():

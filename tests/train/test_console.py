@@ -12,6 +12,7 @@ from models.tokenizer import Tokenizer
 from train.console import PlainConsole, console, print_plain, visible
 from train.plan.inspect import add_length_rows, length_table
 from train.plan.show import show_tokens
+from train.running import SetupError, exit_code
 
 NASTY = {
     "colour": "\x1b[31mred\x1b[0m",
@@ -85,3 +86,11 @@ def test_show_and_inspect_print_rows_as_data(
 def test_a_path_in_a_bracket_is_printed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = tmp_path / "[red]:smile:"
     assert printed(lambda: console.print(f"{path}: done"), monkeypatch) == f"{path}: done\n"
+
+
+def test_an_error_shows_what_it_quotes(capsys: pytest.CaptureFixture[str]) -> None:
+    def refuse() -> None:
+        raise SetupError("no file \x1b[2J\r")
+
+    assert exit_code(refuse, own_devices=True, several=False) == 2
+    assert capsys.readouterr().err == "error: no file \\x1b[2J\\r\n"
