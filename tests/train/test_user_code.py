@@ -14,7 +14,9 @@ from typing import Any
 
 import pytest
 
+from train.config import RewardSpec
 from train.dotted import import_function
+from train.loop import train_policy
 from train.rewards.functions import function_scorer
 from train.running import SetupError, exit_code
 
@@ -66,14 +68,24 @@ ENDS: dict[str, tuple[Callable[..., Any], str]] = {
 
 
 @pytest.fixture
-def scorer(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Callable[..., Any]]:
-    """scorer(function, name): the scorer of a function that stands in a module of its own."""
+def define(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """define(function, name): the dotted path of a function that stands in a module of its own."""
 
-    def make(function: Callable[..., Any], name: str = "f") -> Callable[..., Any]:
+    def put(function: Callable[..., Any], name: str = "f") -> str:
         module = type(sys)("rude_rewards")
         setattr(module, name, function)
         monkeypatch.setitem(sys.modules, "rude_rewards", module)
-        return function_scorer(f"rude_rewards.{name}")
+        return f"rude_rewards.{name}"
+
+    return put
+
+
+@pytest.fixture
+def scorer(define: Callable[..., str]) -> Callable[..., Callable[..., Any]]:
+    """scorer(function, name): its scorer."""
+
+    def make(function: Callable[..., Any], name: str = "f") -> Callable[..., Any]:
+        return function_scorer(define(function, name))
 
     return make
 
@@ -172,6 +184,34 @@ def test_a_failing_function_moves_the_run_nowhere(
         score(scorer(fails))
     assert Path.cwd() == tmp_path
     monkeypatch.setattr("train.user_code._state.directory", None)
+
+
+def test_a_run_stays_in_its_directory_and_is_saved_when_a_function_ends_it(
+    define: Callable[..., str],
+    policy_config: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("train.user_code._state.directory", None)
+    calls: list[int] = []
+
+    def roams(completions: list[str]) -> list[float]:
+        os.chdir(tmp_path / "elsewhere")
+        calls.append(len(completions))
+        if len(calls) == 3:  # validation, step 1, step 2
+            os._exit(0)
+        return [float(len(text)) for text in completions]
+
+    config = policy_config(tmp_path, output_dir="run", rewards=[RewardSpec(function=define(roams, "roams"))])
+    assert exit_code(lambda: train_policy(config), own_devices=True, several=False) == 2
+    error = capsys.readouterr().err
+    assert "error: rewards.function: rude_rewards.roams: called os._exit(0), which" in error
+    assert (tmp_path / "run" / "checkpoints" / "1").is_dir() and not (tmp_path / "run" / "lock.json").exists()
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2  # steps 0 and 1
+    assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
 def test_a_hang_says_which_reward_since_when_and_where(

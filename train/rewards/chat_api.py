@@ -15,11 +15,13 @@ import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from train.private import without_passwords
+from train.console import visible
+from train.private import HIDDEN, without_passwords
 
 PAUSE = 0.5  # seconds, after a broken reply; the client makes all other pauses
 SHORTEST_SECRET = 6  # characters; shorter keys, such as "none", are no secret
 LONGEST_REPLY = 250_000  # characters of a reply; a longer reply is cut, and so unparsable
+LONGEST_REASON = 500  # characters of a failure's reason
 LONGEST_BODY = 2**25  # bytes of a reply as it is sent
 MOST_TOKENS = 2**40  # a larger count is none
 # finish reasons of incomplete replies; an ordinary end has many names ("stop", "eos_token", none at all)
@@ -96,10 +98,11 @@ class ChatApi:
                 time.sleep(PAUSE)
 
     def cleaned(self, text: str) -> str:
-        """Returns a text without the key and without passwords; a server may quote them."""
+        """Returns a server's text as a short line without the key and without passwords, which it may quote."""
         if len(self._secret) >= SHORTEST_SECRET:
-            text = text.replace(self._secret, "***")
-        return without_passwords(text)
+            text = text.replace(self._secret, HIDDEN)
+        line = visible(" ".join(without_passwords(text).split()))
+        return line if len(line) <= LONGEST_REASON else f"{line[:LONGEST_REASON]} ..."
 
     def close(self) -> None:
         self._client.close()
