@@ -259,9 +259,9 @@ def test_keys_and_passwords_are_in_no_message(
 def test_a_reason_is_one_short_line(
     lying: Callable[[Behaviour], LyingServer], caplog: pytest.LogCaptureFixture
 ) -> None:
-    page = b"<html>\n\x1b[2J" + b"busy\r\n" * 100_000
+    page = json.dumps({"error": {"message": "<html>\n\x1b[2J" + "busy\r\n" * 100_000}}).encode()
     with caplog.at_level(logging.WARNING):
-        assert grade(lying(body(page, "text/html", status="500 Internal Server Error")).url) == [None]
+        assert grade(lying(body(page, status="500 Internal Server Error")).url) == [None]
     (text,) = [record.getMessage() for record in caplog.records if record.name == "train.rewards.judge"]
     assert "busy busy" in text and "\\x1b[2J" in text and len(text) < 700 and text.isprintable()
 
