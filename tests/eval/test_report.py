@@ -337,7 +337,7 @@ def test_smoothing_is_the_mean_of_the_neighbours() -> None:
 
 def test_a_table_says_the_same_everywhere() -> None:
     sheet = Sheet("T", ("a", "b<"), [("x|y", "1"), ("long", "1.50")], "n")
-    expected = ["| a    |  b\\< |", "|:-----|-----:|", "| x\\|y |    1 |", "| long | 1.50 |", "", "n"]
+    expected = ["| a    |   b\\< |", "|:-----|------:|", "| x\\|y |     1 |", "| long |  1.50 |", "", "n"]
     assert sheet.markdown().splitlines() == expected
     whole = page(Content("", "", "", [Section("", [sheet])]))
     assert '<th scope="row" data-label="a">x|y</th><td data-label="b&lt;">1</td>' in whole
