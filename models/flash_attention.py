@@ -18,9 +18,6 @@ from models.attention import KeyValues
 from models.config import Qwen3Config
 from models.sharding import GPUS, Layout, platform_of, total_shards
 
-ATTENTION = ("auto", "xla", "kernels")  # of `mesh.attention`
-
-
 KERNELS: dict[str, Any] = {"gpu": flash_gpu, "tpu": flash_tpu}
 INTERPRETED = "interpreted "  # and the kernels' kind: on CPUs, slowly, for tests
 
