@@ -117,6 +117,10 @@ class Checkpoints:
         """Returns the newest step, or None without checkpoints."""
         return self._manager.latest_step()
 
+    def newest_saved(self) -> int | None:
+        """Returns the newest step that is finalized on the disk; one that is being saved, or could not be, is none."""
+        return max(_finalized_steps(self._folder), default=None)
+
     def save(self, step: int, params: Any, train: Any, about: dict[str, Any]) -> None:
         """Saves in the background; a later save waits for an earlier one."""
         self._manager.save(

@@ -121,11 +121,15 @@ class MeshConfig:
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     every: int = 25  # steps between checkpoints; the last step is always saved
+    every_minutes: float | None = None  # save too when so many minutes have passed since the last save; null: by steps
     keep: int | None = None  # how many of the newest checkpoints stay, at least 1; null: all of them
     directory: str | None = None  # a directory or gs://BUCKET/NAME; default: output_dir/checkpoints
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "every")
+        if self.every_minutes is not None:
+            _positive(self, "every_minutes")
+            _finite(self, "every_minutes")
         if self.keep is not None and self.keep < 1:
             raise ValueError(f"checkpoint.keep: expected at least 1, or null to keep all checkpoints, got {self.keep}")
 

@@ -5,6 +5,8 @@ process decodes and scores its share of a step's prompts, and `gather` gives eve
 process alone writes metrics, logs and texts; every process writes its part of a checkpoint.
 """
 
+import contextlib
+import itertools
 import json
 import math
 import os
@@ -15,11 +17,15 @@ from typing import Any, NoReturn
 
 import jax
 import numpy as np
+from jax._src import distributed  # the coordination service's client has no public name
 from jax.experimental import multihost_utils
 
 from train.accelerators import has_tpu, has_tpu_compiler
 
 ADDRESS, COUNT, INDEX = LAUNCH_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+_NOTICES, _DECISION = "gopo_jax/notice/", "gopo_jax/decision/"  # keys in the coordination service
+_DECISION_SECONDS = 3600  # the first process may be saving; one that has ended is noticed sooner, by its heartbeat
+_turns = itertools.count()
 JOIN_SECONDS, HEARTBEAT_SECONDS = 300, 30  # wait for all to connect; give up a process that does not answer
 
 
@@ -122,6 +128,37 @@ def broadcast_from_first(compute: Callable[[], Any]) -> Any:
     """Calls a function on the first process alone and returns its value, of JSON's types, on every process."""
     value = compute() if is_first() else None
     return json.loads(bytes(gather_lists([list(json.dumps(value).encode())])[0]))
+
+
+def notify_first(number: int) -> None:
+    """Sends the first process a number, of which it learns in its next `decide_on_first`. Usable on any thread."""
+    if is_distributed():
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # the service has ended, and so will this process
+            _service().key_value_set(f"{_NOTICES}{jax.process_index()}", str(number), True)
+
+
+def decide_on_first(decide: Callable[[int], Any]) -> Any:
+    """Returns decide(number) of the first process, of JSON's types, on every process; no device is waited for.
+
+    Args:
+      decide: called on the first process alone, with a number of `notify_first`, or 0.
+    """
+    if not is_distributed():
+        return decide(0)
+    client, turn = _service(), next(_turns)
+    if not is_first():
+        return json.loads(client.blocking_key_value_get(f"{_DECISION}{turn}", 1000 * _DECISION_SECONDS))
+    notices = client.key_value_dir_get(_NOTICES)
+    value = decide(int(notices[0][1]) if notices else 0)
+    client.key_value_set(f"{_DECISION}{turn}", json.dumps(value))
+    if turn >= 2:  # read by all, for since then they have exchanged the data of a step
+        client.key_value_delete(f"{_DECISION}{turn - 2}")
+    return value
+
+
+def _service() -> Any:
+    """Returns the client of JAX's coordination service, which every process of several has."""
+    return distributed.global_state.client
 
 
 def abort(code: int) -> NoReturn:

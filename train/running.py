@@ -1,6 +1,7 @@
 """Runs a program of the command line: connects processes, prints a user's mistake in one line, returns an exit code."""
 
 import contextlib
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -10,6 +11,25 @@ from train.console import console, visible
 
 class SetupError(ValueError):
     """A user's mistake, found before anything is computed. The user sees the message alone."""
+
+
+class RunInterrupted(SystemExit):
+    """A signal has ended a run in good order. Where nothing catches it, Python exits with its code.
+
+    Attributes:
+      name: the signal's.
+      exit_code: 128 + the signal's number, as shells have it.
+      line: what came, at which step, what is saved and how to go on.
+      is_agreed: whether all processes end after the same step; else this one ends alone.
+    """
+
+    def __init__(self, number: int, line: str, *, is_agreed: bool = False) -> None:
+        self.name, self.exit_code = signal.Signals(number).name, 128 + number
+        super().__init__(self.exit_code)
+        self.line, self.is_agreed = line, is_agreed
+
+    def __str__(self) -> str:
+        return self.line
 
 
 @contextlib.contextmanager
@@ -32,7 +52,7 @@ def exit_code(program: Callable[[], object], *, own_devices: bool = False, sever
 
     Returns:
       0 for success; 2 for a user's mistake; 1 for numbers that are not finite, and for any failure where there are
-      several processes.
+      several processes; 128 + its number for a signal: 143 for SIGTERM, 130 for SIGINT, 129 for SIGHUP.
     """
     from models.compile_cache import enable_compile_cache
     from train import processes
@@ -49,7 +69,16 @@ def exit_code(program: Callable[[], object], *, own_devices: bool = False, sever
     except (SetupError, processes.JoinError, FloatingPointError) as error:
         print(f"error: {visible(str(error))}", file=sys.stderr)
         code = 1 if isinstance(error, FloatingPointError) else 2
-    except (Exception, KeyboardInterrupt):
+    except RunInterrupted as end:
+        code = end.exit_code
+        if processes.is_first() or not end.is_agreed:
+            print(end, file=sys.stderr)
+        if end.is_agreed:
+            return code
+    except KeyboardInterrupt:
+        print("SIGINT: ended", file=sys.stderr)
+        code = 128 + signal.SIGINT
+    except Exception:
         if not processes.is_distributed():
             raise
         traceback.print_exc()

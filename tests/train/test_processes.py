@@ -182,3 +182,30 @@ def test_an_error_of_one_ends_all(config_of: MakeConfig, policy_config: MakeConf
     codes = [process.wait(timeout=240) for process in started]
     assert 0 not in codes
     assert "no such answer" in (tmp_path / "2-1.log").read_text()
+
+
+@pytest.mark.slow
+def test_a_signal_to_any_ends_all_after_the_same_step(config_of: MakeConfig, tmp_path: Path) -> None:
+    """No step is lost, whichever process gets it: the run that goes on is the one that was not interrupted."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    for folder in (whole, cut):
+        folder.mkdir()
+    checkpoint = CheckpointConfig(every=1000)
+    run(config_of(whole, max_steps=16, checkpoint=checkpoint), whole, 2, 1)
+    config, steps = config_of(cut, max_steps=16, checkpoint=checkpoint), 0
+    for signalled in ((1,), (0, 1)):
+        started = launch(config, cut, 2, 1)
+        deadline = time.monotonic() + 300
+        while len(read_metrics(config.output_dir)) < steps + 3 and time.monotonic() < deadline:
+            assert all(process.poll() is None for process in started), (cut / "2-0.log").read_text()[-2000:]
+            time.sleep(0.02)
+        for index in signalled:
+            started[index].terminate()
+        codes = [process.wait(timeout=120) for process in started]
+        logs = [(cut / f"2-{index}.log").read_text() for index in range(2)]
+        assert codes == [143, 143], logs
+        steps = len(read_metrics(config.output_dir)) - 1
+        line = f"SIGTERM ended the run after step {steps} of 16; step {steps} is saved; the same command goes on"
+        assert steps < 16 and [log.count(line) for log in logs] == [1, 0], logs
+    run(config, cut, 2, 1)
+    assert read_metrics(cut / "run", clock=False) == read_metrics(whole / "run", clock=False)

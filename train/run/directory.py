@@ -12,6 +12,7 @@ import math
 import os
 import secrets
 import time
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +32,9 @@ from train.console import console, print_plain
 from train.processes import gather, is_distributed, is_first
 from train.run.files import check_room, check_run_directory, free_bytes, write_jsonl, write_whole
 from train.run.profile import PROFILE, Profile, finish_trace
+from train.run.schedule import SaveSchedule
+from train.run.signals import defer_signals
+from train.running import RunInterrupted, SetupError
 from train.state import TrainState
 from train.strict_yaml import load_yaml
 
@@ -102,8 +106,11 @@ class Run:
         self._trackers: list[Any] = []
         self._progress: Progress | None = None
         self._profile = Profile(None, self.path, 0)
+        self._schedule = SaveSchedule(config.checkpoint, config.max_steps)
         self._started = time.perf_counter()
+        self._step = 0  # the one that was begun last, from 1
         self.start = 0
+        OPEN_RUNS.add(self)
 
     def _check_shared(self) -> None:
         """Refuses a checkpoint directory that not every process sees."""
@@ -151,7 +158,7 @@ class Run:
         """
         folder, config = checkpoints_folder(self.path), self.config
         remaining = range((latest or 0) + 1, config.max_steps + 1)
-        due = sum(self.checkpoint_due(step) for step in remaining)
+        due = sum(self._schedule.is_planned(step) for step in remaining)
         if "://" in str(folder) or not due:
             return
         base = _tree_bytes(state.frozen) if latest is None else 0
@@ -231,9 +238,12 @@ class Run:
                 tracker.log({"completions": wandb.Table(columns=list(columns), data=rows)}, step=step)
 
     def checkpoint_due(self, step: int) -> bool:
-        return step % self.config.checkpoint.every == 0 or step == self.config.max_steps
+        """Whether to save after this step; to be asked once a step, by every process: all get the same answer."""
+        return self._schedule.is_due(step)
 
     def save(self, step: int, state: TrainState) -> None:
+        """Saves a checkpoint in the background."""
+        self._schedule.saved(step)
         self._checkpoints.save(step, state.params, _optimizer_items(state), self._about)
 
     def keep_best(self, step: int) -> None:
@@ -249,7 +259,11 @@ class Run:
         self._checkpoints.wait()
 
     def steps(self) -> Iterator[int]:
-        """Iterates over the remaining steps behind a progress bar, which also shows the values passed to `show`."""
+        """Iterates over the remaining steps behind a progress bar, which also shows the values passed to `show`.
+
+        Raises:
+          RunInterrupted: a signal came, and the step before is saved; see `train.run.signals`.
+        """
         columns = (
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
@@ -265,10 +279,15 @@ class Run:
             self._profile = Profile(self.config.log.profile, self.path, self.start)
         with Progress(*columns, console=console, disable=hidden) as self._progress:
             task = self._progress.add_task(self.path.name, total=total, completed=self.start, shown="")
+            defer_signals()
+            self._schedule.restart_clock()
             for step in range(self.start, total):
+                self._step = step + 1
                 with self._profile.step(step + 1):
                     yield step
                 self._progress.update(task, completed=step + 1)
+                if number := self._schedule.interruption(step + 1):
+                    raise RunInterrupted(number, f"{self.path}: interrupted", is_agreed=True)  # see `abandon`
 
     def show(self, step: int, values: Mapping[str, float]) -> None:
         """Shows metrics beside the progress bar; without a terminal, prints a line ten times in a run."""
@@ -281,12 +300,41 @@ class Run:
 
     def close(self, ending: str | None = None) -> None:
         """Waits for the checkpoint in flight, closes the trackers, and prints how the run ended."""
+        OPEN_RUNS.discard(self)
         finish_trace()
         self._checkpoints.close()
-        for tracker in self._trackers:
-            tracker.close() if hasattr(tracker, "close") else tracker.finish()
+        self._close_trackers()
         ending = ending or f"{self.config.max_steps} steps"
         console.print(f"{self.path}: done, {ending}, {time.perf_counter() - self._started:.0f} s")
+
+    def _close_trackers(self) -> None:
+        while self._trackers:
+            tracker = self._trackers.pop(0)
+            tracker.close() if hasattr(tracker, "close") else tracker.finish()
+
+    def abandon(self, error: BaseException) -> None:
+        """Ends a run whose loop `error` has left, after the save in flight; tells the error what is saved."""
+        OPEN_RUNS.discard(self)
+        if self._progress is not None:
+            self._progress.stop()
+        try:
+            self._close_trackers()
+        except Exception as failure:  # the first error is the one that is raised
+            print_plain(f"{self.path}: the trackers could not be closed: {failure}")
+        if not self._step or isinstance(error, SetupError | FloatingPointError):
+            return  # nothing was begun; or its message says all this
+        saved = self._checkpoints.newest_saved()
+        at = f"step {self._step} of {self.config.max_steps}"
+        go_on = "no step is saved; the same command starts it anew"
+        if saved is not None:
+            go_on = f"step {saved} is saved; the same command goes on from there"
+        if isinstance(error, RunInterrupted):
+            error.line = f"{self.path}: {error.name} ended the run after {at}; {go_on}"
+        else:
+            error.add_note(f"{self.path}: {type(error).__name__} ended the run in {at}; {go_on}")
+
+
+OPEN_RUNS: weakref.WeakSet[Run] = weakref.WeakSet()
 
 
 def _wandb_id(run: Path) -> str:

@@ -17,22 +17,26 @@ import functools
 import json
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
+import numpy as np
 from etils import epath
 
 from models.checkpoint import checkpoints_folder, wait_for_saves
 from train.config import PolicyConfig, SupervisedConfig
 from train.console import print_plain
-from train.processes import broadcast_from_first, is_distributed, is_first
-from train.run.directory import check_run
+from train.processes import broadcast_from_first, gather, is_distributed, is_first
+from train.run.directory import OPEN_RUNS, check_run
 from train.run.profile import finish_trace
-from train.running import setup_errors
+from train.run.signals import watch_signals
+from train.running import RunInterrupted, setup_errors
 
 LOCK = "lock.json"  # in a directory; FILE.lock.json beside a file
+_SAVE_SECONDS = 20  # how long a process that fails waits for a save; others take part in it, and may be gone
 _TRIES = 3  # to take a lock over; more only if others try at the same time
 
 Owner = dict[str, Any]
@@ -173,19 +177,31 @@ def owns_its_run(program: Callable[Concatenate[RunConfigT, P], None]) -> Callabl
 
     @functools.wraps(program)
     def with_locks(config: RunConfigT, *args: P.args, **kwargs: P.kwargs) -> None:
-        with contextlib.ExitStack() as stack:
+        with watch_signals(), contextlib.ExitStack() as stack:
             with setup_errors():
                 check_run(config)  # first: a lock makes the directory
                 stack.enter_context(owned(*run_locks(config)))
             try:
                 program(config, *args, **kwargs)
-            except BaseException:
-                if not is_distributed():
-                    wait_for_saves()  # the next owner would remove what is being saved
-                finish_trace()
+            except BaseException as error:
+                end_in_order(config, error)  # before the lock is released: the next owner removes what is being saved
                 raise
 
     return with_locks
+
+
+def end_in_order(config: PolicyConfig | SupervisedConfig, error: BaseException) -> None:
+    """Waits for the save in flight, finishes the profile's trace and closes the trackers of a run that `error` ends."""
+    is_agreed = isinstance(error, RunInterrupted) and error.is_agreed
+    waiter = threading.Thread(target=wait_for_saves, daemon=True)
+    waiter.start()
+    waiter.join(_SAVE_SECONDS if is_distributed() and not is_agreed else None)
+    finish_trace()
+    for run in list(OPEN_RUNS):
+        if run.path == Path(config.output_dir):
+            run.abandon(error)
+    if is_agreed:
+        gather(np.zeros(1))  # barrier: a launcher may kill the others once one has ended
 
 
 def run_locks(config: PolicyConfig | SupervisedConfig) -> list[Lock]:

@@ -119,7 +119,7 @@ def train_supervised(config: SupervisedConfig, task: SupervisedTask) -> None:
         run.show(done, {name: metrics[name] for name in ("loss", "accuracy") if name in metrics})
         if best:
             run.keep_best(done)
-        if best or run.checkpoint_due(done):
+        if run.checkpoint_due(done) or best:
             run.save(done, state)
     stopping.finish(run)
 
