@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import NoReturn
 
 from train.console import console, print_plain
-from train.running import SetupError
+from train.running import RunInterrupted, SetupError
 
 HANG_SECONDS = 60.0  # until a call that has not returned is reported, the first time
 GIL_SECONDS = 5.0  # more, until the interpreter's stack is printed: no Python thread could report
@@ -48,7 +48,7 @@ _state = _Containment()
 def contained(what: str) -> Iterator[None]:
     """Runs a user's code, which cannot end the process in silence or change the run's working directory.
 
-    The code finds the working directory that it left itself; the run keeps its own. Ctrl-C passes through.
+    The code finds the working directory that it left itself; the run keeps its own. A signal passes through.
 
     Args:
       what: its name, as messages show it, e.g. "rewards.function: my_rewards.brevity".
@@ -62,7 +62,7 @@ def contained(what: str) -> Iterator[None]:
     try:
         with _own_directory():
             yield
-    except (Exception, KeyboardInterrupt):
+    except (Exception, KeyboardInterrupt, RunInterrupted):
         raise
     except BaseException as error:
         deed = str(error) if isinstance(error, _ExitCall) else f"raised {error!r:.80}"
