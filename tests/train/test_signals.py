@@ -46,9 +46,11 @@ MakeConfig = Callable[..., PolicyConfig]
 
 @pytest.fixture(autouse=True)
 def handlers_are_as_before() -> Iterator[None]:
-    before = [signal.getsignal(number) for number in SIGNALS]
+    """Gives every test handlers of its own: a shell ignores SIGINT for what it starts in the background."""
+    found = {number: signal.signal(number, signal.SIG_DFL) for number in SIGNALS}
     yield
-    assert [signal.getsignal(number) for number in SIGNALS] == before and signal.set_wakeup_fd(-1) == -1
+    left = [signal.signal(number, handler) for number, handler in found.items()]
+    assert left == [signal.SIG_DFL] * len(SIGNALS) and signal.set_wakeup_fd(-1) == -1
 
 
 def send(number: int = signal.SIGTERM) -> None:
@@ -229,6 +231,8 @@ def in_a_process(code: str) -> subprocess.CompletedProcess[str]:
     program = f"""
 import ctypes, os, signal, sys, threading, time
 from train.run.signals import SIGNALS, decide_to_stop, defer_signals, watch_signals
+for number in SIGNALS:
+    signal.signal(number, signal.SIG_DFL)
 
 def later(seconds, *numbers):
     threading.Timer(seconds, lambda: [os.kill(os.getpid(), number) for number in numbers]).start()
