@@ -1,7 +1,8 @@
 """Orbax checkpoints of a run: one atomic step each, with everything that evaluation and resuming need.
 
 runs/NAME/checkpoints/STEP/params   the trained parameters, a nested dict of arrays
-                          /train    optimizer state and the rest of the trainer's state
+                          /train    optimizer state and the rest of the trainer's state; not in a step that is marked as
+                                    one of weights alone, by a file WEIGHTS_ONLY
                           /about    JSON: {"model": a Hugging Face config, "run": the resolved run config,
                                     "pins": what the run was started from, and "lora" if the run trains adapters}
 runs/NAME/checkpoints/base          the frozen parameters of a run that trains adapters
@@ -23,7 +24,14 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from models.checkpoint_files import list_steps, missing_array_file, missing_part, warn_once
+from models.checkpoint_files import (
+    give_up_state,
+    is_weights_only,
+    list_steps,
+    missing_array_file,
+    missing_part,
+    warn_once,
+)
 from models.config import Qwen3Config, read_config
 from models.hf_weights import abstract_model, abstract_params, as_layout, load_pretrained, split
 from models.lora import Lora, merge_adapters, merge_trainable, split_trainable
@@ -77,12 +85,22 @@ def _as_folder(directory: str) -> epath.Path:
 class Checkpoints:
     """The checkpoints of one run directory. A killed save leaves the previous step intact."""
 
-    def __init__(self, run: str | Path, *, keep: int | None = None, directory: str | None = None) -> None:
+    def __init__(
+        self,
+        run: str | Path,
+        *,
+        keep: int | None = None,
+        keep_every: int | None = None,
+        weights_only: bool = False,
+        directory: str | None = None,
+    ) -> None:
         """Opens a run's checkpoints.
 
         Args:
           run: the run's directory.
           keep: the number of newest checkpoints to keep; None = all.
+          keep_every: older steps that are a multiple of this are kept too; None = none of them.
+          weights_only: what is kept by `keep_every` alone loses the trainer's state.
           directory: where to store checkpoints; None = in the run's directory.
 
         Raises:
@@ -93,7 +111,8 @@ class Checkpoints:
             raise ValueError(f"keep: expected at least 1 checkpoint, or None to keep all, got {keep}")
         if directory is not None:
             set_checkpoints_folder(run, directory)
-        self._keep, self.best = keep, 0  # `best`: a step to keep although there are `keep` newer ones
+        self._keep, self._keep_every, self._weights_only = keep, keep_every, weights_only
+        self.best = 0  # a step to keep although there are `keep` newer ones
         options = ocp.CheckpointManagerOptions(
             preservation_policy=None if keep is None else self, create=True, cleanup_tmp_directories=True
         )
@@ -105,7 +124,21 @@ class Checkpoints:
     def should_preserve(self, checkpoints: Sequence[Any], **_: Any) -> list[bool]:
         """Orbax's preservation policy: returns for each checkpoint, oldest first, whether to keep it."""
         newest = len(checkpoints) - (self._keep or len(checkpoints))
-        return [i >= newest or checkpoint.step == self.best for i, checkpoint in enumerate(checkpoints)]
+        return [
+            i >= newest or checkpoint.step == self.best or self._is_kept_by_period(checkpoint.step)
+            for i, checkpoint in enumerate(checkpoints)
+        ]
+
+    def _is_kept_by_period(self, step: int) -> bool:
+        return self._keep_every is not None and step % self._keep_every == 0
+
+    def _give_up_states(self) -> None:
+        """Removes the trainer's state of the steps that are kept by `keep_every` alone."""
+        if self._keep is None or not self._weights_only or jax.process_index() != 0:
+            return
+        for step in _finalized_steps(self._folder)[: -self._keep]:
+            if self._is_kept_by_period(step) and step != self.best:
+                give_up_state(self._folder / str(step))
 
     def delete_after(self, step: int) -> None:
         """Deletes the checkpoints of later steps."""
@@ -123,6 +156,8 @@ class Checkpoints:
 
     def save(self, step: int, params: Any, train: Any, about: dict[str, Any]) -> None:
         """Saves in the background; a later save waits for an earlier one."""
+        self._manager.wait_until_finished()
+        self._give_up_states()
         self._manager.save(
             step,
             args=ocp.args.Composite(
@@ -170,6 +205,7 @@ class Checkpoints:
     def close(self) -> None:
         """Waits for the save in flight and closes the manager."""
         self._manager.close()
+        self._give_up_states()
         _OPEN.discard(self)
 
 
@@ -194,13 +230,18 @@ def set_damaged_aside(folder: epath.Path) -> None:
     """Renames the steps that are not whole to STEP.damaged, so that they are neither restored nor counted, and says so.
 
     Raises:
-      ValueError: no step is whole.
+      ValueError: there are steps, and none is whole, or the newest that is holds weights alone.
     """
     damaged = {step: missing_part(folder / str(step)) for step in _finalized_steps(folder)}
     whole = [step for step, missing in damaged.items() if not missing]
     damaged = {step: missing for step, missing in damaged.items() if missing}
     if damaged and not whole:
         raise ValueError(f"{_none_whole(folder, damaged)}; put one back, or delete {folder} to start over")
+    if whole and is_weights_only(folder / str(whole[-1])):
+        raise ValueError(
+            f"{folder}: a run goes on from its newest checkpoint, and step {whole[-1]} has weights alone; put a "
+            f"newer one back, or start another run with model.path: RUN@{whole[-1]}"
+        )
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("all processes have looked before one renames")
     if jax.process_index() == 0:

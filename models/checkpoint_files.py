@@ -13,6 +13,7 @@ from etils import epath
 ARRAY_ITEMS, ABOUT = ("params", "train"), "about"
 _STEP_METADATA, _MARKER = "_CHECKPOINT_METADATA", "commit_success.txt"
 _ARRAY_FILES = ("_METADATA", "manifest.ocdbt")
+WEIGHTS_ONLY = "WEIGHTS_ONLY"  # the file that marks a step of which the trainer's state was given up
 
 
 def list_steps(folder: epath.Path) -> list[int]:
@@ -25,15 +26,29 @@ def missing_part(step: epath.Path) -> str | None:
     """Says what the directory of a step lacks; None if it is whole."""
     if not any(step.iterdir()):
         return "its directory is empty"
-    items = [*ARRAY_ITEMS, ABOUT]
+    arrays = ARRAY_ITEMS[:1] if is_weights_only(step) else ARRAY_ITEMS
+    items = [*arrays, ABOUT]
     if absent := [item for item in items if not (step / item).is_dir()]:
         return f"{' and '.join(absent)} missing"
-    arrays = [f"{item}/{file}" for item in ARRAY_ITEMS for file in _ARRAY_FILES]
+    files = [f"{item}/{file}" for item in arrays for file in _ARRAY_FILES]
     return (
-        _missing_file(step, (_STEP_METADATA, *arrays, f"{ABOUT}/metadata"))
+        _missing_file(step, (_STEP_METADATA, *files, f"{ABOUT}/metadata"))
         or _missing_marker(step, items)
         or _uncommitted(step / _STEP_METADATA)
     )
+
+
+def is_weights_only(step: epath.Path) -> bool:
+    """Whether a step was made one of its weights alone, from which no run can go on."""
+    return (step / WEIGHTS_ONLY).exists()
+
+
+def give_up_state(step: epath.Path) -> None:
+    """Makes a step one of its weights alone; one that was interrupted in this is gone on with."""
+    state = step / ARRAY_ITEMS[1]
+    if state.exists():
+        (step / WEIGHTS_ONLY).write_text("the optimizer's state was removed: checkpoint.weights_only\n")
+        state.rmtree()
 
 
 def missing_array_file(item: epath.Path) -> str | None:

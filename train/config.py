@@ -123,6 +123,8 @@ class CheckpointConfig:
     every: int = 25  # steps between checkpoints; the last step is always saved
     every_minutes: float | None = None  # save too when so many minutes have passed since the last save; null: by steps
     keep: int | None = None  # how many of the newest checkpoints stay, at least 1; null: all of them
+    keep_every: int | None = None  # of the older checkpoints, those at multiples of this stay too; null: none
+    weights_only: bool = False  # what keep_every keeps loses the optimizer's state, when it has become old
     directory: str | None = None  # a directory or gs://BUCKET/NAME; default: output_dir/checkpoints
 
     def __post_init__(self) -> None:
@@ -132,6 +134,18 @@ class CheckpointConfig:
             _finite(self, "every_minutes")
         if self.keep is not None and self.keep < 1:
             raise ValueError(f"checkpoint.keep: expected at least 1, or null to keep all checkpoints, got {self.keep}")
+        if self.keep_every is not None:
+            self._check_keep_every(self.keep_every)
+        elif self.weights_only:
+            raise ValueError("checkpoint.weights_only: true needs checkpoint.keep_every, whose checkpoints it shrinks")
+
+    def _check_keep_every(self, period: int) -> None:
+        if self.keep is None:
+            raise ValueError(f"checkpoint.keep_every: {period} needs checkpoint.keep; without it all checkpoints stay")
+        if period < 1 or period % self.every:
+            raise ValueError(
+                f"checkpoint.keep_every: expected a multiple of checkpoint.every: {self.every}, or null, got {period}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

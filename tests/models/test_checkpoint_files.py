@@ -9,7 +9,7 @@ import pytest
 from etils import epath
 
 from models.checkpoint import Checkpoints, find_step, read_about, resolve_step
-from models.checkpoint_files import missing_part, warn_once
+from models.checkpoint_files import give_up_state, is_weights_only, list_steps, missing_part, warn_once
 
 PARAMS = {"x": jnp.zeros(2)}
 
@@ -86,6 +86,39 @@ def test_a_step_that_is_not_whole_is_passed_over(
     assert notes == (f"{run}/checkpoints/3: is not whole ({words}); it is passed over, and is now called 3.damaged\n")
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["2", "3", "3.damaged"]
     assert find_step(run) == (run, 3), "whole again"
+
+
+def test_old_steps_stay_at_multiples_of_keep_every_with_their_weights_alone(tmp_path: Path) -> None:
+    """They are read as any other; no run goes on from them."""
+    kept = {"keep": 2, "keep_every": 3, "weights_only": True}
+    for steps in (range(1, 6), range(6, 10)):  # a run that is interrupted
+        checkpoints = Checkpoints(tmp_path, **kept)
+        for step in steps:
+            checkpoints.save(step, PARAMS, PARAMS, {"model": {"step": step}})
+        checkpoints.close()
+    folder = epath.Path(tmp_path / "checkpoints")
+    assert list_steps(folder) == [3, 6, 8, 9]
+    assert [is_weights_only(folder / str(step)) for step in (3, 6, 8, 9)] == [True, True, False, False]
+    assert not (folder / "3" / "train").exists() and missing_part(folder / "3") is None
+    assert read_about(f"{tmp_path}@3") == {"model": {"step": 3}} and find_step(f"{tmp_path}@6") == (tmp_path, 6)
+    checkpoints = Checkpoints(tmp_path, **kept)
+    assert checkpoints.latest() == 9
+    checkpoints.delete_after(6)
+    checkpoints.close()
+    with pytest.raises(ValueError, match="a run goes on from its newest checkpoint, and step 6 has weights alone; put"):
+        Checkpoints(tmp_path)
+
+
+def test_a_step_that_is_interrupted_on_its_way_to_weights_alone(run: Path) -> None:
+    """The mark comes first; what the kill left is removed later."""
+    step = epath.Path(run / "checkpoints" / "1")
+    (step / "WEIGHTS_ONLY").touch()
+    (step / "train" / "_METADATA").unlink()
+    assert find_step(f"{run}@1") == (run, 1)
+    give_up_state(step)
+    assert not (step / "train").exists() and missing_part(step) is None
+    (step / "params" / "_METADATA").unlink()
+    assert missing_part(step) == "params/_METADATA missing"
 
 
 def test_an_older_version_marked_no_step(run: Path) -> None:

@@ -213,6 +213,15 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "text for an optional integer": ({"checkpoint.keep": "all"}, "checkpoint.keep: expected integer|null, got all"),
     "all checkpoints deleted": ({"checkpoint.keep": -1}, "checkpoint.keep: expected at least 1, or null to keep all"),
     "no checkpoint kept": ({"checkpoint.keep": 0}, "checkpoint.keep: expected at least 1, or null to keep all"),
+    "a period without keep": ({"checkpoint.keep_every": 5}, "checkpoint.keep_every: 5 needs checkpoint.keep; without"),
+    "a period between saves": (
+        {"checkpoint": {"every": 4, "keep": 1, "keep_every": 6}},
+        "checkpoint.keep_every: expected a multiple of checkpoint.every: 4, or null, got 6",
+    ),
+    "weights of no period": (
+        {"checkpoint.weights_only": True},
+        "weights_only: true needs checkpoint.keep_every",
+    ),
     "a table at every step": ({"log.completions_every": -1}, "completions_every: expected at least 0, got -1"),
     "negative seed": ({"seed": -1}, "seed: expected a number from 0 to 2**32 - 1 = 4294967295, got -1, which would"),
     "seed of 33 bits": ({"seed": 2**32 + 5}, "got 4294967301, which would draw the same as 5"),

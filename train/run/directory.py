@@ -98,7 +98,8 @@ class Run:
             write_whole(self.path / CONFIG, yaml.safe_dump(plain, sort_keys=False))
         self._about = {"model": dict(model), "run": plain, "pins": dict(pins or {})}
         self._about |= {"lora": plain["lora"]} if config.lora.rank else {}
-        self._checkpoints = Checkpoints(self.path, keep=config.checkpoint.keep, directory=config.checkpoint.directory)
+        keep = {name: getattr(config.checkpoint, name) for name in ("keep", "keep_every", "weights_only", "directory")}
+        self._checkpoints = Checkpoints(self.path, **keep)
         self._check_shared()
         is_new = self._checkpoints.latest() is None
         if is_first() and (is_new or not (self.path / "tokenizer").is_dir()):  # a run that goes on has the one it had
@@ -171,6 +172,14 @@ class Run:
             console.print(
                 f"{folder}: {due} checkpoints of {decimal(size)} are to come, and {decimal(free)} are free there; a "
                 f"smaller checkpoint.keep or a larger checkpoint.every needs less"
+            )
+        period = config.checkpoint.keep_every
+        stay = sum(step % period == 0 for step in remaining) if period else 0
+        old = _tree_bytes(state.params) if config.checkpoint.weights_only else size
+        if stay and free is not None and free < base + at_once * size + stay * old:
+            console.print(
+                f"{folder}: {stay} checkpoints of {decimal(old)} stay for checkpoint.keep_every: {period}, and "
+                f"{decimal(free)} are free there; a larger one, or checkpoint.weights_only: true, needs less"
             )
 
     def _open_trackers(self) -> None:
