@@ -40,7 +40,7 @@ from models.qwen3 import Backbone
 from models.sharding import Layout
 from models.weight_files import could_be_on_hub, describe_local
 
-FOLDER, BASE, STOPPED = "checkpoints", "base", "stopped.json"
+FOLDER, BASE, STOPPED, BEST = "checkpoints", "base", "stopped.json", "best.json"
 
 
 def checkpoints_folder(run: str | Path) -> epath.Path:
@@ -55,9 +55,15 @@ def is_run(checkpoint: str | Path) -> bool:
 
 
 def best_step(run: str | Path) -> int | None:
-    """Returns the best step of a run that ended by early stopping; None for any other run."""
-    file = Path(run) / STOPPED
-    return int(json.loads(file.read_text(encoding="utf-8"))["best_step"]) if file.is_file() else None
+    """Returns the best step of a run that ended by early stopping, or has `checkpoint.best`; None for any other run."""
+    stopped, best = Path(run) / STOPPED, Path(run) / BEST
+    if stopped.is_file():
+        return int(json.loads(stopped.read_text(encoding="utf-8"))["best_step"])
+    if not best.is_file():
+        return None
+    improvements = json.loads(best.read_text(encoding="utf-8"))["improvements"]
+    saved = set(_finalized_steps(checkpoints_folder(run)))  # the newest is written before its checkpoint is whole
+    return max((int(step) for step, _ in improvements if step in saved), default=None)
 
 
 def set_checkpoints_folder(run: str | Path, directory: str) -> None:

@@ -60,11 +60,18 @@ def policy_layout(config: PolicyConfig, devices: Sequence[jax.Device] | None = N
     Raises:
       ValueError: a mesh that does not divide the batches of policy, reward models and validation, or their groups.
     """
-    batches = [spec.batch_prompts for spec in config.rewards if spec.model]
+    batches = [spec.batch_prompts for spec in config.all_rewards if spec.model]
     batches += [config.prompts_per_step, config.microbatch_prompts, config.validation.batch_prompts]
     batches += [] if config.rollout_prompts is None else [config.rollout_prompts]
     groups = (config.num_generations, config.validation.num_generations)
     return make_layout_for(config.mesh, *batches, groups=groups, devices=devices)
+
+
+def generator_options(config: PolicyConfig) -> dict[str, Any]:
+    """Returns what a `models.generate.Generator` takes of a run's settings."""
+    names = ("temperature", "top_k", "top_p", "min_tokens", "max_prompt_length", "max_completion_length")
+    options = {name: getattr(config, name) for name in (*names, "rollout_prompts")}
+    return options | {"sampling_copy": config.mesh.sampling_copy, "decoding": config.mesh.decoding}
 
 
 def make_tokenizer(model: ModelConfig, chat: ChatConfig) -> Tokenizer:

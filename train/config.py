@@ -125,6 +125,8 @@ class CheckpointConfig:
     keep: int | None = None  # how many of the newest checkpoints stay, at least 1; null: all of them
     keep_every: int | None = None  # of the older checkpoints, those at multiples of this stay too; null: none
     weights_only: bool = False  # what keep_every keeps loses the optimizer's state, when it has become old
+    best: str | None = None  # a metric of the validation, such as validation/reward, whose best step stays; RUN@best
+    greater_is_better: bool | None = None  # whether more of that metric is better; null: unless its name ends in loss
     directory: str | None = None  # a directory or gs://BUCKET/NAME; default: output_dir/checkpoints
 
     def __post_init__(self) -> None:
@@ -138,6 +140,13 @@ class CheckpointConfig:
             self._check_keep_every(self.keep_every)
         elif self.weights_only:
             raise ValueError("checkpoint.weights_only: true needs checkpoint.keep_every, whose checkpoints it shrinks")
+        if self.best is None and self.greater_is_better is not None:
+            raise ValueError("checkpoint.greater_is_better: is of checkpoint.best, which is null; set it too")
+
+    @property
+    def is_greater_better(self) -> bool:
+        """Whether more of the metric `best` is better."""
+        return not (self.best or "").endswith("loss") if self.greater_is_better is None else self.greater_is_better
 
     def _check_keep_every(self, period: int) -> None:
         if self.keep is None:
@@ -239,6 +248,10 @@ class SupervisedConfig(RunConfig):
             raise ValueError(
                 "early_stopping.patience: needs data.validation (or validation_rows), whose loss or accuracy is watched"
             )
+        if self.checkpoint.best is not None and self.early_stopping.patience is not None:
+            raise ValueError("checkpoint.best, early_stopping.patience: each keeps its own best step; set one of them")
+        if self.checkpoint.best is not None and not (validated or self.data.held_out):
+            raise ValueError("checkpoint.best: needs data.validation (or validation_rows), whose metric it names")
         for name in self.data.held_out:
             if not re.fullmatch(r"[\w.-]+", name):
                 raise ValueError(
@@ -360,10 +373,30 @@ class ValidationConfig:
     prompts: int = 500  # a sample of so many of data.validation, by data.split_seed; 0: no validation
     num_generations: int = 1  # completions per prompt
     batch_prompts: int = 64  # prompts sampled at a time
+    temperature: float | None = None  # of sampling; null, here and in the next three: that of training
+    top_p: float | None = None  # sample from the likeliest tokens that have this probability together
+    top_k: int | None = None  # sample from so many likeliest tokens; 0: off
+    max_completion_length: int | None = None  # tokens
+    rewards: list[RewardSpec] = field(default_factory=list)  # scored too; nothing is learned from them
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "every", "num_generations", "batch_prompts")
         _at_least(self, 0, "prompts")
+        if self.temperature is not None:
+            _positive(self, "temperature")
+            _finite(self, "temperature")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"validation.top_p: expected a number in (0, 1], or null, got {self.top_p}")
+        _at_least(self, 0, *["top_k"] * (self.top_k is not None))
+        _at_least(self, 1, *["max_completion_length"] * (self.max_completion_length is not None))
+        if self.rewards and not self.prompts:
+            raise ValueError("validation.rewards: nothing is validated with validation.prompts: 0")
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """The settings of sampling that are not those of training."""
+        names = ("temperature", "top_p", "top_k", "max_completion_length")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     def due(self, step: int, last: int) -> bool:
         """Whether the policy is validated after so many of `last` steps."""
@@ -431,9 +464,16 @@ class PolicyConfig(RunConfig):
             raise ValueError("rewards: expected at least one reward, got none")
         if not any(spec.weight for spec in self.rewards):
             raise ValueError("rewards: expected a weight other than 0, got none: nothing would be learned")
-        labels = [spec.label for spec in self.rewards]
+        if self.checkpoint.best is not None and not self.validation.prompts:
+            raise ValueError("checkpoint.best: nothing is validated with validation.prompts: 0")
+        labels = [spec.label for spec in self.all_rewards]
         if len(set(labels)) < len(labels):
             raise ValueError(f"rewards: names must differ, got {labels}; set rewards[i].name")
+
+    @property
+    def all_rewards(self) -> list[RewardSpec]:
+        """The rewards that are trained for, then those of the validation alone."""
+        return [*self.rewards, *self.validation.rewards]
 
     @property
     def advantage_function(self) -> Callable[..., Any]:
@@ -567,6 +607,8 @@ def resolved(config: Any) -> dict[str, Any]:
 
 def hide_passwords(values: dict[str, Any]) -> dict[str, Any]:
     """Returns a config's plain values without the passwords in the options of reward functions."""
+    if isinstance(validation := values.get("validation"), dict):
+        values = {**values, "validation": hide_passwords(validation)}
     if not isinstance(values.get("rewards"), list | tuple):
         return values
     rewards = [

@@ -17,16 +17,13 @@ logged when the next rollouts are dispatched (`train.run.log`), or at once if it
 `train.objective`, step 7 in `train.update`. Left out on purpose: rollouts on other machines.
 """
 
-import math
-from functools import partial
-
 from models.decoding import choose_decoding
 from models.generate import Generator
 from models.hf_weights import split
 from models.sharding import Layout, to_host
 from models.slots import Part, join_parts
 from train.batch import Groups, choose, completion_table, is_enough, make_batch
-from train.build import make_model, make_optimizer, make_tokenizer, policy_layout, warn_of_rounding
+from train.build import generator_options, make_model, make_optimizer, make_tokenizer, policy_layout, warn_of_rounding
 from train.config import PolicyConfig
 from train.console import console
 from train.data.prompts import Prompts, load_prompts
@@ -34,7 +31,6 @@ from train.objective import make_advantages
 from train.pins import Pins
 from train.processes import share
 from train.rewards import Rewards
-from train.rewards.functions import completion_ids
 from train.rewards.parts import PartScores
 from train.rewards.watch import ScoreWatch
 from train.run.directory import Run
@@ -42,8 +38,9 @@ from train.run.lock import owns_its_run
 from train.run.log import StepLog
 from train.run.metrics import Timer, rollout_metrics
 from train.running import setup_errors
-from train.state import TRAIN, VALIDATION, TrainState, copy_tree, make_state, stream_key
+from train.state import TRAIN, copy_tree, make_state, stream_key
 from train.update import Update
+from train.validation import Validation
 
 
 @owns_its_run
@@ -64,10 +61,10 @@ def train_policy(config: PolicyConfig) -> None:
         advantages = make_advantages(config)  # a wrong option is refused here, before a reward model is read
         columns = [name for name in prompts.other_columns if not len(validation) or name in validation.other_columns]
         rewards = Rewards(reward_specs, layout, config.model.dtype, config.reward_combination, columns)
-        for prompt in prompts.one_of_each_kind():
-            rewards.check(prompt)
-        for part in (prompts, validation):
-            rewards.check_rows(part.columns(part.rows))
+        own_specs = pins.rewards(config.validation.rewards)
+        own_rewards = Rewards(own_specs, layout, config.model.dtype, columns=validation.other_columns)
+        rewards.check_data(prompts, validation)
+        own_rewards.check_data(validation)
         model = make_model(start, config.lora, layout, config.seed, tokenizer)
         graphdef, params, network = *split(model), model.config
         choose_decoding(config.mesh.decoding, layout, network)  # one that the devices cannot do is refused here
@@ -80,26 +77,15 @@ def train_policy(config: PolicyConfig) -> None:
         warn_of_rounding(config.optimizer, state.params)
         del model, params, initial  # a resumed run has other arrays: free these
 
-    generator = Generator(
-        graphdef,
-        tokenizer,
-        layout,
-        max_prompt_length=config.max_prompt_length,
-        max_completion_length=config.max_completion_length,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        min_tokens=config.min_tokens,
-        sampling_copy=config.mesh.sampling_copy,
-        decoding=config.mesh.decoding,
-        rollout_prompts=config.rollout_prompts,
-    )
+    options, own = generator_options(config), config.validation.sampling
+    generator = Generator(graphdef, tokenizer, layout, **options)
     update = Update(graphdef, optimizer, config, layout, state)
     watch = ScoreWatch(config.output_dir, list(rewards.scorers))
-    evaluate = partial(validate, run, config, validation, rewards, generator, watch)
+    validating = Generator(graphdef, tokenizer, layout, **options | own) if own else generator
+    evaluate = Validation(run, config, validation, rewards, own_rewards, validating, watch)
     describe(run, config, prompts, validation, layout)
     if run.start == 0 and config.validation.due(0, config.max_steps):
-        run.write(0, evaluate(state, 0))
+        run.write(0, run.validated(0, evaluate(state, 0)))
 
     timer = Timer()
     log = StepLog(run, config, network, timer)
@@ -150,7 +136,7 @@ def train_policy(config: PolicyConfig) -> None:
         if config.validation.due(done, config.max_steps):
             log.wait()
             with timer("validation"):
-                log.add(evaluate(state, done))
+                log.add(run.validated(done, evaluate(state, done)))
         watch.look(f"step {done}", groups.rewards_PGR)
         if run.checkpoint_due(done) or watch.is_hopeless:
             log.write()
@@ -160,45 +146,6 @@ def train_policy(config: PolicyConfig) -> None:
             run.close(f"ended after step {done} of {config.max_steps}")
             raise watch.error(done)
     run.close()
-
-
-def validate(
-    run: Run,
-    config: PolicyConfig,
-    validation: Prompts,
-    rewards: Rewards,
-    generator: Generator,
-    watch: ScoreWatch,
-    state: TrainState,
-    step: int,
-) -> dict[str, float]:
-    """Samples the first validation prompts, scores and writes the completions; returns metrics under validation/."""
-    settings = config.validation
-    rows = validation.rows[: settings.prompts]
-    prompts, G = validation.prompts(rows), settings.num_generations
-    key = stream_key(config.seed, VALIDATION, step)
-    completions = generator.complete(state.all_params, prompts, key, G, settings.batch_prompts)
-    texts_PG, lengths_PG, finished_PG, tokens_PGT = completions
-    own = share(len(rows))
-    ids_PG = completion_ids(tokens_PGT[own], lengths_PG[own])
-    rewards_PGR = rewards.score(prompts[own], texts_PG[own], validation.columns(rows, own), ids_PG)
-    watch.look(f"validation at step {step}", rewards_PGR, counts=False)
-    rewards_PG, metrics = rewards.combine(rewards_PGR), rewards.metrics(rewards_PGR)
-    table = [
-        {
-            "prompt_id": p,
-            "prompt": prompts[p],
-            "completion": texts_PG[p][g],
-            "reward": None if math.isnan(rewards_PG[p, g]) else float(rewards_PG[p, g]),
-            "length": int(lengths_PG[p, g]),
-            "stop_reason": "stop" if finished_PG[p, g] else "length",
-        }
-        for p in range(len(rows))
-        for g in range(G)
-    ]
-    run.write_completions(f"validation_{step:06d}", table)
-    metrics |= rollout_metrics(rewards_PG, lengths_PG, finished_PG)
-    return {f"validation/{name}": value for name, value in metrics.items()}
 
 
 def describe(run: Run, config: PolicyConfig, prompts: Prompts, validation: Prompts, layout: Layout) -> None:

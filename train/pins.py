@@ -116,7 +116,7 @@ def _named_models(config: RunConfig) -> dict[str, tuple[Callable[[str], Pin], st
     if config.model.path is not None:
         named["model.path"] = (pin_model, config.model.path)
     named["model.tokenizer"] = (pin_tokenizer, config.model.tokenizer_path)
-    for spec in config.rewards if isinstance(config, PolicyConfig) else ():
+    for spec in config.all_rewards if isinstance(config, PolicyConfig) else ():
         if spec.model is not None:
             named[_reward_setting(spec)] = (pin_model, spec.model)
             named[f"{_reward_setting(spec)} (tokenizer)"] = (pin_tokenizer, tokenizer_path(spec.model))

@@ -222,6 +222,27 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
         {"checkpoint.weights_only": True},
         "weights_only: true needs checkpoint.keep_every",
     ),
+    "a direction of no metric": (
+        {"checkpoint.greater_is_better": True},
+        "greater_is_better: is of checkpoint.best, which",
+    ),
+    "the best of no validation": (
+        {"checkpoint.best": "validation/reward", "validation.prompts": 0},
+        "checkpoint.best: nothing is validated with validation.prompts: 0",
+    ),
+    "rewards of no validation": (
+        {"validation": {"prompts": 0, "rewards": [{"function": "length"}]}},
+        "validation.rewards: nothing is validated with validation.prompts: 0",
+    ),
+    "one name of two rewards": (
+        {"validation": {"rewards": [{"function": "length", "name": "a"}, {"function": "length", "name": "a"}]}},
+        "rewards: names must differ",
+    ),
+    "no token of validation": (
+        {"validation.max_completion_length": 0},
+        "max_completion_length: expected at least 1, got 0",
+    ),
+    "no probability of validation": ({"validation.top_p": 0}, "validation.top_p: expected a number in (0, 1], or null"),
     "a table at every step": ({"log.completions_every": -1}, "completions_every: expected at least 0, got -1"),
     "negative seed": ({"seed": -1}, "seed: expected a number from 0 to 2**32 - 1 = 4294967295, got -1, which would"),
     "seed of 33 bits": ({"seed": 2**32 + 5}, "got 4294967301, which would draw the same as 5"),

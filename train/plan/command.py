@@ -57,7 +57,7 @@ def make_and_print(config: PlanConfig) -> None:
         devices = simulated_devices(max(counts.values()))
         network = network_config(config.model.path) if config.model.path else config.model.architecture
         assert network is not None  # ModelConfig has checked it
-        rewards = [network_config(spec.model) for spec in config.rewards if spec.model]
+        rewards = [network_config(spec.model) for spec in config.all_rewards if spec.model]
         plans = []
         for chip, count in counts.items():
             plans += chip_plans(config, chip, devices[:count], network, rewards)

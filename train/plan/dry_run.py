@@ -285,7 +285,7 @@ def describe_networks(config: TrainingConfig, columns: Collection[str] | None) -
         print_plain(f"tokenizer {tokenizer.path}: {tokenizer.size:,} ids")
     else:
         print_plain(f"tokenizer {config.model.tokenizer_path}: on the Hub, not read")
-    for spec in config.rewards if isinstance(config, PolicyConfig) else ():
+    for spec in config.all_rewards if isinstance(config, PolicyConfig) else ():
         if spec.function is not None:
             function_scorer(spec.function, spec.options, columns, runs_here=False)
             print_plain(f"reward {spec.label}: {spec.function}, weight {spec.weight:g}")
@@ -320,7 +320,7 @@ def memory_per_device(
         fields = {item.name: getattr(config, item.name) for item in dataclasses.fields(PolicyConfig)}
         planned = PlanConfig(**fields)
         layout = policy_layout(planned, stand_in_devices(config, devices))
-        rewards = [network_config(spec.model) for spec in config.rewards if spec.model]
+        rewards = [network_config(spec.model) for spec in config.all_rewards if spec.model]
         arrays, _ = step_parts(planned, layout, network, rewards)
     else:
         layout = make_layout_for(config.mesh, config.batch_size, devices=stand_in_devices(config, devices))

@@ -226,13 +226,15 @@ def scoring_parts(config: PlanConfig, layout: Layout, rewards: Sequence[Qwen3Con
     P, G, S, T = axis_sizes(config)
     arrays: dict[str, float] = {"reward models": 0.0}
     programs = []
-    for spec, network in zip((spec for spec in config.rewards if spec.model), rewards, strict=True):
+    for spec, network in zip((spec for spec in config.all_rewards if spec.model), rewards, strict=True):
         scorer = abstract_model(network, dtype=config.model.dtype, param_dtype=config.model.dtype, layout=layout)
         params, n = abstract_params(scorer, layout), spec.batch_prompts
         shapes = ((n, S), (n,), (n, G, T), (n, G))
         texts = [abstract_array(layout, dims, jnp.int32, axes) for dims, axes in zip(shapes, SCORED_AXES, strict=True)]
         place = f"offloaded {spec.label}" if spec.offload else "reward models"
         arrays[place] = arrays.get(place, 0.0) + bytes_per_device(params)
+        if spec in config.validation.rewards:
+            continue  # no part of a step
         jitted, during = scoring_program(split(scorer)[0]), (place,) if spec.offload else ()
         kernels = attention_kernels(layout, network, config.model.dtype, n, G, T, S)
         score = StepProgram(f"score {spec.label}", -(-P // n), jitted, (params, *texts), {}, during, kernels=kernels)

@@ -51,7 +51,7 @@ def show_policy(config: PolicyConfig, tokenizer: Tokenizer, count: int) -> None:
     first = prompts.prompts(prompts.rows[:count])
     for i, ids in enumerate(tokenizer.prompt_ids(first)):
         show_tokens(f"prompt {i + 1}", ids, tokenizer)
-    for spec in config.rewards:
+    for spec in config.all_rewards:
         if spec.model is None:
             continue
         reward_tokenizer = Tokenizer(tokenizer_path(spec.model))

@@ -13,6 +13,7 @@ import numpy as np
 from models.sharding import Layout
 from models.tokenizer import Prompt
 from train.config import RewardSpec
+from train.data.prompts import Prompts
 from train.processes import gather
 from train.rewards.functions import Scorer, TokenIds, check_rows, completion_ids, function_scorer
 from train.rewards.model import RewardModelScorer
@@ -57,6 +58,13 @@ class Rewards:
             )
             for spec in specs
         }
+
+    def check_data(self, *parts: Prompts) -> None:
+        """Refuses what could not be scored: prompts of the first part by `check`, rows of all by `check_rows`."""
+        for prompt in parts[0].one_of_each_kind():
+            self.check(prompt)
+        for part in parts:
+            self.check_rows(part.columns(part.rows))
 
     def check(self, prompt: Prompt) -> None:
         """Refuses reward models that cannot read such a prompt, before anything is sampled.

@@ -30,6 +30,7 @@ from models.tokenizer import Tokenizer
 from train.config import RunConfig, hide_passwords, resolved
 from train.console import console, print_plain
 from train.processes import gather, is_distributed, is_first
+from train.run.best import BestStep
 from train.run.files import check_room, check_run_directory, free_bytes, write_jsonl, write_whole
 from train.run.profile import PROFILE, Profile, finish_trace
 from train.run.schedule import SaveSchedule
@@ -108,6 +109,7 @@ class Run:
         self._progress: Progress | None = None
         self._profile = Profile(None, self.path, 0)
         self._schedule = SaveSchedule(config.checkpoint, config.max_steps)
+        self._best = BestStep(self.path, config.checkpoint)
         self._started = time.perf_counter()
         self._step = 0  # the one that was begun last, from 1
         self.start = 0
@@ -150,6 +152,9 @@ class Run:
         if is_first():
             rewind_metrics(self.path / METRICS, latest)
             self._open_trackers()
+        if latest is not None:
+            self._best.replay(read_metrics(self.path), latest)
+            self.keep_best(self._best.step)
         return state
 
     def _check_room(self, state: TrainState, latest: int | None) -> None:
@@ -248,11 +253,23 @@ class Run:
 
     def checkpoint_due(self, step: int) -> bool:
         """Whether to save after this step; to be asked once a step, by every process: all get the same answer."""
-        return self._schedule.is_due(step)
+        return self._schedule.is_due(step) or step == self._best.step
+
+    def validated(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
+        """Takes a validation into account for `checkpoint.best`, and returns its metrics.
+
+        Raises:
+          SetupError: it has no such metric.
+        """
+        self._best.observe(step, metrics)
+        return metrics
 
     def save(self, step: int, state: TrainState) -> None:
         """Saves a checkpoint in the background."""
         self._schedule.saved(step)
+        if step == self._best.step:
+            self.keep_best(step)
+            self._best.write()
         self._checkpoints.save(step, state.params, _optimizer_items(state), self._about)
 
     def keep_best(self, step: int) -> None:

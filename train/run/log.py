@@ -56,7 +56,8 @@ class StepLog:
         if self._step is None:
             return
         seconds = self._timer.take()
-        speed = throughput(self._config, self._network, self._drawn, seconds["timing_s/step"])
+        training_seconds = seconds["timing_s/step"] - seconds.get("timing_s/validation", 0.0)
+        speed = throughput(self._config, self._network, self._drawn, training_seconds)
         metrics = self._metrics | seconds | speed
         self._run.write(self._step, metrics)
         self._run.show(

@@ -116,8 +116,8 @@ def throughput(config: PolicyConfig, network: Qwen3Config, drawn: Sequence[Group
     """Returns perf/tokens_per_s, of completion tokens, and perf/mfu on devices in `models.flops.PEAK_FLOPS`.
 
     MFU is the least arithmetic that sampling, the passes over the batch and a reference policy need (every prompt once
-    per group, remat not counted) over what the devices could have computed in the whole step. Reward models, validation
-    and waiting take time and add no arithmetic.
+    per group, remat not counted) over what the devices could have computed in `seconds`, the step's without validation.
+    Reward models and waiting take time and add no arithmetic.
     """
     tokens = sum(int(groups.rollout.lengths_PG.sum()) for groups in drawn)
     metrics = {"perf/tokens_per_s": tokens / seconds}

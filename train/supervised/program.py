@@ -97,7 +97,7 @@ def train_supervised(config: SupervisedConfig, task: SupervisedTask) -> None:
         return evaluation
 
     if run.start == 0 and held_out:
-        run.write(0, evaluate(state).metrics)
+        run.write(0, run.validated(0, evaluate(state).metrics))
     for step in run.steps():
         if stopping.exhausted:
             break
@@ -111,7 +111,7 @@ def train_supervised(config: SupervisedConfig, task: SupervisedTask) -> None:
         if held_out and (done % config.eval_steps == 0 or done == config.max_steps):
             with timer("validation"):
                 evaluation = evaluate(state)
-            metrics |= evaluation.metrics
+            metrics |= run.validated(done, evaluation.metrics)
             best = stopping.observe(done, evaluation.metrics)
             if best or not stopping.enabled:
                 write_calibration(run, done, evaluation)
