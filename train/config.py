@@ -417,6 +417,8 @@ class PolicyConfig(RunConfig):
     # prompts that are sampled at a time; when the completions of some have ended, waiting prompts take their places;
     # null: all at once, which is fastest where memory is enough
     rollout_prompts: int | None = None
+    # 1: sample the next step's completions while this one's rewards are waited for, with weights that are one step old
+    rollout_ahead: int = 0
     microbatch_prompts: int = 8  # prompts whose gradient is computed at a time
     num_iterations: int = 1  # passes over each batch
     minibatch_prompts: int | None = None  # prompts per update; null: all, one update in each pass
@@ -448,6 +450,7 @@ class PolicyConfig(RunConfig):
                 f"rollout_prompts: expected a number from 1 to prompts_per_step = {self.prompts_per_step}, or null to "
                 f"sample all of them at once, got {self.rollout_prompts}"
             )
+        self._check_rollout_ahead()
         _at_least(self, 0, "top_k", "min_tokens")
         _positive(self, "temperature")
         _finite(self, "temperature")
@@ -469,6 +472,22 @@ class PolicyConfig(RunConfig):
         labels = [spec.label for spec in self.all_rewards]
         if len(set(labels)) < len(labels):
             raise ValueError(f"rewards: names must differ, got {labels}; set rewards[i].name")
+
+    def _check_rollout_ahead(self) -> None:
+        if self.rollout_ahead not in (0, 1):
+            raise ValueError(
+                f"rollout_ahead: expected 0 or 1, the steps that are sampled ahead, got {self.rollout_ahead}"
+            )
+        if self.rollout_ahead and self.loss.importance_sampling_mode is None:
+            raise ValueError(
+                "rollout_ahead: 1 learns from samples of older weights, which loss.importance_sampling_mode has to "
+                "weight; set it, for example to token_truncate"
+            )
+        for name in ("dynamic_sampling_attempts", "rollout_prompts"):
+            if self.rollout_ahead and getattr(self, name) not in (None, 1):
+                raise ValueError(
+                    f"rollout_ahead: 1 samples a step's prompts once and together; leave {name} out, or rollout_ahead"
+                )
 
     @property
     def all_rewards(self) -> list[RewardSpec]:

@@ -4,7 +4,8 @@ Every step of `train_policy`:
 
     1  prompts      P prompts, a pure function of (seed, step); with dynamic sampling more, until all groups differ
     2  tokens       prompt_PS, right-padded, with lengths
-    3  rollouts     G completions each: tokens_PGT, their log-probabilities and lengths; the prompt computed once
+    3  rollouts     G completions each: tokens_PGT, their log-probabilities and lengths; the prompt computed once; with
+                    rollout_ahead those of the next step are sampled while this one's rewards are waited for
     4  rewards      rewards_PGR, every reward by itself, and their weighted sum rewards_PG; NaN = unscorable
     5  advantages   ADVANTAGES[name](rewards_PG): the one line in which GOPO and GRPO differ
     6  loss         clipped policy loss and KL penalty on the log-probabilities of the same tokens
@@ -33,12 +34,13 @@ from train.processes import share
 from train.rewards import Rewards
 from train.rewards.parts import PartScores
 from train.rewards.watch import ScoreWatch
+from train.rollouts import Rollouts, empty_rollouts
 from train.run.directory import Run
 from train.run.lock import owns_its_run
 from train.run.log import StepLog
 from train.run.metrics import Timer, rollout_metrics
 from train.running import setup_errors
-from train.state import TRAIN, copy_tree, make_state, stream_key
+from train.state import copy_tree, make_state
 from train.update import Update
 from train.validation import Validation
 
@@ -73,12 +75,14 @@ def train_policy(config: PolicyConfig) -> None:
         initial = make_state(params, optimizer, layout)
         ref_params = copy_tree(initial.params) if config.loss.beta else None  # adapters: fresh ones change nothing
         ref_params = to_host(ref_params) if config.loss.offload_reference else ref_params
-        state = run.resume(initial)
+        state = run.resume(initial, {"ahead": empty_rollouts(config)} if config.rollout_ahead else {})
         warn_of_rounding(config.optimizer, state.params)
         del model, params, initial  # a resumed run has other arrays: free these
 
     options, own = generator_options(config), config.validation.sampling
     generator = Generator(graphdef, tokenizer, layout, **options)
+    rollouts = Rollouts(config, prompts, generator, run.restored.get("ahead"))
+    run.beside = rollouts.saved
     update = Update(graphdef, optimizer, config, layout, state)
     watch = ScoreWatch(config.output_dir, list(rewards.scorers))
     validating = Generator(graphdef, tokenizer, layout, **options | own) if own else generator
@@ -92,25 +96,20 @@ def train_policy(config: PolicyConfig) -> None:
     for step in run.steps():
         attempts = list[Groups]()
         while not attempts or not is_enough(attempts, advantages, config):
-            # 1 prompts
-            attempt = len(attempts)
-            rows = prompts.batch(config.seed, step, config.prompts_per_step, attempt)
-            # 2 tokens
-            prompt_PS, lengths_P = prompts.encode(rows)
-            # 3 rollouts, dispatched to the devices
+            # 1 prompts, 2 tokens, 3 rollouts, dispatched to the devices; see Rollouts.draw
             with timer("generate"):
-                key = stream_key(config.seed, TRAIN, step, attempt)
-                sampled = generator.rollouts(state.all_params, prompt_PS, lengths_P, key, config.num_generations)
+                drawn = rollouts.draw(state.all_params, step, len(attempts))
                 log.write()  # the step before: its update ends while these rollouts are dispatched already
             # 4 rewards of the groups that have ended, while others are sampled; of all groups at once by default
-            parts, scores = list[Part](), PartScores(rewards, tokenizer, prompts.prompts(rows), prompts.columns(rows))
-            for ended in timer.each("generate", sampled):
+            rows, parts = drawn.rows, list[Part]()
+            scores = PartScores(rewards, tokenizer, prompts.prompts(rows), prompts.columns(rows))
+            for ended in timer.each("generate", drawn.parts):
                 parts.append(ended)
                 with timer("reward"):
                     scores.add(ended)
             with timer("reward"):
                 rewards_PGR = scores.of_all()
-            attempts.append(Groups(rows, prompt_PS, lengths_P, join_parts(parts), rewards_PGR))
+            attempts.append(Groups(rows, drawn.prompt_PS, drawn.lengths_P, join_parts(parts), rewards_PGR))
         groups = choose(attempts, advantages, config)
         rewards_PG, rollout = rewards.combine(groups.rewards_PGR), groups.rollout
         with timer("update"):

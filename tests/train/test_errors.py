@@ -243,6 +243,22 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
         "max_completion_length: expected at least 1, got 0",
     ),
     "no probability of validation": ({"validation.top_p": 0}, "validation.top_p: expected a number in (0, 1], or null"),
+    "two steps ahead": (
+        {"rollout_ahead": 2},
+        "rollout_ahead: expected 0 or 1, the steps that are sampled ahead, got 2",
+    ),
+    "ahead without weights": (
+        {"rollout_ahead": 1},
+        "rollout_ahead: 1 learns from samples of older weights, which loss",
+    ),
+    "ahead and again": (
+        {
+            "rollout_ahead": 1,
+            "loss": {"importance_sampling_mode": "token_truncate"},
+            "dynamic_sampling_attempts": 2,
+        },
+        "rollout_ahead: 1 samples a step's prompts once and together; leave dynamic_sampling_attempts out",
+    ),
     "a table at every step": ({"log.completions_every": -1}, "completions_every: expected at least 0, got -1"),
     "negative seed": ({"seed": -1}, "seed: expected a number from 0 to 2**32 - 1 = 4294967295, got -1, which would"),
     "seed of 33 bits": ({"seed": 2**32 + 5}, "got 4294967301, which would draw the same as 5"),

@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from train import processes
-from train.config import CheckpointConfig, PolicyConfig, RewardSpec, ValidationConfig
+from train.config import CheckpointConfig, LossConfig, PolicyConfig, RewardSpec, ValidationConfig
 from train.run.directory import read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -186,13 +186,17 @@ def test_an_error_of_one_ends_all(config_of: MakeConfig, policy_config: MakeConf
 
 @pytest.mark.slow
 def test_a_signal_to_any_ends_all_after_the_same_step(config_of: MakeConfig, tmp_path: Path) -> None:
-    """No step is lost, whichever process gets it: the run that goes on is the one that was not interrupted."""
+    """No step is lost, whichever process gets it: the run that goes on is the one that was not interrupted.
+
+    The rollouts that were drawn ahead are in the checkpoint, of all processes.
+    """
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     for folder in (whole, cut):
         folder.mkdir()
-    checkpoint = CheckpointConfig(every=1000)
-    run(config_of(whole, max_steps=16, checkpoint=checkpoint), whole, 2, 1)
-    config, steps = config_of(cut, max_steps=16, checkpoint=checkpoint), 0
+    settings: dict[str, Any] = {"max_steps": 16, "checkpoint": CheckpointConfig(every=1000)}
+    settings |= {"rollout_ahead": 1, "loss": LossConfig(importance_sampling_mode="token_truncate")}
+    run(config_of(whole, **settings), whole, 2, 1)
+    config, steps = config_of(cut, **settings), 0
     for signalled in ((1,), (0, 1)):
         started = launch(config, cut, 2, 1)
         deadline = time.monotonic() + 300

@@ -13,8 +13,9 @@ import os
 import secrets
 import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -70,6 +71,8 @@ class Run:
 
     Attributes:
       start: the step that the run starts or goes on from, known after `resume`.
+      restored: what the checkpoint that it goes on from holds beside the state.
+      beside: returns what `save` puts there.
     """
 
     def __init__(
@@ -113,6 +116,8 @@ class Run:
         self._started = time.perf_counter()
         self._step = 0  # the one that was begun last, from 1
         self.start = 0
+        self.restored: dict[str, Any] = {}
+        self.beside: Callable[[], dict[str, Any]] = dict
         OPEN_RUNS.add(self)
 
     def _check_shared(self) -> None:
@@ -135,8 +140,12 @@ class Run:
                 f"(gs:// too)"
             )
 
-    def resume(self, state: TrainState) -> TrainState:
-        """Restores the newest checkpoint, if there is one, into `state`; cuts metrics.jsonl back to its step."""
+    def resume(self, state: TrainState, beside: Mapping[str, Any] = MappingProxyType({})) -> TrainState:
+        """Restores the newest checkpoint, if there is one, into `state`; cuts metrics.jsonl back to its step.
+
+        Args:
+          beside: arrays like those that the checkpoint holds beside the state, for `restored`.
+        """
         latest = self._checkpoints.latest()
         self._check_room(state, latest)
         if state.frozen:
@@ -145,7 +154,8 @@ class Run:
             about = read_newest_about(self.path)
             _refuse_another(self.config, about["run"], checkpoints_folder(self.path))
         if latest is not None:
-            params, train = self._checkpoints.restore(latest, state.params, _optimizer_items(state))
+            params, train = self._checkpoints.restore(latest, state.params, _optimizer_items(state) | dict(beside))
+            self.restored = {name: train.pop(name) for name in beside}
             state = state._replace(params=params, **train)
             self.start = latest
             console.print(f"{self.path}: going on from step {latest} of {self.config.max_steps}")
@@ -270,7 +280,7 @@ class Run:
         if step == self._best.step:
             self.keep_best(step)
             self._best.write()
-        self._checkpoints.save(step, state.params, _optimizer_items(state), self._about)
+        self._checkpoints.save(step, state.params, _optimizer_items(state) | self.beside(), self._about)
 
     def keep_best(self, step: int) -> None:
         """Keeps this step's checkpoint, whatever `checkpoint.keep` is, until the next call."""
