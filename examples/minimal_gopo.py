@@ -125,8 +125,7 @@ def main(steps: int) -> float:
         def loss(policy: Params) -> jax.Array:
             new_PGT = logprobs(policy, prompt_PS, tokens_PGT)
             old_PGT = jax.lax.stop_gradient(new_PGT)  # one update per batch: the sampler's are the same
-            penalty = {"kl": "k3", "ref_logprobs": ref_PGT, "beta": BETA}
-            return policy_loss(new_PGT, old_PGT, advantages_PG, mask_PGT, **penalty)[0]
+            return policy_loss(new_PGT, old_PGT, advantages_PG, mask_PGT, kl="k3", ref_logprobs=ref_PGT, beta=BETA)[0]
 
         updates, state = optimizer.update(jax.grad(loss)(policy), state)
         return optax.apply_updates(policy, updates), state
