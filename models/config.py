@@ -108,6 +108,8 @@ class Qwen3Config:
         for name in ("rms_norm_eps", "rope_theta", "initializer_range"):
             if not _is_number(getattr(self, name)) or getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected a number of at least 0, got {getattr(self, name)!r}")
+        if not self.rope_theta > 0:
+            raise ValueError(f"rope_theta: expected a number above 0, got {self.rope_theta!r}")
         for name in ("tie_word_embeddings", "attention_bias"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}: expected true or false, got {getattr(self, name)!r}")

@@ -47,6 +47,8 @@ class Lora:
             raise ValueError(f"lora.rank: expected at least 0 (0: no adapters), got {self.rank}")
         if not self.alpha > 0:
             raise ValueError(f"lora.alpha: expected a number above 0, got {self.alpha}")
+        if self.alpha == math.inf:
+            raise ValueError(f"lora.alpha: expected a finite number, got {self.alpha}")
         unknown = set(self.targets) - PROJECTIONS.keys()
         if unknown or not self.targets or len(set(self.targets)) < len(self.targets):
             raise ValueError(

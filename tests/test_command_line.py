@@ -2,11 +2,14 @@
 
 import dataclasses
 import json
+import math
+import re
 import shlex
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, get_origin, get_type_hints
 
 import pytest
 import yaml
@@ -22,7 +25,7 @@ from train.__main__ import KINDS, LEARNING, PREVIEWS
 from train.__main__ import main as train_main
 from train.config import MeshConfig, PolicyConfig
 from train.parse import OPTIONS, parse
-from train.settings import comments, form, settings, shown
+from train.settings import Setting, check_null, check_numbers, comments, form, settings, shown
 
 PROGRAMS: dict[str, type[Any]] = {f"train {name}": kind for name, kind in KINDS.items()}
 PROGRAMS |= {f"train inspect {name}": kind for name, kind in LEARNING.items()}
@@ -144,6 +147,87 @@ def test_a_comment_stands_above_or_behind_its_field() -> None:
 )
 def test_types_in_words(hint: Any, words: str) -> None:
     assert form(hint) == words
+
+
+# Numbers
+
+
+def nested(key: str, value: Any) -> Any:
+    """The value as a setting of this dotted key alone."""
+    for name in reversed(key.split(".")):
+        value = {name.removesuffix("[]"): [value] if name.endswith("[]") else value}
+    return value
+
+
+@pytest.mark.parametrize("kind", dict.fromkeys(PROGRAMS.values()))
+def test_every_number_is_finite_or_may_be_infinite_by_its_comment(kind: type[Any]) -> None:
+    known = settings(kind)
+    for key, setting in known.items():
+        if not re.search("integer|number", form(setting.hint)):
+            continue
+        values = [math.nan, 10**25, -(10**25), *([] if ".inf" in setting.comment else [math.inf, -math.inf, 1e39])]
+        for value in values:
+            with pytest.raises(ValueError, match=f"^{re.escape(key)}: expected (a finite number|an integer from)"):
+                check_numbers(known, nested(key, [0, value] if setting.item else value))
+        for value in (0, -1, 2**40, 1e-300, None, True, *([math.inf] if ".inf" in setting.comment else [])):
+            check_numbers(known, nested(key, value))
+
+
+def may_be_empty(setting: Setting) -> bool:
+    """Whether null is, or means, something: `columns:` without any, a switch that is off, a text that is not given."""
+    is_plain = setting.inner is None and setting.item is None and not re.search("integer|number", form(setting.hint))
+    return form(setting.hint).endswith("|null") or (is_plain and get_origin(setting.hint) is not Literal)
+
+
+@pytest.mark.parametrize("kind", dict.fromkeys(PROGRAMS.values()))
+def test_null_is_for_settings_whose_type_has_it(kind: type[Any]) -> None:
+    known = settings(kind)
+    for key, setting in known.items():
+        with (
+            nullcontext()
+            if may_be_empty(setting)
+            else pytest.raises(
+                ValueError, match=f"^{re.escape(key)}: expected {re.escape(form(setting.hint))}, got null"
+            )
+        ):
+            check_null(known, nested(key, None), ("number", "choice", "section", "list"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nulls:
+    number: int = 1
+    switch: bool = True
+    texts: dict[str, str] = field(default_factory=dict)
+    word: str = "a"
+    words: list[str] = field(default_factory=list)
+    numbers: list[float] = field(default_factory=list)
+    choice: Literal["x", "y"] = "x"
+    other: int = 1
+
+    def __post_init__(self) -> None:
+        if "far" in self.word:
+            raise ValueError("word: expected one that is near")
+        if self.words is not None and "none" in self.words:
+            raise ValueError("words: expected none")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("number:", "number: expected integer, got null"),
+        ("choice: null", "choice: expected x|y, got null"),
+        ("word: null", "word: expected text, got null"),  # its own check would end with a traceback
+        ("words: null", "words: expected text ..., got null"),
+        ("numbers: [1.0, null]", "numbers: expected number ..., got None"),
+        ("words: [none]\nnumbers: [.inf]", "words: expected none"),  # the check that knows the setting speaks first
+        ("numbers: [.nan]", "numbers: expected a finite number, got nan"),
+        ("switch:\ntexts:", None),
+    ],
+)
+def test_null_and_infinity_in_a_file_are_one_line(tmp_path: Path, text: str, message: str | None) -> None:
+    (tmp_path / "x.yaml").write_text(f"{text}\nother: 2\n")
+    with nullcontext() if message is None else pytest.raises(ValueError, match=f"^{re.escape(message or '')}"):
+        parse(Nulls, ["--config", str(tmp_path / "x.yaml")])
 
 
 # Wrong keys

@@ -85,7 +85,7 @@ class OptimizerConfig:
     adam_beta2: float = 0.999  # decay of the squared gradients' mean, per update
     adam_epsilon: float = 1e-8  # added to the root of the squared gradients' mean
     weight_decay: float = 0.0  # share of a weight, times the learning rate, taken off it per update
-    max_grad_norm: float = 1.0  # gradients of a larger global norm are scaled down to this
+    max_grad_norm: float = 1.0  # gradients of a larger global norm are scaled down to this; .inf: never
     master_weights: bool = False  # keep a float32 copy of bfloat16 parameters, and add updates up in that
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"  # learning rate after the warm-up
     warmup_steps: int = 10  # updates over which the learning rate grows from 0
@@ -94,6 +94,8 @@ class OptimizerConfig:
         _positive(self, "learning_rate", "max_grad_norm", "adam_epsilon")
         _at_least(self, 0, "warmup_steps", "weight_decay")
         _finite(self, "learning_rate", "adam_epsilon", "weight_decay")  # max_grad_norm .inf: never scaled
+        if self.warmup_steps >= 2**31:
+            raise ValueError(f"warmup_steps: expected at most 2**31 - 1 = {2**31 - 1}, got {self.warmup_steps}")
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a number in [0, 1), got {getattr(self, name)}")
@@ -319,8 +321,8 @@ class LossConfig:
     # estimator of the KL divergence from the reference policy (docs/algorithms.md)
     kl: Literal["k1", "k2", "k3"] = "k3"
     kl_in: Literal["loss", "reward"] = "loss"  # where the penalty goes; reward: its sum over a completion is taken off
-    clip_low: float = 0.2  # of surrogate clip: the importance ratio is clipped to at least 1 - clip_low
-    clip_high: float = 0.2  # of surrogate clip: the importance ratio is clipped to at most 1 + clip_high
+    clip_low: float = 0.2  # of surrogate clip: the importance ratio is clipped to at least 1 - clip_low; .inf: never
+    clip_high: float = 0.2  # of surrogate clip: the importance ratio is clipped to at most 1 + clip_high; .inf: never
     # the importance ratio: of each token; of the completion per token (GSPO); both; of the completion as a whole
     ratio: Literal["token", "sequence", "sequence_token", "trajectory"] = "token"
     surrogate: Literal["clip", "cispo", "sapo"] = "clip"  # what the importance ratio and the advantage become
@@ -334,7 +336,7 @@ class LossConfig:
     mask_truncated_completions: bool = False  # completions cut at max_completion_length teach nothing
     # how tokens are weighted by (trainer's probability / sampler's), where the two do not agree; null: not at all
     importance_sampling_mode: SamplerCorrection | None = None
-    importance_sampling_clip_max: float = 2.0  # the largest such weight
+    importance_sampling_clip_max: float = 2.0  # the largest such weight; .inf: any
     importance_sampling_clip_min: float = 0.0  # the smallest such weight
     offload_reference: bool = False  # keep the reference policy in the host's memory between updates
     # tokens whose logits exist at a time on each device, at least one of every row; null: 1024 on CPUs, 4096 elsewhere
@@ -342,17 +344,22 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         _at_least(self, 0, "beta", "clip_low", "clip_high", "importance_sampling_clip_min")
+        _finite(self, "beta", "importance_sampling_clip_min")
         _at_least(self, self.importance_sampling_clip_min, "importance_sampling_clip_max")
-        _finite(self, "beta")
         _at_least(self, 1, *["logprob_chunk"] * (self.logprob_chunk is not None))
         known = [
             name for name in dotted.option_names(SURROGATES[self.surrogate]) if name not in ("clip_low", "clip_high")
         ]
         dotted.check_options(self.surrogate_options, known, "loss.surrogate_options", self.surrogate)
         for name, value in self.surrogate_options.items():
-            if not isinstance(value, int | float) or (name == "dual_clip" and not value > 1):
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not is_number or (name == "dual_clip" and not value > 1):
                 wanted = "a number above 1" if name == "dual_clip" else "a number"
                 raise ValueError(f"loss.surrogate_options: {name}: expected {wanted}, got {value!r}")
+            if not value > 0:
+                raise ValueError(f"loss.surrogate_options: {name}: expected a number above 0, got {value}")
+            if name.startswith("temperature") and value == math.inf:
+                raise ValueError(f"loss.surrogate_options: {name}: expected a finite number, got {value}")
         if self.surrogate != "clip" and (self.clip_low, self.clip_high) != (0.2, 0.2):
             raise ValueError(
                 f"loss.clip_low, loss.clip_high: are of the surrogate clip; {self.surrogate} has "
@@ -461,6 +468,10 @@ class PolicyConfig(RunConfig):
         _divides("microbatch_prompts", self.microbatch_prompts, whole, self.update_prompts)
         known = [name for name in dotted.option_names(self.advantage_function) if name != "weights_R"]
         dotted.check_options(self.advantage_options, known, "advantage_options", self.advantage)
+        if self.advantage in ADVANTAGES:
+            for name, option in self.advantage_options.items():
+                if any(not math.isfinite(x) for x in np.ravel(option) if isinstance(x, float)):
+                    raise ValueError(f"advantage_options: {name}: expected finite numbers, got {option}")
         if self.loss.kl_in == "reward" and self.takes_every_reward:
             raise ValueError(f"loss.kl_in: reward is taken off one reward; {self.advantage} takes every reward apart")
         if not self.rewards:
@@ -660,7 +671,7 @@ def _positive(config: Any, *names: str) -> None:
         value = getattr(config, name)
         if not value > 0:
             raise ValueError(f"{name}: expected a number above 0, got {value}")
-        if value < np.finfo(np.float32).tiny:
+        if value < float(np.finfo(np.float32).tiny):
             raise ValueError(f"{name}: expected a number above 0, got {value}, which is 0 in float32")
 
 

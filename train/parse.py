@@ -14,7 +14,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from train.settings import Setting, check_key, check_values, form, help_text, settings
+from train.settings import Setting, check_key, check_null, check_numbers, check_values, form, help_text, settings
 from train.strict_yaml import load_yaml
 
 VARIANTS = Path(__file__).parent.parent / "configs" / "variants"  # other trainers' algorithms, by name
@@ -60,10 +60,23 @@ def parse(
     parser.add_argument("--config", action="config")
     parser.add_class_arguments(kind)
     try:
-        values = parser.instantiate(parser.parse_args(line))
+        given = parser.parse_args(line)
     except (jsonargparse.ArgumentError, ValueError) as error:
         raise ValueError(_one_line(error, known, program, positional)) from error
-    return kind(**{item.name: values[item.name] for item in dataclasses.fields(kind)})
+    check_null(known, given, ("number", "choice", "section"))
+    try:
+        try:
+            values = parser.instantiate(given)
+        except (jsonargparse.ArgumentError, ValueError) as error:
+            raise ValueError(_one_line(error, known, program, positional)) from error
+        config = kind(**{item.name: values[item.name] for item in dataclasses.fields(kind)})
+    except (TypeError, AttributeError, ArithmeticError):  # a check of the config's own met null, or infinity
+        check_null(known, given)
+        check_numbers(known, given)
+        raise
+    check_null(known, given, ("list",))  # last: the config's own checks know better what is expected
+    check_numbers(known, given)
+    return config
 
 
 def _ordered_options(

@@ -5,15 +5,19 @@ import dataclasses
 import functools
 import inspect
 import io
+import json
+import math
 import textwrap
 import tokenize
 import types
 import typing
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from difflib import SequenceMatcher
 from typing import Any, Literal, NamedTuple, Union
 
 COLUMN = 36  # where the texts of the help begin
+FLOAT32_MAX = (2 - 2**-23) * 2.0**127
+KINDS = ("number", "choice", "section", "list", "other")  # of settings, see `_kind`
 WORDS = {str: "text", int: "integer", float: "number", bool: "true|false", type(None): "null", Any: "value"}
 
 
@@ -138,7 +142,8 @@ def _nearest(key: str, names: Collection[str]) -> list[str]:
 
     def likeness(name: str) -> float:
         other_outer, _, other_last = name.rpartition(".")
-        by_last = SequenceMatcher(None, last, other_last).ratio() + (0.1 if outer == other_outer else 0.0)
+        is_there = outer.replace("[]", "") == other_outer.replace("[]", "")  # rewards.weight is rewards[].weight
+        by_last = SequenceMatcher(None, last, other_last).ratio() + (0.1 if is_there else 0.0)
         return by_last if known_outer else max(by_last, SequenceMatcher(None, key, name).ratio())
 
     scores = {name: likeness(name) for name in sorted(names)}
@@ -158,6 +163,87 @@ def check_values(known: Mapping[str, Setting], values: Mapping[Any, Any], source
                 check_values(known, item, source, f"{key}[]." if setting.item else f"{key}.")
             elif item is not None:
                 raise ValueError(f"{source}: {key}: expected 'key: value' lines, got {item!r}")
+
+
+def check_null(known: Mapping[str, Setting], values: Any, kinds: Collection[str] = KINDS) -> None:
+    """Refuses null where a setting's type has none, and a list for a section: files may hold them anywhere.
+
+    Args:
+      known: the settings.
+      values: jsonargparse's namespace of them.
+      kinds: the kinds of settings to look at, see `_kind`.
+
+    Raises:
+      ValueError: a setting of these kinds is null, or a list, and may not be.
+    """
+    for setting in known.values():
+        kind = _kind(setting)
+        if kind not in kinds or _contains(setting.hint, type(None)):
+            continue
+        for value in _values_at(values, setting.key):
+            if value is None or (kind == "section" and isinstance(value, list)):
+                raise ValueError(f"{setting.key}: expected {form(setting.hint)}, got {json.dumps(value, default=str)}")
+
+
+def check_numbers(known: Mapping[str, Setting], values: Any) -> None:
+    """Refuses numbers that are not finite, or not in float32, and integers that no array could count.
+
+    A setting whose comment names .inf may be infinite.
+
+    Args:
+      known: the settings.
+      values: jsonargparse's namespace of them.
+
+    Raises:
+      ValueError: a number is NaN, infinite, or too large.
+    """
+    for setting in known.values():
+        for number in filter(_is_number, _each(_values_at(values, setting.key))):
+            if isinstance(number, int) and not -(2**63) <= number < 2**63:
+                raise ValueError(f"{setting.key}: expected an integer from -2**63 to 2**63 - 1, got {number}")
+            if math.isnan(number) or (abs(number) > FLOAT32_MAX and ".inf" not in setting.comment):
+                why = ", which is infinite in float32" if math.isfinite(number) else ""
+                raise ValueError(f"{setting.key}: expected a finite number, got {number}{why}")
+
+
+def _kind(setting: Setting) -> str:
+    """Returns which of `KINDS` a setting is."""
+    if setting.item is not None:
+        return "list"
+    if setting.inner is not None:
+        return "section"
+    hints = typing.get_args(setting.hint) if _is_union(setting.hint) else (setting.hint,)
+    if any(hint in (int, float) for hint in hints):
+        return "number"
+    return "choice" if typing.get_origin(setting.hint) is Literal else "other"
+
+
+def _values_at(values: Any, key: str) -> Iterator[Any]:
+    """The values of a dotted key, one for each item where it goes through a list; none inside what is no section."""
+    outer, items, inner = key.partition("[].")
+    *sections, last = outer.split(".")
+    for section in sections:
+        values = values.get(section) if hasattr(values, "get") else None
+    if not hasattr(values, "get") or last not in values:
+        return
+    if not items:
+        yield values[last]
+    for item in (values[last] or []) if items else []:
+        yield from _values_at(item, inner)
+
+
+def _each(values: Iterable[Any]) -> Iterator[Any]:
+    """The values, and the items of those that are lists."""
+    for value in values:
+        yield from value if isinstance(value, list | tuple) else [value]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _contains(hint: Any, kind: Any) -> bool:
+    return hint in (kind, Any) or (_is_union(hint) and any(_contains(part, kind) for part in typing.get_args(hint)))
 
 
 # Help

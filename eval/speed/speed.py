@@ -58,6 +58,8 @@ class SpeedConfig:
             raise ValueError(f"workload: expected one of {', '.join(WORKLOADS)}, got {self.workload!r}")
         if self.steps < 1:
             raise ValueError(f"steps: expected at least 1, got {self.steps}")
+        if self.rollout_prompts is not None and self.rollout_prompts < 1:
+            raise ValueError(f"rollout_prompts: expected at least 1, got {self.rollout_prompts}")
         if self.rounds < 1:
             raise ValueError(f"rounds: expected at least 1, got {self.rounds}")
         if self.sweep is not None and not self.sweep.lower().endswith((".png", ".svg", ".pdf")):

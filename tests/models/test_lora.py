@@ -191,6 +191,7 @@ def test_a_reward_model_with_adapters(
     [
         ({"rank": -1}, "lora.rank: expected at least 0"),
         ({"rank": 4, "alpha": 0.0}, "lora.alpha: expected a number above 0"),
+        ({"rank": 4, "alpha": float("inf")}, "lora.alpha: expected a finite number, got inf"),
         ({"rank": 4, "targets": ["q_proj", "qkv"]}, "lora.targets: expected some of q_proj, k_proj"),
         ({"rank": 4, "targets": []}, "lora.targets: expected some of"),
     ],

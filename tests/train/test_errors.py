@@ -267,6 +267,23 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "rate that is 0": ({"optimizer.learning_rate": 1e-60}, "got 1e-60, which is 0 in float32"),
     "beta of 1": ({"optimizer.adam_beta2": 1.0}, "adam_beta2: expected a number in [0, 1), got 1.0"),
     "negative beta": ({"optimizer.adam_beta1": -0.9}, "adam_beta1: expected a number in [0, 1), got -0.9"),
+    "a number that is null": ({"optimizer.warmup_steps": None}, "optimizer.warmup_steps: expected integer, got null"),
+    "a reward's number that is null": (
+        {"rewards": [{"model": "{reward}", "weight": None}]},
+        "rewards[].weight: expected number, got null",
+    ),
+    "a section that is null": ({"optimizer": None}, "optimizer: expected {key: value}, got null"),
+    "a rate beyond float32": (
+        {"optimizer.learning_rate": 1e39},
+        "optimizer.learning_rate: expected a finite number, got 1e+39, which is infinite in float32",
+    ),
+    "an integer without end": ({"max_steps": 10**25}, "max_steps: expected an integer from -2**63 to 2**63 - 1, got 1"),
+    "a warm-up without end": ({"optimizer.warmup_steps": 2**31}, "warmup_steps: expected at most 2**31 - 1 = "),
+    "no bound": ({"loss.importance_sampling_clip_min": math.inf}, "importance_sampling_clip_min: expected a finite"),
+    "no frequencies": (
+        {"model": {"architecture": NETWORK | {"rope_theta": 0.0}, "tokenizer": "{tokenizer}"}},
+        "rope_theta: expected a number above 0, got 0.0",
+    ),
     "infinite penalty": ({"loss.beta": math.inf}, "beta: expected a finite number, got inf"),
     "temperature without end": ({"temperature": math.inf}, "temperature: expected a finite number, got inf"),
     "temperature that is 0": ({"temperature": 1e-40}, "temperature: expected a number above 0, got 1e-40, which is 0"),

@@ -109,6 +109,21 @@ def test_impossible_settings_are_refused(policy_config: MakeConfig, tmp_path: Pa
     }.items():
         with pytest.raises(ValueError, match=why):
             LossConfig(surrogate=surrogate, **given)  # type: ignore[arg-type]
+    for name in ("clip", "cispo", "sapo"):
+        for option in {"clip": ["dual_clip"], "cispo": ["clip_max"], "sapo": ["temperature_pos"]}[name]:
+            for value in (float("nan"), True, 0.0):
+                with pytest.raises(ValueError, match=f"{option}: expected a number"):
+                    LossConfig(surrogate=name, surrogate_options={option: value})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="temperature_neg: expected a finite number, got inf"):
+        LossConfig(surrogate="sapo", surrogate_options={"temperature_neg": float("inf")})
+    for value in (float("nan"), float("inf")):
+        wrong = {"advantage": "grpo", "advantage_options": {"epsilon": value}}
+        refuse("advantage_options: epsilon: expected finite numbers, got", **wrong)
+    refuse(
+        "advantage_options: levels: expected finite numbers, got",
+        advantage="odrpo",
+        advantage_options={"levels": [0.0, float("nan")]},
+    )
     with pytest.raises(ValueError, match="kl_in: reward and mask_truncated_completions"):
         LossConfig(kl_in="reward", mask_truncated_completions=True)
     refuse("minibatch_prompts: expected at least 1, got 0", minibatch_prompts=0)

@@ -205,12 +205,12 @@ def check_data_rows(config: TrainingConfig, rows: Sequence[Row], source: str) ->
 
 def check_schema_columns(config: TrainingConfig, columns: Mapping[str, str], source: str) -> Collection[str]:
     """Refuses a data set without the columns that the program reads; returns all its columns, after renaming."""
-    renamed = config.data.columns.values()
+    renamed = (config.data.columns or {}).values()
     for name in renamed:
         if name not in columns:
             raise ValueError(f"{source}: has no column {name!r} (data.columns); its columns are {', '.join(columns)}")
     ours = {name: kind for name, kind in columns.items() if name not in renamed}
-    ours |= {name: columns[other] for name, other in config.data.columns.items()}
+    ours |= {name: columns[other] for name, other in (config.data.columns or {}).items()}
     for name in required_columns(config, ours):
         if name not in ours:
             raise ValueError(
