@@ -33,6 +33,7 @@ from models.checkpoint_files import (
     warn_once,
 )
 from models.config import Qwen3Config, read_config
+from models.finite import require_finite_weights
 from models.hf_weights import abstract_model, abstract_params, as_layout, load_pretrained, split
 from models.lora import Lora, merge_adapters, merge_trainable, split_trainable
 from models.names import split_step
@@ -175,7 +176,7 @@ class Checkpoints:
         """Restores parameters and trainer state of a step, with the shapes and shardings of the given trees.
 
         Raises:
-          ValueError: the step cannot be read.
+          ValueError: the step cannot be read, or has parameters that are not finite.
         """
         as_abstract = ocp.utils.to_shape_dtype_struct
         restored = _restore_items(
@@ -185,6 +186,7 @@ class Checkpoints:
             params=ocp.args.StandardRestore(jax.tree.map(as_abstract, params)),
             train=ocp.args.StandardRestore(jax.tree.map(as_abstract, train)),
         )
+        require_finite_weights(restored["params"], f"{self._folder}: step {step}")
         return restored["params"], restored["train"]
 
     def restore_or_save_base(self, frozen: Any) -> Any:
@@ -193,7 +195,7 @@ class Checkpoints:
         A run that was killed before its first checkpoint starts anew, perhaps from other parameters.
 
         Raises:
-          ValueError: the run has checkpoints, which need what it saved, and that is not whole.
+          ValueError: the run has checkpoints, which need what it saved, and that is not whole or not finite.
         """
         is_saved = self.latest() is not None and _is_finalized(self._folder / BASE)
         if jax.process_count() > 1:
@@ -362,6 +364,13 @@ def _restore(run: Path, step: int, **items: Any) -> Any:
         return _restore_items(manager, run, step, **items)
 
 
+def _restore_params(run: Path, step: int, params: Any) -> Any:
+    """Restores the trained parameters of a step; raises ValueError if they are not finite."""
+    restored = _restore(run, step, params=ocp.args.StandardRestore(params))["params"]
+    require_finite_weights(restored, f"{run}: step {step}")
+    return restored
+
+
 def _restore_items(manager: ocp.CheckpointManager, run: Any, step: int, **items: Any) -> Any:
     try:
         return manager.restore(step, args=ocp.args.Composite(**items))
@@ -376,7 +385,9 @@ def _restore_base(folder: epath.Path, frozen: Any) -> Any:
             f"{folder / BASE}: is not whole ({missing}); the adapters of every step in {folder} need it: put it back"
         )
     with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(folder / BASE, jax.tree.map(ocp.utils.to_shape_dtype_struct, frozen))
+        base = checkpointer.restore(folder / BASE, jax.tree.map(ocp.utils.to_shape_dtype_struct, frozen))
+    require_finite_weights(base, str(folder / BASE))
+    return base
 
 
 def _checkpoint_dtype(run: Path, step: int, *, base: bool) -> Any:
@@ -388,7 +399,7 @@ def load_adapters(checkpoint: str | Path) -> tuple[dict[str, Any], Lora, Qwen3Co
     """Loads the trained parameters of a run with adapters, with the adapters' and the network's configs.
 
     Raises:
-      ValueError: a checkpoint without adapters.
+      ValueError: a checkpoint without adapters, or with adapters that are not finite.
     """
     check_loadable(checkpoint)
     about = read_about(checkpoint) if is_run(checkpoint) else {}
@@ -397,7 +408,7 @@ def load_adapters(checkpoint: str | Path) -> tuple[dict[str, Any], Lora, Qwen3Co
     lora, config = Lora(**about["lora"]), Qwen3Config.from_hf(about["model"], source=str(checkpoint))
     trained, _ = split_trainable(abstract_params(abstract_model(config, lora=lora), None))
     run, step = find_step(checkpoint)
-    return _restore(run, step, params=ocp.args.StandardRestore(trained))["params"], lora, config
+    return _restore_params(run, step, trained), lora, config
 
 
 def check_loadable(path: str | Path) -> None:
@@ -445,7 +456,7 @@ def load_model(
 
     Raises:
       FileNotFoundError: neither a run with checkpoints nor a model directory.
-      ValueError: see `models.hf_weights.load_pretrained`.
+      ValueError: weights that are not finite; and see `models.hf_weights.load_pretrained`.
     """
     check_loadable(path)
     if not is_run(path):
@@ -457,7 +468,7 @@ def load_model(
     dtype = _checkpoint_dtype(run, step, base=lora is not None) if dtype == "auto" else dtype
     options |= {"dtype": dtype, "param_dtype": param_dtype or dtype, "layout": layout}
     trained, frozen = split_trainable(abstract_params(abstract_model(config, lora=lora, **options), layout))
-    params = _restore(run, step, params=ocp.args.StandardRestore(trained))["params"]
+    params = _restore_params(run, step, trained)
     if lora is not None:
         params = merge_adapters(merge_trainable(params, _restore_base(checkpoints_folder(run), frozen)), lora)
     return nnx.merge(split(abstract_model(config, **options))[0], params)

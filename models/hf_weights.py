@@ -25,7 +25,15 @@ from models.lora import Parameters
 from models.qwen3 import Backbone, Qwen3
 from models.reward_model import Qwen3RewardModel
 from models.sharding import RULES, Layout, parameter_shardings, with_sharding
-from models.weight_files import INDEX_FILE, SINGLE_FILE, StoredTensor, aligned_empty, find_directory, open_weights
+from models.weight_files import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    StoredTensor,
+    aligned_empty,
+    all_finite,
+    find_directory,
+    open_weights,
+)
 
 BLOCK_BYTES = 64 * 2**20  # bytes of a file that are read at a time
 
@@ -169,7 +177,7 @@ def save_pretrained(
       max_shard_bytes: above this size the weights are split over several files with an index.
 
     Raises:
-      ValueError: a dtype that is not one of `models.config.DTYPES`, or values that overflow it.
+      ValueError: a dtype that is not one of `models.config.DTYPES`, or values that are not finite in it.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -238,7 +246,20 @@ def _to_hf_tensor(name: str, array: jax.Array, config: Qwen3Config, dtype: Any) 
     letters = "".join(_hf_axis_groups(name)).replace("1", "")
     tensor = np.asarray(array).transpose([_axis_letters(name).index(letter) for letter in letters])
     _refuse_overflow(tensor, dtype, name)
-    return np.ascontiguousarray(tensor.reshape(_hf_shape(name, config)).astype(dtype))
+    return written_as(tensor.reshape(_hf_shape(name, config)), dtype, name)
+
+
+def written_as(tensor: np.ndarray, dtype: Any, name: str) -> np.ndarray:
+    """Converts a tensor to the dtype that is written.
+
+    Raises:
+      ValueError: it has NaN or infinite values, perhaps in that dtype alone.
+    """
+    with np.errstate(over="ignore"):  # refused here
+        written = np.ascontiguousarray(tensor.astype(dtype))
+    if not all_finite(written):
+        raise ValueError(f"{name} has NaN or infinite values in {written.dtype.name}; expected finite weights to write")
+    return written
 
 
 def _refuse_overflow(array: np.ndarray, dtype: Any, name: str) -> None:

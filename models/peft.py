@@ -14,7 +14,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from models.config import Qwen3Config
-from models.hf_weights import TENSORS
+from models.hf_weights import TENSORS, written_as
 from models.lora import REWARD_HEAD, Lora, adapter_names
 
 PREFIX = "base_model.model."
@@ -38,6 +38,9 @@ def save_adapters(
       directory: where to write; created if needed.
       base: PEFT's default path of the base model; None = PEFT's user has to give it.
       dtype: dtype of the written tensors.
+
+    Raises:
+      ValueError: values that are not finite in that dtype.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -50,9 +53,11 @@ def save_adapters(
             a, b = a_L[layer].reshape(-1, lora.rank).T, b_L[layer].reshape(lora.rank, -1).T
             for part, matrix in (("lora_A", a), ("lora_B", b)):
                 key = f"{PREFIX}{module.format(layer)}.{part}.weight"
-                tensors[key] = np.ascontiguousarray(matrix.astype(target))
+                tensors[key] = written_as(matrix, target, key)
     if REWARD_HEAD in params:
-        tensors[f"{PREFIX}{TENSORS[REWARD_HEAD][0]}"] = np.asarray(params[REWARD_HEAD])[None].astype(target)
+        tensors[f"{PREFIX}{TENSORS[REWARD_HEAD][0]}"] = written_as(
+            np.asarray(params[REWARD_HEAD])[None], target, REWARD_HEAD
+        )
     adapter_config = {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if config.is_reward_model else "CAUSAL_LM",

@@ -38,7 +38,7 @@ class StoredTensor(NamedTuple):
     def read(self, *index: slice) -> np.ndarray:
         """Reads a part of the tensor; raises ValueError if it has NaN or infinity."""
         array = self.view[index]
-        if not _all_finite(array):
+        if not all_finite(array):
             raise ValueError(
                 f"{self.file}: {self.name} has NaN or infinite values; expected finite weights: the training that "
                 f"wrote them diverged or the file was damaged"
@@ -46,7 +46,8 @@ class StoredTensor(NamedTuple):
         return array
 
 
-def _all_finite(array: np.ndarray) -> bool:
+def all_finite(array: np.ndarray) -> bool:
+    """Whether an array on the host, of one of `STORED_DTYPES`, has neither NaN nor infinity."""
     if array.dtype.name == "bfloat16":  # numpy has no fast test: look for exponents with all bits set
         return not ((array.view(np.uint16) & 0x7F80) == 0x7F80).any()
     return bool(np.isfinite(array).all())

@@ -26,6 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from models.checkpoint import Checkpoints, checkpoints_folder, is_run, read_newest_about
 from models.config import read_json
+from models.finite import first_nonfinite
 from models.names import split_step
 from models.tokenizer import Tokenizer
 from train.config import RunConfig, hide_passwords, resolved
@@ -43,7 +44,15 @@ from train.strict_yaml import load_yaml
 METRICS, CONFIG, COMPLETIONS, CALIBRATION = "metrics.jsonl", "config.yaml", "completions", "calibration.json"
 WANDB = "wandb.json"  # the id of the run's page in Weights & Biases
 # Settings that may differ between a run and its continuation: they change no number that is already written.
-_MAY_CHANGE = ("max_steps", "log", "checkpoint", "mesh", "output_dir", "early_stopping", "rollout_prompts")
+_MAY_CHANGE = (
+    "max_steps",
+    "log",
+    "checkpoint",
+    "mesh",
+    "output_dir",
+    "early_stopping",
+    "rollout_prompts",
+)
 # So may these, in any section: they say where arrays lie and how much is computed at a time.
 _PLACEMENT = ("offload", "offload_reference", "logprob_chunk", "batch_prompts")
 
@@ -275,7 +284,16 @@ class Run:
         return metrics
 
     def save(self, step: int, state: TrainState) -> None:
-        """Saves a checkpoint in the background."""
+        """Saves a checkpoint in the background.
+
+        Raises:
+          FloatingPointError: a parameter is not finite: the step's update has spoilt it.
+        """
+        if name := first_nonfinite(state.params):
+            raise FloatingPointError(
+                f"step {step}: {name} has NaN or infinite values after the update: the run has diverged; the "
+                f"checkpoints are as they were; go on from an earlier one with a lower optimizer.learning_rate"
+            )
         self._schedule.saved(step)
         if step == self._best.step:
             self.keep_best(step)

@@ -3,7 +3,7 @@
 import contextlib
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 import jax
@@ -79,18 +79,34 @@ def mean_metrics(metrics: Mapping[str, tuple[jax.Array, jax.Array]]) -> dict[str
     return {name: total / count if count else math.nan for name, (total, count) in pairs.items()}
 
 
-def require_finite(step: int, metrics: Mapping[str, float]) -> None:
+def nonfinite_metric(metrics: Mapping[str, float], without_value: Collection[str] = ()) -> str | None:
+    """Returns which of loss and grad_norm is not finite, the first; None if both are."""
+    names = [name for name in ("loss", "grad_norm") if name not in without_value]
+    return next((name for name in names if not math.isfinite(metrics[name])), None)
+
+
+def require_finite(
+    step: int,
+    metrics: Mapping[str, float],
+    without_value: Collection[str] = (),
+    suspects: str = "the rewards of this step",
+) -> None:
     """Stops a run that has diverged: whatever it wrote from here on would mean nothing.
 
+    Args:
+      step: the number of the step, from 1.
+      metrics: of the step, "loss" and "grad_norm" among them.
+      without_value: metrics that are NaN because nothing was counted, such as the loss of a batch of ties.
+      suspects: what the user is to look at.
+
     Raises:
-      FloatingPointError: the loss or the gradient's norm is not a number.
+      FloatingPointError: the loss or the gradient's norm is not finite.
     """
-    for name in ("loss", "grad_norm"):
-        if not math.isfinite(metrics[name]):
-            raise FloatingPointError(
-                f"step {step}: {name} is {metrics[name]}: the run has diverged; the checkpoints are as they were; go "
-                f"on from an earlier one with a lower optimizer.learning_rate, or look at the rewards of this step"
-            )
+    if name := nonfinite_metric(metrics, without_value):
+        raise FloatingPointError(
+            f"step {step}: {name} is {metrics[name]}: the run has diverged; the checkpoints are as they were; go on "
+            f"from an earlier one with a lower optimizer.learning_rate, or look at {suspects}"
+        )
 
 
 @jax.named_scope("loss")

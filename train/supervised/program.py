@@ -26,7 +26,7 @@ from train.processes import is_first
 from train.run.directory import CALIBRATION, Run
 from train.run.files import write_whole
 from train.run.lock import owns_its_run
-from train.run.metrics import Timer, mean_metrics
+from train.run.metrics import Timer, mean_metrics, require_finite
 from train.running import setup_errors
 from train.state import TrainState, apply_gradient, make_state, tree_shardings
 from train.supervised.calibration import expected_calibration_error, reliability_bins
@@ -62,6 +62,7 @@ def train_supervised(config: SupervisedConfig, task: SupervisedTask) -> None:
 
     Raises:
       SetupError: a mistake in the config or the data, before anything is computed.
+      FloatingPointError: the run has diverged; nothing of the step in which it did is written.
     """
     with setup_errors():
         layout, pins = make_layout_for(config.mesh, config.batch_size), Pins(config)
@@ -105,8 +106,11 @@ def train_supervised(config: SupervisedConfig, task: SupervisedTask) -> None:
         batch = [examples[i] for i in batch_indices(len(examples), config.batch_size, config.seed, step)]
         with timer("update"):
             state, sums = update(state, arrays(batch))
+            sums = jax.device_get(sums)
             metrics = mean_metrics(sums)
         done, best = step + 1, False
+        without_value = [name for name, (_, count) in sums.items() if not count]
+        require_finite(done, metrics, without_value, "the rows of this step")
         metrics |= {"learning_rate": schedule(step), "epoch": done * config.batch_size / len(examples)}
         if held_out and (done % config.eval_steps == 0 or done == config.max_steps):
             with timer("validation"):
