@@ -84,7 +84,7 @@ def train_policy(config: PolicyConfig) -> None:
     rollouts = Rollouts(config, prompts, generator, run.restored.get("ahead"))
     run.beside = rollouts.saved
     update = Update(graphdef, optimizer, config, layout, state)
-    watch = ScoreWatch(config.output_dir, list(rewards.scorers))
+    watch = ScoreWatch(config.output_dir, list(rewards.scorers), rewards.weights_R, rewards.why_unscorable)
     validating = Generator(graphdef, tokenizer, layout, **options | own) if own else generator
     evaluate = Validation(run, config, validation, rewards, own_rewards, validating, watch)
     describe(run, config, prompts, validation, layout)

@@ -91,6 +91,15 @@ def test_texts_that_do_not_fit_are_nan_and_leave_the_others_alone(
     np.testing.assert_allclose(rewards_PG, expected_PG, atol=1e-5)
 
 
+def test_scores_that_are_not_finite_are_unscorable_and_the_reason_is_known(
+    scorer: RewardModelScorer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program, factors = scorer._score, np.array([1.0, np.nan, np.inf], np.float32)
+    monkeypatch.setattr(scorer, "_score", lambda *arrays: program(*arrays) * factors)
+    np.testing.assert_array_equal(np.isnan(scorer(["", ""], [["a", "b", "c"]] * 2)), [[False, True, True]] * 2)
+    assert scorer.why_unscorable == "its scores are NaN or infinite"
+
+
 def test_a_template_may_strip_what_a_completion_begins_with(
     tiny_reward_dir: Path, alone: Callable[..., np.ndarray], monkeypatch: pytest.MonkeyPatch, scorer: RewardModelScorer
 ) -> None:
@@ -302,9 +311,22 @@ def test_a_column_that_rows_of_a_batch_lack_is_none(define: Callable[..., str]) 
         ("some_rewards.none", {}, "some_rewards.none needs 'answer', which is neither a column of the data .a, b. nor"),
         ("length", {"taget": 1}, "length has no 'taget'; expected one of target, unit, ceiling"),
         ("length", {"target": 0}, "length: target: expected at least 1, got 0"),
+        ("length", {"target": math.inf}, "length: target: expected a finite number, got inf"),
         ("soft_overlong_punishment", {"cache": 1}, "soft_overlong_punishment needs 'max_completion_length'"),
         ("rouge", {}, "no column 'completion'; the columns are a, b; name"),
+        (
+            "soft_overlong_punishment",
+            {"cache": 1, "max_completion_length": math.inf},
+            "length: expected a finite number",
+        ),
         ("judge", {}, "judge needs 'model'"),
+        ("judge", {"model": "m", "concurrency": 0}, "judge: concurrency: expected a whole number of at least 1, got 0"),
+        (
+            "judge",
+            {"model": "m", "max_retries": 0.5},
+            "judge: max_retries: expected a whole number of at least 0, got 0",
+        ),
+        ("judge", {"model": "m", "timeout": math.nan}, "judge: timeout: expected seconds, more than 0, got nan"),
         ("ifeval", {}, "ifeval needs 'instruction_id_list', which is neither a column of the data"),
         ("lenght", {}, "lenght: cannot be imported; expected a dotted path, or one of length, format_match"),
     ],

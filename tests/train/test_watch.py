@@ -45,6 +45,19 @@ def test_one_of_several_rewards_that_scores_nothing_is_named_once(capsys: pytest
     )
 
 
+def test_the_reasons_are_said_and_rewards_of_weight_0_do_not_count(capsys: pytest.CaptureFixture[str]) -> None:
+    why = {"judge": "connection refused", "rm": "its scores are NaN or infinite"}.get
+    watch = ScoreWatch("run", ["judge", "length", "rm"], np.array([1.0, 0.0, -2.0]), why)
+    for step in range(MAX_SILENT):
+        watch.look(f"step {step}", np.concatenate([NONE, ONE, NONE], -1))
+    reasons = "; judge: connection refused; rm: its scores are NaN or infinite"
+    assert watch.is_hopeless and str(watch.error(3)).endswith(f"start again to go on{reasons}")
+    assert capsys.readouterr().out.splitlines()[0] == (
+        f"run: step 0: no reward for any of 4 completions (judge, rm: all unscorable); nothing is learned from them"
+        f"{reasons}"
+    )
+
+
 def test_a_run_in_which_nothing_can_be_scored_ends_saved(
     policy_config: Callable[..., PolicyConfig],
     tmp_path: Path,
@@ -64,9 +77,10 @@ def test_a_run_in_which_nothing_can_be_scored_ends_saved(
     monkeypatch.setitem(sys.modules, "unscored", module)
     changes: dict[str, Any] = {"max_steps": 9, "checkpoint": CheckpointConfig(every=100)}
     config = policy_config(tmp_path, rewards=[RewardSpec(function="unscored.unfit")], **changes)
-    with pytest.raises(
-        RewardError, match=f"step {MAX_SILENT}: no reward for any completion of {MAX_SILENT} steps in a row"
-    ):
+    words = (
+        f"step {MAX_SILENT}: no reward for any completion of {MAX_SILENT} steps in a row .*; unfit: it returned None"
+    )
+    with pytest.raises(RewardError, match=words):
         train_policy(config)
     assert [row["step"] for row in read_metrics(tmp_path / "run")] == list(range(MAX_SILENT + 1))
     assert find_step(tmp_path / "run")[1] == MAX_SILENT

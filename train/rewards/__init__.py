@@ -6,6 +6,7 @@ rewards are NaN, the others are combined. Order and differences are those of flo
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -40,8 +41,11 @@ class Rewards:
         """
         self.weights_R = np.array([spec.weight for spec in specs], np.float64)
         self.combination, self.specs = combination, specs
+        self._reasons: dict[str, str] = {}
         functions = {  # first: a mistake in one is reported before any weight is read
-            spec.label: function_scorer(spec.function, spec.options, columns)
+            spec.label: function_scorer(
+                spec.function, spec.options, columns, report=partial(self._reasons.__setitem__, spec.label)
+            )
             for spec in specs
             if spec.function is not None
         }
@@ -58,6 +62,11 @@ class Rewards:
             )
             for spec in specs
         }
+
+    def why_unscorable(self, name: str) -> str | None:
+        """Returns why this process had no reward `name` for a completion, the last time; None if it had them all."""
+        scorer = self.scorers[name]
+        return scorer.why_unscorable if isinstance(scorer, RewardModelScorer) else self._reasons.get(name)
 
     def check_data(self, *parts: Prompts) -> None:
         """Refuses what could not be scored: prompts of the first part by `check`, rows of all by `check_rows`."""

@@ -4,6 +4,7 @@ Keyword-only parameters are settings and come from `options` in the config; ever
 None means unscorable. docs/rewards.md has all rewards in one table. Only `rouge` needs more than the standard library.
 """
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -103,6 +104,7 @@ def soft_overlong_punishment(
             f"soft_overlong_punishment: cache: expected a number of tokens from 1 to max_completion_length = "
             f"{max_completion_length}, got {cache}"
         )
+    _check_option("soft_overlong_punishment", "max_completion_length", max_completion_length, 1)
     room = [max_completion_length - cache - len(ids) for ids in completion_ids]
     return [max(-1.0, min(0, n) / cache) for n in room]
 
@@ -157,3 +159,5 @@ def rouge(
 def _check_option(function: str, option: str, value: float, least: float) -> None:
     if not value >= least:
         raise ValueError(f"{function}: {option}: expected at least {least}, got {value}")
+    if value == math.inf:
+        raise ValueError(f"{function}: {option}: expected a finite number, got {value}")

@@ -13,7 +13,7 @@ import numpy as np
 
 from models.tokenizer import Prompt
 from train.dotted import check_options, import_function, option_names
-from train.rewards.returned import RewardError, check_kind, read_returned
+from train.rewards.returned import RewardError, Scores, check_kind, read_returned
 from train.user_code import HangWatch, contained
 
 # (prompts, completions_PG, columns, completion_ids_PG) -> rewards_PG. A reward model, given this process' share of the
@@ -131,6 +131,7 @@ def function_scorer(
     data_columns: Collection[str] | None = None,
     *,
     runs_here: bool = True,
+    report: Callable[[str], None] | None = None,
 ) -> Scorer:
     """Returns a scorer that calls a reward function f(prompts, completions, **columns) -> list[float | None].
 
@@ -141,6 +142,7 @@ def function_scorer(
       name: name of a built-in reward, or a dotted path.
       data_columns: names of the data's columns; None: not known.
       runs_here: whether the function will run on this machine, so that those in `MACHINE_DEPENDENT` are tried too.
+      report: is told why completions have no reward, each time that some have none.
 
     Raises:
       ValueError: no such function or option, a function of a kind that cannot be called, or a parameter without a
@@ -185,6 +187,8 @@ def function_scorer(
             if BUILT_IN.get(name, name).startswith("train.rewards."):
                 raise RewardError(str(error)) from error  # its message says it all; a traceback of yours is for you
             raise
+        if report is not None and np.isnan(rewards).any():
+            report(returned.why if isinstance(returned, Scores) and returned.why else "it returned None or NaN")
         return rewards.reshape(P, G)
 
     return score

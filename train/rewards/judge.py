@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import math
 import re
 import threading
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from typing import Any
 
 from train.rewards.chat_api import ChatApi, key_for
 from train.rewards.refusals import filtered, too_long
+from train.rewards.returned import Scores
 
 # A model's thoughts in front of its answer; a chat template may have written the opening tag already.
 JUDGE_THOUGHTS = re.compile(r"(?:<think(?:ing)?>)?.*?</think(?:ing)?>", re.DOTALL)
@@ -50,10 +52,15 @@ def judge(
         that is none.
 
     Raises:
-      ValueError: no key in OPENAI_API_KEY (needless with base_url); or the server refuses the key, the model, or the
-        request (400: an option that the server does not have), and has not given a reply in this process. Later
-        refusals give None.
+      ValueError: an option out of its range; no key in OPENAI_API_KEY (needless with base_url); or the server refuses
+        the key, the model, or the request (400: an option that the server does not have), and has not given a reply in
+        this process. Later refusals give None.
     """
+    for name, value, least in (("concurrency", concurrency, 1), ("max_retries", max_retries, 0)):
+        if type(value) is not int or value < least:
+            raise ValueError(f"judge: {name}: expected a whole number of at least {least}, got {value}")
+    if not isinstance(timeout, int | float) or not 0 < timeout < math.inf:
+        raise ValueError(f"judge: timeout: expected seconds, more than 0, got {timeout}")
     key = key_for(base_url)
     if key is None:
         raise ValueError("judge: expected a key in the environment variable OPENAI_API_KEY, or base_url in its options")
@@ -85,7 +92,7 @@ def judge(
         logging.getLogger(__name__).warning(
             "judge: no score for %d of %d completions; the first: %s", len(faults), len(answers), faults[0]
         )
-    return [value for value, _ in answers]
+    return Scores([value for value, _ in answers], faults[0] if faults else None)
 
 
 def describe_failure(error: Exception) -> tuple[str, bool, bool]:

@@ -18,7 +18,11 @@ from train.rewards.functions import TokenIds
 
 
 class RewardModelScorer:
-    """Scores completions with a reward model and the model's own tokenizer and chat template."""
+    """Scores completions with a reward model and the model's own tokenizer and chat template.
+
+    Attributes:
+      why_unscorable: why a completion had no reward, the last time that one had none.
+    """
 
     def __init__(
         self,
@@ -39,6 +43,7 @@ class RewardModelScorer:
         graphdef, params = split(model)
         self.params = to_host(params) if offload else params
         self._score = scoring_program(graphdef)
+        self.why_unscorable: str | None = None
 
     def __call__(
         self,
@@ -47,7 +52,10 @@ class RewardModelScorer:
         columns: dict[str, list[Any]] | None = None,
         completion_ids_PG: TokenIds | None = None,
     ) -> np.ndarray:
-        """Returns float32 rewards [P, G]; a text longer than max_length is not cut: its reward is NaN."""
+        """Returns float32 rewards [P, G].
+
+        A text longer than max_length is not cut: its reward is NaN, as is one that is computed as NaN or infinite.
+        """
         G = len(completions_PG[0])
         repeated = [prompt for prompt in prompts for _ in range(G)]
         rows = self.tokenizer.conversation_ids(repeated, [text for group in completions_PG for text in group])
@@ -75,7 +83,12 @@ class RewardModelScorer:
             for axes, array in zip(SCORED_AXES, arrays, strict=True)
         ]
         rewards_PG = fetch(self._score(params, *placed))[:P]
-        return np.where(too_long_PG, np.nan, rewards_PG)
+        is_finite_PG = np.isfinite(rewards_PG)
+        if too_long_PG.any():
+            self.why_unscorable = f"longer than its max_length = {self.max_length} tokens"
+        if not (is_finite_PG | too_long_PG).all():
+            self.why_unscorable = "its scores are NaN or infinite"
+        return np.where(too_long_PG | ~is_finite_PG, np.nan, rewards_PG)
 
     def _pad(self, rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
         lengths = np.array([len(row) for row in rows], np.int32)

@@ -3,7 +3,7 @@
 import inspect
 import math
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from decimal import Decimal
 from typing import Any
 
@@ -21,6 +21,14 @@ NUMBER_KINDS: dict[str, tuple[Callable[[object], bool], ...]] = {
 
 class RewardError(SetupError):
     """A reward is not what was agreed, or cannot be had. The user sees the message alone."""
+
+
+class Scores(list[float | None]):
+    """A list of rewards that also says why some of them are None."""
+
+    def __init__(self, scores: Iterable[float | None], why: str | None) -> None:
+        super().__init__(scores)
+        self.why = why
 
 
 def check_kind(name: str, function: Callable[..., Any]) -> None:
