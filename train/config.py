@@ -430,6 +430,8 @@ class PolicyConfig(RunConfig):
     num_iterations: int = 1  # passes over each batch
     minibatch_prompts: int | None = None  # prompts per update; null: all, one update in each pass
     dynamic_sampling_attempts: int = 1  # batches drawn at most until every group's rewards differ; 1: off
+    # steps in a row whose updates are left out where the loss or the gradient is not finite; one more ends the run
+    skip_nonfinite: int = 0
     max_prompt_length: int = 1024  # tokens; longer prompts are left out, counted and printed
     max_completion_length: int = 2048  # tokens (T); longer completions are cut
     temperature: float = 1.0  # of sampling, and of the log-probabilities in the loss
@@ -458,7 +460,7 @@ class PolicyConfig(RunConfig):
                 f"sample all of them at once, got {self.rollout_prompts}"
             )
         self._check_rollout_ahead()
-        _at_least(self, 0, "top_k", "min_tokens")
+        _at_least(self, 0, "top_k", "min_tokens", "skip_nonfinite")
         _positive(self, "temperature")
         _finite(self, "temperature")
         if not 0 < self.top_p <= 1:

@@ -18,6 +18,8 @@ logged when the next rollouts are dispatched (`train.run.log`), or at once if it
 `train.objective`, step 7 in `train.update`. Left out on purpose: rollouts on other machines.
 """
 
+from functools import partial
+
 from models.decoding import choose_decoding
 from models.generate import Generator
 from models.hf_weights import split
@@ -39,6 +41,7 @@ from train.run.directory import Run
 from train.run.lock import owns_its_run
 from train.run.log import StepLog
 from train.run.metrics import Timer, rollout_metrics
+from train.run.nonfinite import write_batch
 from train.running import setup_errors
 from train.state import copy_tree, make_state
 from train.update import Update
@@ -124,14 +127,13 @@ def train_policy(config: PolicyConfig) -> None:
         metrics |= rollout_metrics(rewards_PG, rollout.lengths_PG, rollout.finished_PG)
         metrics |= {"sampling/attempts": len(attempts), "epoch": done * config.prompts_per_step / len(prompts)}
         metrics |= {"learning_rate": schedule(done * config.updates_per_step - 1)}
-        log.hold(done, updates, metrics, attempts)
+        names, step_prompts = list(rewards.scorers), prompts.prompts(groups.rows)
+        dump = partial(write_batch, config, done, step_prompts, tokenizer, groups, names, advantages_PG)
+        log.hold(done, updates, metrics, attempts, dump)
         if run.completions_due(done):
             log.wait()  # here and below: a run that has diverged writes nothing more
             texts_PG = tokenizer.decode(rollout.tokens_PGT, rollout.lengths_PG)
-            step_prompts = prompts.prompts(groups.rows)
-            run.write_table(
-                done, completion_table(step_prompts, texts_PG, groups, list(rewards.scorers), advantages_PG)
-            )
+            run.write_table(done, completion_table(step_prompts, texts_PG, groups, names, advantages_PG))
         if config.validation.due(done, config.max_steps):
             log.wait()
             with timer("validation"):

@@ -1,5 +1,6 @@
 """The update of a step: sums the gradients of micro-batches of whole groups and applies them, once or several times."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ class Programs(NamedTuple):
     accumulate: (
         Any  # (gradient, state, ref_params, micro-batch, denominator) -> gradient plus the micro-batch's, metrics
     )
-    apply_gradients: Any  # (state, gradient) -> state, metrics
+    apply_gradients: Any  # (state, gradient, losses of the micro-batches, if they are looked at) -> state, metrics
     logprobs: Any  # (all params, micro-batch) -> logprobs_PGT, for what is needed before the first update
 
 
@@ -57,11 +58,19 @@ def make_programs(
 
     @partial(jax.jit, donate_argnums=0, out_shardings=(placement, None))
     @jax.named_scope("optimizer")
-    def apply_gradients(state: TrainState, gradient: Any) -> tuple[TrainState, Metrics]:
-        metrics = {"grad_norm": (optax.tree.norm(gradient), jnp.ones(()))}
+    def apply_gradients(
+        state: TrainState, gradient: Any, losses: Sequence[jax.Array] = ()
+    ) -> tuple[TrainState, Metrics]:
+        norm = optax.tree.norm(gradient)
+        metrics = {"grad_norm": (norm, jnp.ones(()))}
         if not config.optimizer.master_weights:  # the whole sum is rounded, once: the moments are as the parameters
             gradient = jax.tree.map(lambda total, param: total.astype(param.dtype), gradient, state.params)
-        return apply_gradient(optimizer, state, gradient), metrics
+        updated = apply_gradient(optimizer, state, gradient)
+        if config.skip_nonfinite:
+            is_finite = jnp.isfinite(jnp.stack([norm, *losses])).all()
+            updated = jax.tree.map(partial(jnp.where, is_finite), updated, state)
+            metrics["frac_updates_skipped"] = (1.0 - is_finite, jnp.ones(()))
+        return updated, metrics
 
     return Programs(zero_grads, accumulate, apply_gradients, jax.jit(partial(completion_logprobs, graphdef, config)))
 
@@ -139,5 +148,6 @@ class Update:
         for _, micro in microbatches(batch, size, self.layout, in_order=by_part):
             gradient, of_part = self.programs.accumulate(gradient, state, ref_params, micro, denominator)
             metrics.append(of_part)
-        state, of_update = self.programs.apply_gradients(state, gradient)
+        losses = [of_part["loss"][0] for of_part in metrics] if self.config.skip_nonfinite else []
+        state, of_update = self.programs.apply_gradients(state, gradient, losses)
         return state, UpdateMetrics(of_update, metrics)

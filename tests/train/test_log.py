@@ -1,5 +1,6 @@
 """Laws of a step's log: the next rollouts are dispatched before an update is waited for; nothing is out of order."""
 
+import json
 import math
 import time
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 import train.loop
 import train.run.log
@@ -108,6 +110,34 @@ def test_nothing_is_saved_of_a_run_that_has_diverged(recorded: Callable[..., Any
     assert events[-2:] == [last, "fetch"]
     assert not any(event.startswith("save") for event in events)
     assert [row["step"] for row in read_metrics(config.output_dir)] == list(range(1, step))
+
+
+def test_what_a_step_that_is_not_finite_learned_from_is_in_the_run(recorded: Callable[..., Any]) -> None:
+    config, _ = recorded(lambda step: math.nan if step == 2 else 0.5)
+    with pytest.raises(FloatingPointError, match=r"the rewards of this step, .*run/nonfinite/step_000002.jsonl"):
+        train_policy(config)
+    folder = Path(config.output_dir) / "nonfinite"
+    assert {file.name for file in folder.iterdir()} == {"step_000002.jsonl", "step_000002.yaml"}
+    rows = [json.loads(line) for line in (folder / "step_000002.jsonl").read_text().splitlines()]
+    assert len(rows) == config.prompts_per_step * config.num_generations
+    for row in rows:
+        assert len(row["tokens"]) == len(row["sampled_logprobs"]) == row["length"] and row["prompt_tokens"]
+        assert math.isfinite(row["rewards/r"]) and math.isfinite(row["advantage"])
+    assert yaml.safe_load((folder / "step_000002.yaml").read_text())["max_steps"] == config.max_steps
+
+
+def test_so_many_steps_in_a_row_are_skipped(recorded: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
+    """Steps 2, 3 and 5 are skipped; the third in a row would not be."""
+    config, events = recorded(lambda step: math.nan if step in (2, 3, 5) else 0.5, skip_nonfinite=2)
+    train_policy(config)
+    assert [row["step"] for row in read_metrics(config.output_dir) if "loss" not in row] == [2, 3, 5]
+    assert events[-1] == "save 5"
+    said = [line for line in capsys.readouterr().out.replace("\n", " ").split("run: step ") if "is left out" in line]
+    assert [line[0] for line in said] == ["2", "3", "5"]
+    assert len(list((Path(config.output_dir) / "nonfinite").glob("*.jsonl"))) == 3
+    config = replace(config, output_dir=f"{config.output_dir}2", skip_nonfinite=1)
+    with pytest.raises(FloatingPointError, match="step 3: loss is nan.*, 2 such steps in a row"):
+        train_policy(config)
 
 
 def test_an_error_between_two_steps_neither_loses_nor_doubles_a_row(

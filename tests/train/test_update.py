@@ -62,6 +62,25 @@ def test_many_small_gradients_add_up(
     assert float(metrics["grad_norm"][0]) == pytest.approx(norm, rel=1e-5)
 
 
+@pytest.mark.parametrize("spoilt", ["gradient", "loss", None])
+def test_an_update_that_is_not_finite_is_left_out_as_a_whole(
+    policy_config: Callable[..., PolicyConfig], tmp_path: Path, spoilt: str | None
+) -> None:
+    """Parameters, moments and the count of updates stay as they were."""
+    config, layout = policy_config(tmp_path, skip_nonfinite=1), make_layout()
+    params = {"layers": {"x": jax.device_put(np.ones(8, np.float32), layout.sharding((None,)))}}
+    optimizer, _ = make_optimizer(config.optimizer, 10)
+    state = make_state(params, optimizer, layout)
+    update = Update(None, optimizer, config, layout, state)
+    before = jax.device_get(state)
+    gradient = {"layers": {"x": np.full(8, np.nan if spoilt == "gradient" else 1.0, np.float32)}}
+    losses = [np.float32(0.5), np.float32(np.inf if spoilt == "loss" else 0.5)]
+    after, metrics = update.programs.apply_gradients(state, gradient, losses)
+    assert float(metrics["frac_updates_skipped"][0]) == float(spoilt is not None)
+    same = jax.tree.map(np.array_equal, before, jax.device_get(after))
+    assert all(jax.tree.leaves(same)) == (spoilt is not None)
+
+
 def test_prompts_cut_to_their_micro_batch_teach_the_same(
     policy_config: Callable[..., PolicyConfig],
     make_groups: Callable[..., Any],

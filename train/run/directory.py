@@ -1,7 +1,7 @@
 """A run's directory: what is written into it, read from it, and checked when a run is resumed.
 
     runs/NAME/{config.yaml, metrics.jsonl, tensorboard/, wandb.json, checkpoints/STEP/, tokenizer/, completions/,
-               profile/}
+               profile/, nonfinite/}
 
 `metrics.jsonl` has one row per step, each step once: resuming cuts the file back to the restored step.
 """
@@ -52,6 +52,7 @@ _MAY_CHANGE = (
     "output_dir",
     "early_stopping",
     "rollout_prompts",
+    "skip_nonfinite",
 )
 # So may these, in any section: they say where arrays lie and how much is computed at a time.
 _PLACEMENT = ("offload", "offload_reference", "logprob_chunk", "batch_prompts")

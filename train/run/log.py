@@ -1,13 +1,16 @@
 """The log of a policy's steps, each written once its update has ended; until then the devices already draw the next."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from models.config import Qwen3Config
 from train.batch import Groups
 from train.config import PolicyConfig
+from train.console import print_plain
 from train.run.directory import Run
-from train.run.metrics import Timer, UpdateMetrics, fetch_metrics, require_finite, throughput
+from train.run.metrics import Timer, UpdateMetrics, fetch_metrics, nonfinite_metric, require_finite, throughput
 
 
 class StepLog:
@@ -26,12 +29,29 @@ class StepLog:
         self._updates: Sequence[UpdateMetrics] = ()  # of which the metrics are still on the devices
         self._metrics: dict[str, Any] = {}
         self._drawn: Sequence[Groups] = ()
+        self._write_batch: Callable[[], Path | None] | None = None
+        self._skipped = 0  # steps in a row whose updates are left out
 
     def hold(
-        self, step: int, updates: Sequence[UpdateMetrics], metrics: Mapping[str, Any], drawn: Sequence[Groups]
+        self,
+        step: int,
+        updates: Sequence[UpdateMetrics],
+        metrics: Mapping[str, Any],
+        drawn: Sequence[Groups],
+        write_batch: Callable[[], Path | None] | None = None,
     ) -> None:
-        """Takes a step whose update is dispatched, with the metrics that are known already and all that was drawn."""
+        """Takes a step whose update is dispatched.
+
+        Args:
+          step: its number, from 1.
+          updates: its metrics that are still computed.
+          metrics: those that are known already.
+          drawn: all that was sampled for it.
+          write_batch: writes its batch, and returns the file, None if that cannot be; called if its update is not
+            finite.
+        """
         self._step, self._updates, self._metrics, self._drawn = step, updates, dict(metrics), drawn
+        self._write_batch = write_batch
 
     def add(self, metrics: Mapping[str, Any]) -> None:
         """Adds metrics to the step that is held."""
@@ -45,10 +65,27 @@ class StepLog:
         """
         if self._step is None or not self._updates:
             return
-        found = fetch_metrics(self._updates)
+        metrics = fetch_metrics(self._updates)
         self._timer.lap("update")
-        require_finite(self._step, found)
-        self._metrics, self._updates = found | self._metrics, ()
+        if name := nonfinite_metric(metrics):
+            self._skip_or_stop(self._step, metrics, name)
+            metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        else:
+            self._skipped = 0
+        self._metrics, self._updates = metrics | self._metrics, ()
+
+    def _skip_or_stop(self, step: int, metrics: Mapping[str, float], name: str) -> None:
+        """Writes the batch of a step that is not finite, and ends the run unless its update may be left out."""
+        self._skipped += 1
+        file = self._write_batch() if self._write_batch is not None else None
+        allowed = self._config.skip_nonfinite
+        if self._skipped > allowed:
+            row = f", {allowed + 1} such steps in a row" if allowed else ""
+            require_finite(step, metrics, suspects="the rewards of this step" + (f", {file}" if file else "") + row)
+        print_plain(
+            f"{self._run.path}: step {step}: {name} is {metrics[name]}, so its update is left out ({self._skipped} in "
+            f"a row, skip_nonfinite: {allowed})" + (f"; its batch is {file}" if file else "")
+        )
 
     def write(self) -> None:
         """Waits for the held step, writes and shows it; does nothing if none is held."""
