@@ -19,6 +19,7 @@ from models.decoding import (
 from models.sampler import Drawing, Rollout, SamplingParams, sample
 from models.sharding import Layout, fetch, parameter_shardings
 from models.slots import Batch, Part, SlotRollouts, has_finish, slot_programs
+from models.stop_strings import StopStrings, StopTable
 from models.tokenizer import Prompt, Tokenizer
 
 
@@ -46,22 +47,33 @@ class Generator:
         top_k: int = 0,
         top_p: float = 1.0,
         min_tokens: int = 0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        stop: Sequence[str] = (),
         sampling_copy: bool = True,
         decoding: str = "auto",
         rollout_prompts: int | None = None,
     ) -> None:
         """
         Args:
+          stop: texts that end a completion, with the token in which the first of them ends.
           rollout_prompts: prompts that `rollouts` decodes at a time; None: all.
+
+        Raises:
+          ValueError: see `models.stop_strings.check_stop_strings`.
         """
         self.tokenizer, self.layout, self.max_prompt_length = tokenizer, layout, max_prompt_length
         self._graphdef, self._sampling_copy, self._decoding = graphdef, sampling_copy, decoding
         self._copy: SamplingCopy | None = None
         eos_ids = np.array(tokenizer.eos_ids, np.int32)
-        self.sampling = SamplingParams(temperature, top_k, top_p, min_tokens, eos_ids)
+        self.stop_strings = StopStrings(stop, tokenizer) if stop else None
+        table = None if self.stop_strings is None else self.stop_strings.table
+        options = optional_settings(min_p, repetition_penalty, table)
+        self.sampling = SamplingParams(temperature, top_k, top_p, min_tokens, eos_ids, **options)
         self._rollout_prompts, self._max_completion_length = rollout_prompts, max_completion_length
         self._sample = sampling_program(graphdef, max_completion_length, tokenizer.pad_id)
-        self._slots = slot_programs(graphdef, max_completion_length, tokenizer.pad_id, layout)
+        tracked = self.sampling.tracked
+        self._slots = slot_programs(graphdef, max_completion_length, tokenizer.pad_id, layout, tracked)
 
     def rollout(
         self,
@@ -114,7 +126,14 @@ class Generator:
 
     def _sampling_of(self, params: Any) -> SamplingParams:
         """Returns the settings, with the ids that have no token."""
-        return self.sampling._replace(absent_V=self.tokenizer.absent_ids(len(params["embed_VD"])))
+        embed_VD = params.embed_VD if isinstance(params, DecodeWeights) else params["embed_VD"]
+        return self.sampling._replace(absent_V=self.tokenizer.absent_ids(len(embed_VD)))
+
+    def endings(self, completions: Rollout | Completions) -> list[list[str | None]] | None:
+        """Returns the stop string that ended each completion of arrays on the host; None without stop strings."""
+        if self.stop_strings is None:
+            return None
+        return self.stop_strings.endings(completions.tokens_PGT, completions.lengths_PG, completions.finished_PG)
 
     def sampling_weights(self, params: Any) -> Any:
         """Returns the weights to sample from. Idempotent."""
@@ -223,6 +242,12 @@ class SamplingCopy:
         return jax.tree.unflatten(
             structure, [next(copies) if copied else leaf for leaf, copied in zip(leaves, self.is_copied, strict=True)]
         )
+
+
+def optional_settings(min_p: float, repetition_penalty: float, stop: StopTable | None) -> dict[str, Any]:
+    """Returns the settings of `SamplingParams` that can be off, None where they are."""
+    penalty = None if repetition_penalty == 1 else repetition_penalty
+    return {"min_p": min_p or None, "repetition_penalty": penalty, "stop": stop}
 
 
 def sampling_program(graphdef: Any, max_completion_length: int, pad_id: int) -> Any:

@@ -14,15 +14,17 @@ import jax.numpy as jnp
 
 from models.attention import Past
 from models.decoding import Decoder, ScannedDecoder
+from models.history import NO_HISTORY, History, Tracked, prompt_history, with_token
 from models.qwen3 import Prefix, Qwen3
 from models.sharding import Layout, total_shards
+from models.stop_strings import StopTable
 
 MIN_ROWS = 8  # fewer active rows cost hardly less time
 MIN_SHRINKING_LENGTH = 128  # tokens; below it, compiling loops for fewer rows takes longer than they save
 
 
 class SamplingParams(NamedTuple):
-    """Sampling settings; every field is traced, so new values need no new compilation."""
+    """Sampling settings; every field is traced, so new values need no new compilation, but for None and a value."""
 
     temperature: jax.typing.ArrayLike  # 0 = greedy
     top_k: jax.typing.ArrayLike  # 0 = off
@@ -31,6 +33,15 @@ class SamplingParams(NamedTuple):
     eos_ids: jax.typing.ArrayLike  # [n] ids of the tokens that end a completion
     # [V] True = no token has this id (the rows of a padded embedding), so it is never drawn; None = all ids are tokens
     absent_V: jax.typing.ArrayLike | None = None
+    # None = off, and nothing of it is in the program
+    min_p: jax.typing.ArrayLike | None = None  # no token of less than this share of the likeliest one's probability
+    repetition_penalty: jax.typing.ArrayLike | None = None  # see `penalize`
+    stop: StopTable | None = None  # a completion ends with the token in which one of these strings ends
+
+    @property
+    def tracked(self) -> Tracked:
+        """What the settings need of the tokens so far."""
+        return Tracked(self.repetition_penalty is not None, self.stop is not None)
 
 
 class Drawing(NamedTuple):
@@ -50,9 +61,10 @@ class Rollout(NamedTuple):
     """Sampled completions, right-padded."""
 
     tokens_PGT: jax.Array  # pad_id behind the end
-    logprobs_PGT: jax.Array  # float32, of the tempered distribution before top-k and top-p; 0 behind the end
-    lengths_PG: jax.Array  # tokens, with the end-of-text token
-    finished_PG: jax.Array  # True = ended by an end-of-text token, False = truncated at T
+    # float32, of the tempered distribution before the repetition penalty, top-k, top-p and min-p; 0 behind the end
+    logprobs_PGT: jax.Array
+    lengths_PG: jax.Array  # tokens, with the end-of-text token, or the token in which a stop string ends
+    finished_PG: jax.Array  # True = ended by an end-of-text token or a stop string, False = truncated at T
 
 
 def sample(
@@ -85,7 +97,8 @@ def sample(
     decoder = as_decoder(model)
     with jax.named_scope("prefill"):
         prefix, past = decoder.start(prompt_PS, lengths_P, num_generations, max_completion_length)
-    rows = first_rows(prefix, rows_P, key, num_generations, max_completion_length, pad_id)
+    history = decoder_history(decoder, prefix, params.tracked, prompt_PS, lengths_P, num_generations)
+    rows = first_rows(prefix, rows_P, key, num_generations, max_completion_length, pad_id, history)
     return decode_to_end(decoder, prefix, DecodeState(rows, past), params, pad_id, drawing)[0]
 
 
@@ -102,6 +115,7 @@ class ActiveRows(NamedTuple):
     hidden_PGD: jax.Array  # predicts the next token
     uniforms_PGT: jax.Array
     rollout: Rollout
+    history: History = NO_HISTORY
 
 
 class DecodeState(NamedTuple):
@@ -111,7 +125,17 @@ class DecodeState(NamedTuple):
     past: Any  # the decoder's cache, of as many positions for all prompts or for each; to shrink, a `Past`
 
 
-def first_rows(prefix: Any, rows_P: jax.Array, key: jax.Array, G: int, T: int, pad_id: int) -> ActiveRows:
+def decoder_history(
+    decoder: Decoder, prefix: Any, tracked: Tracked, prompt_PS: jax.Array, lengths_P: jax.Array, G: int
+) -> History:
+    """Returns what is tracked of completions that have no token yet."""
+    V = jax.eval_shape(decoder.logits, prefix.last_PD).shape[-1] if tracked.seen else 0
+    return prompt_history(tracked, prompt_PS, lengths_P, G, V, decoder.layout)
+
+
+def first_rows(
+    prefix: Any, rows_P: jax.Array, key: jax.Array, G: int, T: int, pad_id: int, history: History = NO_HISTORY
+) -> ActiveRows:
     """Returns completions that have no token yet, with the numbers that they draw from (`rows_P`: see `sample`)."""
     P = len(rows_P)
     rows_PG = rows_P if rows_P.ndim == 2 else rows_P[:, None] * G + jnp.arange(G)
@@ -125,7 +149,7 @@ def first_rows(prefix: Any, rows_P: jax.Array, key: jax.Array, G: int, T: int, p
     )
     hidden_PGD = jnp.broadcast_to(prefix.last_PD[:, None], (P, G, prefix.last_PD.shape[-1]))
     completion_PG = jnp.tile(jnp.arange(G), (P, 1))
-    return ActiveRows(completion_PG, jnp.zeros((P, G), bool), hidden_PGD, uniforms_PGT, empty)
+    return ActiveRows(completion_PG, jnp.zeros((P, G), bool), hidden_PGD, uniforms_PGT, empty, history)
 
 
 @jax.named_scope("token")
@@ -137,14 +161,18 @@ def decode_step(
     logits_PGV = decoder.logits(rows.hidden_PGD)
     uniform_PG = at_position(rows.uniforms_PGT, t)
     is_eos_V = jnp.zeros(logits_PGV.shape[-1], bool).at[jnp.asarray(params.eos_ids)].set(True)
-    banned = is_eos_V & (t < params.min_tokens if t.ndim == 0 else (t < params.min_tokens)[:, None, None])
+    too_early = t < params.min_tokens if t.ndim == 0 else (t < params.min_tokens)[:, None, None]
+    banned = is_eos_V & too_early
     if params.absent_V is not None:
         banned |= params.absent_V
-    token_PG, logprob_PG = draw(logits_PGV, uniform_PG, banned, params, drawing)
+    token_PG, logprob_PG = draw(logits_PGV, uniform_PG, banned, params, drawing, rows.history.seen_PGV)
 
     live_PG, rollout = ~rows.done_PG, rows.rollout
     token_PG = jnp.where(live_PG, token_PG, pad_id)
+    history, stopped_PG = with_token(rows.history, token_PG, params.stop)
     ended_PG = live_PG & (token_PG[..., None] == jnp.asarray(params.eos_ids)).any(-1)
+    if stopped_PG is not None:
+        ended_PG |= live_PG & stopped_PG & ~(too_early if t.ndim == 0 else too_early[..., 0])
     rollout = Rollout(
         set_position(rollout.tokens_PGT, token_PG, t, live_PG),
         set_position(rollout.logprobs_PGT, jnp.where(live_PG, logprob_PG, 0), t, live_PG),
@@ -157,7 +185,7 @@ def decode_step(
     hidden_PGD, past = decoder.step(token_PG, prefix, state.past, ~done_PG)
     if t.ndim:  # prompts that have ended stay at the beginning of the cache: they write behind no end, and read nothing
         past = past._replace(length=jnp.where(done_PG.all(1), 0, past.length))
-    return DecodeState(rows._replace(done_PG=done_PG, hidden_PGD=hidden_PGD, rollout=rollout), past)
+    return DecodeState(rows._replace(done_PG=done_PG, hidden_PGD=hidden_PGD, rollout=rollout, history=history), past)
 
 
 def at_position(array_PGT: jax.Array, t: jax.Array) -> jax.Array:
@@ -275,12 +303,15 @@ def draw(
     banned_V: jax.Array,
     params: SamplingParams,
     drawing: Drawing | None = None,
+    seen: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Draws one token for each row; returns it and its log-probability.
 
-    The log-probability is that of softmax(logits / temperature), before `banned_V`, top-k and top-p: a trainer
-    computes the same from the same hidden state. At temperature 0 (greedy) it is that of softmax(logits). The softmax
-    is over all V rows, ids without a token included: training lowers these too, for samplers that do not ban them.
+    The settings apply in this order: repetition penalty, temperature, top-k, top-p (of what top-k leaves), min-p.
+    The log-probability is that of softmax(logits / temperature), before `banned_V` and all but the temperature: a
+    trainer computes the same from the same hidden state. At temperature 0 (greedy) it is that of softmax(logits). The
+    softmax is over all V rows, ids without a token included: training lowers these too, for samplers that do not ban
+    them.
 
     Args:
       logits: [..., V] float32 logits.
@@ -288,28 +319,57 @@ def draw(
       banned_V: [V] booleans, the tokens that must not be drawn; or of every row.
       params: sampling settings.
       drawing: see `sample`.
+      seen: [..., V] booleans, the tokens that the repetition penalty is for; None = no penalty.
     """
     temperature = jnp.asarray(params.temperature, logits.dtype)
     logits = logits / jnp.where(temperature > 0, temperature, 1)
     top = logits.max(-1, keepdims=True)
     normalizer = top + jnp.log(jnp.exp(logits - top).sum(-1, keepdims=True))
-    allowed = jnp.where(banned_V, -jnp.inf, logits)
+    penalty = params.repetition_penalty
+    penalized = logits if seen is None or penalty is None else penalize(logits, seen, penalty)
+    allowed = jnp.where(banned_V, -jnp.inf, penalized)
     weights = jnp.exp(allowed - allowed.max(-1, keepdims=True))
     greedy = lambda weights, _: weights.argmax(-1)  # noqa: E731
     if drawing is not None:
         with jax.named_scope("truncate"):
             weights = _truncate(weights, params) if drawing.truncates else weights
+        weights = _without_unlikely(weights, params.min_p)
         with jax.named_scope("draw"):
             token = (greedy if drawing.greedy else inverse_cdf)(weights, uniform)
     else:
         truncates = (jnp.asarray(params.top_k) > 0) | (jnp.asarray(params.top_p) < 1)
         with jax.named_scope("truncate"):  # `train plan` knows by these names which branch a run takes
             weights = jax.lax.cond(truncates, lambda w: _truncate(w, params), lambda w: w, weights)
+        weights = _without_unlikely(weights, params.min_p)
         with jax.named_scope("draw"):
             token = jax.lax.cond(temperature > 0, inverse_cdf, greedy, weights, uniform)
     token = token.astype(jnp.int32)
     chosen = jnp.take_along_axis(logits, token[..., None], axis=-1)
     return token, (chosen - normalizer)[..., 0]
+
+
+def penalize(logits: jax.Array, seen: jax.Array, penalty: jax.typing.ArrayLike) -> jax.Array:
+    """Returns logits with a penalty on repeated tokens: of a seen token l / penalty where l > 0, else l penalty.
+
+    Args:
+      logits: [..., V], tempered or not: the penalty commutes with a temperature.
+      seen: [..., V] booleans, the tokens of the prompt and the completion so far.
+      penalty: above 0; above 1 makes repetitions rarer, 1 changes nothing, below 1 makes them more frequent.
+
+    References:
+      Keskar et al., CTRL, https://arxiv.org/abs/1909.05858, section 4.1; for logits below 0, where a division would
+      make repetitions likelier, as transformers' and vLLM's `repetition_penalty`.
+    """
+    return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def _without_unlikely(weights: jax.Array, min_p: jax.typing.ArrayLike | None) -> jax.Array:
+    """Zeroes the weights below min_p times the largest, which is 1.
+
+    References:
+      Nguyen et al., Turning up the heat: min-p sampling, https://arxiv.org/abs/2407.01082, section 3.
+    """
+    return weights if min_p is None else jnp.where(weights >= min_p, weights, 0)
 
 
 def inverse_cdf(weights: jax.Array, uniform: jax.Array) -> jax.Array:

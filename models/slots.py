@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.decoding import Decoder, make_decoder
+from models.history import UNTRACKED, Tracked
 from models.qwen3 import Prefix
 from models.sampler import (
     DecodeState,
@@ -29,6 +30,7 @@ from models.sampler import (
     SamplingParams,
     decode_step,
     decode_to_end,
+    decoder_history,
     first_rows,
     row_sizes,
 )
@@ -72,12 +74,14 @@ def placed(layout: Layout | None, slots: Slots) -> Slots:
     return jax.tree.map(lambda array, axes: constrain(layout, array, *axes), slots, slot_axes(slots))
 
 
-def empty_slots(decoder: Decoder, P: int, S: int, G: int, T: int, pad_id: int) -> Slots:
+def empty_slots(decoder: Decoder, P: int, S: int, G: int, T: int, pad_id: int, tracked: Tracked = UNTRACKED) -> Slots:
     """Returns P slots, all of which have ended, for prompts of S tokens."""
 
     def filled() -> Slots:
-        prefix, past = decoder.start(jnp.zeros((P, S), jnp.int32), jnp.ones(P, jnp.int32), G, T)
-        rows = first_rows(prefix, jnp.arange(P), jax.random.key(0), G, T, pad_id)
+        prompts = jnp.zeros((P, S), jnp.int32), jnp.ones(P, jnp.int32)
+        prefix, past = decoder.start(*prompts, G, T)
+        history = decoder_history(decoder, prefix, tracked, *prompts, G)
+        rows = first_rows(prefix, jnp.arange(P), jax.random.key(0), G, T, pad_id, history)
         return Slots(prefix, DecodeState(rows, past._replace(length=jnp.zeros(P, jnp.int32))))
 
     slots = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(filled))
@@ -95,12 +99,14 @@ def refill_slots(
     source_P: jax.Array,
     *,
     pad_id: int,
+    tracked: Tracked = UNTRACKED,
 ) -> tuple[Slots, Rollout]:
     """Puts new prompts into slots that have ended.
 
     Args:
       prompt_CS, lengths_C, rows_C, key: as for `models.sampler.sample`.
       source_P: which of its device's new prompts a slot gets; -1: it stays as it is.
+      tracked: what the sampling settings need of the tokens so far.
 
     Returns:
       The slots, and the completions that they held before, on every device.
@@ -108,7 +114,8 @@ def refill_slots(
     (_, G), T, layout = slots.state.rows.done_PG.shape, slots.state.rows.uniforms_PGT.shape[-1], decoder.layout
     with jax.named_scope("prefill"):
         prefix, _ = decoder.start(prompt_CS, lengths_C, G, T)
-    new_rows = first_rows(prefix, rows_C, key, G, T, pad_id)
+    history = decoder_history(decoder, prefix, tracked, prompt_CS, lengths_C, G)
+    new_rows = first_rows(prefix, rows_C, key, G, T, pad_id, history)
     axes = slot_axes(slots)
 
     def insert(axes: Any, old: jax.Array, new: jax.Array) -> jax.Array:
@@ -166,16 +173,16 @@ class SlotPrograms(NamedTuple):
     finish: Any  # (weights, prefix, rows, rollout, past, sampling, *, drawing) -> Rollout, past
 
 
-def slot_programs(graphdef: Any, T: int, pad_id: int, layout: Layout) -> SlotPrograms:
-    """Returns the programs of a policy, for completions of T tokens."""
+def slot_programs(graphdef: Any, T: int, pad_id: int, layout: Layout, tracked: Tracked = UNTRACKED) -> SlotPrograms:
+    """Returns the programs of a policy, for completions of T tokens; `tracked` is that of the sampling settings."""
     # On one device `placed` constrains nothing, and JAX would name the same place in several ways: compiled for each.
     place: dict[str, Any] = {"out_shardings": layout.sharding(())} if layout.mesh.size == 1 else {}
 
     def empty(weights: Any, *, P: int, S: int, G: int) -> Slots:
-        return empty_slots(make_decoder(weights, graphdef), P, S, G, T, pad_id)
+        return empty_slots(make_decoder(weights, graphdef), P, S, G, T, pad_id, tracked)
 
     def refill(weights: Any, slots: Slots, *arguments: jax.Array) -> tuple[Slots, Rollout]:
-        return refill_slots(make_decoder(weights, graphdef), slots, *arguments, pad_id=pad_id)
+        return refill_slots(make_decoder(weights, graphdef), slots, *arguments, pad_id=pad_id, tracked=tracked)
 
     def decode(weights: Any, *arguments: Any, drawing: Drawing | None) -> tuple[DecodeState, jax.Array]:
         return decode_slots(make_decoder(weights, graphdef), *arguments, pad_id=pad_id, drawing=drawing)

@@ -116,8 +116,12 @@ def completion_table(
     groups: Groups,
     names: Sequence[str],
     advantages_PG: np.ndarray,
+    endings_PG: Sequence[Sequence[str | None]] | None = None,
 ) -> dict[str, list[Any]]:
-    """The columns prompt, completion, rewards/NAME of every reward, advantage, length (tokens) and stop_reason."""
+    """The columns prompt, completion, rewards/NAME of every reward, advantage, length (tokens) and stop_reason.
+
+    Where the run has stop strings, `endings_PG` says which one ended a completion: the column stop_string.
+    """
     G = len(texts_PG[0])
     table: dict[str, list[Any]] = {
         "prompt": [str(prompt) for prompt in prompts for _ in range(G)],
@@ -128,4 +132,6 @@ def completion_table(
     table["length"] = np.asarray(groups.rollout.lengths_PG).reshape(-1).tolist()
     finished = np.asarray(groups.rollout.finished_PG).reshape(-1)
     table["stop_reason"] = ["stop" if ended else "length" for ended in finished]
+    if endings_PG is not None:
+        table["stop_string"] = [ending for group in endings_PG for ending in group]
     return table

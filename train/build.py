@@ -69,8 +69,9 @@ def policy_layout(config: PolicyConfig, devices: Sequence[jax.Device] | None = N
 
 def generator_options(config: PolicyConfig) -> dict[str, Any]:
     """Returns what a `models.generate.Generator` takes of a run's settings."""
-    names = ("temperature", "top_k", "top_p", "min_tokens", "max_prompt_length", "max_completion_length")
-    options = {name: getattr(config, name) for name in (*names, "rollout_prompts")}
+    sampling = ("temperature", "top_k", "top_p", "min_tokens", "min_p", "repetition_penalty", "stop")
+    sizes = ("max_prompt_length", "max_completion_length", "rollout_prompts")
+    options = {name: getattr(config, name) for name in (*sampling, *sizes)}
     return options | {"sampling_copy": config.mesh.sampling_copy, "decoding": config.mesh.decoding}
 
 

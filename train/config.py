@@ -16,7 +16,7 @@ import numpy as np
 from gopo_jax import ADVANTAGES, SURROGATES
 from models.config import Qwen3Config
 from models.lora import Lora
-from models.tokenizer import tokenizer_path
+from models.tokenizer import check_text, tokenizer_path
 from train import dotted
 from train.private import hide_secrets
 
@@ -438,6 +438,11 @@ class PolicyConfig(RunConfig):
     top_p: float = 1.0  # sample from the likeliest tokens that have this probability together; 1: off
     top_k: int = 0  # sample from so many likeliest tokens; 0: off
     min_tokens: int = 0  # of a completion, before which it does not end
+    min_p: float = 0.0  # sample from tokens of at least this share of the likeliest one's probability; 0: off
+    # logits of tokens in the prompt or the completion so far are divided by this, or multiplied where below 0; 1: off
+    repetition_penalty: float = 1.0
+    # texts that end a completion, with the token in which the first of them ends, e.g. '["</answer>", "\n\n"]'
+    stop: list[str] = field(default_factory=list)
     loss: LossConfig = field(default_factory=LossConfig)  # what the policy's update descends
     validation: ValidationConfig = field(default_factory=ValidationConfig)  # on data.validation, by the rewards
 
@@ -465,6 +470,7 @@ class PolicyConfig(RunConfig):
         _finite(self, "temperature")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p: expected a number in (0, 1], got {self.top_p}")
+        check_sampling(self)
         _divides("minibatch_prompts", self.update_prompts, "prompts_per_step", self.prompts_per_step)
         whole = "prompts_per_step" if self.minibatch_prompts is None else "minibatch_prompts"
         _divides("microbatch_prompts", self.microbatch_prompts, whole, self.update_prompts)
@@ -653,6 +659,22 @@ def hide_passwords(values: dict[str, Any]) -> dict[str, Any]:
 def _divides(name: str, part: int, whole_name: str, whole: int) -> None:
     if part < 1 or whole % part:
         raise ValueError(f"{name}: expected a divisor of {whole_name} = {whole}, got {part}")
+
+
+def check_sampling(config: Any) -> None:
+    """Refuses values of min_p, repetition_penalty and stop that no program can sample with.
+
+    Raises:
+      ValueError: the first such value.
+    """
+    if not 0 <= config.min_p <= 1:
+        raise ValueError(f"min_p: expected a number in [0, 1], got {config.min_p}")
+    _positive(config, "repetition_penalty")
+    _finite(config, "repetition_penalty")
+    if len(set(config.stop)) < len(config.stop) or not all(config.stop):
+        raise ValueError(f"stop: expected texts of at least one character, each once, got {config.stop}")
+    for text in config.stop:
+        check_text(text)
 
 
 def check_seed(seed: int) -> None:

@@ -25,6 +25,7 @@ from models.generate import Generator
 from models.hf_weights import split
 from models.sharding import Layout, to_host
 from models.slots import Part, join_parts
+from models.stop_strings import check_stop_strings
 from train.batch import Groups, choose, completion_table, is_enough, make_batch
 from train.build import generator_options, make_model, make_optimizer, make_tokenizer, policy_layout, warn_of_rounding
 from train.config import PolicyConfig
@@ -60,6 +61,7 @@ def train_policy(config: PolicyConfig) -> None:
         layout, pins = policy_layout(config), Pins(config)
         start, reward_specs = pins.model(config.model), pins.rewards(config.rewards)  # under exact names
         tokenizer = make_tokenizer(start, config.chat)
+        check_stop_strings(config.stop, tokenizer)
         prompts, validation = load_prompts(config, tokenizer, pins)
         for count in filter(None, (config.prompts_per_step, len(validation.rows[: config.validation.prompts]))):
             share(count)  # fewer prompts than processes are refused here
@@ -133,7 +135,8 @@ def train_policy(config: PolicyConfig) -> None:
         if run.completions_due(done):
             log.wait()  # here and below: a run that has diverged writes nothing more
             texts_PG = tokenizer.decode(rollout.tokens_PGT, rollout.lengths_PG)
-            run.write_table(done, completion_table(step_prompts, texts_PG, groups, names, advantages_PG))
+            endings_PG = generator.endings(rollout)
+            run.write_table(done, completion_table(step_prompts, texts_PG, groups, names, advantages_PG, endings_PG))
         if config.validation.due(done, config.max_steps):
             log.wait()
             with timer("validation"):

@@ -59,12 +59,13 @@ class Validation:
             scores_PGR = self._own_rewards.score(prompts[own], texts_PG[own], columns, ids_PG)
             found = self._own_rewards.metrics(scores_PGR)
             metrics |= {name: value for name, value in found.items() if name.startswith("rewards/")}
-        table = list[dict[str, Any]]()
+        table, endings_PG = list[dict[str, Any]](), self._generator.endings(completions)
         for p in range(len(rows)):
             for g in range(G):
                 row: dict[str, Any] = {"prompt_id": p, "prompt": prompts[p], "completion": texts_PG[p][g]}
                 row |= {"reward": _or_none(rewards_PG[p, g]), "length": int(lengths_PG[p, g])}
                 row |= {"stop_reason": "stop" if finished_PG[p, g] else "length"}
+                row |= {"stop_string": endings_PG[p][g]} if endings_PG else {}
                 if scores_PGR is not None:
                     scores = zip(self._own_rewards.scorers, scores_PGR[p, g], strict=True)
                     row |= {f"rewards/{name}": _or_none(score) for name, score in scores}

@@ -16,9 +16,10 @@ import jax
 from eval.texts.generate import load_policy, trained_chat
 from models.checkpoint import check_loadable, resolve_step
 from models.generate import Generator
+from models.stop_strings import check_stop_strings
 from models.tokenizer import Prompt, Tokenizer, tokenizer_path
 from train.build import make_layout_for
-from train.config import ChatConfig, MeshConfig, check_seed
+from train.config import ChatConfig, MeshConfig, check_sampling, check_seed
 from train.console import console
 from train.parse import parse
 from train.running import setup_errors
@@ -39,6 +40,11 @@ class TalkConfig:
     temperature: float = 1.0  # of sampling; 0: greedy
     top_p: float = 1.0  # sample from the likeliest tokens that have this probability together; 1: off
     top_k: int = 0  # sample from so many likeliest tokens; 0: off
+    min_p: float = 0.0  # sample from tokens of at least this share of the likeliest one's probability; 0: off
+    # logits of tokens in the conversation so far are divided by this, or multiplied where they are below 0; 1: off
+    repetition_penalty: float = 1.0
+    # texts that end an answer, with the token in which the first of them ends, e.g. '["</answer>", "\n\n"]'
+    stop: list[str] = field(default_factory=list)
     max_prompt_length: int = 4096  # tokens of the whole conversation
     max_completion_length: int = 512  # tokens of an answer; longer ones are cut
     seed: int = 0  # of sampling
@@ -56,6 +62,7 @@ class TalkConfig:
                 raise ValueError(f"{name}: expected at least {low}, got {getattr(self, name)}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p: expected a number in (0, 1], got {self.top_p}")
+        check_sampling(self)
 
 
 def parse_chat(arguments: list[str]) -> TalkConfig:
@@ -69,6 +76,7 @@ def chat(config: TalkConfig) -> None:
         layout = make_layout_for(config.mesh)
         settings = config.chat or trained_chat(config.checkpoint)
         tokenizer = Tokenizer(tokenizer_path(config.checkpoint), settings.enable_thinking)
+        check_stop_strings(config.stop, tokenizer)
         generator, params = load_policy(config, tokenizer, layout)
     generator.sampling = generator.sampling._replace(temperature=config.temperature)
     talk = Conversation(config, settings, generator, params)

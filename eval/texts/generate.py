@@ -2,8 +2,9 @@
 
 A row is {prompt_id, prompt, completion, length, temperature, sample, stop_reason, seed, checkpoint} and the data's
 other columns: `prompt_id` is the row's number in the data, `length` counts tokens with the end token, `stop_reason` is
-"stop" (the policy ended) or "length" (cut), `sample` numbers a prompt's completions at a temperature from 0. Rows are
-in the order of temperatures, then prompts, then samples.
+"stop" (the policy ended, or wrote one of the texts in `stop`: `stop_string` then says which) or "length" (cut),
+`sample` numbers a prompt's completions at a temperature from 0. Rows are in the order of temperatures, then prompts,
+then samples.
 
 A completion depends only on the policy, the sampling settings, the seed and (prompt_id, temperature, sample): not on
 `n`, `batch_prompts`, `limit` or the devices, except for rounding. The same seed gives every checkpoint and every
@@ -31,9 +32,10 @@ from models.hf_weights import split
 from models.pins import weights_hash
 from models.qwen3 import Qwen3
 from models.sharding import Layout
+from models.stop_strings import check_stop_strings
 from models.tokenizer import Tokenizer, tokenizer_path
 from train.build import make_layout_for
-from train.config import ChatConfig, MeshConfig, check_seed
+from train.config import ChatConfig, MeshConfig, check_sampling, check_seed
 from train.console import console, progress_bar
 from train.data.chats import normalize_prompts
 from train.data.prompts import fitting_indices
@@ -46,8 +48,11 @@ from train.state import EVALUATION, stream_key
 MAX_SAMPLES = 1024  # completions of a prompt at a temperature: row * MAX_SAMPLES + sample numbers a random stream
 STREAMS = 2**32
 ROW_KEYS = ("completion", "length", "temperature", "sample", "stop_reason", "seed", "checkpoint", "prompt_id", "prompt")
+STOP_STRING = "stop_string"  # a row's key too, if there are stop strings
 # Settings that change no row, or that the hashes and the checkpoint's exact name cover.
 _IRRELEVANT = ("out", "overwrite", "batch_prompts", "mesh", "checkpoint", "data", "split", "columns", "limit", "chat")
+# Settings that files of older versions do not have, with the values that they were made with.
+_LATER: list[tuple[str, Any]] = [("min_p", 0.0), ("repetition_penalty", 1.0), ("stop", [])]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +70,11 @@ class GenerateConfig:
     n: int = 1  # completions per prompt and temperature
     top_p: float = 1.0  # sample from the likeliest tokens that have this probability together; 1: off
     top_k: int = 0  # sample from so many likeliest tokens; 0: off
+    min_p: float = 0.0  # sample from tokens of at least this share of the likeliest one's probability; 0: off
+    # logits of tokens in the prompt or the completion so far are divided by this, or multiplied where below 0; 1: off
+    repetition_penalty: float = 1.0
+    # texts that end a completion, with the token in which the first of them ends, e.g. '["</answer>", "\n\n"]'
+    stop: list[str] = field(default_factory=list)
     max_prompt_length: int = 1024  # tokens; longer prompts are left out, counted and printed
     max_completion_length: int = 2048  # tokens; longer completions are cut
     batch_prompts: int = 64  # prompts at a time; changes no token
@@ -92,6 +102,7 @@ class GenerateConfig:
             raise ValueError(f"n: expected at most {MAX_SAMPLES}, got {self.n}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p: expected a number in (0, 1], got {self.top_p}")
+        check_sampling(self)
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit: expected at least 1, got {self.limit}")
 
@@ -112,6 +123,7 @@ def generate(config: GenerateConfig) -> list[Row]:
         layout = make_layout_for(config.mesh, config.batch_prompts)
         chat = config.chat or trained_chat(config.checkpoint)
         tokenizer = Tokenizer(tokenizer_path(config.checkpoint), chat.enable_thinking)
+        check_stop_strings(config.stop, tokenizer)
         rows = load_fitting_prompts(config, tokenizer, chat)
         file = GrowingFile(config.out, settings_of(config, chat, rows), overwrite=config.overwrite)
     with file:
@@ -139,6 +151,12 @@ class PolicySettings(Protocol):
     def top_k(self) -> int: ...
     @property
     def top_p(self) -> float: ...
+    @property
+    def min_p(self) -> float: ...
+    @property
+    def repetition_penalty(self) -> float: ...
+    @property
+    def stop(self) -> list[str]: ...
 
 
 def load_policy(config: PolicySettings, tokenizer: Tokenizer, layout: Layout) -> tuple[Generator, Any]:
@@ -160,6 +178,9 @@ def load_policy(config: PolicySettings, tokenizer: Tokenizer, layout: Layout) ->
         max_completion_length=config.max_completion_length,
         top_k=config.top_k,
         top_p=config.top_p,
+        min_p=config.min_p,
+        repetition_penalty=config.repetition_penalty,
+        stop=config.stop,
     )
     return generator, generator.sampling_weights(params)
 
@@ -186,7 +207,7 @@ def sample_all(
             generator.sampling = generator.sampling._replace(temperature=temperature)
             prompts = [row["prompt"] for _, row in batch]
             rollouts = generator.complete(params, prompts, key, config.n, size, streams_PG)
-            file.append(list(completion_rows(batch, rollouts, temperature, origin)))
+            file.append(list(completion_rows(batch, rollouts, temperature, origin, generator.endings(rollouts))))
             tokens, cut = tokens + int(rollouts.lengths_PG.sum()), cut + int((~rollouts.finished_PG).sum())
             bar.update(task, completed=file.rows)
     new, seconds = file.rows - first, time.perf_counter() - began
@@ -216,10 +237,15 @@ def whole_batches(config: GenerateConfig, rows: int, count: int) -> int:
 
 
 def completion_rows(
-    batch: Sequence[tuple[int, Row]], rollouts: Completions, temperature: float, origin: Mapping[str, Any]
+    batch: Sequence[tuple[int, Row]],
+    rollouts: Completions,
+    temperature: float,
+    origin: Mapping[str, Any],
+    endings_PG: Sequence[Sequence[str | None]] | None = None,
 ) -> Iterator[Row]:
+    own = (*ROW_KEYS, STOP_STRING) if endings_PG else ROW_KEYS
     for p, (prompt_id, row) in enumerate(batch):
-        columns = {name: value for name, value in row.items() if name not in ROW_KEYS}
+        columns = {name: value for name, value in row.items() if name not in own}
         for g, text in enumerate(rollouts.texts_PG[p]):
             yield {
                 "prompt_id": prompt_id,
@@ -229,6 +255,7 @@ def completion_rows(
                 "temperature": temperature,
                 "sample": g,
                 "stop_reason": "stop" if rollouts.finished_PG[p, g] else "length",
+                **({STOP_STRING: endings_PG[p][g]} if endings_PG else {}),
                 **origin,
                 **columns,
             }
@@ -254,7 +281,8 @@ def load_fitting_prompts(config: GenerateConfig, tokenizer: Tokenizer, chat: Cha
         raise ValueError(
             f"{config.data}: expected at most {STREAMS // MAX_SAMPLES} rows, got {len(rows)}; --limit them"
         )
-    clashing = sorted({name for row in rows for name in row} & {*ROW_KEYS} - {"prompt_id", column})
+    own = {*ROW_KEYS, *([STOP_STRING] if config.stop else [])}
+    clashing = sorted({name for row in rows for name in row} & own - {"prompt_id", column})
     if clashing:
         console.print(
             f"{config.data}: its columns {', '.join(clashing)} are not carried along: the completions' own have these "
@@ -270,10 +298,11 @@ def settings_of(config: GenerateConfig, chat: ChatConfig, rows: Sequence[tuple[i
     digest = hashlib.sha256()
     for i, row in rows:
         digest.update(as_line({"prompt_id": i} | row).encode())
+    values = asdict(config)
     return {
         "checkpoint": resolve_step(config.checkpoint),
         "weights": weights_hash(config.checkpoint),
         "data": digest.hexdigest(),
         "chat": asdict(chat),
-        **{name: value for name, value in asdict(config).items() if name not in _IRRELEVANT},
+        **{name: value for name, value in values.items() if name not in _IRRELEVANT and (name, value) not in _LATER},
     }

@@ -95,6 +95,13 @@ def test_the_seed_makes_the_answers(tiny_policy_dir: Path, said: Callable[..., l
     assert answers[4] == answers[5], "greedy"
 
 
+def test_an_answer_ends_with_a_stop_string(tiny_policy_dir: Path, said: Callable[..., list[str]]) -> None:
+    """All that can be said but for a few bytes: the first token ends it, which is then no cut."""
+    letters = [chr(code) for code in range(33, 127)]
+    (answer,) = said(tiny_policy_dir, ["one"], "--temperature", 0, "--min_p", 0.1, "--stop", *letters)
+    assert any(letter in answer for letter in letters) == ("[cut" not in answer)
+
+
 def test_chat_refuses_a_reward_model(tiny_reward_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["chat", "--checkpoint", str(tiny_reward_dir)]) == 2
     assert "expected a policy, got a reward model" in capsys.readouterr().err

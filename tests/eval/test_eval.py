@@ -210,6 +210,8 @@ def test_generate_refuses(policy: Path, judge: Path, tmp_path: Path, capsys: pyt
         capsys, "generate", "--checkpoint", policy, *rest, "--temperature", 1
     )
     assert "top_p" in refused(capsys, "generate", "--checkpoint", policy, *rest, "--top_p", 0)
+    assert "min_p" in refused(capsys, "generate", "--checkpoint", policy, *rest, "--min_p", 2)
+    assert "special token" in refused(capsys, "generate", "--checkpoint", policy, *rest, "--stop", "a", "<|im_end|>")
     assert "no 'question'" in refused(capsys, "generate", "--checkpoint", policy, *rest, "--prompt_column", "question")
     assert "none of the 1 prompts" in refused(
         capsys, "generate", "--checkpoint", policy, *rest, "--max_prompt_length", 1

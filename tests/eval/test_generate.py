@@ -40,6 +40,7 @@ def loads_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def load(config: GenerateConfig, *given: Any) -> Any:
         key = (config.checkpoint, config.max_prompt_length, config.max_completion_length, config.top_p, config.top_k)
+        key += (config.min_p, config.repetition_penalty, *config.stop)
         LOADED[key] = LOADED.get(key) or load_policy(config, *given)
         return LOADED[key]
 
@@ -86,6 +87,27 @@ def test_a_completion_depends_on_prompt_temperature_sample_and_seed_alone(draw: 
     assert len(fewer) == 7 and fewer.items() <= whole.items()
     other = drawn_at(draw("seed.jsonl", seed=1))
     assert sum(other[place] != text for place, text in whole.items()) > 20
+
+
+def test_a_stop_string_ends_a_completion_and_the_row_says_which(draw: Callable[..., bytes], tmp_path: Path) -> None:
+    """The texts are the beginnings of those without; a file without the settings is one of an older version."""
+    free = drawn_at(draw())
+    assert (
+        not {"min_p", "repetition_penalty", "stop"}
+        & json.loads((tmp_path / "out.jsonl.settings.json").read_text()).keys()
+    )
+    stop = next(text[3:5] for text in free.values() if re.fullmatch("[a-z ]{2}", text[3:5]))
+    rows, cut = rows_of(draw("stop.jsonl", stop=[stop, "never"])), 0
+    assert list(rows[0])[6:9] == ["stop_reason", "stop_string", "seed"]
+    for row in rows:
+        whole = free[row["prompt_id"], row["temperature"], row["sample"]]
+        assert row["stop_string"] == (stop if stop in whole else None)
+        assert (stop in row["completion"]) == (stop in whole) and whole.startswith(row["completion"].rstrip("\ufffd"))
+        assert row["stop_reason"] == "stop" or stop not in whole
+        cut += len(row["completion"]) < len(whole)
+    assert cut > 0
+    with pytest.raises(SetupError, match=r"other settings: stop \['.*', 'never'\], now None;"):
+        draw("stop.jsonl")
 
 
 def test_the_streams_of_all_completions_differ(draw: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch) -> None:

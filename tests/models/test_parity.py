@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from models import sampler
 from models.checkpoint import Checkpoints
 from models.config import ACTIVATION_NAMES, POLICY, REWARD_MODEL, Qwen3Config
 from models.hf_weights import INDEX_FILE, load_pretrained, save_pretrained, split
@@ -249,3 +250,37 @@ def test_peft_loads_our_adapters(architecture: str, tmp_path: Path) -> None:
         found = PeftModel.from_pretrained(theirs, tmp_path / "adapters")(torch.tensor(tokens_BS)).logits.numpy()
     assert np.abs(found - plain).max() > 0.1
     np.testing.assert_allclose(found.reshape(ours.shape), ours, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_penalty_and_min_p_are_transformers_own(seed: int) -> None:
+    """The logits that its processors leave, in its order: penalty, temperature, min-p."""
+    import torch
+    from transformers.generation import logits_process
+
+    rng = np.random.default_rng(seed)
+    logits_BV = rng.normal(0, 3, (5, VOCABULARY)).astype(np.float32)
+    tokens_BT = rng.integers(0, VOCABULARY, (5, 30))
+    penalty, temperature, min_p = float(rng.uniform(0.5, 2)), float(rng.uniform(0.5, 2)), float(rng.uniform(0, 0.3))
+    scores: Any = torch.tensor(logits_BV)
+    for processor in (
+        logits_process.RepetitionPenaltyLogitsProcessor(penalty),
+        logits_process.TemperatureLogitsWarper(temperature),
+        logits_process.MinPLogitsWarper(min_p),
+    ):
+        scores = processor(torch.tensor(tokens_BT), scores)
+    seen_BV = np.zeros(logits_BV.shape, bool)
+    np.put_along_axis(seen_BV, tokens_BT, True, 1)
+    found_BV = np.asarray(sampler.penalize(logits_BV, seen_BV, penalty)) / temperature
+    left_BV = np.isfinite(scores.numpy())
+    np.testing.assert_allclose(found_BV[left_BV], scores.numpy()[left_BV], rtol=1e-5)
+    # every uniform number draws one of the tokens that are left, and all of them are drawn
+    params = sampler.SamplingParams(temperature, 0, 1.0, 0, np.zeros(0, np.int32), None, min_p, penalty)
+    uniform_I = np.linspace(0, 1, 2000, endpoint=False, dtype=np.float32)
+    weights_BV = np.exp(scores.numpy() - scores.numpy().max(1, keepdims=True))
+    for logits_V, seen_V, weights_V in zip(logits_BV, seen_BV, weights_BV, strict=True):
+        rows = [np.broadcast_to(array, (2000, VOCABULARY)) for array in (logits_V, seen_V)]
+        tokens_I, _ = sampler.draw(rows[0], uniform_I, np.zeros(VOCABULARY, bool), params, seen=rows[1])
+        drawn = np.unique(tokens_I)
+        assert (weights_V[drawn] > 0).all()
+        assert set(np.flatnonzero(weights_V / weights_V.sum() > 1e-3)) <= set(drawn.tolist())

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,11 +18,12 @@ from scipy.stats import chisquare
 from gopo_jax import token_logprobs
 from models.attention import KeyValues, PrefixKeyValues
 from models.config import Qwen3Config
-from models.generate import Generator
+from models.generate import Completions, Generator
 from models.hf_weights import split
 from models.qwen3 import Backbone, Prefix
-from models.sampler import Rollout, SamplingParams, draw, inverse_cdf, sample
+from models.sampler import Rollout, SamplingParams, draw, inverse_cdf, penalize, sample
 from models.sharding import make_layout
+from models.stop_strings import make_stop_table
 from models.tokenizer import Tokenizer
 from train.state import EVALUATION, TRAIN, VALIDATION, stream_key
 
@@ -397,6 +399,71 @@ def test_frequencies_are_the_truncated_softmax(temperature: float, truncation: t
     assert p_value(tokens_B, near) < 1e-4, "the test sees a temperature that is 20 % higher"
 
 
+@pytest.mark.parametrize("truncation", [{}, {"top_k": 8, "top_p": 0.8}], ids=["all", "truncated"])
+@pytest.mark.parametrize("min_p", [0.0, 0.3, 1.0])
+def test_min_p_keeps_what_is_likely_beside_the_likeliest(min_p: float, truncation: dict[str, Any]) -> None:
+    """The tokens with p >= min_p p_max, of those that top-k and top-p leave; log-probabilities are of all tokens."""
+    logits_V, _, drawing = small_vocabulary()
+    temperature = 0.7
+    options = settings(temperature, **truncation)._replace(min_p=np.float32(min_p))
+    tokens_B, logprobs_B = (np.asarray(x) for x in drawing(np.zeros(SMALL, bool), options))
+    probabilities_V = softmax(logits_V / temperature)
+    left_V = truncated_softmax(logits_V, temperature, truncation.get("top_k", 0), truncation.get("top_p", 1.0))
+    left_V *= probabilities_V >= min_p * probabilities_V.max()
+    np.testing.assert_array_equal(np.unique(tokens_B), np.flatnonzero(left_V))
+    assert p_value(tokens_B, left_V / left_V.sum()) > 1e-4
+    np.testing.assert_allclose(logprobs_B, np.log(probabilities_V)[tokens_B], atol=1e-5)
+
+
+def test_the_penalty_divides_what_is_likely_and_multiplies_what_is_not() -> None:
+    """By hand; and a temperature before the penalty is one behind it."""
+    logits_V, seen_V = np.array([2.0, 2.0, -3.0, -3.0, 0.0]), np.array([True, False, True, False, True])
+    np.testing.assert_allclose(penalize(logits_V, seen_V, 1.5), [2 / 1.5, 2, -3 * 1.5, -3, 0], rtol=1e-6)
+    np.testing.assert_allclose(penalize(logits_V, seen_V, 0.5), [4, 2, -1.5, -3, 0])
+    np.testing.assert_allclose(penalize(logits_V / 0.7, seen_V, 1.5), penalize(logits_V, seen_V, 1.5) / 0.7, rtol=1e-6)
+
+
+def test_tokens_of_the_prompt_and_the_completion_are_penalized(net: Net) -> None:
+    """Greedy, as step by step with everything computed anew; log-probabilities are the trainer's, without a penalty."""
+    penalty, tokens, rows_P = 1.7, np.zeros((P, S + T), np.int32), np.arange(P)
+    tokens[:, :S] = PROMPT_PS
+    for t in range(T):
+        logits_PV = np.asarray(net.logits(net.params, tokens))[rows_P, LENGTHS_P + t - 1]
+        for p, (row_V, length) in enumerate(zip(logits_PV, LENGTHS_P + t, strict=True)):
+            seen = np.unique(tokens[p, :length])
+            row_V[seen] = np.where(row_V[seen] > 0, row_V[seen] / penalty, row_V[seen] * penalty)
+            tokens[p, length] = row_V.argmax()
+    expected_PT = np.stack([row[n : n + T] for row, n in zip(tokens, LENGTHS_P, strict=True)])
+    out = net(settings(0.0)._replace(repetition_penalty=np.float32(penalty)))
+    np.testing.assert_array_equal(out.tokens_PGT, np.repeat(expected_PT[:, None], G, 1))
+    assert (out.tokens_PGT != net(settings(0.0)).tokens_PGT).any((1, 2)).all()
+    trained = net.logprobs(net.params, PROMPT_PS, LENGTHS_P, out.tokens_PGT, np.float32(1))
+    np.testing.assert_allclose(out.logprobs_PGT, trained, atol=1e-4)
+
+
+@pytest.mark.parametrize("min_tokens", [0, 5])
+def test_a_stop_string_cuts_the_same_tokens_where_it_first_ends(net: Net, min_tokens: int) -> None:
+    """Behind min_tokens tokens; the token in which it ends is the last one."""
+    words = [bytes([97 + v % 7, 97 + v % 11]) for v in range(V)]  # two letters of each token
+    stops = [b"bd", b"cac"]
+    options = settings(min_tokens=min_tokens)
+    free, out = net(options), net(options._replace(stop=make_stop_table(stops, words)))
+    for index in np.ndindex(P, G):
+        texts = [b"".join(words[token] for token in free.tokens_PGT[index][:n]) for n in range(T + 1)]
+        ends = [n for n in range(min_tokens + 1, T + 1) if count(texts[n], stops) > count(texts[n - 1], stops)]
+        length = ends[0] if ends else T
+        assert (out.lengths_PG[index], out.finished_PG[index]) == (length, bool(ends))
+        np.testing.assert_array_equal(
+            out.tokens_PGT[index], np.where(np.arange(T) < length, free.tokens_PGT[index], PAD)
+        )
+        np.testing.assert_array_equal(out.logprobs_PGT[index][length:], 0)
+    assert 0 < out.finished_PG.sum() < P * G and out.lengths_PG.min() < T
+
+
+def count(text: bytes, strings: list[bytes]) -> int:
+    return sum(text[i:].startswith(string) for string in strings for i in range(len(text)))
+
+
 def test_top_k_and_top_p_are_in_that_order() -> None:
     """top_p is a share of what top_k leaves: the two orders keep different sets here."""
     logits_V, _, drawing = small_vocabulary()
@@ -505,3 +572,31 @@ def test_generator_draws_only_the_tokenizers_ids(
     generator = Generator(graphdef, tokenizer, make_layout(), max_prompt_length=8, max_completion_length=16)
     completions = generator.complete(params, [sentence[:8] for sentence in sentences[:2]], KEY, 4, 2)
     assert completions.tokens_PGT.max() < tokenizer.size
+
+
+def test_generator_ends_texts_with_the_first_stop_string(
+    tiny_config: Qwen3Config, tiny_tokenizer_dir: Path, make_model: Callable[..., Backbone], sentences: list[str]
+) -> None:
+    """The same tokens as without, up to the one in which the text comes to hold a stop string."""
+    tokenizer, layout = Tokenizer(tiny_tokenizer_dir), make_layout(devices=jax.devices()[:1])
+    graphdef, params = split(make_model(tiny_config))
+    params, prompts = jax.device_put(params, layout.sharding(())), [sentence[:8] for sentence in sentences[:3]]
+
+    def complete(*stop: str) -> tuple[Generator, Completions]:
+        sizes: dict[str, Any] = {"max_prompt_length": 8, "max_completion_length": 16, "decoding": "unrolled"}
+        generator = Generator(graphdef, tokenizer, layout, stop=stop, **sizes)
+        return generator, generator.complete(params, prompts, KEY, 4, 3)
+
+    _, free = complete()
+    stop = [re.findall("[a-z ]{2}", "\0".join(texts_G))[-1] for texts_G in free.texts_PG[:2]]
+    generator, out = complete(*stop)
+    endings_PG = generator.endings(out)
+    assert endings_PG is not None and {*stop} <= {ending for group in endings_PG for ending in group}
+    for p, g in np.ndindex(3, 4):
+        length, tokens_T = out.lengths_PG[p, g], out.tokens_PGT[p, g]
+        np.testing.assert_array_equal(tokens_T[:length], free.tokens_PGT[p, g, :length])
+        shorter = tokenizer.decode(out.tokens_PGT, np.maximum(out.lengths_PG - 1, 0))[p][g]
+        assert not any(string in shorter for string in stop)
+        ended = any(string in out.texts_PG[p][g] for string in stop)
+        assert ended == (endings_PG[p][g] is not None) and (ended or length == free.lengths_PG[p, g])
+        assert out.finished_PG[p, g] == (ended or free.finished_PG[p, g])

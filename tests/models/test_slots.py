@@ -30,6 +30,7 @@ from models.slots import (
     refill_size,
     slot_programs,
 )
+from models.stop_strings import make_stop_table
 
 P, S, G, T, V = 9, 6, 3, 24, 61
 RNG = np.random.default_rng(0)
@@ -51,12 +52,12 @@ def policy(request: pytest.FixtureRequest, make_model: Callable[..., Backbone], 
     return graphdef, weights, layout, jax.tree.map(np.asarray, whole)
 
 
-def draw_in_slots(policy: Any, slots: int) -> list[Part]:
+def draw_in_slots(policy: Any, slots: int, sampling: SamplingParams = SAMPLING) -> list[Part]:
     graphdef, weights, layout, _ = policy
-    programs = slot_programs(graphdef, T, 7, layout)
-    options: dict[str, Any] = {"drawing": known_drawing(weights, SAMPLING), "layout": layout}
+    programs = slot_programs(graphdef, T, 7, layout, sampling.tracked)
+    options: dict[str, Any] = {"drawing": known_drawing(weights, sampling), "layout": layout}
     options["finishes"] = has_finish(weights, graphdef, slots, G, T)
-    parts = list(SlotRollouts(programs, weights, BATCH, SAMPLING, slots=slots, num_generations=G, **options))
+    parts = list(SlotRollouts(programs, weights, BATCH, sampling, slots=slots, num_generations=G, **options))
     sizes = [program._cache_size() for program in programs]
     assert sizes == [1, 1, 1, int(options["finishes"])], "each is compiled once"
     return parts
@@ -85,6 +86,20 @@ def test_rows_move_together_once_no_prompt_waits(policy: Any, monkeypatch: pytes
     graphdef, weights, *_ = policy
     assert has_finish(weights, graphdef, 8, G, T) == (not isinstance(weights, DecodeWeights))
     assert_same(draw_in_slots(policy, 8), policy[-1])
+
+
+def test_slots_keep_what_settings_need_of_the_tokens_so_far(policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tokens that a penalty is for, and the beginnings of stop strings, also where rows move together."""
+    monkeypatch.setattr(sampler, "MIN_SHRINKING_LENGTH", 1)
+    monkeypatch.setattr(sampler, "MIN_ROWS", 2)
+    graphdef, weights, *_, plain = policy
+    table = make_stop_table([b"abc", b"ca"], [bytes([97 + v % 5]) for v in range(V)])
+    sampling = SAMPLING._replace(repetition_penalty=1.5, stop=table, eos_ids=np.array([60], np.int32))
+    prompts = (BATCH.prompt_PS, BATCH.lengths_P, np.arange(P, dtype=np.int32), BATCH.key)
+    options: dict[str, Any] = {"num_generations": G, "drawing": known_drawing(weights, sampling)}
+    whole = jax.tree.map(np.asarray, sampling_program(graphdef, T, 7)(weights, *prompts, sampling, **options))
+    assert whole.lengths_PG.max(1).min() < T and (whole.tokens_PGT != plain.tokens_PGT).any()
+    assert_same(draw_in_slots(policy, 4, sampling), whole)
 
 
 @pytest.mark.parametrize("kernels", ["gpu", "tpu"])

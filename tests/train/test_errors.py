@@ -154,6 +154,14 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "null for a required one": ({"max_steps": None}, "max_steps"),
     "temperature 0": ({"temperature": 0.0}, "temperature: expected a number above 0, got 0"),
     "top_p 0": ({"top_p": 0.0}, "top_p: expected a number in (0, 1], got 0"),
+    "min_p 2": ({"min_p": 2.0}, "min_p: expected a number in [0, 1], got 2"),
+    "penalty 0": ({"repetition_penalty": 0.0}, "repetition_penalty: expected a number above 0, got 0"),
+    "empty stop": ({"stop": ["a", ""]}, "stop: expected texts of at least one character, each once, got ['a', '']"),
+    "stop twice": ({"stop": ["a", "a"]}, "stop: expected texts of at least one character, each once, got ['a', 'a']"),
+    "stop at a special token": (
+        {"stop": ["<|im_end|>"]},
+        "stop: '<|im_end|>': <|im_end|> is a special token, which is in no completion's text",
+    ),
     "no steps": ({"max_steps": 0}, "max_steps: expected at least 1, got 0"),
     "negative rate": ({"optimizer.learning_rate": -1.0}, "learning_rate: expected a number above 0, got -1"),
     "micro-batch": (

@@ -191,6 +191,9 @@ def test_prompts_sampled_at_a_time_change_nothing(
         "rewards": [base.rewards[0], replace(policy_config(tmp_path).rewards[0], batch_prompts=3)],
         "validation": ValidationConfig(prompts=0),
         "log": LogConfig(tensorboard=False, progress=False, completions_every=1),
+        "repetition_penalty": 1.2,
+        "min_p": 0.01,
+        "stop": ["e", "th"],
     }
     whole = replace(base, **settings, max_steps=2, output_dir=str(tmp_path / "whole"))
     parts = replace(whole, output_dir=str(tmp_path / "parts"))
@@ -211,8 +214,11 @@ def test_prompts_sampled_at_a_time_change_nothing(
     for step in (1, 2):
         file = f"completions/train_{step:06d}.parquet"
         found, wanted = (pq.read_table(Path(run.output_dir) / file).to_pydict() for run in (parts, whole))
-        for name in ("prompt", "completion", "length", "stop_reason", "rewards/r"):
+        for name in ("prompt", "completion", "length", "stop_reason", "stop_string", "rewards/r"):
             assert found[name] == wanted[name]
+        ends = zip(found["completion"], found["stop_reason"], found["stop_string"], strict=True)
+        assert {"e", None} <= {*found["stop_string"]}
+        assert all(reason == "stop" and string in text for text, reason, string in ends if string)
 
 
 def sometimes_unscorable(completions: list[str], wanted: list[str], **_: Any) -> list[float | None]:

@@ -20,13 +20,14 @@ from models.decode_attention import kernel_work
 from models.decoding import DecodeWeights
 from models.flash_attention import choose_attention
 from models.flash_gpu import flash_work
-from models.generate import SamplingCopy, known_drawing, sampling_program
+from models.generate import SamplingCopy, known_drawing, optional_settings, sampling_program
 from models.hf_weights import abstract_model, abstract_params, split
 from models.lora import split_trainable
 from models.published import PUBLISHED
 from models.sampler import SamplingParams
 from models.sharding import Layout, with_sharding
 from models.slots import finish_arguments, has_finish, refill_size, slot_axes, slot_programs
+from models.stop_strings import StopTable
 from models.weight_files import could_be_on_hub, find_directory
 from train.build import make_optimizer
 from train.config import PlanConfig
@@ -123,7 +124,7 @@ def sampling_parts(config: PlanConfig, layout: Layout, network: Qwen3Config, gra
         abstract_array(layout, (P, S), jnp.int32, ("prompt", None)),
         *[abstract_array(layout, (P,), jnp.int32, ("prompt",))] * 2,
     ]
-    settings = SamplingParams(config.temperature, config.top_k, config.top_p, config.min_tokens, np.zeros(2, np.int32))
+    settings = sampling_settings(config, network)
     arguments = (params, *prompts, jax.eval_shape(lambda: jax.random.key(0)), settings)
     if config.samples_in_parts:
         more_arrays, more_programs = slot_parts(config, layout, network, graphdef, params, settings, during)
@@ -133,6 +134,17 @@ def sampling_parts(config: PlanConfig, layout: Layout, network: Qwen3Config, gra
     trips, kernels = sampling_trips(T), sampling_kernels(config, layout, network, params)
     programs.append(StepProgram("sample", 1, jitted, arguments, options, during, trips, taken, kernels))
     return arrays, programs
+
+
+def sampling_settings(config: PlanConfig, network: Qwen3Config) -> SamplingParams:
+    """Returns the settings that the sampler is compiled for; ids stand for none of a tokenizer's."""
+    stop = None
+    if config.stop:  # of about as many states and classes as the strings will have
+        states = 1 + sum(len(string.encode()) for string in config.stop)
+        stop = StopTable(np.zeros(network.vocab_size, np.int32), np.zeros((states, 4 * states), np.int32))
+    options = optional_settings(config.min_p, config.repetition_penalty, stop)
+    eos_ids = np.zeros(2, np.int32)
+    return SamplingParams(config.temperature, config.top_k, config.top_p, config.min_tokens, eos_ids, **options)
 
 
 def slot_parts(
@@ -149,7 +161,7 @@ def slot_parts(
     As no completion ends early, slots end together: they are decoded to the end as often as prompts fill them.
     """
     (P, G, S, T), R = axis_sizes(config), sampled_at_once(config)
-    programs, C = slot_programs(graphdef, T, 0, layout), refill_size(R, layout)
+    programs, C = slot_programs(graphdef, T, 0, layout, settings.tracked), refill_size(R, layout)
     shapes = jax.eval_shape(functools.partial(programs.empty, P=R, S=S, G=G), params)
     slots = jax.tree.map(lambda a, axes: abstract_array(layout, a.shape, a.dtype, axes), shapes, slot_axes(shapes))
     options: dict[str, Any] = {"drawing": known_drawing(params, settings)}
