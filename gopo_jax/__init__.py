@@ -25,6 +25,7 @@ from gopo_jax.advantages import (
     reinforce_pp_advantages,
     rloo_advantages,
 )
+from gopo_jax.entropy import clip_cov, entropy_bonus, kl_cov, token_covariances, top_entropy_mask
 from gopo_jax.groups import valid_rewards
 from gopo_jax.logprobs import token_logprobs
 from gopo_jax.losses import add_metrics, kl_penalty, listwise_loss, loss_count, policy_loss, preference_loss
@@ -52,13 +53,16 @@ __all__ = [
     "SURROGATES",
     "add_metrics",
     "cispo_surrogate",
+    "clip_cov",
     "clip_surrogate",
     "dr_grpo_advantages",
+    "entropy_bonus",
     "gdpo_advantages",
     "gopo_advantages",
     "gopo_multi_advantages",
     "grpo_advantages",
     "importance_ratio",
+    "kl_cov",
     "kl_penalty",
     "krpo_advantages",
     "listwise_loss",
@@ -72,6 +76,8 @@ __all__ = [
     "sapo_surrogate",
     "soft_gopo_advantages",
     "token_broadcast",
+    "token_covariances",
     "token_logprobs",
+    "top_entropy_mask",
     "valid_rewards",
 ]

@@ -86,6 +86,7 @@ def policy_loss(
     surrogate: str | Callable[..., jax.Array] = "clip",
     surrogate_options: Mapping[str, Any] | None = None,
     weights: jax.Array | None = None,
+    penalties: jax.Array | None = None,
     aggregate: Literal["token", "sequence", "constant", "token_per_microbatch"] = "token",
     denominator: jax.typing.ArrayLike | None = None,
     max_length: int | None = None,
@@ -97,7 +98,7 @@ def policy_loss(
 
         rho_t = importance_ratio(...)                exp(logprob_t - old_logprob_t), or one ratio per completion
         J_t = min(rho_t A, clip(rho_t, 1 - clip_low, 1 + clip_high) A)    surrogate "clip"; or "cispo", "sapo"
-        l_t = -weights_t J_t + beta KL_t
+        l_t = -weights_t J_t + beta KL_t + penalties_t
         loss = sum over the mask of (a_t l_t) / denominator
 
     with a_t = 1, or 1 / (tokens of the completion) for "sequence", or 1 / (tokens of this call) for
@@ -113,6 +114,7 @@ def policy_loss(
       surrogate: a name in `SURROGATES`, or a function (ratio, logprobs, advantages) -> objective, all [..., T].
       surrogate_options: more keyword arguments of that function, e.g. {"dual_clip": 3.0}.
       weights: [..., T] factors of each token's surrogate (see `sampler_correction`), not of its penalty; None = 1.
+      penalties: [..., T] more loss of each token, with a gradient (see `kl_cov`); None = 0.
       aggregate: "token" is the mean over all tokens (DAPO), "sequence" the mean over completions of their
         mean over tokens (GRPO), "constant" the sum over completions x max_length (Dr. GRPO),
         "token_per_microbatch" the token mean of this call alone (pass the number of micro-batches as denominator
@@ -167,6 +169,9 @@ def policy_loss(
     if weights is not None:
         checks.same_shape("weights", weights, "logprobs", logprobs)
         loss_PGT = masked(weights) * loss_PGT
+    if penalties is not None:
+        checks.same_shape("penalties", penalties, "logprobs", logprobs)
+        loss_PGT = loss_PGT + masked(penalties)
 
     tokens_PG1, tokens = mask_PGT.sum(-1, keepdims=True), mask_PGT.sum(dtype=jnp.float32)
     metrics: Metrics = {"ratio": (total(ratio_PGT), tokens)}

@@ -31,6 +31,11 @@ class Batch(NamedTuple):
     advantages_PG: np.ndarray | None = None  # float32; None until the rewards are turned into advantages
     old_PGT: np.ndarray | None = None  # float32 log-probabilities before the first update; None: those of the gradient
     ref_PGT: np.ndarray | None = None  # float32 log-probabilities of the reference; None: the objective computes them
+    entropy_PGT: np.ndarray | None = None  # float32 entropies before the first update, where tokens are chosen by them
+    # bool, see `train.choices`: the tokens whose surrogate counts, those that lose it, those with KL-Cov's penalty
+    top_entropy_PGT: np.ndarray | None = None
+    clip_cov_PGT: np.ndarray | None = None
+    kl_cov_PGT: np.ndarray | None = None
 
     def take(self, prompts: np.ndarray) -> "Batch":
         """The batch of the prompts with these indices, in this order."""

@@ -338,6 +338,18 @@ class LossConfig:
     importance_sampling_mode: SamplerCorrection | None = None
     importance_sampling_clip_max: float = 2.0  # the largest such weight; .inf: any
     importance_sampling_clip_min: float = 0.0  # the smallest such weight
+    # weight of a bonus for the policy's mean entropy per token; 0: none
+    entropy_coef: float = 0.0
+    # share of a step's tokens, those of the highest entropy, whose surrogate counts; 1: all; 0.2 in its paper
+    top_entropy_quantile: float = 1.0
+    # Clip-Cov: share of a step's tokens that lose their gradient, at random among those whose covariance of
+    # log-probability and advantage is high; 0: off; 0.0002 in its paper
+    clip_cov_ratio: float = 0.0
+    clip_cov_lb: float = 1.0  # of Clip-Cov: the covariance is above this
+    clip_cov_ub: float = 5.0  # of Clip-Cov: the covariance is below this
+    # KL-Cov: share of a step's tokens, those of the highest covariance, that are held near the old policy; 0: off
+    kl_cov_ratio: float = 0.0
+    ppo_kl_coef: float = 1.0  # of KL-Cov: weight of |log-probability - old log-probability|
     offload_reference: bool = False  # keep the reference policy in the host's memory between updates
     # tokens whose logits exist at a time on each device, at least one of every row; null: 1024 on CPUs, 4096 elsewhere
     logprob_chunk: int | None = None
@@ -347,6 +359,7 @@ class LossConfig:
         _finite(self, "beta", "importance_sampling_clip_min")
         _at_least(self, self.importance_sampling_clip_min, "importance_sampling_clip_max")
         _at_least(self, 1, *["logprob_chunk"] * (self.logprob_chunk is not None))
+        self._check_entropy()
         known = [
             name for name in dotted.option_names(SURROGATES[self.surrogate]) if name not in ("clip_low", "clip_high")
         ]
@@ -372,6 +385,30 @@ class LossConfig:
                 "loss.kl_in: reward and mask_truncated_completions: the completions that are masked would be compared "
                 "without a penalty; choose one of the two"
             )
+
+    def _check_entropy(self) -> None:
+        _finite(self, "entropy_coef", "ppo_kl_coef")
+        _at_least(self, 0, "ppo_kl_coef")
+        for name in ("top_entropy_quantile", "clip_cov_ratio", "kl_cov_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"loss.{name}: expected a number in [0, 1], got {getattr(self, name)}")
+        if not self.clip_cov_lb < self.clip_cov_ub:
+            raise ValueError(
+                f"loss.clip_cov_lb: expected a number below clip_cov_ub = {self.clip_cov_ub}, got {self.clip_cov_lb}"
+            )
+        if not self.clip_cov_ratio and (self.clip_cov_lb, self.clip_cov_ub) != (1.0, 5.0):
+            raise ValueError("loss.clip_cov_lb, loss.clip_cov_ub: are of Clip-Cov; set loss.clip_cov_ratio above 0")
+        if not self.kl_cov_ratio and self.ppo_kl_coef != 1:
+            raise ValueError("loss.ppo_kl_coef: is of KL-Cov; set loss.kl_cov_ratio above 0")
+
+    @property
+    def token_choices(self) -> tuple[str, ...]:
+        """The fields of a `train.batch.Batch` with tokens that are chosen before the first update."""
+        return (
+            *["top_entropy_PGT"] * (self.top_entropy_quantile < 1),
+            *["clip_cov_PGT"] * (self.clip_cov_ratio > 0),
+            *["kl_cov_PGT"] * (self.kl_cov_ratio > 0),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -482,6 +519,11 @@ class PolicyConfig(RunConfig):
                     raise ValueError(f"advantage_options: {name}: expected finite numbers, got {option}")
         if self.loss.kl_in == "reward" and self.takes_every_reward:
             raise ValueError(f"loss.kl_in: reward is taken off one reward; {self.advantage} takes every reward apart")
+        if self.loss.kl_cov_ratio and self.updates_per_step == 1:
+            raise ValueError(
+                "loss.kl_cov_ratio: needs several updates per batch (num_iterations, minibatch_prompts): in the first "
+                "one the policy is the old one, and the penalty has no gradient"
+            )
         if not self.rewards:
             raise ValueError("rewards: expected at least one reward, got none")
         if not any(spec.weight for spec in self.rewards):
@@ -546,7 +588,7 @@ class PolicyConfig(RunConfig):
     @property
     def logprobs_before_update(self) -> bool:
         """Whether the old and the reference policy's log-probabilities are computed before the first update."""
-        return self.updates_per_step > 1 or self.loss.kl_in == "reward"
+        return self.updates_per_step > 1 or self.loss.kl_in == "reward" or bool(self.loss.token_choices)
 
 
 CHIP_NAMES = ("v4", "v5e", "v5p", "v6e", "A100", "H100", "H200", "B200")  # train.plan.chips has their figures

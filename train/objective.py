@@ -5,14 +5,14 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from gopo_jax import kl_penalty, policy_loss, sampler_correction, token_broadcast
+from gopo_jax import entropy_bonus, kl_penalty, policy_loss, sampler_correction, token_broadcast
 from gopo_jax.losses import Metrics
 from models.lora import merge_trainable
 from train.config import LossConfig, PolicyConfig
@@ -61,12 +61,24 @@ def completion_logprobs(
     return jax.tree.map(lambda array_PBT: unpack(array_PBT, batch.slot_PGT), packed)
 
 
+class Denominators(NamedTuple):
+    """The counts of the whole batch, where the loss has an entropy bonus."""
+
+    loss: Any  # see `gopo_jax.loss_count`
+    bonus: Any  # tokens of `bonus_mask`
+
+
+def bonus_mask(batch: Any) -> Any:
+    """The tokens whose entropy is in the bonus, [P, G, T]: those whose surrogate counts by their entropy."""
+    return batch.mask_PGT if batch.top_entropy_PGT is None else batch.mask_PGT & batch.top_entropy_PGT
+
+
 def policy_objective(
     params: Any,
     ref_params: Any,
     frozen: Any,
     batch: MicroBatch,
-    denominator: jax.Array,
+    denominator: jax.Array | Denominators,
     *,
     graphdef: Any,
     config: PolicyConfig,
@@ -77,9 +89,11 @@ def policy_objective(
       params: what is trained: all parameters, or the adapters.
       ref_params: the same of the reference policy; not read if `batch` has its log-probabilities, or beta is 0.
       frozen: the base of adapters, else empty.
-      denominator: the loss count of the whole batch (`gopo_jax.loss_count`), so that micro-batches add up to it.
+      denominator: the loss count of the whole batch (`gopo_jax.loss_count`), so that micro-batches add up to it;
+        with an entropy bonus, its count too.
     """
     settings, mask_PGT = config.loss, batch.mask_PGT
+    counts = denominator if isinstance(denominator, Denominators) else Denominators(denominator, 1.0)
     logprobs_PGT, entropy_PGT = completion_logprobs(
         graphdef, config, merge_trainable(params, frozen), batch, with_entropy=True
     )
@@ -91,6 +105,9 @@ def policy_objective(
             ref_PGT = completion_logprobs(graphdef, config, merge_trainable(ref_params, frozen), batch)
         ref_PGT = jax.lax.stop_gradient(ref_PGT)
     weights_PGT = sampler_weights(settings, old_PGT, batch)
+    kl_cov_PGT = None
+    if batch.kl_cov_PGT is not None:
+        kl_cov_PGT = jnp.where(mask_PGT & batch.kl_cov_PGT, jnp.abs(logprobs_PGT - old_PGT), 0)
     penalized = settings.beta > 0 and settings.kl_in == "loss"
     loss, metrics = policy_loss(
         logprobs_PGT,
@@ -102,9 +119,10 @@ def policy_objective(
         ratio=settings.ratio,
         surrogate=settings.surrogate,
         surrogate_options=settings.surrogate_options,
-        weights=weights_PGT,
+        weights=surrogate_weights(weights_PGT, batch),
+        penalties=None if kl_cov_PGT is None else settings.ppo_kl_coef * kl_cov_PGT,
         aggregate=settings.aggregate,
-        denominator=denominator,
+        denominator=counts.loss,
         max_length=config.max_completion_length,
         kl=settings.kl if penalized else None,
         ref_logprobs=ref_PGT if penalized else None,
@@ -116,7 +134,32 @@ def policy_objective(
         kl_PGT = kl_penalty(jnp.where(mask_PGT, current_PGT, 0), jnp.where(mask_PGT, ref_PGT, 0), settings.kl)
         metrics["kl"] = (kl_PGT.sum(), count)
     metrics |= sampling_metrics(old_PGT, batch.sampled_PGT, mask_PGT, weights_PGT)
+    metrics |= choice_metrics(batch, kl_cov_PGT)
+    if settings.entropy_coef:
+        metrics["policy_loss"] = (loss, jnp.ones(()) / (config.update_prompts // config.microbatch_prompts))
+        loss = loss - settings.entropy_coef * entropy_bonus(entropy_PGT, bonus_mask(batch), counts.bonus)
     return loss, jax.lax.stop_gradient(metrics)
+
+
+@jax.named_scope("loss")
+def surrogate_weights(weights_PGT: jax.Array | None, batch: MicroBatch) -> jax.Array | None:
+    """Factors of each token's surrogate: the importance weights, 0 for tokens that were not chosen; None: all 1."""
+    for chosen_PGT in (batch.top_entropy_PGT, None if batch.clip_cov_PGT is None else ~batch.clip_cov_PGT):
+        if chosen_PGT is not None:
+            weights_PGT = jnp.where(chosen_PGT, 1.0 if weights_PGT is None else weights_PGT, 0)
+    return weights_PGT
+
+
+def choice_metrics(batch: MicroBatch, kl_cov_PGT: jax.Array | None) -> Metrics:
+    """Returns the shares of tokens that were chosen, and KL-Cov's mean penalty of the tokens that have it."""
+    count, metrics = batch.mask_PGT.sum(dtype=jnp.float32), Metrics()
+    for name in ("top_entropy", "clip_cov", "kl_cov"):
+        chosen_PGT = getattr(batch, f"{name}_PGT")
+        if chosen_PGT is not None:
+            metrics[f"{name}/frac"] = ((batch.mask_PGT & chosen_PGT).sum(dtype=jnp.float32), count)
+    if kl_cov_PGT is not None:
+        metrics["kl_cov/penalty"] = (kl_cov_PGT.sum(), metrics["kl_cov/frac"][0])
+    return metrics
 
 
 @jax.named_scope("loss")

@@ -45,6 +45,9 @@ class MicroBatch(NamedTuple):
     advantages_PG: Any = None
     old_PGT: Any = None
     ref_PGT: Any = None
+    top_entropy_PGT: Any = None
+    clip_cov_PGT: Any = None
+    kl_cov_PGT: Any = None
 
 
 def microbatches(
@@ -150,6 +153,9 @@ def pack(batch: Batch, row_PG: np.ndarray, start_PG: np.ndarray, rows: int, widt
         batch.advantages_PG,
         batch.old_PGT,
         batch.ref_PGT,
+        batch.top_entropy_PGT,
+        batch.clip_cov_PGT,
+        batch.kl_cov_PGT,
     )
 
 

@@ -9,7 +9,7 @@ import optax
 from models.lora import merge_trainable, split_trainable
 from models.sharding import Layout, with_sharding
 
-TRAIN, VALIDATION, EVALUATION, INIT = range(4)  # streams of random numbers
+TRAIN, VALIDATION, EVALUATION, INIT, CHOICE = range(5)  # streams of random numbers
 
 
 class TrainState(NamedTuple):

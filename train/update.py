@@ -14,8 +14,9 @@ from gopo_jax.losses import Metrics
 from models.lora import merge_trainable
 from models.sharding import Layout, fetch, to_device
 from train.batch import Batch, minibatches
+from train.choices import with_token_choices
 from train.config import PolicyConfig
-from train.objective import completion_logprobs, policy_objective
+from train.objective import Denominators, bonus_mask, completion_logprobs, policy_objective
 from train.packing import microbatches
 from train.run.metrics import UpdateMetrics
 from train.state import TrainState, apply_gradient, tree_shardings
@@ -29,7 +30,9 @@ class Programs(NamedTuple):
         Any  # (gradient, state, ref_params, micro-batch, denominator) -> gradient plus the micro-batch's, metrics
     )
     apply_gradients: Any  # (state, gradient, losses of the micro-batches, if they are looked at) -> state, metrics
-    logprobs: Any  # (all params, micro-batch) -> logprobs_PGT, for what is needed before the first update
+    # (all params, micro-batch) -> logprobs_PGT, for what is needed before the first update; where tokens are chosen by
+    # their entropies, the pair (logprobs_PGT, entropy_PGT)
+    logprobs: Any
 
 
 def make_programs(
@@ -72,7 +75,9 @@ def make_programs(
             metrics["frac_updates_skipped"] = (1.0 - is_finite, jnp.ones(()))
         return updated, metrics
 
-    return Programs(zero_grads, accumulate, apply_gradients, jax.jit(partial(completion_logprobs, graphdef, config)))
+    by_entropy = "top_entropy_PGT" in config.loss.token_choices
+    logprobs = jax.jit(partial(completion_logprobs, graphdef, config, with_entropy=by_entropy))
+    return Programs(zero_grads, accumulate, apply_gradients, logprobs)
 
 
 class Update:
@@ -94,7 +99,7 @@ class Update:
         """Fills in `old_PGT` and `ref_PGT` if the config needs them before the first update.
 
         Several updates per batch need both: the policy changes under them, and the reference is computed once. A KL
-        penalty in the reward needs them too.
+        penalty in the reward needs them too, and so does a choice of tokens, which may need `entropy_PGT`.
 
         Returns:
           The batch, and penalty_PG, the KL to take off every completion's reward; 0 if it is in the loss.
@@ -114,18 +119,28 @@ class Update:
     def _logprobs(self, policies: dict[str, Any], batch: Batch) -> dict[str, np.ndarray]:
         """Returns the log-probabilities of the batch by each of the policies, under their names.
 
-        All micro-batches are dispatched before the first is fetched. What waits on the devices is small: the tokens,
-        and 4 bytes of each for a policy.
+        Where tokens are chosen by their entropies, those of the old policy are `entropy_PGT`. All micro-batches are
+        dispatched before the first is fetched. What waits on the devices is small: the tokens, and 4 bytes of each for
+        a policy.
         """
+        by_entropy = "top_entropy_PGT" in self.config.loss.token_choices
+
+        def of_part(micro: Any) -> dict[str, jax.Array]:
+            arrays = {name: self.programs.logprobs(params, micro) for name, params in policies.items()}
+            if not by_entropy:
+                return arrays
+            entropy_PGT = arrays["old_PGT"][1]
+            return {name: pair[0] for name, pair in arrays.items()} | {"entropy_PGT": entropy_PGT}
+
         parts = [
-            (indices, {name: self.programs.logprobs(params, micro) for name, params in policies.items()})
+            (indices, of_part(micro))
             for indices, micro in microbatches(batch, self.config.microbatch_prompts, self.layout)
         ]
-        logprobs = {name: np.zeros(batch.mask_PGT.shape, np.float32) for name in policies}
-        for indices, of_part in parts:
-            for name, logprobs_PGT in of_part.items():
-                logprobs[name][indices] = fetch(logprobs_PGT)
-        return logprobs
+        filled = {name: np.zeros(batch.mask_PGT.shape, np.float32) for name in parts[0][1]}
+        for indices, arrays in parts:
+            for name, array_PGT in arrays.items():
+                filled[name][indices] = fetch(array_PGT)
+        return filled
 
     def __call__(
         self, state: TrainState, ref_params: Any, batch: Batch, step: int
@@ -133,6 +148,7 @@ class Update:
         """Dispatches all updates on `batch`; returns the state after them and their metrics, still on the devices."""
         config, metrics = self.config, list[UpdateMetrics]()
         ref_params = to_device(ref_params) if batch.ref_PGT is None else None
+        batch = with_token_choices(batch, config, step)
         for part in minibatches(batch, config.update_prompts, config.num_iterations, config.seed, step):
             state, of_part = self.optimizer_step(state, ref_params, part)
             metrics.append(of_part)
@@ -143,7 +159,9 @@ class Update:
         aggregate, size = self.config.loss.aggregate, self.config.microbatch_prompts
         count = loss_count(jnp.asarray(batch.mask_PGT), aggregate, max_length=self.config.max_completion_length)
         by_part = aggregate == "token_per_microbatch"  # then it matters which prompts are together
-        denominator = self.config.update_prompts // size * count if by_part else count
+        denominator: Any = self.config.update_prompts // size * count if by_part else count
+        if self.config.loss.entropy_coef:
+            denominator = Denominators(denominator, jnp.asarray(bonus_mask(batch).sum(), jnp.float32))
         gradient, metrics = self.programs.zero_grads(state.params), list[Metrics]()
         for _, micro in microbatches(batch, size, self.layout, in_order=by_part):
             gradient, of_part = self.programs.accumulate(gradient, state, ref_params, micro, denominator)

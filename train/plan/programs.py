@@ -31,6 +31,7 @@ from models.stop_strings import StopTable
 from models.weight_files import could_be_on_hub, find_directory
 from train.build import make_optimizer
 from train.config import PlanConfig
+from train.objective import Denominators
 from train.packing import abstract_microbatch
 from train.plan.chips import Chip
 from train.plan.compilers import Compiler
@@ -268,7 +269,8 @@ def updating_parts(config: PlanConfig, layout: Layout, network: Qwen3Config, gra
         lambda leaf, like: with_sharding(leaf, like.sharding), jax.eval_shape(update.zero_grads, trained), trained
     )
     micro = abstract_microbatch(config.microbatch_prompts, S, G, T, layout)
-    denominator = abstract_array(layout, (), jnp.float32, ())
+    count = abstract_array(layout, (), jnp.float32, ())
+    denominator = Denominators(count, count) if config.loss.entropy_coef else count
     parts = P // config.microbatch_prompts
     place = "offloaded reference" if config.loss.offload_reference else "reference"
     arrays = {
@@ -290,7 +292,8 @@ def updating_parts(config: PlanConfig, layout: Layout, network: Qwen3Config, gra
             StepProgram("logprobs", policies * parts, update.logprobs, logprobs, {}, (place,), kernels=kernels)
         )
         like = micro.sampled_PGT
-        micro = micro._replace(old_PGT=like, ref_PGT=like if reference else None)
+        chosen = dict.fromkeys(config.loss.token_choices, micro.mask_PGT)
+        micro = micro._replace(old_PGT=like, ref_PGT=like if reference else None, **chosen)
         reference, beside = None, ("gradient",)
     arguments = (gradient, state, reference, micro, denominator)
     calls = config.num_iterations * parts
