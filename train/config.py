@@ -56,7 +56,8 @@ class ChatConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    # JSON Lines or a JSON array (.gz too), parquet, or a data set's name on the Hub; a resumed run keeps its first rows
+    # a file (JSON Lines, a JSON array, CSV, Arrow, parquet), glob:PATTERN, or a data set's name on the Hub; a resumed
+    # run keeps its first rows
     train: str
     validation: str | None = None  # like train: rows to validate on; default: validation_rows, or none
     test: str | None = None  # of a policy: only compared with train, so that prompts in both are known

@@ -60,7 +60,7 @@ class GenerateConfig:
     """Completions of a policy, over temperatures; resumed where it was killed."""
 
     checkpoint: str  # a run, RUN@STEP, a Hugging Face directory or Hub name
-    data: str  # JSON Lines or a JSON array (.gz too), parquet, or a data set's name on the Hub
+    data: str  # a file (JSON Lines, a JSON array, CSV, Arrow, parquet), glob:PATTERN, or a data set's name on the Hub
     out: str  # the JSONL file to write
     split: str = "validation"  # of a Hub data set
     prompt_column: str = "prompt"  # text, or a list of chat messages

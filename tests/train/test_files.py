@@ -5,10 +5,12 @@ import datetime
 import gzip
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.ipc
 import pyarrow.parquet as pq
 import pytest
 
@@ -17,6 +19,17 @@ from train.data.rows import load_rows
 ROWS: list[dict[str, Any]] = [{"prompt": "Good food", "wanted": 1}, {"prompt": "Schön – sí [1]", "wanted": None}]
 LINES = [json.dumps(row, ensure_ascii=False) for row in ROWS]
 JSONL = "\n".join(LINES) + "\n"
+
+
+QUOTED = 'prompt,wanted\nGood food,1\n"Schön – sí [1]",\n'
+
+
+def arrow_of(rows: list[dict[str, Any]], *, stream: bool = False, chunk: int | None = None) -> bytes:
+    """Rows as an Arrow file or stream, in batches of `chunk` rows."""
+    sink, table = pa.BufferOutputStream(), pa.Table.from_pylist(rows)
+    with (pa.ipc.new_stream if stream else pa.ipc.new_file)(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=chunk)
+    return sink.getvalue().to_pybytes()
 
 
 def parquet_of(file: Path, rows: list[dict[str, Any]]) -> bytes:
@@ -48,6 +61,16 @@ def without_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         ("blank.jsonl", "\n\n" + "\n \n".join(LINES) + "\n\n"),
         ("rows.jsonl.gz", gzip.compress(JSONL.encode())),
         ("Array.JSON.GZ", gzip.compress(json.dumps(ROWS).encode())),
+        ("rows.csv", QUOTED),
+        ("ROWS.CSV", "\ufeff" + QUOTED.replace("\n", "\r\n")),
+        ("no_end.csv", QUOTED.rstrip()),
+        ("blank.csv", "\n" + QUOTED.replace("\n", "\n\n")),
+        ("index.csv", ',prompt,wanted\n0,Good food,1\n1,"Schön – sí [1]",\n'),
+        ("rows.csv.gz", gzip.compress(QUOTED.encode())),
+        ("rows.tsv", QUOTED.replace(",", "\t")),
+        ("rows.arrow", arrow_of(ROWS)),
+        ("batches.arrow", arrow_of(ROWS, chunk=1)),
+        ("stream.arrow", arrow_of(ROWS, stream=True, chunk=1)),
     ],
     ids=lambda value: value if isinstance(value, str) and len(value) < 20 else "",
 )
@@ -56,7 +79,7 @@ def test_every_form_gives_the_same_rows(name: str, content: str | bytes) -> None
     assert load_rows(name) == ROWS
 
 
-@pytest.mark.parametrize("ending", ["jsonl", "parquet", "PARQUET"])
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "arrow", "parquet", "PARQUET"])
 @pytest.mark.parametrize("folder", ["a b", "run[12]", "lr[1e-6]", "a*", "a?", "~x", "%41", "a@5", "é", "lr=1", "#"])
 def test_the_file_that_is_named_and_no_other(folder: str, ending: str, tmp_path: Path) -> None:
     for other in ("run1", "ab", "A", "x"):  # what the names above would be as patterns, escapes or homes
@@ -64,7 +87,8 @@ def test_the_file_that_is_named_and_no_other(folder: str, ending: str, tmp_path:
         (Path(other) / f"rows.{ending}").write_text("{}")
     file = Path(folder) / f"rows.{ending}"
     file.parent.mkdir(exist_ok=True)
-    file.write_bytes(JSONL.encode() if ending == "jsonl" else parquet_of(tmp_path / "x.parquet", ROWS))
+    content = {"jsonl": JSONL.encode(), "csv": QUOTED.encode(), "arrow": arrow_of(ROWS)}
+    file.write_bytes(content.get(ending) or parquet_of(tmp_path / "x.parquet", ROWS))
     assert load_rows(str(file)) == load_rows(str(file.absolute())) == ROWS
 
 
@@ -79,7 +103,8 @@ def test_a_file_is_read_anew_whatever_its_time(ending: str) -> None:
         assert load_rows(str(file)) == rows
 
 
-def test_values_of_parquet(tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["parquet", "file", "stream"])
+def test_values_of_arrow(form: str, tmp_path: Path) -> None:
     call = {"name": "weather", "arguments": '{"city": "Oslo"}'}
     when = datetime.datetime(2020, 1, 1, 3)
     messages = [{"role": "user", "content": "Warm?"}, {"role": "assistant", "content": None, "calls": [call]}]
@@ -94,8 +119,13 @@ def test_values_of_parquet(tmp_path: Path) -> None:
         "json": pa.array(['{"a": [1]}', None, "2"], pa.json_()),
         "jsons": pa.ListArray.from_arrays(pa.array([0, None, 2, 2]), pa.array(['{"a": 1}', None], pa.json_())),
     }
-    pq.write_table(pa.table(columns), tmp_path / "rows.parquet")
-    first, second, third = load_rows("rows.parquet")
+    table, name = pa.table(columns), "rows.parquet" if form == "parquet" else "rows.arrow"
+    if form == "parquet":
+        pq.write_table(table, name)
+    else:
+        with (pa.ipc.new_stream if form == "stream" else pa.ipc.new_file)(name, table.schema) as writer:
+            writer.write_table(table)
+    first, second, third = load_rows(name)
     filled = [messages[0] | {"calls": None}, messages[1]]  # a field that is missing in one place only is null
     assert first == {
         "messages": filled,
@@ -112,8 +142,89 @@ def test_values_of_parquet(tmp_path: Path) -> None:
     assert third["messages"] == third["jsons"] == [] and third["json"] == 2
 
 
+def test_cells_of_csv_are_text_unless_a_column_is_all_numbers() -> None:
+    long = "x" * 200_000
+    lines = [
+        "prompt,a,b,c,d,e,f,g",
+        '"a, ""b""\r\nc",1,1.50,007,yes,,-2e3,"[1, 2]"',
+        f'{long},-3,2,8,,,0,"<|im_end|>"',
+        '5,,3,9,no,"",1,x',
+    ]
+    Path("rows.csv").write_text("\n".join(lines), newline="")
+    first, second, third = load_rows("rows.csv")
+    assert first == {
+        "prompt": 'a, "b"\r\nc', "a": 1, "b": 1.5, "c": "007", "d": "yes", "e": None, "f": -2000.0, "g": "[1, 2]"
+    }  # fmt: skip
+    assert second["prompt"] == long and [second[name] for name in "abc"] == [-3, 2, "8"]
+    assert third == {"prompt": "5", "a": None, "b": 3, "c": "9", "d": "no", "e": None, "f": 1, "g": "x"}
+    assert {type(row["a"]) for row in (first, second)} == {int}
+    Path("sums.csv").write_text("question,completion,margin\n1,2,0.5\n3,4,1\n")
+    rows = load_rows("sums.csv", columns={"prompt": "question"})
+    assert rows[0] == {"prompt": "1", "completion": "2", "margin": 0.5}, "a prompt and an answer are text"
+
+
+def test_a_pattern_is_its_files_in_order_where_it_is_said_to_be_one() -> None:
+    for name in ("b/2.jsonl", "a/1.jsonl", "a/10.jsonl", "a/2.csv", "[a]/1.jsonl"):
+        Path(name).parent.mkdir(exist_ok=True)
+        row = {"prompt": name, "n": len(name)}
+        Path(name).write_text(json.dumps(row) + "\n" if name.endswith("l") else f"prompt,n\n{name},{len(name)}\n")
+    Path("a/folder.jsonl").mkdir()
+
+    def prompts(source: str) -> list[str]:
+        return [row["prompt"] for row in load_rows(source)]
+
+    assert prompts("glob:a/*.jsonl") == ["a/1.jsonl", "a/10.jsonl"]
+    assert prompts("glob:**/*.jsonl") == ["[a]/1.jsonl", "a/1.jsonl", "a/10.jsonl", "b/2.jsonl"]
+    assert prompts("[a]/1.jsonl") == ["[a]/1.jsonl"] and prompts("glob:[a]/1.jsonl") == ["a/1.jsonl"]
+    assert load_rows("glob:*/2.csv") == [{"prompt": "a/2.csv", "n": 7}]
+    with pytest.raises(FileNotFoundError, match=r"^glob:c/\*.jsonl: no file matches the pattern"):
+        load_rows("glob:c/*.jsonl")
+    Path("glob:x.jsonl").write_text(json.dumps({"prompt": "literal"}))
+    assert prompts("glob:x.jsonl") == ["literal"]
+    Path("a/read.me").write_text("x")
+    with pytest.raises(ValueError, match=r"^a/read.me: expected JSON Lines .* got text in a file .me"):
+        load_rows("glob:a/*.*e*")
+
+
+def test_a_data_set_that_was_saved_is_read_without_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setenv("HOME", str(Path.cwd()))
+    rows = [{"prompt": f"Number {i}.", "turns": [{"role": "user", "content": "Hi"}]} for i in range(7)]
+    whole = datasets.Dataset.from_list(rows)
+    whole.save_to_disk("whole", num_shards=3)
+    datasets.DatasetDict(train=whole, test=whole.select([4, 2])).save_to_disk("parts")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert load_rows("whole") == load_rows("parts") == load_rows("parts/train") == rows
+    assert load_rows("parts", "test") == [rows[4], rows[2]]
+    with pytest.raises(ValueError, match="^parts: has no split 'validation'; expected one of train, test"):
+        load_rows("parts", "validation")
+    Path("whole/data-00001-of-00003.arrow").unlink()
+    with pytest.raises(ValueError, match="^whole: has no data-00001-of-00003.arrow, which its state.json names; was"):
+        load_rows("whole")
+    Path("parts/test/state.json").write_text("{}")
+    with pytest.raises(ValueError, match="^parts/test/state.json: cannot be read .KeyError: '_data_files'.*copied"):
+        load_rows("parts", "test")
+
+
 REFUSED: dict[str, tuple[str | bytes, str]] = {
-    "rows.csv": ("prompt,wanted\na,1\n", "got .csv; pandas.read_csv"),
+    "short.csv": ("prompt,wanted\na,1\nb\n", "the row that ends in line 3 has 1 cells, the first line 2"),
+    "long.csv": ('prompt,wanted\n"a\n",1\nb,2,3\n', "the row that ends in line 4 has 3 cells"),
+    "open.csv": ('prompt\n"a\nb\n', "line 3 is no row of a table .unexpected end of data"),
+    "quote.csv": ('prompt\n"a"b\n', "line 2 is no row of a table .*double quotes"),
+    "semicolons.csv": ("prompt;wanted\na;1\n", "expected ',' between the cells, as the name says, got ';'"),
+    "commas.tsv": ("prompt,wanted\na,1\n", r"expected '\\t' between the cells"),
+    "twice.csv": ("prompt,prompt\na,b\n", "has two columns 'prompt'"),
+    "head.csv": ("prompt,wanted\n", "expected at least one row, got an empty data set"),
+    "latin.csv": ("prompt\nSchön\n".encode("latin-1"), "line 2 has the byte 0xf6 at its place 4; expected UTF-8"),
+    "cut.csv.gz": (gzip.compress(QUOTED.encode())[:-9], "cannot be read .*; was it downloaded whole"),
+    "parquet.csv": (b"PAR1", "expected plain text, as the name says, got parquet; is its name's ending right"),
+    "not.arrow": (JSONL, "expected an Arrow file, as the name says, got plain text; is its name's ending right"),
+    "cut.arrow": (arrow_of(ROWS)[:-9], "cannot be read as Arrow .*; was it downloaded whole"),
+    "cut_stream.arrow": (arrow_of(ROWS, stream=True)[:-20], "cannot be read as Arrow .*; was it downloaded whole"),
+    "stream.jsonl": (arrow_of(ROWS, stream=True), "expected plain text, as the name says, got an Arrow file"),
+    "empty.arrow": (b"", "expected at least one row, got an empty file"),
+    "none.arrow": (arrow_of(ROWS[:0]), "expected at least one row, got an empty data set"),
     "csv.jsonl": ("prompt,wanted\na,1\n", "line 1 is not JSON .*, but 'prompt,wanted'"),
     "rows.txt": (JSONL, "got text in a file .txt; if it is JSON Lines, name it .jsonl"),
     "rows": (JSONL, "got text in a file without an ending"),
@@ -169,6 +280,10 @@ def test_what_is_no_file_is_named() -> None:
 
 
 def test_a_column_twice_is_refused() -> None:
-    pq.write_table(pa.Table.from_arrays([pa.array([1]), pa.array([2])], names=["a", "a"]), "rows.parquet")
-    with pytest.raises(ValueError, match="rows.parquet: has two columns 'a'"):
-        load_rows("rows.parquet")
+    table = pa.Table.from_arrays([pa.array([1]), pa.array([2])], names=["a", "a"])
+    pq.write_table(table, "rows.parquet")
+    with pa.ipc.new_file("rows.arrow", table.schema) as writer:
+        writer.write_table(table)
+    for name in ("rows.parquet", "rows.arrow"):
+        with pytest.raises(ValueError, match=f"{name}: has two columns 'a'"):
+            load_rows(name)

@@ -10,7 +10,7 @@ from models.tokenizer import Prompt
 from models.turns import Answer
 from train.config import ChatConfig
 from train.console import print_plain
-from train.data.files import is_local
+from train.data.files import fills_with_nulls
 from train.data.rows import Row, require_columns
 
 
@@ -126,7 +126,7 @@ def read_exchanges(
     Args:
       place: where the rows stand, for an error; default: source.
     """
-    has_nulls = not is_local(source) or source.lower().endswith(".parquet")
+    has_nulls = fills_with_nulls(source)
     exchanges = []
     for number, row in enumerate(rows, 1):
         where = f"{place or source}: row {number}"

@@ -1,8 +1,10 @@
-"""Reads rows from one local file, as it is: JSON Lines or a JSON array (both also in gzip), or parquet.
+"""Reads rows from local files, as they are: JSON Lines, a JSON array or CSV (all also in gzip), Arrow or parquet.
 
 The name says what a file holds, and its first bytes must agree: what is something else is named in the error.
+`glob:PATTERN` stands for the files that match, in the order of their names; every other name is a file's as it is.
 """
 
+import glob
 import gzip
 import json
 import re
@@ -11,19 +13,23 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from train.data.arrow import is_saved, read_arrow, read_parquet, read_saved
+from train.data.sheets import SHEETS, is_sheet, read_sheet
+
 _Row = dict[str, Any]
 
-UNDERSTOOD = "JSON Lines or a JSON array (.jsonl, .json; .gz too) or parquet (.parquet)"
-_ENDINGS = (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json.gz", ".parquet")
-_OTHER_ENDINGS = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".parquet.gz", ".arrow", ".txt", ".xlsx", ".zip", ".zst")
+UNDERSTOOD = "JSON Lines or a JSON array (.jsonl, .json; .gz too), CSV (.csv), Arrow (.arrow) or parquet (.parquet)"
+GLOB = "glob:"
+_ENDINGS = (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json.gz", *SHEETS, ".arrow", ".parquet")
+_OTHER_ENDINGS = (".parquet.gz", ".arrow.gz", ".txt", ".xlsx", ".zip", ".zst")
 _HUB_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9_.-]+)?"
-_TEXT, _GZIP, _PARQUET = "plain text", "gzip", "parquet"
+_TEXT, _GZIP, _PARQUET, _ARROW = "plain text", "gzip", "parquet", "an Arrow file"
 _HEAD = 512  # bytes by which a file's content is told
 
 _MAGIC = (  # how files begin, and what they are; the first that fits
     (b"PAR1", _PARQUET),
     (b"\x1f\x8b", _GZIP),
-    (b"ARROW1", "an Arrow file"),
+    (b"ARROW1", _ARROW),
     (b"\x28\xb5\x2f\xfd", "compressed by zstd"),
     (b"BZh", "compressed by bzip2"),
     (b"\xfd7zXZ", "compressed by xz"),
@@ -52,6 +58,42 @@ def _data_files(directory: Path) -> list[Path]:
     """Returns the data files in a directory and the directories in it."""
     files = [*directory.glob("*"), *directory.glob("*/*")]
     return sorted(file for file in files if file.name.lower().endswith((*_ENDINGS, *_OTHER_ENDINGS)) and file.is_file())
+
+
+def fills_with_nulls(source: str) -> bool:
+    """Returns whether rows may have nulls for fields that others have: all of a schema's, as Arrow has them."""
+    if not is_local(source) or Path(source).is_dir():
+        return True
+    return any(name.lower().endswith((".parquet", ".arrow")) for name in file_names(source))
+
+
+def file_names(source: str) -> list[str]:
+    """Returns the names of a local source's files: those that match `glob:PATTERN`, sorted, or the one that is named.
+
+    Raises:
+      FileNotFoundError: no file matches.
+    """
+    if not source.startswith(GLOB) or Path(source).exists():
+        return [source]
+    names = sorted(name for name in glob.glob(source.removeprefix(GLOB), recursive=True) if not Path(name).is_dir())
+    if not names:
+        raise FileNotFoundError(f"{source}: no file matches the pattern; expected one such as glob:data/*.jsonl")
+    return names
+
+
+def read_files(source: str, split: str = "train") -> list[_Row]:
+    """Reads the rows of a local source: a file, the files of a pattern, or a directory that `datasets` has saved.
+
+    Args:
+      split: of a saved data set with several.
+
+    Raises:
+      FileNotFoundError: no such file, or none that matches.
+      ValueError: see `read_file`.
+    """
+    if source.strip() and Path(source).is_dir() and is_saved(Path(source)):
+        return read_saved(Path(source), split)
+    return [row for name in file_names(source) for row in read_file(name)]
 
 
 def read_file(source: str) -> list[_Row]:
@@ -98,29 +140,29 @@ def _reader(path: Path) -> Callable[[Path], list[_Row]]:
         raise ValueError(f"{path}: expected at least one row, got an empty file")
     if not name.endswith(_ENDINGS):
         raise ValueError(f"{path}: expected {UNDERSTOOD}, {_other_format(path, content)}")
-    expected = _PARQUET if name.endswith(".parquet") else _GZIP if name.endswith(".gz") else _TEXT
+    kinds = {".parquet": _PARQUET, ".arrow": _ARROW, ".gz": _GZIP}
+    expected = kinds.get(Path(name).suffix, _TEXT)
     if content == expected == _GZIP:
         with gzip.open(path, "rb") as unpacked:
             content, expected = _content(unpacked.read(_HEAD)), _TEXT
     if content != expected:
-        renamed = content in (_PARQUET, _GZIP, _TEXT)
+        renamed = content in (_PARQUET, _GZIP, _TEXT, _ARROW)
         hint = "; is its name's ending right?" if renamed else ""
         raise ValueError(f"{path}: expected {expected}, as the name says, got {content}{hint}")
-    return _read_parquet if expected == _PARQUET else _read_json
+    readers = {_PARQUET: read_parquet, _ARROW: read_arrow}
+    return readers.get(expected) or _decoded(read_sheet if is_sheet(name) else _read_json)
 
 
 def _other_format(path: Path, content: str) -> str:
     if content != _TEXT:
         return f"got {content}"
-    if path.name.lower().endswith((".csv", ".tsv")):
-        separator = ', sep="\\t"' if path.name.lower().endswith(".tsv") else ""
-        convert = f'pandas.read_csv(IN{separator}).to_json(OUT, orient="records", lines=True)'
-        return f"got {path.suffix}; {convert} converts it"
     return f"got text in a file {path.suffix or 'without an ending'}; if it is JSON Lines, name it .jsonl"
 
 
 def _content(head: bytes) -> str:
     """Returns what a file is, by its first bytes."""
+    if head[:4] == b"\xff" * 4 and 0 < (size := int.from_bytes(head[4:8], "little")) < 2**31 and size % 8 == 0:
+        return _ARROW  # a stream: a mark, and the length of the message that follows
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     for start, name in _MAGIC:
         if head.startswith(start) or text.startswith(start):
@@ -131,20 +173,32 @@ def _content(head: bytes) -> str:
     return _TEXT
 
 
+def _decoded(read: Callable[[Path], list[_Row]]) -> Callable[[Path], list[_Row]]:
+    """Returns a reader of UTF-8 text that says where a file is none."""
+
+    def read_text(path: Path) -> list[_Row]:
+        try:
+            return read(path)
+        except UnicodeDecodeError:  # says where in a piece of the file, not where in the file
+            with _opener(path)(path, "rb") as lines:
+                raise ValueError(f"{path}: {_first_undecodable(lines)}; expected UTF-8: convert the file") from None
+
+    return read_text
+
+
+def _opener(path: Path) -> Callable[..., Any]:
+    return gzip.open if path.name.lower().endswith(".gz") else open
+
+
 def _read_json(path: Path) -> list[_Row]:
     """Reads objects, one on each line or all in one array."""
-    opener = gzip.open if path.name.lower().endswith(".gz") else open
     rows: list[_Row] = []
-    try:
-        with opener(path, "rt", encoding="utf-8-sig") as lines:  # skips the byte-order mark of Windows' programs
-            for number, line in enumerate(lines, 1):
-                if not rows and line.lstrip().startswith("["):
-                    return _array_rows(path, number, line, lines.read())
-                if line.strip():
-                    rows.append(_row(path, number, line))
-    except UnicodeDecodeError:  # says where in a piece of the file, not where in the file
-        with opener(path, "rb") as lines:
-            raise ValueError(f"{path}: {_first_undecodable(lines)}; expected UTF-8: convert the file") from None
+    with _opener(path)(path, "rt", encoding="utf-8-sig") as lines:  # skips the byte-order mark of Windows' programs
+        for number, line in enumerate(lines, 1):
+            if not rows and line.lstrip().startswith("["):
+                return _array_rows(path, number, line, lines.read())
+            if line.strip():
+                rows.append(_row(path, number, line))
     return rows
 
 
@@ -180,43 +234,3 @@ def _array_rows(path: Path, number: int, line: str, rest: str) -> list[_Row]:
         if not isinstance(row, dict):
             raise ValueError(f"{path}: item {count} of the array: expected a JSON object, got {type(row).__name__}")
     return list(rows)
-
-
-def _read_parquet(path: Path) -> list[_Row]:
-    import pyarrow
-    import pyarrow.parquet
-
-    rows: list[_Row] = []
-    try:
-        with path.open("rb") as file:  # an open file: pyarrow takes parts of a path, such as lr=1, for columns
-            table = pyarrow.parquet.ParquetFile(file)
-            schema = table.schema_arrow
-            for batch in table.iter_batches():
-                rows += batch.to_pylist()
-        for field in schema:
-            if (decode := _json_decoder(field.type)) is not None:
-                for row in rows:
-                    row[field.name] = decode(row[field.name])
-    except (OSError, ValueError, pyarrow.ArrowException) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path}: cannot be read as parquet ({reason}); was it downloaded whole?") from error
-    if twice := sorted({name for name in schema.names if schema.names.count(name) > 1}):
-        raise ValueError(f"{path}: has two columns {twice[0]!r}; expected each once")
-    return rows
-
-
-def _json_decoder(kind: Any) -> Callable[[Any], Any] | None:
-    """Returns what decodes the values of an Arrow type that has JSON texts in it; None if it has none."""
-    import pyarrow
-    from pyarrow import types
-
-    if isinstance(kind, pyarrow.JsonType):
-        return lambda value: None if value is None else json.loads(value)
-    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
-        inner = _json_decoder(kind.value_type)
-        return inner and (lambda value: None if value is None else [inner(item) for item in value])
-    if types.is_struct(kind):
-        decoders = {field.name: decode for field in kind if (decode := _json_decoder(field.type)) is not None}
-        if decoders:
-            return lambda value: value and value | {name: decode(value[name]) for name, decode in decoders.items()}
-    return None

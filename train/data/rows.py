@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from models.tokenizer import check_messages, check_text
-from train.data.files import is_local, read_file
+from train.data.files import file_names, is_local, read_files
+from train.data.sheets import is_sheet, with_numbers
 
 Row = dict[str, Any]
 
@@ -15,7 +16,7 @@ Row = dict[str, Any]
 def load_rows(
     source: str, split: str = "train", columns: Mapping[str, str] | None = None, setting: str = "data.columns"
 ) -> list[Row]:
-    """Reads the rows of a file (see `train.data.files`), or of a data set on the Hub.
+    """Reads the rows of files (see `train.data.files`), or of a data set on the Hub.
 
     Args:
       columns: new name -> name in the data, for columns that are renamed.
@@ -25,10 +26,12 @@ def load_rows(
       FileNotFoundError: no such file.
       ValueError: a file that cannot be read, no rows at all, or a row without a column that is to be renamed.
     """
-    rows = read_file(source) if is_local(source) else _read_hub(source, split)
+    local = is_local(source)
+    rows = read_files(source, split) if local else _read_hub(source, split)
     if not rows:
         raise ValueError(f"{source}: expected at least one row, got an empty data set")
-    return rename_columns(rows, source, columns, setting) if columns else rows
+    rows = rename_columns(rows, source, columns, setting) if columns else rows
+    return with_numbers(rows) if local and all(map(is_sheet, file_names(source))) else rows
 
 
 def rename_columns(rows: Sequence[Row], source: str, columns: Mapping[str, str], setting: str) -> list[Row]:
