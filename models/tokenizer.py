@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from jinja2.exceptions import TemplateError
 
+from models.begun import PROBE, is_begun, render_begun, with_completion
 from models.config import read_json
 from models.marks import Rendered, all_strings, insert_marks, token_start_pattern, unused_mark
 from models.messages import Message, Tools, check_tool_calls, check_tools_are_rendered, without_empty_fields
@@ -29,7 +30,6 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before its import; s
 os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # silences the report of every retry
 
 Prompt = str | list[Message]
-PROBE = "x\ufdd0x"  # an answer that no template writes of its own accord
 ROLES = ("system", "user", "assistant", "tool")
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_FILES = (
@@ -79,7 +79,13 @@ def check_messages(messages: Any) -> None:
 class Tokenizer:
     """A Hugging Face tokenizer with the calls that training and evaluation need."""
 
-    def __init__(self, path: str | Path, enable_thinking: bool = False) -> None:
+    def __init__(self, path: str | Path, enable_thinking: bool = False, continue_final_message: bool = False) -> None:
+        """
+        Args:
+          enable_thinking: passed to the chat template.
+          continue_final_message: a prompt that ends with the beginning of the assistant's answer is continued (see
+            `models.begun`); else another answer is asked for behind it.
+        """
         if not Path(path).is_dir() and not could_be_on_hub(path):
             raise FileNotFoundError(
                 f"{path}: no such directory; expected a Hugging Face tokenizer directory{describe_local(path)}"
@@ -97,7 +103,7 @@ class Tokenizer:
                 f"{path}: has no tokenizer (expected tokenizer.json, or vocab.json with merges.txt); copy the model's "
                 f"tokenizer files there"
             )
-        self.enable_thinking = enable_thinking
+        self.enable_thinking, self.continue_final_message = enable_thinking, continue_final_message
         file = Path(self.path) / "generation_config.json"
         self.generation: dict[str, Any] = read_json(file) if file.is_file() else {}
         self.turn_end, self.turn_tail = self._turn_end()
@@ -135,6 +141,7 @@ class Tokenizer:
         except AttributeError:
             return None  # a slow tokenizer has its rules in code
         parts += [str(self.hf.chat_template), str(self.enable_thinking), importlib.metadata.version("transformers")]
+        parts += ["continue_final_message"] if self.continue_final_message else []
         parts.append(json.dumps(self.hf.special_tokens_map, sort_keys=True, default=str))  # templates may use them
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
@@ -215,11 +222,15 @@ class Tokenizer:
     def _render_prompt(self, prompt: Prompt) -> Rendered:
         if isinstance(prompt, str):
             return Rendered(prompt)
+        if self.continue_final_message and is_begun(prompt):
+            return render_begun(prompt, self.render_messages)
         return self.render_messages(prompt, add_generation_prompt=True)
 
     def _render_conversation(self, prompt: Prompt, completion: str) -> Rendered:
         if isinstance(prompt, str):  # a completion without a prompt is already rendered
             return self._render_continuation(prompt, completion) if prompt else Rendered(completion)
+        if is_begun(prompt):  # one answer, whoever wrote its beginning
+            return self.render_messages(with_completion(prompt, completion), add_generation_prompt=False)
         return self.render_messages(
             [*prompt, {"role": "assistant", "content": completion}], add_generation_prompt=False
         )

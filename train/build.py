@@ -85,7 +85,7 @@ def make_tokenizer(model: ModelConfig, chat: ChatConfig) -> Tokenizer:
         check_loadable(
             model.path
         )  # first: of a wrong path, "no tokenizer" alone would hide that the model is missing too
-    return Tokenizer(model.tokenizer_path, chat.enable_thinking)
+    return Tokenizer(model.tokenizer_path, chat.enable_thinking, chat.continue_final_message)
 
 
 def make_model(

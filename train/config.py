@@ -52,6 +52,9 @@ class ChatConfig:
     system_prompt: str | None = None  # before the messages; null: none at all, which is not ""
     text_as_chat: bool = False  # a prompt that is plain text becomes a user's message
     enable_thinking: bool = False  # passed to the chat template
+    # of a policy: a prompt whose messages end with the assistant's is the beginning of the answer, which goes on in the
+    # same turn; false: it is asked without that message
+    continue_final_message: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,6 +247,11 @@ class SupervisedConfig(RunConfig):
         super().__post_init__()
         _at_least(self, 1, "batch_size", "eval_steps")
         _at_least(self, 2, "max_length")
+        if self.chat.continue_final_message:
+            raise ValueError(
+                "chat.continue_final_message: is for train policy and eval generate; expected false: sft and reward "
+                "learn from whole answers"
+            )
         if self.data.test is not None or self.data.drop_duplicates:
             raise ValueError("data.test, data.drop_duplicates: are for train policy; leave them out")
         validated = self.data.validation is not None or self.data.validation_rows

@@ -122,7 +122,7 @@ def generate(config: GenerateConfig) -> list[Row]:
         check_loadable(config.checkpoint)  # first: a wrong name would otherwise be reported as a missing tokenizer
         layout = make_layout_for(config.mesh, config.batch_prompts)
         chat = config.chat or trained_chat(config.checkpoint)
-        tokenizer = Tokenizer(tokenizer_path(config.checkpoint), chat.enable_thinking)
+        tokenizer = Tokenizer(tokenizer_path(config.checkpoint), chat.enable_thinking, chat.continue_final_message)
         check_stop_strings(config.stop, tokenizer)
         rows = load_fitting_prompts(config, tokenizer, chat)
         file = GrowingFile(config.out, settings_of(config, chat, rows), overwrite=config.overwrite)

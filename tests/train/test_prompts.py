@@ -13,6 +13,7 @@ import yaml
 
 from models.tokenizer import Tokenizer
 from train.__main__ import main
+from train.build import make_tokenizer
 from train.config import (
     ChatConfig,
     DataConfig,
@@ -180,6 +181,41 @@ def test_supervised_rows_are_held_out_before_any_is_left_out(
     train, held_out = load_examples(config, task, Tokenizer(tiny_tokenizer_dir))
     for examples, numbers in zip((train, held_out["validation"]), hold_out(20, 8, 2), strict=True):
         assert examples == [(i, lengths[i]) for i in numbers if lengths[i] <= 5]
+
+
+# What the policy continues
+
+
+def test_an_answer_that_is_begun_is_left_out_or_continued(
+    policy_config: Callable[..., PolicyConfig], chatty: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begun, empty = {"role": "assistant", "content": "The colour is"}, {"role": "assistant", "content": ""}
+    chats = [[USER, begun], [USER], "Why?", [USER, empty]]
+    write_jsonl(tmp_path / "x.jsonl", [{"prompt": chat} for chat in chats])
+    data, asked = DataConfig(train=str(tmp_path / "x.jsonl")), "user:Why?<|im_end|>assistant:"
+    for is_set, first in ((False, asked), (True, asked + "The colour is")):
+        chat = ChatConfig(continue_final_message=is_set, system_prompt=None)
+        config = policy_config(tmp_path, data=data, chat=chat, max_prompt_length=64)
+        tokenizer = Tokenizer(chatty.path, continue_final_message=is_set)
+        prompts, _ = load_prompts(config, tokenizer)
+        ids, lengths = prompts.encode(prompts.rows)
+        texts = [chatty.hf.decode(row[:length]) for row, length in zip(ids, lengths, strict=True)]
+        assert texts == [first, asked, "Why?", asked]
+        assert ("2 of 4 prompts end with the assistant's message" in capsys.readouterr().out) != is_set
+    whole = chatty.conversation_ids([prompts.rows[0]["prompt"]], [" blue."])
+    assert chatty.hf.decode(whole[0]) == asked + "The colour is blue.<|im_end|>", "one answer for a reward model"
+    assert make_tokenizer(config.model, config.chat).continue_final_message
+
+    call = {"role": "assistant", "content": "a", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    for message, words in (
+        (call, "assistant's last message has tool_calls; expected the beginning of an answer"),
+        (None, "expected messages that ask something, got the assistant's alone"),
+    ):
+        write_jsonl(tmp_path / "x.jsonl", [{"prompt": [USER, message] if message else [begun]}])
+        with pytest.raises(ValueError, match=f"x.jsonl: row 1: .*{words}"):
+            load_prompts(config, tokenizer)
+    with pytest.raises(ValueError, match="^chat.continue_final_message: is for train policy and eval generate"):
+        RewardModelConfig(output_dir="x", model=config.model, data=data, max_steps=1, chat=config.chat)
 
 
 # What is there twice

@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from models.begun import is_begun
 from models.messages import Message, Tools, without_empty_fields
 from models.tokenizer import Prompt
 from models.turns import Answer
@@ -150,16 +151,40 @@ def normalize_prompts(
 ) -> list[Row]:
     """Returns the rows with the prompts in `column` checked, cut before a final answer, and the chat settings applied.
 
-    See `require_columns`, `without_answer` and `as_chat`.
+    With `chat.continue_final_message` a final message of the assistant's is where the answer begins, and stays. See
+    `require_columns`, `without_answer`, `as_beginning` and `as_chat`.
     """
     require_columns(rows, source, column, setting=setting)
     places = [f"{source}: row {number}" for number in range(1, len(rows) + 1)]
     if any(isinstance(row.get("tools"), list) and isinstance(row[column], list) and row["tools"] for row in rows):
         print_plain(f"{source}: the column 'tools' goes to reward functions alone: prompts are rendered without tools")
-    return [
-        row | {column: as_chat(without_answer(row[column], where), chat, where)}
-        for row, where in zip(rows, places, strict=True)
-    ]
+    cut = as_beginning if chat.continue_final_message else without_answer
+    cut_rows = [row | {column: cut(row[column], where)} for row, where in zip(rows, places, strict=True)]
+    count = sum(cut_row[column] is not row[column] for cut_row, row in zip(cut_rows, rows, strict=True))
+    if count and not chat.continue_final_message:
+        print_plain(
+            f"{source}: {count} of {len(rows)} prompts end with the assistant's message and are asked without it; "
+            f"chat.continue_final_message: true continues it"
+        )
+    return [row | {column: as_chat(row[column], chat, where)} for row, where in zip(cut_rows, places, strict=True)]
+
+
+def as_beginning(prompt: Prompt, where: str) -> Prompt:
+    """Returns a prompt whose final message of the assistant's, if it has one, is to be continued.
+
+    Raises:
+      ValueError: there is no message before it, or it has something else than text and thoughts.
+    """
+    before = without_answer(prompt, where)
+    if before is prompt or is_begun(prompt):
+        return prompt
+    fields = without_empty_fields(prompt[-1]).keys() - {"role", "content"}  # type: ignore[arg-type]
+    if fields:
+        raise ValueError(
+            f"{where}: chat.continue_final_message is set, but the assistant's last message has "
+            f"{', '.join(sorted(fields))}; expected the beginning of an answer, which is text alone"
+        )
+    return before  # an empty message begins nothing
 
 
 def without_answer(prompt: Prompt, where: str) -> Prompt:

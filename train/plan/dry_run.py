@@ -280,7 +280,8 @@ def describe_networks(config: TrainingConfig, columns: Collection[str] | None) -
     print_network("model", config.model.path or "random weights", network)
     tokenizer = None
     if not could_be_on_hub(config.model.tokenizer_path):
-        tokenizer = Tokenizer(config.model.tokenizer_path, config.chat.enable_thinking)
+        chat = config.chat
+        tokenizer = Tokenizer(config.model.tokenizer_path, chat.enable_thinking, chat.continue_final_message)
         tokenizer.check_vocab_size(network.vocab_size, config.model.path or "model.architecture")
         print_plain(f"tokenizer {tokenizer.path}: {tokenizer.size:,} ids")
     else:
