@@ -128,6 +128,7 @@ def train_policy(config: PolicyConfig) -> None:
         metrics = rewards.metrics(groups.rewards_PGR)
         metrics |= rollout_metrics(rewards_PG, rollout.lengths_PG, rollout.finished_PG)
         metrics |= {"sampling/attempts": len(attempts), "epoch": done * config.prompts_per_step / len(prompts)}
+        metrics |= prompts.source_metrics(groups.rows, rewards_PG, done * config.prompts_per_step)
         metrics |= {"learning_rate": schedule(done * config.updates_per_step - 1)}
         names, step_prompts = list(rewards.scorers), prompts.prompts(groups.rows)
         dump = partial(write_batch, config, done, step_prompts, tokenizer, groups, names, advantages_PG)

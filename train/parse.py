@@ -105,12 +105,17 @@ def _ordered_options(
             names = ("gopo", _only_value(key, given, rest))
             variants = [f"--config={_variant_file(name)}" for name in names]
         elif (setting := check_key(known, key, "command line", options)).item:
-            while rest and not rest[0].startswith("--") and not equals:
+            while rest and not rest[0].startswith("--") and not equals and _goes_on(setting, given, rest[0]):
                 given.append(rest.pop(0))
             others += _list_option(known, setting, given)
         else:
             others += _option(known, setting, key, _only_value(key, given, rest))
     return [*files, *variants, *_positional_options(known, values, positional), *others]
+
+
+def _goes_on(setting: Setting, given: Sequence[str], value: str) -> bool:
+    """Whether a value belongs to the option before it: where that may be a text instead, the first one or an item."""
+    return not setting.takes_text or not given or (given[0].startswith("{") and value.startswith("{"))
 
 
 def _only_value(key: str, given: list[str], rest: list[str]) -> str:
@@ -147,6 +152,8 @@ def _list_option(known: Known, setting: Setting, values: Sequence[str]) -> list[
     key, text = setting.key, " ".join(values)
     if not values:
         raise ValueError(f"--{key}: expected a value behind it")
+    if setting.takes_text and not re.fullmatch(r"\[\s*\{.*\}\s*\]|\{.*\}", text):
+        return [f"--{key}={text}"]
     if re.fullmatch(r"\[.*\]", text) or (text == "null" and form(setting.hint).endswith("|null")):
         pass
     elif setting.inner is not None:
@@ -209,10 +216,12 @@ def _one_line(error: Exception, known: Known, program: str, positional: Sequence
         else:
             key += f"[].{inner}" if key in known and known[key].item else f".{inner}"
     if required := re.search(r"arguments are required: (.*)", text):
-        names = [f"{key}.{name}" if key else name for name in required[1].split(", ")]
+        outer = f"{key}[]." if key in known and known[key].item else f"{key}." if key else ""
+        names = [f"{outer}{name}" for name in required[1].split(", ")]
         places = [name.upper() if name in positional else f"--{name}" for name in names]
         return f"expected {', '.join(places)}; {program} --help explains them"
-    came = re.search(r"(?:Got|Given) value: (.*)", text)
+    innermost = text[max(text.rfind("Parser key"), 0) :]
+    came = next(filter(None, (re.search(r"(?:Got|Given) value: (.*)", part) for part in (innermost, text))), None)
     if key in known and came:
         return f"{key}: expected {form(known[key].hint)}, got {came[1]}"
     return " ".join(text.split())

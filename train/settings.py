@@ -39,9 +39,14 @@ class Setting(NamedTuple):
     @property
     def item(self) -> Any:
         """The type of the items if the setting is a list or a tuple, else None."""
-        hints = [hint for hint in typing.get_args(self.hint) or () if hint is not type(None)]
+        hints = [hint for hint in typing.get_args(self.hint) or () if hint not in (type(None), str)]
         only = hints[0] if _is_union(self.hint) and len(hints) == 1 else self.hint
         return typing.get_args(only)[0] if typing.get_origin(only) in (list, tuple) else None
+
+    @property
+    def takes_text(self) -> bool:
+        """Whether the setting is a text or, instead, a list of dataclasses."""
+        return self.inner is not None and _is_union(self.hint) and str in typing.get_args(self.hint)
 
 
 def settings(kind: type[Any]) -> dict[str, Setting]:
@@ -56,10 +61,11 @@ def _walk(kind: type[Any], outer: str) -> Iterator[Setting]:
         factory = field.default_factory
         default = field.default if factory is dataclasses.MISSING else factory()
         own.append(Setting(outer + field.name, kind, hints[field.name], default, _dataclass_in(hints[field.name])))
-    yield from (setting for setting in own if setting.inner is None)
+    yield from (setting for setting in own if setting.inner is None or setting.takes_text)
     for setting in own:
         if setting.inner is not None:
-            yield setting
+            if not setting.takes_text:
+                yield setting
             yield from _walk(setting.inner, setting.key + ("[]." if setting.item else "."))
 
 
@@ -156,8 +162,8 @@ def check_values(known: Mapping[str, Setting], values: Mapping[Any, Any], source
     for name, value in values.items():
         key = f"{outer}{name}"
         setting = check_key(known, key, source)
-        if setting.inner is None:
-            continue
+        if setting.inner is None or (setting.takes_text and not isinstance(value, list)):
+            continue  # what is neither a text nor a list is refused later
         for item in value if isinstance(value, list) else [value]:
             if isinstance(item, dict):
                 check_values(known, item, source, f"{key}[]." if setting.item else f"{key}.")
@@ -258,7 +264,7 @@ def help_text(
     lines = [f"usage: {' '.join([program, *places, '[--key value ...]'])}", "", inspect.getdoc(kind) or "", ""]
     for setting in known.values():
         text = f"{setting.comment} {_default(setting)}".rstrip()
-        if setting.inner is not None:
+        if setting.inner is not None and not setting.takes_text:
             lines += ["", *textwrap.wrap(f"{setting.key}: {text}", 110)]
         elif setting.key in positional:
             lines += _entry(places[list(positional).index(setting.key)], text)

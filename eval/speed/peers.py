@@ -69,7 +69,7 @@ def write_work(folder: Path) -> None:
         "network": config.model.architecture.to_hf(),
         "dtype": config.model.dtype,
         "tokenizer": "tokenizer",
-        "prompts": [json.loads(line)["prompt"] for line in Path(config.data.train).read_text().splitlines()],
+        "prompts": [json.loads(line)["prompt"] for line in Path(config.data.train_text).read_text().splitlines()],
         "end_ids": list(tokenizer.eos_ids),
         "pad_id": tokenizer.pad_id,
         "prompts_per_step": config.prompts_per_step,

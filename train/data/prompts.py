@@ -1,6 +1,7 @@
 """Loads a policy's prompts, split into train, validation and test; tokenizes them once and draws batches of them."""
 
 import hashlib
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -10,7 +11,8 @@ from models.tokenizer import Prompt, Tokenizer, pad
 from train.config import PolicyConfig
 from train.console import console
 from train.data.chats import normalize_prompts
-from train.data.rows import Row, batch_indices, hold_out, load_rows, sample_indices
+from train.data.mix import Mix, join_sources, numbered
+from train.data.rows import Row, hold_out, load_rows, sample_indices
 from train.data.token_cache import prompt_ids
 from train.pins import Pins
 
@@ -37,6 +39,10 @@ def _within_limit(ids: Sequence[np.ndarray], source: str, max_length: int) -> li
 class Prompts:
     """Tokenized rows whose prompt is not too long; `batch` draws them in an order that depends on (seed, step) alone.
 
+    Args:
+      source: where the rows are from, for a message.
+      owners: the number of each row's source in `config.data.sources`, ascending; None: all are of one.
+
     Attributes:
       rows: the rows, their prompts with the chat settings applied.
       lengths: tokens of every prompt, those that are too long included.
@@ -44,11 +50,26 @@ class Prompts:
       other_columns: names of all columns but the prompt's.
     """
 
-    def __init__(self, rows: Sequence[Row], source: str, config: PolicyConfig, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        source: str,
+        config: PolicyConfig,
+        tokenizer: Tokenizer,
+        owners: Sequence[int] | None = None,
+    ) -> None:
         self.column, self.source, self.max_length = config.data.prompt_column, source, config.max_prompt_length
         ids = prompt_ids([row[self.column] for row in rows], tokenizer)
         self._pad_id, self.lengths = tokenizer.pad_id, [len(row) for row in ids]
-        indices = _within_limit(ids, source, self.max_length)
+        if owners is None:
+            indices = _within_limit(ids, source, self.max_length)
+            self._mix = Mix([source], [len(indices)])
+        else:
+            indices = []
+            for number, part in enumerate(config.data.sources):
+                own = [i for i, owner in enumerate(owners) if owner == number]
+                indices += [own[i] for i in _within_limit([ids[i] for i in own], part.source, self.max_length)]
+            self._mix = Mix.of_rows(config.data, [owners[i] for i in indices])
         self.rows, self._ids = [rows[i] for i in indices], [ids[i] for i in indices]
         self.too_long = len(rows) - len(indices)
         self._number = {id(row): number for number, row in enumerate(self.rows)}
@@ -59,7 +80,25 @@ class Prompts:
 
     def batch(self, seed: int, step: int, count: int, attempt: int = 0) -> list[Row]:
         """Returns the `count` rows of a step: a pure function of (seed, step, attempt)."""
-        return [self.rows[i] for i in batch_indices(len(self.rows), count, seed, step, attempt)]
+        return [self.rows[i] for i in self._mix.indices(count, seed, step, attempt)]
+
+    def source_metrics(self, rows: Sequence[Row], rewards_PG: np.ndarray, drawn: int) -> dict[str, float]:
+        """Returns the metrics of each of several sources in a batch: see `Mix.metrics`, and data/NAME/reward, its mean.
+
+        Args:
+          drawn: rows that the run has drawn so far.
+        """
+        indices = [self._number[id(row)] for row in rows]
+        metrics, sources = self._mix.metrics(indices, drawn), self._mix.sources(indices)
+        for number, name in enumerate(self._mix.names if metrics else ()):
+            rewards = rewards_PG[sources == number]
+            scored = rewards[~np.isnan(rewards)]
+            metrics[f"data/{name}/reward"] = float(scored.mean()) if scored.size else math.nan
+        return metrics
+
+    def first(self, count: int) -> list[Row]:
+        """Returns the first `count` rows of each source."""
+        return [self.rows[i] for i in self._mix.first(count)]
 
     def encode(self, rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray]:
         """Returns right-padded `prompt_PS` and `lengths_P`.
@@ -72,6 +111,7 @@ class Prompts:
     def sample(self, count: int, seed: int) -> None:
         """Keeps a random sample of `count` rows, in their order."""
         indices = sample_indices(len(self.rows), count, seed)
+        self._mix = Mix([self.source], [len(indices)])
         self.rows, self._ids = [self.rows[i] for i in indices], [self._ids[i] for i in indices]
         self._number = {id(row): number for number, row in enumerate(self.rows)}
 
@@ -99,6 +139,7 @@ class Splits(NamedTuple):
     validation: list[Row]
     test: list[Row]
     duplicates: int  # rows of train whose prompt is in validation or test too; data.drop_duplicates removes them
+    owners: list[int] | None = None  # of each row of train, the number of its source; None: there is one
 
 
 def load_splits(config: PolicyConfig, pins: Pins | None = None) -> Splits:
@@ -112,26 +153,42 @@ def load_splits(config: PolicyConfig, pins: Pins | None = None) -> Splits:
     """
     data = config.data
 
-    def load(setting: str, source: str, split: str, *, changes_training: bool = True) -> list[Row]:
-        rows = load_rows(source, split, data.columns)
+    def load(
+        setting: str, source: str, split: str, columns: dict[str, str], *, changes_training: bool = True
+    ) -> list[Row]:
+        rows = load_rows(source, split, columns)
         rows = pins.rows(setting, source, rows) if pins is not None and changes_training else rows
         return normalize_prompts(rows, source, data.prompt_column, config.chat)
 
-    train, validation = load("data.train", data.train, data.split), []
+    def load_sources(setting: str, split: str | None = None) -> list[list[Row]]:
+        return [
+            load(numbered(setting, i, data), part.source, split or str(part.split), part.columns or {})
+            for i, part in enumerate(data.sources)
+        ]
+
+    parts = load_sources("data.train")
+    train, owners = join_sources(parts)
+    validation: list[Row] = []
     if data.validation_rows:
         remaining, held_out = hold_out(len(train), data.validation_rows, data.split_seed)
-        train, validation = [train[i] for i in remaining], [train[i] for i in held_out]
+        validation = [train[i] for i in held_out]
+        train, owners = [train[i] for i in remaining], [owners[i] for i in remaining]
+    elif config.validation.prompts and not data.validation:
+        validation, _ = join_sources(load_sources("data.validation", data.validation_split))
     elif config.validation.prompts:
-        validation = load("data.validation", data.validation or data.train, data.validation_split)
+        validation = load("data.validation", str(data.validation), data.validation_split, data.columns)
     test = []
     if data.test:
-        test = load("data.test", data.test, data.test_split, changes_training=data.drop_duplicates)
+        test = load("data.test", data.test, data.test_split, data.columns, changes_training=data.drop_duplicates)
     duplicates = set(overlapping_rows(train, [*validation, *test], data.prompt_column))
     if data.drop_duplicates:
-        train = [row for number, row in enumerate(train) if number not in duplicates]
+        remaining = [number for number in range(len(train)) if number not in duplicates]
+        train, owners = [train[i] for i in remaining], [owners[i] for i in remaining]
         if not train:
-            raise ValueError(f"{data.train}: every prompt is in validation or test too; expected others to train on")
-    return Splits(train, validation, test, len(duplicates))
+            raise ValueError(
+                f"{data.train_text}: every prompt is in validation or test too; expected others to train on"
+            )
+    return Splits(train, validation, test, len(duplicates), owners if len(parts) > 1 else None)
 
 
 def overlapping_rows(rows: Sequence[Row], others: Sequence[Row], column: str) -> list[int]:
@@ -152,9 +209,9 @@ def load_prompts(config: PolicyConfig, tokenizer: Tokenizer, pins: Pins | None =
     if splits.duplicates:
         action = "left out" if data.drop_duplicates else "kept; data.drop_duplicates: true leaves them out"
         console.print(
-            f"{data.train}: {splits.duplicates} prompts are in validation or test too: {action}", markup=False
+            f"{data.train_text}: {splits.duplicates} prompts are in validation or test too: {action}", markup=False
         )
-    prompts = Prompts(splits.train, data.train, config, tokenizer)
-    validation = Prompts(splits.validation, data.validation or data.train, config, tokenizer)
+    prompts = Prompts(splits.train, data.train_text, config, tokenizer, splits.owners)
+    validation = Prompts(splits.validation, data.validation or data.train_text, config, tokenizer)
     validation.sample(config.validation.prompts, data.split_seed)
     return prompts, validation

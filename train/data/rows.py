@@ -78,8 +78,15 @@ def batch_indices(size: int, count: int, seed: int, step: int, attempt: int = 0)
 
     Each attempt has permutations of its own.
     """
-    positions = range(step * count, (step + 1) * count)
-    keys = {epoch: [seed, epoch, attempt] if attempt else [seed, epoch] for epoch in {i // size for i in positions}}
+    return permuted(size, range(step * count, (step + 1) * count), seed, attempt)
+
+
+def permuted(size: int, positions: Sequence[int], seed: int, attempt: int = 0, source: int = 0) -> list[int]:
+    """Returns the row indices at positions of an endless stream, each epoch of which is a permutation of `size` rows.
+
+    Each attempt, and each of several sources, has permutations of its own; trailing zeros change no key.
+    """
+    keys = {epoch: [seed, epoch, attempt, source] for epoch in {i // size for i in positions}}
     epochs = {epoch: np.random.default_rng(key).permutation(size) for epoch, key in keys.items()}
     return [int(epochs[i // size][i % size]) for i in positions]
 

@@ -88,20 +88,39 @@ class DataPart(NamedTuple):
     name: str  # train, validation or test
     source: str
     split: str
+    columns: Mapping[str, str]  # our name -> theirs
 
 
 def data_parts(config: TrainingConfig) -> list[DataPart]:
     """Returns the parts that a run reads; rows held out of train are none."""
     data = config.data
-    parts = [DataPart("train", data.train, data.split)]
+
+    def train_parts(name: str, split: str | None = None) -> list[DataPart]:
+        return [
+            DataPart(
+                name if len(data.sources) == 1 else f"{name}, {source.name}",
+                source.source,
+                split or str(source.split),
+                source.columns or {},
+            )
+            for source in data.sources
+        ]
+
+    parts = train_parts("train")
     if data.validation is not None:
-        parts.append(DataPart("validation", data.validation, data.validation_split))
+        parts.append(DataPart("validation", data.validation, data.validation_split, data.columns))
     elif isinstance(config, PolicyConfig) and config.validation.prompts and not data.validation_rows:
-        parts.append(DataPart("validation", data.train, data.validation_split))
-    parts += [DataPart(f"held out, {name}", source, data.validation_split) for name, source in data.held_out.items()]
+        parts += train_parts("validation", data.validation_split)
+    parts += [
+        DataPart(f"held out, {name}", source, data.validation_split, data.columns)
+        for name, source in data.held_out.items()
+    ]
     if data.test is not None:
-        parts.append(DataPart("test", data.test, data.test_split))
+        parts.append(DataPart("test", data.test, data.test_split, data.columns))
     return parts
+
+
+DescribedPart = tuple[int | None, Collection[str] | None]  # number of rows, columns; None: not known
 
 
 class DataSummary(NamedTuple):
@@ -116,7 +135,8 @@ class DataSummary(NamedTuple):
 
 def describe_data(config: TrainingConfig) -> DataSummary:
     """Prints all parts of the data, and what is held out or left out of them."""
-    data, described = config.data, {part.name: describe_part(config, part) for part in data_parts(config)}
+    data = config.data
+    described = joined_parts({part.name: describe_part(config, part) for part in data_parts(config)})
     counts = {name: count for name, (count, _) in described.items()}
     files = all(is_local(part.source) for part in data_parts(config))
     rows = sum(filter(None, counts.values())) if files else None
@@ -128,6 +148,12 @@ def describe_data(config: TrainingConfig) -> DataSummary:
         if count <= data.validation_rows:
             raise ValueError(f"data.validation_rows: expected fewer than the {count} rows that there are")
         counts["train"] = count - data.validation_rows
+    if data.weights is not None:
+        shares = [
+            f"{part.name} {weight / sum(data.weights):.1%}"
+            for part, weight in zip(data.sources, data.weights, strict=True)
+        ]
+        print_plain(f"  rows of train are drawn by weight: {', '.join(shares)}")
     if data.validation_rows:
         counts["validation"] = data.validation_rows
         print_plain(f"  {data.validation_rows} rows of train held out to validate on, by seed {data.split_seed}")
@@ -136,6 +162,17 @@ def describe_data(config: TrainingConfig) -> DataSummary:
         part_columns = described.get(name, described["train"])[1]
         columns = None if columns is None or part_columns is None else columns & {*part_columns}
     return DataSummary(counts["train"], counts.get("validation"), columns, splits, rows)
+
+
+def joined_parts(described: Mapping[str, DescribedPart]) -> dict[str, DescribedPart]:
+    """Returns the numbers of rows and the columns of train, validation and so on; those of several sources together."""
+    joined: dict[str, DescribedPart] = {}
+    for part, (count, columns) in described.items():
+        name = part if part.startswith("held out") else part.partition(",")[0]
+        others, other_columns = joined.get(name, (0, ()))
+        total = None if count is None or others is None else others + count
+        joined[name] = (total, None if columns is None or other_columns is None else {*other_columns, *columns})
+    return joined
 
 
 def tokenize_data(config: TrainingConfig, tokenizer: Tokenizer | None, summary: DataSummary) -> DataSummary:
@@ -147,9 +184,9 @@ def tokenize_data(config: TrainingConfig, tokenizer: Tokenizer | None, summary: 
         return summary._replace(train=None) if is_packed else summary
     if isinstance(config, PolicyConfig):
         assert summary.splits is not None
-        source = config.data.validation or config.data.train
-        prompts = Prompts(summary.splits.train, config.data.train, config, tokenizer)
-        validation = Prompts(summary.splits.validation, source, config, tokenizer)
+        source, splits = config.data.validation or config.data.train_text, summary.splits
+        prompts = Prompts(splits.train, config.data.train_text, config, tokenizer, splits.owners)
+        validation = Prompts(splits.validation, source, config, tokenizer)
         print_plain(f"tokens: {prompts.too_long} prompts of train and {validation.too_long} of validation are too long")
         return summary._replace(train=len(prompts), validation=len(validation))
     task = reward_model_task(config) if isinstance(config, RewardModelConfig) else sft_task(config)
@@ -162,10 +199,10 @@ def dropped_text(data: DataConfig) -> str:
     return ": left out" if data.drop_duplicates else ""
 
 
-def describe_part(config: TrainingConfig, part: DataPart) -> tuple[int | None, Collection[str] | None]:
+def describe_part(config: TrainingConfig, part: DataPart) -> DescribedPart:
     """Prints one part of the data, refuses what the run could not use; returns its number of rows and its columns."""
     if is_local(part.source):
-        rows = load_rows(part.source, part.split, config.data.columns)
+        rows = load_rows(part.source, part.split, part.columns)
         check_data_rows(config, rows, part.source)
         print_plain(f"{part.name}: {part.source}: {len(rows):,} rows, columns {', '.join(rows[0])}")
         return len(rows), {name for row in rows for name in row}
@@ -175,7 +212,7 @@ def describe_part(config: TrainingConfig, part: DataPart) -> tuple[int | None, C
         return None, None
     if part.split not in schema["splits"]:
         raise ValueError(f"{part.source}: has no split {part.split!r}; expected one of {', '.join(schema['splits'])}")
-    ours = check_schema_columns(config, schema["columns"], part.source)
+    ours = check_schema_columns(config, schema["columns"], part.source, part.columns)
     columns = ", ".join(f"{name} ({kind})" for name, kind in schema["columns"].items())
     count = schema["splits"][part.split]
     print_plain(f"{part.name}: {part.source}, {part.split}: {count:,} rows, columns {columns} [{origin}]")
@@ -203,14 +240,16 @@ def check_data_rows(config: TrainingConfig, rows: Sequence[Row], source: str) ->
         read_exchanges(rows, source, "completion", config.chat)
 
 
-def check_schema_columns(config: TrainingConfig, columns: Mapping[str, str], source: str) -> Collection[str]:
+def check_schema_columns(
+    config: TrainingConfig, columns: Mapping[str, str], source: str, renames: Mapping[str, str]
+) -> Collection[str]:
     """Refuses a data set without the columns that the program reads; returns all its columns, after renaming."""
-    renamed = (config.data.columns or {}).values()
+    renamed = renames.values()
     for name in renamed:
         if name not in columns:
             raise ValueError(f"{source}: has no column {name!r} (data.columns); its columns are {', '.join(columns)}")
     ours = {name: kind for name, kind in columns.items() if name not in renamed}
-    ours |= {name: columns[other] for name, other in (config.data.columns or {}).items()}
+    ours |= {name: columns[other] for name, other in renames.items()}
     for name in required_columns(config, ours):
         if name not in ours:
             raise ValueError(

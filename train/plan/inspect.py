@@ -14,6 +14,7 @@ from models.tokenizer import Tokenizer
 from train.build import make_tokenizer
 from train.config import PolicyConfig, RewardModelConfig, SupervisedConfig
 from train.console import console, print_plain, visible
+from train.data.mix import join_sources
 from train.data.prompts import Prompts, load_splits, prompt_key
 from train.data.rows import Row, hold_out, load_rows
 from train.plan.show import show_rows
@@ -45,10 +46,11 @@ def inspect_policy(config: PolicyConfig, tokenizer: Tokenizer) -> None:
     data, splits = config.data, load_splits(config)
     table = length_table(f"max_prompt_length {config.max_prompt_length}")
     parts = {"train": splits.train, "validation": splits.validation, "test": splits.test}
-    sources = {"train": data.train, "validation": data.validation or data.train, "test": str(data.test)}
+    sources = {"train": data.train_text, "validation": data.validation or data.train_text, "test": str(data.test)}
     for name, rows in parts.items():
         if rows:
-            prompts = Prompts(rows, sources[name], config, tokenizer)
+            owners = splits.owners if name == "train" else None
+            prompts = Prompts(rows, sources[name], config, tokenizer, owners)
             lengths: dict[str, Sequence[int]] = {"prompts": prompts.lengths}
             answers = [row["completion"] for row in rows if isinstance(row.get("completion"), str)]
             if answers:
@@ -108,11 +110,13 @@ def load_parts(config: SupervisedConfig, tokenizer: Tokenizer) -> list[Part]:
     data = config.data
     encode = encode_comparisons if isinstance(config, RewardModelConfig) else encode_examples
 
-    def load(name: str, source: str, split: str) -> Part:
-        rows = load_rows(source, split, data.columns)
+    def load(name: str, source: str, split: str, columns: Mapping[str, str] = data.columns) -> Part:
+        rows = load_rows(source, split, columns)
         return Part(name, rows, [*encode(rows, tokenizer, source, config.chat)])
 
-    parts = [load("train", data.train, data.split)]
+    sources = [load("train", part.source, str(part.split), part.columns or {}) for part in data.sources]
+    rows, examples = (join_sources(column)[0] for column in zip(*(source[1:] for source in sources), strict=True))
+    parts = [Part("train", rows, examples)]
     if data.validation_rows:
         remaining, held_out = hold_out(len(parts[0].rows), data.validation_rows, data.split_seed)
         parts = [parts[0].select("train", remaining), parts[0].select("validation", held_out)]

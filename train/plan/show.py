@@ -9,7 +9,7 @@ from train.build import make_tokenizer
 from train.config import PolicyConfig, RewardModelConfig, SupervisedConfig
 from train.console import console, print_plain, visible
 from train.data.prompts import load_prompts
-from train.data.rows import load_rows
+from train.data.rows import Row, load_rows
 from train.rewards.model import common_prefix_length
 from train.running import setup_errors
 from train.supervised.reward_model import encode_comparisons
@@ -19,7 +19,7 @@ STAND_IN = "(the completion)"
 
 
 def show_rows(config: SupervisedConfig | RewardModelConfig | PolicyConfig, count: int) -> None:
-    """Prints the first `count` rows of `data.train`.
+    """Prints the first `count` rows of `data.train`, of several sources those of each.
 
     Raises:
       SetupError: a mistake in the config or the data.
@@ -31,24 +31,32 @@ def show_rows(config: SupervisedConfig | RewardModelConfig | PolicyConfig, count
         if isinstance(config, PolicyConfig):
             show_policy(config, tokenizer, count)
             return
-        rows = load_rows(config.data.train, config.data.split, config.data.columns)[:count]
-        if isinstance(config, RewardModelConfig):
-            for i, group in enumerate(encode_comparisons(rows, tokenizer, config.data.train, config.chat), 1):
-                shared = common_prefix_length(group.rows)
-                for answer, score in sorted(zip(group.rows, group.scores, strict=True), key=lambda pair: -pair[1]):
-                    title = f"row {i}, score {score:g}, margin {group.margin:g}"
-                    parts = {"the same in all answers": shared, "compared, scored at the last token": len(answer)}
-                    show_tokens(title, answer, tokenizer, parts)
-            return
-        for i, (ids, prompt) in enumerate(encode_examples(rows, tokenizer, config.data.train, config.chat), 1):
-            first = max(prompt, 1)  # no token predicts the first one
-            show_tokens(f"row {i}, learned from token {first} on", ids, tokenizer, {"read": first, "learned": len(ids)})
+        for source in config.data.sources:
+            rows = load_rows(source.source, str(source.split), source.columns)[:count]
+            show_supervised(config, rows, source.source, tokenizer)
+
+
+def show_supervised(
+    config: SupervisedConfig | RewardModelConfig, rows: Sequence[Row], source: str, tokenizer: Tokenizer
+) -> None:
+    """Prints rows as a reward model compares them, or as `train sft` learns from them."""
+    if isinstance(config, RewardModelConfig):
+        for i, group in enumerate(encode_comparisons(rows, tokenizer, source, config.chat), 1):
+            shared = common_prefix_length(group.rows)
+            for answer, score in sorted(zip(group.rows, group.scores, strict=True), key=lambda pair: -pair[1]):
+                title = f"row {i}, score {score:g}, margin {group.margin:g}"
+                parts = {"the same in all answers": shared, "compared, scored at the last token": len(answer)}
+                show_tokens(title, answer, tokenizer, parts)
+        return
+    for i, (ids, prompt) in enumerate(encode_examples(rows, tokenizer, source, config.chat), 1):
+        first = max(prompt, 1)  # no token predicts the first one
+        show_tokens(f"row {i}, learned from token {first} on", ids, tokenizer, {"read": first, "learned": len(ids)})
 
 
 def show_policy(config: PolicyConfig, tokenizer: Tokenizer, count: int) -> None:
     """Prints the first prompts as the policy and as each reward model sees them."""
     prompts, _ = load_prompts(config, tokenizer)
-    first = prompts.prompts(prompts.rows[:count])
+    first = prompts.prompts(prompts.first(count))
     for i, ids in enumerate(tokenizer.prompt_ids(first)):
         show_tokens(f"prompt {i + 1}", ids, tokenizer)
     for spec in config.all_rewards:

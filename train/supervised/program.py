@@ -18,9 +18,10 @@ from models.lora import merge_trainable
 from models.sharding import Layout, fetch
 from models.tokenizer import Tokenizer
 from train.build import make_layout_for, make_model, make_optimizer, make_tokenizer, warn_of_rounding
-from train.config import ChatConfig, SupervisedConfig
+from train.config import ChatConfig, DataConfig, SupervisedConfig
 from train.console import console
-from train.data.rows import Row, batch_indices, hold_out, load_rows
+from train.data.mix import Mix, join_sources, numbered
+from train.data.rows import Row, hold_out, load_rows
 from train.pins import Pins
 from train.processes import is_first
 from train.run.directory import CALIBRATION, Run
@@ -68,7 +69,7 @@ def train_supervised(config: SupervisedConfig, task: SupervisedTask) -> None:
         layout, pins = make_layout_for(config.mesh, config.batch_size), Pins(config)
         start = pins.model(config.model)  # under exact names
         tokenizer = make_tokenizer(start, config.chat)
-        examples, held_out = load_examples(config, task, tokenizer, pins)
+        examples, held_out, mix = load_mixed_examples(config, task, tokenizer, pins)
         model = make_model(start, config.lora, layout, config.seed, tokenizer, task.architecture)
         graphdef, params = split(model)
         run = Run(config, model.config.to_hf(), tokenizer, pins.pins)
@@ -103,7 +104,8 @@ def train_supervised(config: SupervisedConfig, task: SupervisedTask) -> None:
         if stopping.exhausted:
             break
         timer = Timer()
-        batch = [examples[i] for i in batch_indices(len(examples), config.batch_size, config.seed, step)]
+        drawn = mix.indices(config.batch_size, config.seed, step)
+        batch = [examples[i] for i in drawn]
         with timer("update"):
             state, sums = update(state, arrays(batch))
             sums = jax.device_get(sums)
@@ -112,6 +114,7 @@ def train_supervised(config: SupervisedConfig, task: SupervisedTask) -> None:
         without_value = [name for name, (_, count) in sums.items() if not count]
         require_finite(done, metrics, without_value, "the rows of this step")
         metrics |= {"learning_rate": schedule(step), "epoch": done * config.batch_size / len(examples)}
+        metrics |= mix.metrics(drawn, done * config.batch_size)
         if held_out and (done % config.eval_steps == 0 or done == config.max_steps):
             with timer("validation"):
                 evaluation = evaluate(state)
@@ -169,7 +172,14 @@ def evaluate_set(
 def load_examples(
     config: SupervisedConfig, task: SupervisedTask, tokenizer: Tokenizer, pins: Pins | None = None
 ) -> tuple[list[Any], dict[str, list[Any]]]:
-    """Loads and encodes the rows to train on, and each validation set by its metrics' prefix.
+    """Returns the first two of `load_mixed_examples`."""
+    return load_mixed_examples(config, task, tokenizer, pins)[:2]
+
+
+def load_mixed_examples(
+    config: SupervisedConfig, task: SupervisedTask, tokenizer: Tokenizer, pins: Pins | None = None
+) -> tuple[list[Any], dict[str, list[Any]], Mix]:
+    """Loads and encodes the rows to train on, each validation set by its metrics' prefix, and the order to train in.
 
     Rows that do not fit into max_length are left out; their number is printed.
 
@@ -181,12 +191,12 @@ def load_examples(
     """
     data = config.data
 
-    def load(setting: str, source: str, split_name: str) -> list[Any]:
-        rows = load_rows(source, split_name, data.columns)
+    def load(setting: str, source: str, split_name: str, columns: dict[str, str] = data.columns) -> list[Any]:
+        rows = load_rows(source, split_name, columns)
         rows = rows if pins is None else pins.rows(setting, source, rows)
         return task.encode(rows, tokenizer, source, config.chat)
 
-    def fitting(examples: Sequence[Any], source: str) -> list[Any]:
+    def short_ones(examples: Sequence[Any], source: str) -> list[Any]:
         short = [example for example in examples if 2 <= task.length(example) <= config.max_length]
         limits = f"2 to {config.max_length} tokens"
         console.print(f"{source}: {len(short)} rows ({len(examples) - len(short)} left out, not of {limits})")
@@ -194,19 +204,41 @@ def load_examples(
             raise ValueError(
                 f"{source}: none of the {len(examples)} rows has 2 to max_length = {config.max_length} tokens"
             )
-        return task.pack(short, source)
+        return short
 
-    train, held_out = load("data.train", data.train, data.split), {}
+    def fitting(examples: Sequence[Any], source: str) -> list[Any]:
+        return task.pack(short_ones(examples, source), source)
+
+    parts = [
+        load(numbered("data.train", i, data), part.source, str(part.split), part.columns or {})
+        for i, part in enumerate(data.sources)
+    ]
+    (train, owners), held_out = join_sources(parts), {}
     if data.validation_rows:
         remaining, validation = hold_out(len(train), data.validation_rows, data.split_seed)
-        held_out["validation"] = fitting([train[i] for i in validation], f"{data.train}, held out")
-        train = [train[i] for i in remaining]
+        held_out["validation"] = fitting([train[i] for i in validation], f"{data.train_text}, held out")
+        parts = [[train[i] for i in remaining if owners[i] == number] for number in range(len(parts))]
     elif data.validation is not None:
         rows = load("data.validation", data.validation, data.validation_split)
         held_out["validation"] = fitting(rows, data.validation)
     for name, source in data.held_out.items():
         held_out[f"validation/{name}"] = fitting(load(f"data.held_out.{name}", source, data.validation_split), source)
-    return fitting(train, data.train), held_out
+    short = [short_ones(part, source.source) if part else [] for part, source in zip(parts, data.sources, strict=True)]
+    examples, mix = pack_sources(data, task, short)
+    return examples, held_out, mix
+
+
+def pack_sources(data: DataConfig, task: SupervisedTask, parts: Sequence[list[Any]]) -> tuple[list[Any], Mix]:
+    """Packs the examples of each source with a weight by themselves, all others together; returns rows and order."""
+    if data.weights is not None:
+        sources = zip(parts, data.sources, strict=True)
+        rows, owners = join_sources([task.pack(part, source.source) if part else [] for part, source in sources])
+        return rows, Mix.of_rows(data, owners)
+    examples, owners = join_sources(parts)
+    rows = task.pack(examples, data.train_text)
+    if rows is examples:
+        return rows, Mix.of_rows(data, owners)
+    return rows, Mix([data.train_text], [len(rows)])  # a row has examples of several sources
 
 
 def make_supervised_update(
