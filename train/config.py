@@ -90,7 +90,7 @@ class DataConfig:
         _at_least(self, 0, "validation_rows", "split_seed")
         if self.validation is not None and self.validation_rows:
             raise ValueError("data: expected validation (data of its own) or validation_rows (cut off train), not both")
-        if self.prompt_column != "prompt" and "prompt" in self.columns:
+        if self.prompt_column != "prompt" and "prompt" in (self.columns or {}):
             raise ValueError("data: expected prompt_column or columns.prompt, not both")
         if not isinstance(self.train, str):
             _check_sources(self.train, self.prompt_column)
@@ -104,7 +104,7 @@ class DataConfig:
         return [
             dataclasses.replace(
                 source,
-                columns=self.columns if source.columns is None else source.columns,
+                columns=(self.columns or {}) if source.columns is None else source.columns,
                 split=source.split or self.split,
                 name=source.name or name,
             )
