@@ -10,10 +10,11 @@ runs/NAME/checkpoints/base          the frozen parameters of a run that trains a
 To store checkpoints elsewhere, for example in gs://BUCKET/NAME, `checkpoints` is a file with that name in it.
 """
 
+import contextlib
 import json
 import textwrap
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from models.checkpoint_failures import check_writable, remove_unfinished, save_error, silence_orbax
 from models.checkpoint_files import (
     give_up_state,
     is_weights_only,
@@ -120,13 +122,17 @@ class Checkpoints:
             set_checkpoints_folder(run, directory)
         self._keep, self._keep_every, self._weights_only = keep, keep_every, weights_only
         self.best = 0  # a step to keep although there are `keep` newer ones
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=None if keep is None else self, create=True, cleanup_tmp_directories=True
-        )
-        self._folder = checkpoints_folder(run)
+        silence_orbax()
+        self._folder, self._saving = checkpoints_folder(run), 0  # the step whose save was begun last
         set_damaged_aside(self._folder)
-        self._manager = ocp.CheckpointManager(self._folder, options=options)
+        self._manager = self._open()
         _OPEN.add(self)
+
+    def _open(self) -> ocp.CheckpointManager:
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=None if self._keep is None else self, create=True, cleanup_tmp_directories=True
+        )
+        return ocp.CheckpointManager(self._folder, options=options)
 
     def should_preserve(self, checkpoints: Sequence[Any], **_: Any) -> list[bool]:
         """Orbax's preservation policy: returns for each checkpoint, oldest first, whether to keep it."""
@@ -145,7 +151,8 @@ class Checkpoints:
             return
         for step in _finalized_steps(self._folder)[: -self._keep]:
             if self._is_kept_by_period(step) and step != self.best:
-                give_up_state(self._folder / str(step))
+                with contextlib.suppress(OSError):  # a full disk; it is tried again at the next save
+                    give_up_state(self._folder / str(step))
 
     def delete_after(self, step: int) -> None:
         """Deletes the checkpoints of later steps."""
@@ -162,15 +169,49 @@ class Checkpoints:
         return max(_finalized_steps(self._folder), default=None)
 
     def save(self, step: int, params: Any, train: Any, about: dict[str, Any]) -> None:
-        """Saves in the background; a later save waits for an earlier one."""
-        self._manager.wait_until_finished()
-        self._give_up_states()
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(params), train=ocp.args.StandardSave(train), about=ocp.args.JsonSave(about)
-            ),
-        )
+        """Saves in the background; a later save waits for an earlier one.
+
+        Older steps are removed, as `keep` has it, after this one is complete.
+
+        Raises:
+          SaveError: the save could not be begun, or the one before has failed.
+        """
+        self.wait()
+        self._saving = step
+        with self._save_errors():
+            self._give_up_states()
+            if jax.process_index() == 0:
+                check_writable(self._folder, str(step))
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardSave(params),
+                    train=ocp.args.StandardSave(train),
+                    about=ocp.args.JsonSave(about),
+                ),
+            )
+
+    @contextlib.contextmanager
+    def _save_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if jax.process_count() == 1:  # of several processes some may be writing yet
+                with contextlib.suppress(OSError):  # a disk that cannot be read either
+                    self.reopen()
+            raise save_error(self._folder / str(self._saving), error) from error
+
+    def reopen(self) -> None:
+        """Removes what a failed save has left, and forgets the failure; to be called by all processes.
+
+        Raises:
+          OSError: the directory cannot be used.
+        """
+        with contextlib.suppress(Exception):  # the failure that the caller knows
+            self._manager.close()
+        if jax.process_index() == 0:
+            remove_unfinished(self._folder, str(self._saving))
+        self._manager = self._open()
 
     def restore(self, step: int, params: Any, train: Any) -> tuple[Any, Any]:
         """Restores parameters and trainer state of a step, with the shapes and shardings of the given trees.
@@ -196,22 +237,43 @@ class Checkpoints:
 
         Raises:
           ValueError: the run has checkpoints, which need what it saved, and that is not whole or not finite.
+          SaveError: they could not be saved.
         """
         is_saved = self.latest() is not None and _is_finalized(self._folder / BASE)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("all processes have looked before one writes")
         if is_saved:
             return _restore_base(self._folder, frozen)
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(self._folder / BASE, frozen, force=True)  # overwrites a killed save
+        try:
+            with ocp.StandardCheckpointer() as checkpointer:
+                checkpointer.save(self._folder / BASE, frozen, force=True)  # overwrites a killed save
+        except Exception as error:
+            if jax.process_count() == 1:
+                remove_unfinished(self._folder, BASE)
+            raise save_error(self._folder / BASE, error) from error
         return frozen
 
+    def check(self) -> None:
+        """Looks, without waiting, whether the last save has failed.
+
+        Raises:
+          SaveError: it has. Each failure is raised once.
+        """
+        if not self._manager.is_saving_in_progress():
+            self.wait()
+
     def wait(self) -> None:
-        """Waits for the save in flight."""
-        self._manager.wait_until_finished()
+        """Waits for the save in flight.
+
+        Raises:
+          SaveError: it has failed.
+        """
+        with self._save_errors():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits for the save in flight and closes the manager."""
+        self.wait()
         self._manager.close()
         self._give_up_states()
         _OPEN.discard(self)

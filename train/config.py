@@ -208,6 +208,9 @@ class CheckpointConfig:
     best: str | None = None  # a metric of the validation, such as validation/reward, whose best step stays; RUN@best
     greater_is_better: bool | None = None  # whether more of that metric is better; null: unless its name ends in loss
     directory: str | None = None  # a directory or gs://BUCKET/NAME; default: output_dir/checkpoints
+    # when a checkpoint or metrics.jsonl cannot be written (a full disk): end the run with what is saved, or wait for
+    # each save and try again every minute until it works
+    on_error: Literal["stop", "wait"] = "stop"
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "every")

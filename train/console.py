@@ -3,7 +3,10 @@
 Texts of models, names and paths are data: no markup is read in them, and control characters are shown, not obeyed.
 """
 
+import contextlib
+import os
 import re
+import sys
 from typing import Any
 
 from rich.console import Console
@@ -19,10 +22,24 @@ def visible(text: str) -> str:
 
 
 class PlainConsole(Console):
-    """A console that shows the control characters of the texts it prints; its own colours are none of them."""
+    """A console that shows the control characters of the texts it prints; its own colours are none of them.
+
+    An output that takes no more, a file on a full disk or a pipe without a reader, ends the printing, not the program.
+    """
 
     def print(self, *objects: Any, **options: Any) -> None:
-        super().print(*(visible(item) if isinstance(item, str) else item for item in objects), **options)
+        try:
+            super().print(*(visible(item) if isinstance(item, str) else item for item in objects), **options)
+        except OSError as error:
+            with contextlib.suppress(OSError):  # it may be the same file
+                reason = error.strerror
+                print(f"warning: the standard output takes no more ({reason}); nothing is printed", file=sys.stderr)
+            self.on_broken_pipe()
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        with contextlib.suppress(OSError, ValueError):  # what Python still holds would fail again at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
 
 console = PlainConsole(soft_wrap=True, markup=False, emoji=False)  # a path in brackets or :colons: is printed as it is

@@ -20,8 +20,8 @@ from models.qwen3 import Backbone
 from models.tokenizer import Tokenizer, tokenizer_path
 from train.config import ExportConfig
 from train.console import console
-from train.run.files import check_out_directory, check_room
-from train.running import setup_errors
+from train.run.files import check_out_directory, check_room, disk_errors
+from train.running import WriteError, setup_errors
 
 # what an export writes: a directory of other files is not one
 EXPORTED = r".*\.(json|safetensors|jinja|model)|merges\.txt|vocab\.txt|README\.md|config\.json\.tmp"
@@ -45,11 +45,16 @@ def export(config: ExportConfig) -> None:
         tokenizer = Tokenizer(tokenizer_path(config.checkpoint))
         shutil.rmtree(partial, ignore_errors=True)  # left by an export that was killed
         write = write_adapters if config.adapters else write_model
-        weights, dtype = write(config, tokenizer, partial)
-    tokenizer.save(partial)
-    if out.is_dir():
-        out.rmdir()
-    partial.rename(out)
+        try:
+            with disk_errors(f"--out {out}"):
+                weights, dtype = write(config, tokenizer, partial)
+                tokenizer.save(partial)
+                if out.is_dir():
+                    out.rmdir()
+                partial.rename(out)
+        except WriteError:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
     files = [file.stat().st_size for file in out.glob("*.safetensors")]
     console.print(
         f"{out}: {weights} of {resolve_step(config.checkpoint)}, {dtype}, "

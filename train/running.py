@@ -32,11 +32,31 @@ class RunInterrupted(SystemExit):
         return self.line
 
 
+class WriteError(OSError):
+    """A disk did not take what a program has to write. The user sees the line alone.
+
+    Attributes:
+      line: what could not be written, why, and what to do; a run adds what is saved.
+    """
+
+    def __init__(self, line: str) -> None:
+        super().__init__(line)
+        self.line = line
+
+    def __str__(self) -> str:
+        return self.line
+
+
 @contextlib.contextmanager
 def setup_errors() -> Iterator[None]:
-    """Turns the exceptions of a run's set-up into SetupErrors; one of the operating system names its file."""
+    """Turns the exceptions of a run's set-up into SetupErrors; one of the operating system names its file.
+
+    A WriteError stays one.
+    """
     try:
         yield
+    except WriteError:
+        raise
     except OSError as error:
         raise SetupError(str(error) if error.filename is None else f"{error.filename}: {error.strerror}") from error
     except (ValueError, TypeError, ImportError) as error:
@@ -51,8 +71,9 @@ def exit_code(program: Callable[[], object], *, own_devices: bool = False, sever
       several: the program may run in several processes, which connect first and fail together.
 
     Returns:
-      0 for success; 2 for a user's mistake; 1 for numbers that are not finite, and for any failure where there are
-      several processes; 128 + its number for a signal: 143 for SIGTERM, 130 for SIGINT, 129 for SIGHUP.
+      0 for success; 2 for a user's mistake; 1 for numbers that are not finite, for a disk that did not take what was
+      written, and for any failure where there are several processes; 128 + its number for a signal: 143 for SIGTERM,
+      130 for SIGINT, 129 for SIGHUP.
     """
     from models.compile_cache import enable_compile_cache
     from train import processes
@@ -66,9 +87,9 @@ def exit_code(program: Callable[[], object], *, own_devices: bool = False, sever
             processes.connect()
             console.quiet = not processes.is_first()
         program()
-    except (SetupError, processes.JoinError, FloatingPointError) as error:
+    except (SetupError, processes.JoinError, FloatingPointError, WriteError) as error:
         print(f"error: {visible(str(error))}", file=sys.stderr)
-        code = 1 if isinstance(error, FloatingPointError) else 2
+        code = 1 if isinstance(error, FloatingPointError | WriteError) else 2
     except RunInterrupted as end:
         code = end.exit_code
         if processes.is_first() or not end.is_agreed:

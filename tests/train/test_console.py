@@ -1,6 +1,7 @@
 """Texts of models, names and paths are printed as they are: no markup, and control characters are shown."""
 
 import io
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -94,3 +95,19 @@ def test_an_error_shows_what_it_quotes(capsys: pytest.CaptureFixture[str]) -> No
 
     assert exit_code(refuse, own_devices=True, several=False) == 2
     assert capsys.readouterr().err == "error: no file \\x1b[2J\\r\n"
+
+
+def test_an_output_that_takes_no_more_ends_the_printing_alone(capfd: pytest.CaptureFixture[str]) -> None:
+    with open("/dev/full", "w") as full:
+        full_console = PlainConsole(file=full)
+        full_console.print("one")
+        full_console.print("two")
+        assert full_console.quiet
+    assert capfd.readouterr().err == (
+        "warning: the standard output takes no more (No space left on device); nothing is printed\n"
+    )
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as pipe:
+        PlainConsole(file=pipe).print("no reader")
+    assert capfd.readouterr().err == ""

@@ -6,11 +6,10 @@
 `metrics.jsonl` has one row per step, each step once: resuming cuts the file back to the restored step.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
-import os
-import secrets
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,8 +23,8 @@ import yaml
 from rich.filesize import decimal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from models.checkpoint import Checkpoints, checkpoints_folder, is_run, read_newest_about
-from models.config import read_json
+from models.checkpoint import BEST, Checkpoints, checkpoints_folder, is_run, read_newest_about
+from models.checkpoint_failures import SaveError, failure_reason
 from models.finite import first_nonfinite
 from models.names import split_step
 from models.tokenizer import Tokenizer
@@ -33,16 +32,26 @@ from train.config import RunConfig, hide_passwords, resolved
 from train.console import console, print_plain
 from train.processes import gather, is_distributed, is_first
 from train.run.best import BestStep
-from train.run.files import check_room, check_run_directory, free_bytes, write_jsonl, write_whole
+from train.run.files import (
+    check_room,
+    check_run_directory,
+    disk_errors,
+    free_bytes,
+    write_jsonl,
+    write_parquet,
+    write_whole,
+)
 from train.run.profile import PROFILE, Profile, finish_trace
 from train.run.schedule import SaveSchedule
 from train.run.signals import defer_signals
-from train.running import RunInterrupted, SetupError
+from train.run.trackers import CLOSE_SECONDS, TensorBoard, Tracker, WeightsAndBiases
+from train.run.writes import append_line, persist
+from train.running import RunInterrupted, SetupError, WriteError
 from train.state import TrainState
 from train.strict_yaml import load_yaml
 
+_HURRY_SECONDS = 10.0  # how long a run that an error or a signal ends waits for a tracker
 METRICS, CONFIG, COMPLETIONS, CALIBRATION = "metrics.jsonl", "config.yaml", "completions", "calibration.json"
-WANDB = "wandb.json"  # the id of the run's page in Weights & Biases
 # Settings that may differ between a run and its continuation: they change no number that is already written.
 _MAY_CHANGE = (
     "max_steps",
@@ -113,12 +122,16 @@ class Run:
         self._about = {"model": dict(model), "run": plain, "pins": dict(pins or {})}
         self._about |= {"lora": plain["lora"]} if config.lora.rank else {}
         keep = {name: getattr(config.checkpoint, name) for name in ("keep", "keep_every", "weights_only", "directory")}
-        self._checkpoints = Checkpoints(self.path, **keep)
+        with disk_errors(checkpoints_folder(self.path)):
+            self._checkpoints = Checkpoints(self.path, **keep)
         self._check_shared()
         is_new = self._checkpoints.latest() is None
         if is_first() and (is_new or not (self.path / "tokenizer").is_dir()):  # a run that goes on has the one it had
-            tokenizer.save(self.path / "tokenizer")
-        self._trackers: list[Any] = []
+            with disk_errors(self.path / "tokenizer"):
+                tokenizer.save(self.path / "tokenizer")
+        self._trackers: list[Tracker] = []
+        self._tracker_seconds = CLOSE_SECONDS
+        self._is_warned = False  # that completions could not be written
         self._progress: Progress | None = None
         self._profile = Profile(None, self.path, 0)
         self._schedule = SaveSchedule(config.checkpoint, config.max_steps)
@@ -159,7 +172,7 @@ class Run:
         latest = self._checkpoints.latest()
         self._check_room(state, latest)
         if state.frozen:
-            state = state._replace(frozen=self._checkpoints.restore_or_save_base(state.frozen))
+            state = state._replace(frozen=self._restore_or_save_base(state.frozen))
         if latest is not None and self.config.checkpoint.directory is not None:
             about = read_newest_about(self.path)
             _refuse_another(self.config, about["run"], checkpoints_folder(self.path))
@@ -176,6 +189,12 @@ class Run:
             self._best.replay(read_metrics(self.path), latest)
             self.keep_best(self._best.step)
         return state
+
+    def _restore_or_save_base(self, frozen: Any) -> Any:
+        bases: list[Any] = []
+        restore = lambda: bases.append(self._checkpoints.restore_or_save_base(frozen))  # noqa: E731
+        self._persist(restore, "base", together=True)
+        return bases[-1]
 
     def _check_room(self, state: TrainState, latest: int | None) -> None:
         """Refuses a disk that does not take the next checkpoints; says so if it does not take all that are to come.
@@ -209,18 +228,15 @@ class Run:
 
     def _open_trackers(self) -> None:
         if self.config.log.tensorboard:
-            from tensorboardX import SummaryWriter
-
-            self._trackers.append(
-                SummaryWriter(str(self.path / "tensorboard"), purge_step=self.start + 1 if self.start else None)
-            )
+            folder = self.path / "tensorboard"
+            self._trackers.append(Tracker(str(folder), lambda: TensorBoard(folder, self.start)))
         if self.config.log.wandb_project:
             try:
-                import wandb
+                import wandb  # noqa: F401
             except ImportError as error:
                 raise ValueError("log.wandb_project: needs the package wandb; install it or leave this out") from error
-            settings = {"project": self.config.log.wandb_project, "name": self.path.name, "id": _wandb_id(self.path)}
-            self._trackers.append(wandb.init(**settings, resume="allow", config=resolved(self.config)))
+            settings: dict[str, Any] = {"project": self.config.log.wandb_project, "config": resolved(self.config)}
+            self._trackers.append(Tracker("Weights & Biases", lambda: WeightsAndBiases(self.path, settings)))
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Appends one row of metrics to metrics.jsonl and the trackers; NaN, a metric without a value, is left out."""
@@ -229,21 +245,44 @@ class Run:
             return
         row = {name: float(value) for name, value in values.items()}
         row = {name: value for name, value in row.items() if not math.isnan(value)}
-        with open(self.path / METRICS, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **row}) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        line = json.dumps({"step": step, **row}) + "\n"
+        self._persist(lambda: append_line(self.path / METRICS, line), self.path / METRICS, recover=self._settle_save)
         for tracker in self._trackers:
-            if hasattr(tracker, "add_scalar"):
-                for name, value in row.items():
-                    tracker.add_scalar(name, value, step)
-            else:
-                tracker.log(row, step=step)
+            tracker.write_row(step, row)
+
+    def write_file(self, name: str, text: str) -> None:
+        """Writes a file of the run that has to be kept; to be called on the first process."""
+        file = self.path / name
+        self._persist(lambda: write_whole(file, text), file, recover=self._settle_save)
+
+    def _persist(self, write: Callable[[], None], place: object, **options: Any) -> None:
+        persist(write, place, self.config.checkpoint.on_error, **options)
+
+    def _settle_save(self) -> None:
+        """Ends the save in flight: if it has failed, for want of room too, what it has left is removed."""
+        if not is_distributed():
+            with contextlib.suppress(SaveError):
+                self._checkpoints.wait()
 
     def write_completions(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Writes completions/NAME.jsonl."""
+        """Writes completions/NAME.jsonl; they are texts for reading, so that a full disk does not stop a run here."""
         if is_first():
-            write_jsonl(self.path / COMPLETIONS / f"{name}.jsonl", rows)
+            with self._warnings():
+                write_jsonl(self.path / COMPLETIONS / f"{name}.jsonl", rows)
+
+    @contextlib.contextmanager
+    def _warnings(self) -> Iterator[None]:
+        """Turns the first failure to write completions into a warning, and those that follow into nothing."""
+        try:
+            yield
+        except OSError as error:
+            if not self._is_warned:
+                reason = failure_reason(error.__cause__ or error)
+                print_plain(
+                    f"warning: {self.path / COMPLETIONS}: could not be written ({reason}); the run goes on without "
+                    f"what is missing there"
+                )
+            self._is_warned = True
 
     def completions_due(self, step: int) -> bool:
         every = self.config.log.completions_every
@@ -253,23 +292,11 @@ class Run:
         """Writes completions/train_STEP.parquet, and a table to each tracker."""
         if not is_first():
             return
-        import pyarrow
-        import pyarrow.parquet
-
-        folder = self.path / COMPLETIONS
-        folder.mkdir(parents=True, exist_ok=True)
-        columns = {"step": [step] * len(table["prompt"])} | dict(table)
-        pyarrow.parquet.write_table(pyarrow.table(columns), folder / f"train_{step:06d}.parquet")
+        with self._warnings():
+            columns = {"step": [step] * len(table["prompt"])} | dict(table)
+            write_parquet(self.path / COMPLETIONS / f"train_{step:06d}.parquet", columns)
         for tracker in self._trackers:
-            if hasattr(tracker, "add_text"):
-                shown = zip(*(map(str, column[:8]) for column in table.values()), strict=True)
-                lines = [" | ".join(table), " | ".join("---" for _ in table), *(" | ".join(row) for row in shown)]
-                tracker.add_text("completions", "\n".join(line.replace("\n", " ") for line in lines), step)
-            else:
-                import wandb
-
-                rows = list(zip(*columns.values(), strict=True))
-                tracker.log({"completions": wandb.Table(columns=list(columns), data=rows)}, step=step)
+            tracker.write_table(step, table)
 
     def checkpoint_due(self, step: int) -> bool:
         """Whether to save after this step; to be asked once a step, by every process: all get the same answer."""
@@ -285,10 +312,11 @@ class Run:
         return metrics
 
     def save(self, step: int, state: TrainState) -> None:
-        """Saves a checkpoint in the background.
+        """Saves a checkpoint in the background; with checkpoint.on_error: wait, before the next step.
 
         Raises:
           FloatingPointError: a parameter is not finite: the step's update has spoilt it.
+          WriteError: this save, or the one before, has failed.
         """
         if name := first_nonfinite(state.params):
             raise FloatingPointError(
@@ -298,8 +326,18 @@ class Run:
         self._schedule.saved(step)
         if step == self._best.step:
             self.keep_best(step)
-            self._best.write()
-        self._checkpoints.save(step, state.params, _optimizer_items(state) | self.beside(), self._about)
+            self._persist(self._best.write, self.path / BEST)
+
+        def write() -> None:
+            self._checkpoints.save(step, state.params, _optimizer_items(state) | self.beside(), self._about)
+            if self.config.checkpoint.on_error == "wait":  # in the next step its arrays would be gone
+                self._checkpoints.wait()
+
+        self._persist(write, f"step {step}", together=True, recover=self._reopen_checkpoints)
+
+    def _reopen_checkpoints(self) -> None:
+        if is_distributed() and self.config.checkpoint.on_error == "wait":  # else they have been, or the run ends
+            self._checkpoints.reopen()
 
     def keep_best(self, step: int) -> None:
         """Keeps this step's checkpoint, whatever `checkpoint.keep` is, until the next call."""
@@ -310,14 +348,19 @@ class Run:
         self._checkpoints.delete_after(step)
 
     def wait(self) -> None:
-        """Waits for the checkpoint in flight."""
-        self._checkpoints.wait()
+        """Waits for the checkpoint in flight.
+
+        Raises:
+          WriteError: it could not be saved.
+        """
+        persist(self._checkpoints.wait, "", "stop")
 
     def steps(self) -> Iterator[int]:
         """Iterates over the remaining steps behind a progress bar, which also shows the values passed to `show`.
 
         Raises:
           RunInterrupted: a signal came, and the step before is saved; see `train.run.signals`.
+          WriteError: a checkpoint could not be saved.
         """
         columns = (
             TextColumn("{task.description}", markup=False),
@@ -341,6 +384,7 @@ class Run:
                 with self._profile.step(step + 1):
                     yield step
                 self._progress.update(task, completed=step + 1)
+                persist(self._checkpoints.check, "", "stop")
                 if number := self._schedule.interruption(step + 1):
                     raise RunInterrupted(number, f"{self.path}: interrupted", is_agreed=True)  # see `abandon`
 
@@ -354,9 +398,14 @@ class Run:
             console.print(f"{self.path.name} {step}/{self.config.max_steps}  {text}")
 
     def close(self, ending: str | None = None) -> None:
-        """Waits for the checkpoint in flight, closes the trackers, and prints how the run ended."""
-        OPEN_RUNS.discard(self)
+        """Waits for the checkpoint in flight, closes the trackers, and prints how the run ended.
+
+        Raises:
+          WriteError: the checkpoint could not be saved.
+        """
         finish_trace()
+        self.wait()
+        OPEN_RUNS.discard(self)
         self._checkpoints.close()
         self._close_trackers()
         ending = ending or f"{self.config.max_steps} steps"
@@ -364,50 +413,31 @@ class Run:
 
     def _close_trackers(self) -> None:
         while self._trackers:
-            tracker = self._trackers.pop(0)
-            tracker.close() if hasattr(tracker, "close") else tracker.finish()
+            self._trackers.pop(0).close(self._tracker_seconds)
 
     def abandon(self, error: BaseException) -> None:
         """Ends a run whose loop `error` has left, after the save in flight; tells the error what is saved."""
         OPEN_RUNS.discard(self)
         if self._progress is not None:
             self._progress.stop()
-        try:
-            self._close_trackers()
-        except Exception as failure:  # the first error is the one that is raised
-            print_plain(f"{self.path}: the trackers could not be closed: {failure}")
-        if not self._step or isinstance(error, SetupError | FloatingPointError):
-            return  # nothing was begun; or its message says all this
+        self._tracker_seconds = _HURRY_SECONDS
+        self._close_trackers()
+        if isinstance(error, SetupError | FloatingPointError) or not (self._step or isinstance(error, WriteError)):
+            return  # its message says all this; or nothing was begun
         saved = self._checkpoints.newest_saved()
         at = f"step {self._step} of {self.config.max_steps}"
         go_on = "no step is saved; the same command starts it anew"
         if saved is not None:
             go_on = f"step {saved} is saved; the same command goes on from there"
-        if isinstance(error, RunInterrupted):
+        if isinstance(error, WriteError):
+            error.line += f"; {go_on}"
+        elif isinstance(error, RunInterrupted):
             error.line = f"{self.path}: {error.name} ended the run after {at}; {go_on}"
         else:
             error.add_note(f"{self.path}: {type(error).__name__} ended the run in {at}; {go_on}")
 
 
 OPEN_RUNS: weakref.WeakSet[Run] = weakref.WeakSet()
-
-
-def _wandb_id(run: Path) -> str:
-    """Returns the id of a run's page in Weights & Biases, drawn when the run starts and kept in its directory.
-
-    A name would not do: two runs of one name would share a page. A copy of a run whose original is still there gets an
-    id of its own; a run that was moved keeps its id.
-    """
-    file, place = run / WANDB, str(run.resolve())
-    if file.is_file():
-        saved = read_json(file)
-        original = Path(saved["run"])
-        is_copy = str(original) != place and (original / WANDB).is_file() and read_json(original / WANDB) == saved
-        if not is_copy:
-            return saved["id"]
-    page = {"id": secrets.token_hex(8), "run": place}
-    write_whole(file, json.dumps(page) + "\n")
-    return page["id"]
 
 
 def check_output_dir(config: RunConfig) -> None:

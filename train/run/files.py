@@ -3,18 +3,21 @@
 Files are written atomically.
 """
 
+import contextlib
 import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.filesize import decimal
 
+from models.checkpoint_failures import failure_reason, is_disk_failure
 from train.processes import broadcast_from_first
+from train.running import WriteError
 
 ROWS_ENDINGS = (".jsonl", ".ndjson", ".json")  # of files of rows, as `train.data.files` reads them back
 _BESIDE = (
@@ -186,7 +189,56 @@ def write_jsonl(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def write_whole(file: Path, text: str) -> None:
-    """Writes a file atomically: it is there complete, or not at all."""
+    """Writes a file atomically: it is there complete, or not at all.
+
+    Raises:
+      WriteError: the disk does not take it; the file is as it was.
+    """
     temporary = file.with_name(f"{file.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(file)
+    with disk_errors(file), _removed_on_failure(temporary):
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(file)
+
+
+def write_parquet(file: Path, columns: Mapping[str, Sequence[Any]]) -> None:
+    """Writes columns to a parquet file, atomically.
+
+    Raises:
+      WriteError: the disk does not take it; nothing is left of it.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f"{file.name}.tmp")
+    with disk_errors(file), _removed_on_failure(temporary):
+        pyarrow.parquet.write_table(pyarrow.table(dict(columns)), temporary)
+        temporary.replace(file)
+
+
+@contextlib.contextmanager
+def _removed_on_failure(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError:
+        with contextlib.suppress(OSError):
+            file.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def disk_errors(place: object) -> Iterator[None]:
+    """Names the place if a disk is full, read-only or broken, whatever library raises it.
+
+    Raises:
+      WriteError: it is.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, WriteError) or not is_disk_failure(error):
+            raise
+        reason = failure_reason(error)
+        raise WriteError(
+            f"{place}: could not be written ({reason}); make room there or choose another place"
+        ) from error

@@ -71,11 +71,12 @@ class Lock:
         """Removes the lock, and the directories made for it that are empty; without the lock it does nothing."""
         if self._opened is None:
             return
-        self.file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a disk that became read-only: the next start sees that its owner is gone
+            self.file.unlink(missing_ok=True)
+            self._remove_directories()
         if self._opened >= 0:
             os.close(self._opened)
         self._opened = None
-        self._remove_directories()
 
     def _make_directory(self) -> None:
         folder = self.file.parent
@@ -103,9 +104,10 @@ class Lock:
         try:
             os.write(opened, text.encode())
             os.fsync(opened)
-        except OSError:  # a full disk
+        except OSError as error:  # a full disk
             os.close(opened)
             self.file.unlink()
+            error.filename = str(self.file)
             raise
         with contextlib.suppress(OSError):  # a file system without flock: the pid alone tells whether its owner lives
             fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -53,5 +53,9 @@ def finish_trace() -> None:
     """Writes the trace that is open, if there is one."""
     if _open:
         folder = _open.pop()
-        jax.profiler.stop_trace()
+        try:
+            jax.profiler.stop_trace()
+        except Exception as error:  # a full disk, for one; XLA raises its own error
+            console.print(f"warning: {folder}: the profile could not be written ({error}); the run goes on without it")
+            return
         console.print(f"{folder}: profile written; open it with xprof, TensorBoard or Perfetto (docs/metrics.md)")

@@ -117,10 +117,15 @@ def decide_to_stop(also: Callable[[], bool] = lambda: False) -> tuple[int, bool]
     """
 
     def decide(notified: int) -> tuple[int, bool]:
-        return next((watch.first for watch in _open if watch.first), notified), also()
+        return noticed_signal() or notified, also()
 
     number, value = decide_on_first(decide)
     return int(number), bool(value)
+
+
+def noticed_signal() -> int:
+    """Returns the number of the first signal that this process has got, or 0."""
+    return next((watch.first for watch in _open if watch.first), 0)
 
 
 def _forget_in_child(*_: Any) -> None:

@@ -25,7 +25,6 @@ from train.data.rows import Row, hold_out, load_rows
 from train.pins import Pins
 from train.processes import is_first
 from train.run.directory import CALIBRATION, Run
-from train.run.files import write_whole
 from train.run.lock import owns_its_run
 from train.run.metrics import Timer, mean_metrics, require_finite
 from train.running import setup_errors
@@ -143,7 +142,7 @@ class Evaluation(NamedTuple):
 def write_calibration(run: Run, step: int, evaluation: Evaluation) -> None:
     """Writes calibration.json, which holds the last validation or, with early stopping, the best one."""
     if evaluation.bins and is_first():
-        write_whole(run.path / CALIBRATION, json.dumps({"step": step, "sets": evaluation.bins}, indent=1) + "\n")
+        run.write_file(CALIBRATION, json.dumps({"step": step, "sets": evaluation.bins}, indent=1) + "\n")
 
 
 def evaluate_set(

@@ -16,7 +16,6 @@ from train.config import EarlyStoppingConfig, SupervisedConfig
 from train.console import console
 from train.processes import gather, is_first
 from train.run.directory import METRICS, Run, read_metrics
-from train.run.files import write_whole
 
 
 class EarlyStopping:
@@ -94,7 +93,7 @@ class EarlyStopping:
         run.wait()
         if is_first():
             record = {"step": self.last_step, "best_step": self.best_step, "metric": self.config.metric}
-            write_whole(run.path / STOPPED, json.dumps(record) + "\n")
+            run.write_file(STOPPED, json.dumps(record) + "\n")
         close_at_best(run, self.last_step, self.best_step)
 
 
