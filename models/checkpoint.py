@@ -27,6 +27,7 @@ from jax.sharding import Mesh
 
 from models.checkpoint_failures import check_writable, remove_unfinished, save_error, silence_orbax
 from models.checkpoint_files import (
+    ABOUT,
     give_up_state,
     is_weights_only,
     list_steps,
@@ -390,6 +391,26 @@ def resolve_step(checkpoint: str) -> str:
 def read_about(checkpoint: str | Path) -> dict[str, Any]:
     """Reads a checkpoint's `about` item: {"model": ..., "run": ...}, and "lora" if it has adapters."""
     return _restore(*find_step(checkpoint), about=ocp.args.JsonRestore())["about"]
+
+
+def read_step_about(checkpoint: str | Path) -> dict[str, Any]:
+    """Reads a checkpoint's `about` item; one of several processes may call this alone."""
+    run, step = find_step(checkpoint)
+    return dict(ocp.JsonCheckpointHandler().restore(checkpoints_folder(run) / str(step) / ABOUT))
+
+
+def restore_state(checkpoint: str | Path, params: Any, train: Any, frozen: Any) -> tuple[Any, Any, Any]:
+    """Restores parameters, trainer state and the base of adapters of RUN@STEP, laid out as the given trees.
+
+    Raises:
+      ValueError: the step cannot be read.
+    """
+    run, step = find_step(checkpoint)
+    items = {"params": params, "train": train}
+    abstract = {name: jax.tree.map(ocp.utils.to_shape_dtype_struct, tree) for name, tree in items.items()}
+    restored = _restore(run, step, **{name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()})
+    base = _restore_base(checkpoints_folder(run), frozen) if frozen else frozen
+    return restored["params"], restored["train"], base
 
 
 def read_newest_about(run: str | Path, directory: str | None = None) -> dict[str, Any]:

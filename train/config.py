@@ -275,6 +275,9 @@ class RunConfig:
     data: DataConfig  # the rows that it is trained and validated on
     max_steps: int  # steps in all, also of a run that is continued
     seed: int = 0  # of the order of rows, sampling and new weights; below 2**32
+    # begin at a step of another run, RUN@STEP, with its parameters, optimizer, reference, and place in the data, under
+    # other settings such as a lower learning rate; for its weights alone set model.path
+    start_from: str | None = None
     chat: ChatConfig = field(default_factory=ChatConfig)  # how prompts become tokens
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)  # AdamW and its schedule
     lora: Lora = field(default_factory=Lora)  # low-rank adapters, trained instead of all parameters

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from models.checkpoint import is_run, read_newest_about, resolve_step
+from models.checkpoint import is_run, read_newest_about, read_step_about, resolve_step
 from models.pins import Pin, check_pin, pin_model, pin_tokenizer
 from models.tokenizer import tokenizer_path
 from train.config import ModelConfig, PolicyConfig, RewardSpec, RunConfig
@@ -40,6 +40,7 @@ class Pins:
         if result["refused"]:
             raise ValueError(result["refused"])
         self.pins: dict[str, Pin] = result["pins"]
+        self._is_new = result["is_new"]
         for note in result["notes"]:
             console.print(note, markup=False)
 
@@ -67,7 +68,8 @@ class Pins:
         Raises:
           ValueError: rows were changed, removed or added elsewhere; or the processes read different rows.
         """
-        if setting not in self.pins:
+        is_of_start = self._is_new and setting in self.pins  # of `start_from`, which may have had other data
+        if setting not in self.pins or (is_of_start and self.pins[setting]["name"] != source):
             self.pins[setting] = broadcast_from_first(lambda: pin_rows(source, rows))
             if is_distributed() and pin_rows(source, rows) != self.pins[setting]:
                 raise ValueError(
@@ -123,13 +125,24 @@ def _named_models(config: RunConfig) -> dict[str, tuple[Callable[[str], Pin], st
     return named
 
 
+def _inherited(config: RunConfig, start: str) -> dict[str, Pin]:
+    """Returns the pins of a run that begins at a step of another: that run's, for models that have the same names."""
+    exact, named = resolve_step(start), {setting: name for setting, (_, name) in _named_models(config).items()}
+    pins = read_step_about(exact).get("pins", {})
+    same = {setting: pin for setting, pin in pins.items() if pin["kind"] == "rows" or named.get(setting) == pin["name"]}
+    return same | {"start_from": {"kind": "start", "name": start, "exact": exact}}
+
+
 def _resolve(config: RunConfig) -> dict[str, Any]:
     """Returns the run's pins, a line about each that its name no longer means, or the reason to refuse them."""
     pins: dict[str, Pin] = {}
     notes: list[str] = []
     run = config.output_dir
     try:
-        saved: Mapping[str, Pin] = read_newest_about(run, config.checkpoint.directory).get("pins", {})
+        about = read_newest_about(run, config.checkpoint.directory)
+        saved: Mapping[str, Pin] = about.get("pins", {})
+        if not about and config.start_from is not None:
+            saved = _inherited(config, config.start_from)
         for setting, (make_pin, name) in _named_models(config).items():
             if setting not in saved:
                 pins[setting] = make_pin(name)
@@ -144,4 +157,4 @@ def _resolve(config: RunConfig) -> dict[str, Any]:
                 )
     except (OSError, ValueError) as error:
         return {"refused": str(error)}
-    return {"refused": None, "pins": dict(saved) | pins, "notes": notes}
+    return {"refused": None, "pins": dict(saved) | pins, "notes": notes, "is_new": not about}

@@ -7,7 +7,6 @@
 """
 
 import contextlib
-import dataclasses
 import json
 import math
 import time
@@ -23,15 +22,16 @@ import yaml
 from rich.filesize import decimal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from models.checkpoint import BEST, Checkpoints, checkpoints_folder, is_run, read_newest_about
+from models.checkpoint import BEST, Checkpoints, checkpoints_folder, read_newest_about, restore_state
 from models.checkpoint_failures import SaveError, failure_reason
 from models.finite import first_nonfinite
 from models.names import split_step
 from models.tokenizer import Tokenizer
-from train.config import RunConfig, hide_passwords, resolved
+from train.config import RunConfig, resolved
 from train.console import console, print_plain
 from train.processes import gather, is_distributed, is_first
 from train.run.best import BestStep
+from train.run.changes import CONFIG, check_output_dir, check_start, refuse_another
 from train.run.files import (
     check_room,
     check_run_directory,
@@ -48,23 +48,9 @@ from train.run.trackers import CLOSE_SECONDS, TensorBoard, Tracker, WeightsAndBi
 from train.run.writes import append_line, persist
 from train.running import RunInterrupted, SetupError, WriteError
 from train.state import TrainState
-from train.strict_yaml import load_yaml
 
 _HURRY_SECONDS = 10.0  # how long a run that an error or a signal ends waits for a tracker
-METRICS, CONFIG, COMPLETIONS, CALIBRATION = "metrics.jsonl", "config.yaml", "completions", "calibration.json"
-# Settings that may differ between a run and its continuation: they change no number that is already written.
-_MAY_CHANGE = (
-    "max_steps",
-    "log",
-    "checkpoint",
-    "mesh",
-    "output_dir",
-    "early_stopping",
-    "rollout_prompts",
-    "skip_nonfinite",
-)
-# So may these, in any section: they say where arrays lie and how much is computed at a time.
-_PLACEMENT = ("offload", "offload_reference", "logprob_chunk", "batch_prompts")
+METRICS, COMPLETIONS, CALIBRATION = "metrics.jsonl", "completions", "calibration.json"
 
 
 def check_run(config: RunConfig) -> None:
@@ -74,6 +60,7 @@ def check_run(config: RunConfig) -> None:
       ValueError: the directory of the run, or of its checkpoints, is refused.
     """
     check_output_dir(config)
+    check_start(config)
     path = Path(config.output_dir)
     checkpoints = config.checkpoint.directory or str(checkpoints_folder(path))
     folders = ("tokenizer", "tensorboard", COMPLETIONS, *([PROFILE] if config.log.profile else []))
@@ -171,24 +158,51 @@ class Run:
         """
         latest = self._checkpoints.latest()
         self._check_room(state, latest)
+        origin = self._about["pins"].get("start_from", {}).get("exact") if latest is None else None
+        if origin is not None:
+            items = _optimizer_items(state) | dict(beside)
+            params, train, frozen = restore_state(origin, state.params, items, state.frozen)
+            self.restored = {name: train.pop(name) for name in beside}
+            state = state._replace(params=params, frozen=frozen, **train)
+            self.start = self.origin
+            console.print(f"{self.path}: starting from {origin}, to step {self.config.max_steps}")
         if state.frozen:
             state = state._replace(frozen=self._restore_or_save_base(state.frozen))
         if latest is not None and self.config.checkpoint.directory is not None:
             about = read_newest_about(self.path)
-            _refuse_another(self.config, about["run"], checkpoints_folder(self.path))
+            refuse_another(self.config, about["run"], checkpoints_folder(self.path))
         if latest is not None:
             params, train = self._checkpoints.restore(latest, state.params, _optimizer_items(state) | dict(beside))
             self.restored = {name: train.pop(name) for name in beside}
             state = state._replace(params=params, **train)
             self.start = latest
-            console.print(f"{self.path}: going on from step {latest} of {self.config.max_steps}")
+            self._say_where(latest)
         if is_first():
-            rewind_metrics(self.path / METRICS, latest)
+            if origin is not None:
+                rows = [row for row in read_metrics(split_step(origin)[0]) if row["step"] <= self.start]
+                write_rows(self.path / METRICS, rows)
+            else:
+                rewind_metrics(self.path / METRICS, latest)
             self._open_trackers()
         if latest is not None:
-            self._best.replay(read_metrics(self.path), latest)
+            self._best.replay([row for row in read_metrics(self.path) if row["step"] > self.origin], latest)
             self.keep_best(self._best.step)
         return state
+
+    def _say_where(self, latest: int) -> None:
+        if latest <= self.config.max_steps:
+            console.print(f"{self.path}: going on from step {latest} of {self.config.max_steps}")
+            return
+        console.print(
+            f"{self.path}: has reached step {latest} already, so that max_steps: {self.config.max_steps} trains "
+            f"nothing; raise it, or begin another run at an earlier step with start_from: {self.path}@STEP"
+        )
+
+    @property
+    def origin(self) -> int:
+        """The step of another run that this one was started from (`start_from`); 0: none."""
+        pin = self._about["pins"].get("start_from")
+        return 0 if pin is None else int(split_step(pin["exact"])[1])
 
     def _restore_or_save_base(self, frozen: Any) -> Any:
         bases: list[Any] = []
@@ -202,7 +216,7 @@ class Run:
         With `checkpoint.keep` there is one more than that number while the oldest is replaced.
         """
         folder, config = checkpoints_folder(self.path), self.config
-        remaining = range((latest or 0) + 1, config.max_steps + 1)
+        remaining = range((latest or self.origin) + 1, config.max_steps + 1)
         due = sum(self._schedule.is_planned(step) for step in remaining)
         if "://" in str(folder) or not due:
             return
@@ -440,65 +454,6 @@ class Run:
 OPEN_RUNS: weakref.WeakSet[Run] = weakref.WeakSet()
 
 
-def check_output_dir(config: RunConfig) -> None:
-    """Refuses an output_dir before anything is loaded.
-
-    Raises:
-      ValueError: it holds a run of another config, or its name means a step of another run.
-    """
-    path = Path(config.output_dir)
-    if not path.is_dir() and is_run(path):
-        other, step = split_step(path)
-        raise ValueError(
-            f"output_dir: {path} is the name of step {step} of the run {other}; expected a name that does not end in "
-            f"@{step}"
-        )
-    if (path / CONFIG).is_file():
-        saved = load_yaml((path / CONFIG).read_text(encoding="utf-8"), str(path / CONFIG))
-        _refuse_another(config, saved or {}, path)
-
-
-def _refuse_another(config: RunConfig, saved: dict[str, Any], place: Any) -> None:
-    """Refuses to go on with a run of another config; a setting that the saved one lacks has its default."""
-    plain, saved = json.loads(json.dumps(resolved(config))), hide_passwords(_with_defaults(saved, config))
-    changed = [
-        key
-        for key in plain
-        if key not in _MAY_CHANGE and _without_placement(plain[key]) != _without_placement(saved.get(key))
-    ]
-    if changed:
-        key = changed[0]
-        raise ValueError(
-            f"{place}: holds a run with another config ({key}: {saved.get(key)!r}, now {plain[key]!r}); "
-            f"choose another place, or delete that directory to start over"
-        )
-
-
-def _with_defaults(saved: Any, config: Any) -> Any:
-    """Fills a saved config up with the defaults of settings that did not exist when it was saved."""
-    if isinstance(config, list) and isinstance(saved, list) and len(config) == len(saved):
-        return [_with_defaults(old, new) for old, new in zip(saved, config, strict=True)]
-    if not dataclasses.is_dataclass(config) or not isinstance(saved, dict):
-        return saved
-    filled = dict(saved)
-    for item in dataclasses.fields(config):
-        if item.name in saved:
-            filled[item.name] = _with_defaults(saved[item.name], getattr(config, item.name))
-        elif item.default is not dataclasses.MISSING:
-            filled[item.name] = item.default
-        elif item.default_factory is not dataclasses.MISSING:
-            value = item.default_factory()
-            filled[item.name] = resolved(value) if dataclasses.is_dataclass(value) else value
-    return json.loads(json.dumps(filled))
-
-
-def _without_placement(value: Any) -> Any:
-    """Returns a section of a config without the settings in `_PLACEMENT`."""
-    if isinstance(value, list):
-        return [_without_placement(item) for item in value]
-    return {k: v for k, v in value.items() if k not in _PLACEMENT} if isinstance(value, dict) else value
-
-
 def _tree_bytes(tree: Any) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
@@ -560,6 +515,11 @@ def rewind_metrics(file: Path, step: int | None) -> None:
         aside = next(file.with_name(name) for name in names if not file.with_name(name).exists())
         aside.write_bytes(file.read_bytes())
         print_plain(f"{file}: {lines_text(damaged)} damaged and left out; the file as it was is {aside}")
+    write_rows(file, rows)
+
+
+def write_rows(file: Path, rows: Sequence[Mapping[str, float]]) -> None:
+    """Writes a metrics.jsonl."""
     write_whole(file, "".join(json.dumps(row) + "\n" for row in rows))
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from models.checkpoint_failures import failure_reason
 from models.tokenizer import Tokenizer
 from train.batch import Groups, completion_table
 from train.config import PolicyConfig, resolved
@@ -57,7 +58,9 @@ def write_batch(
         plain = json.loads(json.dumps(resolved(config)))
         write_whole(file.with_suffix(".yaml"), yaml.safe_dump(plain, sort_keys=False))
     except OSError as error:  # what is not finite is the news, not the disk
-        print_plain(f"{file}: the batch of step {step} could not be written ({error.strerror})")
+        print_plain(
+            f"{file}: the batch of step {step} could not be written ({failure_reason(error.__cause__ or error)})"
+        )
         return None
     return file
 

@@ -45,7 +45,7 @@ class EarlyStopping:
           ValueError: metrics.jsonl does not reach that step or lacks a validation, or the best step's checkpoint is
             gone.
         """
-        if not self.enabled or not run.start:
+        if not self.enabled or run.start == run.origin:
             return
         rows, sign = read_metrics(run.path), 1 if self.config.metric == "loss" else -1
         if is_first() and (not rows or rows[-1]["step"] < run.start):
@@ -55,13 +55,14 @@ class EarlyStopping:
             )
         assert isinstance(run.config, SupervisedConfig)  # no other run stops early
         every, logged = run.config.eval_steps, {row["step"] for row in rows}
-        lost = [step for step in range(every, run.start + 1, every) if step not in logged]
+        lost = [step for step in range(every, run.start + 1, every) if step not in logged and step > run.origin]
         if is_first() and lost:
             raise ValueError(
                 f"{run.path / METRICS}: the row of step {lost[0]} is lost, a validation that early stopping needs: put "
                 f"the file back, set early_stopping.patience: null, or start over in another output_dir"
             )
         key = f"validation/{self.config.metric}"
+        rows = [row for row in rows if row["step"] > run.origin]  # before, it was another run
         validations = [(row["step"], sign * row.get(key, math.nan)) for row in rows if "timing_s/validation" in row]
         for step, value in gather(np.array(validations if is_first() else [], np.float32).reshape(-1, 2)):
             self._update(int(step), value)
