@@ -3,6 +3,7 @@
 runs/NAME/checkpoints/STEP/params   the trained parameters, a nested dict of arrays
                           /train    optimizer state and the rest of the trainer's state; not in a step that is marked as
                                     one of weights alone, by a file WEIGHTS_ONLY
+                          /digests  JSON that tells damaged arrays from those that were saved
                           /about    JSON: {"model": a Hugging Face config, "run": the resolved run config,
                                     "pins": what the run was started from, and "lora" if the run trains adapters}
 runs/NAME/checkpoints/base          the frozen parameters of a run that trains adapters
@@ -11,8 +12,6 @@ To store checkpoints elsewhere, for example in gs://BUCKET/NAME, `checkpoints` i
 """
 
 import contextlib
-import json
-import textwrap
 import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,16 +25,30 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from models.checkpoint_failures import check_writable, remove_unfinished, save_error, silence_orbax
-from models.checkpoint_files import (
-    ABOUT,
-    give_up_state,
-    is_weights_only,
-    list_steps,
-    missing_array_file,
-    missing_part,
-    warn_once,
+from models.checkpoint_files import DIGESTS, give_up_state, missing_array_file, warn_once
+from models.checkpoint_restore import Digests, StepReader, make_digests, read_about_item, reason_of, restore_arrays
+from models.checkpoint_steps import (
+    BEST,
+    FOLDER,
+    REMOVED,
+    STOPPED,
+    best_step,
+    checkpoints_folder,
+    finalized_steps,
+    find_step,
+    finish_removals,
+    folder_of,
+    is_finalized,
+    is_run,
+    resolve_step,
+    resumable_steps,
+    set_checkpoints_folder,
+    set_damaged_aside,
+    set_newest_aside,
+    whole_steps,
 )
 from models.config import Qwen3Config, read_config
+from models.digests import digest_arrays
 from models.finite import require_finite_weights
 from models.hf_weights import abstract_model, abstract_params, as_layout, load_pretrained, split
 from models.lora import Lora, merge_adapters, merge_trainable, split_trainable
@@ -44,52 +57,27 @@ from models.qwen3 import Backbone
 from models.sharding import Layout
 from models.weight_files import could_be_on_hub, describe_local
 
-FOLDER, BASE, STOPPED, BEST = "checkpoints", "base", "stopped.json", "best.json"
-
-
-def checkpoints_folder(run: str | Path) -> epath.Path:
-    """Returns the directory of a run's checkpoints."""
-    path = Path(run).absolute() / FOLDER
-    return epath.Path(path.read_text(encoding="utf-8").rstrip("\r\n") if path.is_file() else path)
-
-
-def is_run(checkpoint: str | Path) -> bool:
-    """Whether "runs/NAME" or "runs/NAME@STEP" names a run directory with checkpoints."""
-    return (Path(split_step(checkpoint)[0]) / FOLDER).exists()
-
-
-def best_step(run: str | Path) -> int | None:
-    """Returns the best step of a run that ended by early stopping, or has `checkpoint.best`; None for any other run."""
-    stopped, best = Path(run) / STOPPED, Path(run) / BEST
-    if stopped.is_file():
-        return int(json.loads(stopped.read_text(encoding="utf-8"))["best_step"])
-    if not best.is_file():
-        return None
-    improvements = json.loads(best.read_text(encoding="utf-8"))["improvements"]
-    saved = set(_finalized_steps(checkpoints_folder(run)))  # the newest is written before its checkpoint is whole
-    return max((int(step) for step, _ in improvements if step in saved), default=None)
-
-
-def set_checkpoints_folder(run: str | Path, directory: str) -> None:
-    """Writes the directory of a run's checkpoints into the run's directory.
-
-    Raises:
-      ValueError: the run has checkpoints in another directory.
-    """
-    folder, exists = _as_folder(directory), (Path(run) / FOLDER).exists()
-    if exists and checkpoints_folder(run) != folder:
-        raise ValueError(
-            f"checkpoint.directory: {directory}, but the checkpoints of {run} are in {checkpoints_folder(run)}"
-        )
-    if not exists:
-        Path(run).mkdir(parents=True, exist_ok=True)
-        temporary = Path(run) / f"{FOLDER}.{jax.process_index()}.tmp"  # several processes may write at once
-        temporary.write_text(f"{folder}\n", encoding="utf-8")
-        temporary.replace(Path(run) / FOLDER)
-
-
-def _as_folder(directory: str) -> epath.Path:
-    return epath.Path(directory if "://" in directory else Path(directory).absolute())
+__all__ = [
+    "BASE",
+    "BEST",
+    "FOLDER",
+    "STOPPED",
+    "Checkpoints",
+    "best_step",
+    "check_loadable",
+    "checkpoints_folder",
+    "find_step",
+    "is_run",
+    "load_adapters",
+    "load_model",
+    "read_about",
+    "read_newest_about",
+    "resolve_step",
+    "set_checkpoints_folder",
+    "set_damaged_aside",
+    "wait_for_saves",
+]
+BASE = "base"
 
 
 class Checkpoints:
@@ -103,6 +91,7 @@ class Checkpoints:
         keep_every: int | None = None,
         weights_only: bool = False,
         directory: str | None = None,
+        previous: bool = False,
     ) -> None:
         """Opens a run's checkpoints.
 
@@ -112,10 +101,11 @@ class Checkpoints:
           keep_every: older steps that are a multiple of this are kept too; None = none of them.
           weights_only: what is kept by `keep_every` alone loses the trainer's state.
           directory: where to store checkpoints; None = in the run's directory.
+          previous: whether to go on from the step before the newest one, which is set aside.
 
         Raises:
-          ValueError: keep below 1, which would delete every checkpoint; see `set_checkpoints_folder` and
-            `set_damaged_aside`.
+          ValueError: keep below 1, which would delete every checkpoint; see `set_checkpoints_folder`,
+            `set_newest_aside` and `set_damaged_aside`.
         """
         if keep is not None and keep < 1:
             raise ValueError(f"keep: expected at least 1 checkpoint, or None to keep all, got {keep}")
@@ -123,15 +113,25 @@ class Checkpoints:
             set_checkpoints_folder(run, directory)
         self._keep, self._keep_every, self._weights_only = keep, keep_every, weights_only
         self.best = 0  # a step to keep although there are `keep` newer ones
+        self._run, self._folder, self._saving = run, checkpoints_folder(run), 0  # the step whose save was begun last
+        self._base: Digests = {}  # digests of the frozen base of adapters
+        self._unsynced: int | None = None  # the step that was saved last, until it is on the disk for certain
         silence_orbax()
-        self._folder, self._saving = checkpoints_folder(run), 0  # the step whose save was begun last
+        finish_removals(self._folder)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("removals are finished")
+        if previous:
+            set_newest_aside(self._folder)
         set_damaged_aside(self._folder)
         self._manager = self._open()
         _OPEN.add(self)
 
     def _open(self) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=None if self._keep is None else self, create=True, cleanup_tmp_directories=True
+            preservation_policy=None if self._keep is None else self,
+            create=True,
+            cleanup_tmp_directories=True,
+            todelete_subdir=REMOVED,  # a kill while files are deleted one by one would leave half a step
         )
         return ocp.CheckpointManager(self._folder, options=options)
 
@@ -150,7 +150,7 @@ class Checkpoints:
         """Removes the trainer's state of the steps that are kept by `keep_every` alone."""
         if self._keep is None or not self._weights_only or jax.process_index() != 0:
             return
-        for step in _finalized_steps(self._folder)[: -self._keep]:
+        for step in finalized_steps(self._folder)[: -self._keep]:
             if self._is_kept_by_period(step) and step != self.best:
                 with contextlib.suppress(OSError):  # a full disk; it is tried again at the next save
                     give_up_state(self._folder / str(step))
@@ -167,10 +167,10 @@ class Checkpoints:
 
     def newest_saved(self) -> int | None:
         """Returns the newest step that is finalized on the disk; one that is being saved, or could not be, is none."""
-        return max(_finalized_steps(self._folder), default=None)
+        return max(finalized_steps(self._folder), default=None)
 
     def save(self, step: int, params: Any, train: Any, about: dict[str, Any]) -> None:
-        """Saves in the background; a later save waits for an earlier one.
+        """Saves in the background, with digests of it all; a later save waits for an earlier one.
 
         Older steps are removed, as `keep` has it, after this one is complete.
 
@@ -179,18 +179,15 @@ class Checkpoints:
         """
         self.wait()
         self._saving = step
+        digests = make_digests({**digest_arrays({"params": params, "train": train}), **self._base}, about)
+        args = {"params": ocp.args.StandardSave(params), "train": ocp.args.StandardSave(train)}
+        json_args = {"about": ocp.args.JsonSave(about), DIGESTS: ocp.args.JsonSave(digests)}
         with self._save_errors():
             self._give_up_states()
             if jax.process_index() == 0:
                 check_writable(self._folder, str(step))
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    params=ocp.args.StandardSave(params),
-                    train=ocp.args.StandardSave(train),
-                    about=ocp.args.JsonSave(about),
-                ),
-            )
+            self._manager.save(step, args=ocp.args.Composite(**args, **json_args))
+        self._unsynced = step
 
     @contextlib.contextmanager
     def _save_errors(self) -> Iterator[None]:
@@ -212,24 +209,29 @@ class Checkpoints:
             self._manager.close()
         if jax.process_index() == 0:
             remove_unfinished(self._folder, str(self._saving))
+        self._unsynced = None
         self._manager = self._open()
 
     def restore(self, step: int, params: Any, train: Any) -> tuple[Any, Any]:
         """Restores parameters and trainer state of a step, with the shapes and shardings of the given trees.
 
         Raises:
-          ValueError: the step cannot be read, or has parameters that are not finite.
+          ValueError: the step cannot be read, is not what was saved, or has parameters that are not finite.
         """
-        as_abstract = ocp.utils.to_shape_dtype_struct
-        restored = _restore_items(
-            self._manager,
-            self._folder,
-            step,
-            params=ocp.args.StandardRestore(jax.tree.map(as_abstract, params)),
-            train=ocp.args.StandardRestore(jax.tree.map(as_abstract, train)),
-        )
-        require_finite_weights(restored["params"], f"{self._folder}: step {step}")
-        return restored["params"], restored["train"]
+        reader = self._reader(step)
+        reader.about()  # what loads the run needs it
+        restored = reader.arrays("params", params), reader.arrays("train", train)
+        require_finite_weights(restored[0], f"{self._folder}: step {step}")
+        return restored
+
+    def _reader(self, step: int) -> StepReader:
+        def remedy() -> str:
+            earlier = [other for other in resumable_steps(self._folder) if other < step]
+            if earlier:
+                return f"; put its files back, or go on from step {earlier[-1]} with --resume previous"
+            return f"; no earlier step is whole: put its files back, or delete {self._folder} to start over"
+
+        return StepReader(self._run, self._folder, step, remedy)
 
     def restore_or_save_base(self, frozen: Any) -> Any:
         """Returns the frozen parameters that the run saved first; saves these if it has no checkpoint yet.
@@ -237,14 +239,18 @@ class Checkpoints:
         A run that was killed before its first checkpoint starts anew, perhaps from other parameters.
 
         Raises:
-          ValueError: the run has checkpoints, which need what it saved, and that is not whole or not finite.
+          ValueError: the run has checkpoints, which need what it saved, and that is not whole, damaged or not finite.
           SaveError: they could not be saved.
         """
-        is_saved = self.latest() is not None and _is_finalized(self._folder / BASE)
+        latest = self.latest()
+        is_saved = latest is not None and is_finalized(self._folder / BASE)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("all processes have looked before one writes")
-        if is_saved:
-            return _restore_base(self._folder, frozen)
+        if latest is not None and is_saved:
+            frozen = _restore_base(self._folder, frozen, self._reader(latest).digests())
+            self._base = digest_arrays({BASE: frozen})
+            return frozen
+        self._base = digest_arrays({BASE: frozen})
         try:
             with ocp.StandardCheckpointer() as checkpointer:
                 checkpointer.save(self._folder / BASE, frozen, force=True)  # overwrites a killed save
@@ -264,13 +270,15 @@ class Checkpoints:
             self.wait()
 
     def wait(self) -> None:
-        """Waits for the save in flight.
+        """Waits for the save in flight, and for the removal of what it replaces.
 
         Raises:
           SaveError: it has failed.
         """
         with self._save_errors():
             self._manager.wait_until_finished()
+            finish_removals(self._folder, self._unsynced)
+        self._unsynced = None
 
     def close(self) -> None:
         """Waits for the save in flight and closes the manager."""
@@ -292,111 +300,15 @@ def wait_for_saves() -> None:
             warn_once(f"a checkpoint could not be saved: {error}")
 
 
-def _is_finalized(folder: epath.Path) -> bool:
-    """Whether a checkpoint exists and was written completely; in a bucket a killed save leaves a directory too."""
-    return folder.is_dir() and ocp.utils.is_checkpoint_finalized(folder)
-
-
-def set_damaged_aside(folder: epath.Path) -> None:
-    """Renames the steps that are not whole to STEP.damaged, so that they are neither restored nor counted, and says so.
-
-    Raises:
-      ValueError: there are steps, and none is whole, or the newest that is holds weights alone.
-    """
-    damaged = {step: missing_part(folder / str(step)) for step in _finalized_steps(folder)}
-    whole = [step for step, missing in damaged.items() if not missing]
-    damaged = {step: missing for step, missing in damaged.items() if missing}
-    if damaged and not whole:
-        raise ValueError(f"{_none_whole(folder, damaged)}; put one back, or delete {folder} to start over")
-    if whole and is_weights_only(folder / str(whole[-1])):
-        raise ValueError(
-            f"{folder}: a run goes on from its newest checkpoint, and step {whole[-1]} has weights alone; put a "
-            f"newer one back, or start another run with model.path: RUN@{whole[-1]}"
-        )
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("all processes have looked before one renames")
-    if jax.process_index() == 0:
-        for step, missing in damaged.items():
-            names = (f"{step}.damaged{number or ''}" for number in range(1000))
-            aside = next(folder / name for name in names if not (folder / name).exists())
-            (folder / str(step)).rename(aside)
-            warn_once(
-                f"{folder / str(step)}: is not whole ({missing}); it is passed over, and is now called {aside.name}"
-            )
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("damaged checkpoints are renamed")
-
-
-def _finalized_steps(folder: epath.Path) -> list[int]:
-    return [step for step in list_steps(folder) if _is_finalized(folder / str(step))]
-
-
-def _none_whole(folder: epath.Path, damaged: dict[int, str | None]) -> str:
-    newest = max(damaged)
-    return f"{folder}: none of the checkpoints in it is whole (step {newest}: {damaged[newest]})"
-
-
-def find_step(checkpoint: str | Path) -> tuple[Path, int]:
-    """Returns the run directory and step of "runs/NAME" (its newest whole step), "runs/NAME@STEP" or "runs/NAME@best".
-
-    Raises:
-      FileNotFoundError: no such run, no whole checkpoint in it, not that step, or that step is not whole.
-    """
-    run, step = split_step(checkpoint)
-    folder = checkpoints_folder(run)
-    steps = _finalized_steps(folder)
-    if not steps:
-        raise FileNotFoundError(f"{run}: not a checkpoint; expected a run directory with {FOLDER}/STEP in it")
-    if not step:
-        return Path(run), _newest_whole_step(folder, steps)
-    number = best_step(run) if step == "best" else int(step)
-    if number is None:
-        raise FileNotFoundError(
-            f"{checkpoint}: no best step is known, as early stopping has not ended this run; expected one of "
-            f"{', '.join(map(str, steps))}"
-        )
-    if number not in steps:
-        raise FileNotFoundError(f"{checkpoint}: no such step; expected one of {', '.join(map(str, steps))}")
-    if missing := missing_part(folder / str(number)):
-        others = ", ".join(str(s) for s in steps if not missing_part(folder / str(s)))
-        raise FileNotFoundError(
-            f"{checkpoint}: that step is not whole ({missing}); "
-            + (f"expected one of {others}" if others else "and no other step is")
-        )
-    return Path(run), number
-
-
-def _newest_whole_step(folder: epath.Path, steps: Sequence[int]) -> int:
-    """Returns the newest step that is whole; says which newer ones are not.
-
-    Raises:
-      FileNotFoundError: no step is whole.
-    """
-    damaged: dict[int, str | None] = {}
-    for step in reversed(steps):
-        missing = missing_part(folder / str(step))
-        if missing is None:
-            for newer, part in damaged.items():
-                warn_once(f"{folder / str(newer)}: is not whole ({part}); it is passed over for step {step}")
-            return step
-        damaged[step] = missing
-    raise FileNotFoundError(f"{_none_whole(folder, damaged)}; put one back, or name another checkpoint")
-
-
-def resolve_step(checkpoint: str) -> str:
-    """Resolves RUN to RUN@newest; other names pass through."""
-    return "{}@{}".format(*find_step(checkpoint)) if is_run(checkpoint) else checkpoint
-
-
 def read_about(checkpoint: str | Path) -> dict[str, Any]:
     """Reads a checkpoint's `about` item: {"model": ..., "run": ...}, and "lora" if it has adapters."""
-    return _restore(*find_step(checkpoint), about=ocp.args.JsonRestore())["about"]
+    return _reader(*find_step(checkpoint)).about()
 
 
 def read_step_about(checkpoint: str | Path) -> dict[str, Any]:
     """Reads a checkpoint's `about` item; one of several processes may call this alone."""
     run, step = find_step(checkpoint)
-    return dict(ocp.JsonCheckpointHandler().restore(checkpoints_folder(run) / str(step) / ABOUT))
+    return read_about_item(checkpoints_folder(run) / str(step))
 
 
 def restore_state(checkpoint: str | Path, params: Any, train: Any, frozen: Any) -> tuple[Any, Any, Any]:
@@ -406,11 +318,9 @@ def restore_state(checkpoint: str | Path, params: Any, train: Any, frozen: Any) 
       ValueError: the step cannot be read.
     """
     run, step = find_step(checkpoint)
-    items = {"params": params, "train": train}
-    abstract = {name: jax.tree.map(ocp.utils.to_shape_dtype_struct, tree) for name, tree in items.items()}
-    restored = _restore(run, step, **{name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()})
-    base = _restore_base(checkpoints_folder(run), frozen) if frozen else frozen
-    return restored["params"], restored["train"], base
+    reader = _reader(run, step)
+    base = _restore_base(checkpoints_folder(run), frozen, reader.digests()) if frozen else frozen
+    return _restore_params(run, step, params), reader.arrays("train", train), base
 
 
 def read_newest_about(run: str | Path, directory: str | None = None) -> dict[str, Any]:
@@ -428,13 +338,13 @@ def read_newest_about(run: str | Path, directory: str | None = None) -> dict[str
     if (Path(run) / FOLDER).exists():
         folder = checkpoints_folder(run)
     elif directory is not None:
-        folder = _as_folder(directory)
+        folder = folder_of(directory)
     else:
         return {}
     reason: Exception | None = None
-    for step in reversed(_finalized_steps(folder)):
+    for step in reversed(finalized_steps(folder)):
         try:
-            return dict(ocp.JsonCheckpointHandler().restore(folder / str(step) / "about"))
+            return read_about_item(folder / str(step))
         except (OSError, ValueError) as error:
             reason = reason or error
     if reason is not None:
@@ -442,40 +352,47 @@ def read_newest_about(run: str | Path, directory: str | None = None) -> dict[str
     return {}
 
 
-def _restore(run: Path, step: int, **items: Any) -> Any:
-    with ocp.CheckpointManager(checkpoints_folder(run)) as manager:
-        return _restore_items(manager, run, step, **items)
+def _reader(run: Path, step: int) -> StepReader:
+    folder = checkpoints_folder(run)
+
+    def remedy() -> str:
+        others = [other for other in whole_steps(folder) if other != step]
+        nearest = max(others, key=lambda other: (other < step, other), default=None)
+        return "; put its files back" + ("" if nearest is None else f", or name another step, such as {run}@{nearest}")
+
+    return StepReader(run, folder, step, remedy)
 
 
 def _restore_params(run: Path, step: int, params: Any) -> Any:
     """Restores the trained parameters of a step; raises ValueError if they are not finite."""
-    restored = _restore(run, step, params=ocp.args.StandardRestore(params))["params"]
+    restored = _reader(run, step).arrays("params", params)
     require_finite_weights(restored, f"{run}: step {step}")
     return restored
 
 
-def _restore_items(manager: ocp.CheckpointManager, run: Any, step: int, **items: Any) -> Any:
-    try:
-        return manager.restore(step, args=ocp.args.Composite(**items))
-    except (KeyError, ValueError, FileNotFoundError) as error:
-        reason = textwrap.shorten(str(error), 200, placeholder=" ...")
-        raise ValueError(f"{run}: step {step} is not a checkpoint that can be read ({reason})") from error
-
-
-def _restore_base(folder: epath.Path, frozen: Any) -> Any:
+def _restore_base(folder: epath.Path, frozen: Any, digests: Digests | None) -> Any:
+    """Restores the frozen base of adapters, and compares it with the digests in a step, if that has some of it."""
     if missing := missing_array_file(folder / BASE):
         raise ValueError(
             f"{folder / BASE}: is not whole ({missing}); the adapters of every step in {folder} need it: put it back"
         )
-    with ocp.StandardCheckpointer() as checkpointer:
-        base = checkpointer.restore(folder / BASE, jax.tree.map(ocp.utils.to_shape_dtype_struct, frozen))
+    has_base = digests is not None and any(name.startswith(f"{BASE}.") for name in digests)
+    try:
+        base = restore_arrays(folder / BASE, BASE, frozen, digests if has_base else None)
+    except Exception as error:  # of damaged files Orbax and TensorStore raise nearly everything
+        raise ValueError(
+            f"{folder / BASE}: cannot be read ({reason_of(error, folder / BASE)}); the adapters of every step in "
+            f"{folder} need it: put it back"
+        ) from error
     require_finite_weights(base, str(folder / BASE))
     return base
 
 
-def _checkpoint_dtype(run: Path, step: int, *, base: bool) -> Any:
-    directory = checkpoints_folder(run) / BASE if base else checkpoints_folder(run) / str(step) / "params"
-    return ocp.StandardCheckpointHandler().metadata(directory)["embed_VD"].dtype
+def _stored_dtype(reader: StepReader, folder: epath.Path, item: str) -> Any:
+    digests = reader.digests()
+    if digests is not None and f"{item}.embed_VD" in digests:
+        return digests[f"{item}.embed_VD"].partition("[")[0]
+    return ocp.StandardCheckpointHandler().metadata(folder)["embed_VD"].dtype
 
 
 def load_adapters(checkpoint: str | Path) -> tuple[dict[str, Any], Lora, Qwen3Config]:
@@ -516,7 +433,7 @@ def check_loadable(path: str | Path) -> None:
         return
     before = str(path).rpartition("@")[0]
     if is_run(before):  # "RUN@last", "RUN@-1"
-        steps = ", ".join(map(str, _finalized_steps(checkpoints_folder(before))))
+        steps = ", ".join(map(str, finalized_steps(checkpoints_folder(before))))
         raise FileNotFoundError(f"{path}: no such step; expected one of {steps}")
     raise FileNotFoundError(f"{path}: no such directory; expected {expected}{describe_local(path)}")
 
@@ -545,13 +462,17 @@ def load_model(
     if not is_run(path):
         return load_pretrained(path, mesh=mesh, dtype=dtype, param_dtype=param_dtype, **options)
     run, step = find_step(path)
-    layout, about = as_layout(mesh), read_about(path)
+    layout, folder, reader = as_layout(mesh), checkpoints_folder(run), _reader(run, step)
+    about = reader.about()
     lora = Lora(**about["lora"]) if "lora" in about else None
     config = Qwen3Config.from_hf(about["model"], source=str(path))
-    dtype = _checkpoint_dtype(run, step, base=lora is not None) if dtype == "auto" else dtype
+    if dtype == "auto":
+        item = "params" if lora is None else BASE
+        dtype = _stored_dtype(reader, folder / BASE if lora is not None else folder / str(step) / item, item)
     options |= {"dtype": dtype, "param_dtype": param_dtype or dtype, "layout": layout}
     trained, frozen = split_trainable(abstract_params(abstract_model(config, lora=lora, **options), layout))
     params = _restore_params(run, step, trained)
     if lora is not None:
-        params = merge_adapters(merge_trainable(params, _restore_base(checkpoints_folder(run), frozen)), lora)
+        base = _restore_base(folder, frozen, reader.digests())
+        params = merge_adapters(merge_trainable(params, base), lora)
     return nnx.merge(split(abstract_model(config, **options))[0], params)

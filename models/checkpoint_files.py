@@ -10,8 +10,9 @@ from collections.abc import Sequence
 
 from etils import epath
 
-ARRAY_ITEMS, ABOUT = ("params", "train"), "about"
-_STEP_METADATA, _MARKER = "_CHECKPOINT_METADATA", "commit_success.txt"
+ARRAY_ITEMS, ABOUT, DIGESTS = ("params", "train"), "about", "digests"
+JSON_FILE = "metadata"  # Orbax's name of the file of a JSON item
+STEP_METADATA, _MARKER = "_CHECKPOINT_METADATA", "commit_success.txt"
 _ARRAY_FILES = ("_METADATA", "manifest.ocdbt")
 WEIGHTS_ONLY = "WEIGHTS_ONLY"  # the file that marks a step of which the trainer's state was given up
 
@@ -27,14 +28,15 @@ def missing_part(step: epath.Path) -> str | None:
     if not any(step.iterdir()):
         return "its directory is empty"
     arrays = ARRAY_ITEMS[:1] if is_weights_only(step) else ARRAY_ITEMS
-    items = [*arrays, ABOUT]
+    json_items = [ABOUT, DIGESTS] if has_digests(step) else [ABOUT]
+    items = [*arrays, *json_items]
     if absent := [item for item in items if not (step / item).is_dir()]:
         return f"{' and '.join(absent)} missing"
     files = [f"{item}/{file}" for item in arrays for file in _ARRAY_FILES]
     return (
-        _missing_file(step, (_STEP_METADATA, *files, f"{ABOUT}/metadata"))
+        _missing_file(step, (STEP_METADATA, *files, *(f"{item}/{JSON_FILE}" for item in json_items)))
         or _missing_marker(step, items)
-        or _uncommitted(step / _STEP_METADATA)
+        or _uncommitted(step / STEP_METADATA)
     )
 
 
@@ -49,6 +51,21 @@ def give_up_state(step: epath.Path) -> None:
     if state.exists():
         (step / WEIGHTS_ONLY).write_text("the optimizer's state was removed: checkpoint.weights_only\n")
         state.rmtree()
+
+
+def has_digests(step: epath.Path) -> bool:
+    """Whether a step was saved with digests, even if they are gone."""
+    if (step / DIGESTS).is_dir():
+        return True
+    try:
+        return DIGESTS in json.loads((step / STEP_METADATA).read_bytes())["item_handlers"]
+    except (OSError, ValueError, LookupError, TypeError):  # `missing_part` says so
+        return False
+
+
+def is_local(directory: epath.Path) -> bool:
+    """Whether a directory is on a disk, not in a bucket."""
+    return "://" not in str(directory)
 
 
 def missing_array_file(item: epath.Path) -> str | None:

@@ -9,6 +9,7 @@ from train.console import visible
 from train.parse import no_command, parse, take
 
 USAGE = """usage: python -m train {sft,reward,policy} --config FILE [--variant NAME] [--key value ...] [--show [N]]
+       python -m train {sft,reward,policy} --config FILE --resume previous
        python -m train {sft,reward,policy} --config FILE --dry_run [--devices N] [--chip H200]
        python -m train inspect {sft,reward,policy} --config FILE [--rows N]
        python -m train plan --config FILE [--mesh data=1,fsdp=64,tensor=4] [--chip v5p,H200] [--suggest true]
@@ -25,7 +26,9 @@ USAGE = """usage: python -m train {sft,reward,policy} --config FILE [--variant N
   --help after a program explains its settings; --print_config shows their values. Started again, a run goes on where
   it was.
   --dry_run prints data, networks, memory and schedule; --show the first N (3) prompts with the token ids that the
-  models see. Neither trains anything."""
+  models see. Neither trains anything.
+  --resume previous goes on from the checkpoint before the newest one, which may be damaged; that one is kept as
+  STEP.aside. Give it once: each start with it goes one checkpoint back."""
 LEARNING: dict[str, type[Any]] = {"sft": SftConfig, "reward": RewardModelConfig, "policy": PolicyConfig}
 KINDS: dict[str, type[Any]] = LEARNING | {"plan": PlanConfig, "export": ExportConfig}
 PROGRAMS = {  # the module, imported when it is needed, and its function of the config and the options
@@ -45,6 +48,7 @@ PREVIEWS = {
     "chip": "with --dry_run: their kind, e.g. H200 or v5p (default: all kinds)",
     "show": "print the first so many prompts (3) with the token ids that the models see; train nothing",
 }
+RESUME = {"resume": "previous: go on from the checkpoint before the newest one, which is set aside"}
 INSPECT = {"rows": "how many rows to print as the models see them (default: 3)"}
 
 
@@ -57,7 +61,7 @@ def main(arguments: list[str]) -> int:
     try:
         command, rest, task, options = what_to_do(arguments)
         program_name = f"python -m train {'inspect ' if task == 'inspect' else ''}{command}"
-        extra = INSPECT if task == "inspect" else PREVIEWS if command in LEARNING else None
+        extra = INSPECT if task == "inspect" else PREVIEWS | RESUME if command in LEARNING else None
         config = parse(KINDS[command], rest, program_name, options=extra)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {visible(str(error))}", file=sys.stderr)
@@ -93,6 +97,13 @@ def what_to_do(arguments: list[str]) -> tuple[str, list[str], str, dict[str, Any
             raise ValueError("--devices, --chip: are for --dry_run, which plans a run without training it")
         if shown is not None:
             return command, rest, "show", {"count": positive("--show", shown)}
+        rest, resume = take(rest, "--resume")
+        if resume not in (None, "previous"):
+            raise ValueError(
+                f"--resume: expected previous behind it, got {resume!r}; a run that is started again goes on from its "
+                f"newest checkpoint without the option"
+            )
+        return command, rest, command, {"previous": True} if resume else {}
     return command, rest, command, {}
 
 

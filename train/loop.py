@@ -50,8 +50,11 @@ from train.validation import Validation
 
 
 @owns_its_run
-def train_policy(config: PolicyConfig) -> None:
+def train_policy(config: PolicyConfig, *, previous: bool = False) -> None:
     """Trains a policy; continues the run in `config.output_dir` if there is one.
+
+    Args:
+      previous: whether to continue from the checkpoint before the newest one, which is set aside.
 
     Raises:
       SetupError: a mistake in the config or the data, before anything is computed; or, all saved, nothing could be
@@ -75,7 +78,7 @@ def train_policy(config: PolicyConfig) -> None:
         model = make_model(start, config.lora, layout, config.seed, tokenizer)
         graphdef, params, network = *split(model), model.config
         choose_decoding(config.mesh.decoding, layout, network)  # one that the devices cannot do is refused here
-        run = Run(config, model.config.to_hf(), tokenizer, pins.pins)
+        run = Run(config, model.config.to_hf(), tokenizer, pins.pins, previous=previous)
         optimizer, schedule = make_optimizer(config.optimizer, config.max_steps * config.updates_per_step)
         initial = make_state(params, optimizer, layout)
         ref_params = copy_tree(initial.params) if config.loss.beta else None  # adapters: fresh ones change nothing

@@ -35,8 +35,8 @@ def load_yaml(text: str, source: str, *, dotted: bool = False) -> Any:
     Raises:
       ValueError: not YAML, or a key that stands twice; the message names the key and its lines.
     """
-    loader = yaml.SafeLoader(text)
     try:
+        loader = yaml.SafeLoader(text)  # which refuses control characters
         node = loader.get_single_node()
         for key, first, second in _repeated_keys(loader, node, dotted, set()):
             lines = f"lines {first} and {second}" if first != second else f"line {first}"
@@ -47,8 +47,6 @@ def load_yaml(text: str, source: str, *, dotted: bool = False) -> Any:
         return None if node is None else loader.construct_document(node)
     except yaml.YAMLError as error:
         raise ValueError(f"{source}: not YAML: {' '.join(str(error).split())}") from error
-    finally:
-        loader.dispose()
 
 
 def _repeated_keys(loader: yaml.SafeLoader, node: Any, dotted: bool, visited: set[int]) -> Iterator[RepeatedKey]:

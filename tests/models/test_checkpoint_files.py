@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 from etils import epath
 
+from models import checkpoint_steps
 from models.checkpoint import Checkpoints, find_step, read_about, resolve_step
 from models.checkpoint_files import give_up_state, is_weights_only, list_steps, missing_part, warn_once
 
@@ -46,12 +47,18 @@ def clear(file: Path) -> None:
 
 DAMAGE: list[tuple[Callable[[Path], None], str, str]] = [
     (empty, "", "its directory is empty"),
-    *((remove, item, f"{item} missing") for item in ("params", "train", "about")),
+    *((remove, item, f"{item} missing") for item in ("params", "train", "about", "digests")),
     *((empty, item, f"{item}/_METADATA missing") for item in ("params", "train")),
-    (empty, "about", "about/metadata missing"),
+    *((empty, item, f"{item}/metadata missing") for item in ("about", "digests")),
     *(
         (damage, name, f"{name} {words}")
-        for name in ("_CHECKPOINT_METADATA", "params/_METADATA", "train/manifest.ocdbt", "about/metadata")
+        for name in (
+            "_CHECKPOINT_METADATA",
+            "params/_METADATA",
+            "train/manifest.ocdbt",
+            "about/metadata",
+            "digests/metadata",
+        )
         for damage, words in ((remove, "missing"), (clear, "is empty"))
     ),
     *((remove, f"{part}commit_success.txt", f"{part}commit_success.txt missing") for part in ("", "params/", "about/")),
@@ -159,3 +166,85 @@ def test_the_frozen_base_of_adapters_is_whole_or_refused(run: Path) -> None:
     checkpoints.restore_or_save_base(PARAMS)
     checkpoints.close()
     assert (run / "checkpoints" / "base" / "_METADATA").exists()
+
+
+# Steps that are removed, or passed over on demand
+
+
+def test_a_kill_while_steps_are_removed_leaves_none_half_there(run: Path) -> None:
+    """Orbax first moves a step away; what a kill leaves of it is not offered, and goes at the next start."""
+    removed = run / "checkpoints" / "removed"
+    removed.mkdir()
+    shutil.move(run / "checkpoints" / "1", removed / "1")
+    (removed / "1" / "params" / "_METADATA").unlink()
+    assert find_step(run) == (run, 3)
+    with pytest.raises(FileNotFoundError, match="expected one of 2, 3"):
+        find_step(f"{run}@1")
+    Checkpoints(run, keep=2).close()
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"2", "3"}
+
+
+def test_a_step_goes_when_what_replaces_it_is_on_the_disk(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    monkeypatch.setattr(checkpoint_steps, "sync_files", lambda path: events.append(f"{path.name} is synced"))
+    checkpoints = Checkpoints(run, keep=1)
+    for step in (4, 5):
+        checkpoints.save(step, PARAMS, PARAMS, {})
+        checkpoints._manager.wait_until_finished()
+        gone = sorted(path.name for path in (run / "checkpoints" / "removed").iterdir())
+        events.append(f"{gone} wait in removed")
+        checkpoints.wait()
+        assert steps_in(run) == [str(step)] and not (run / "checkpoints" / "removed").exists()
+    checkpoints.close()
+    assert events == [
+        "['1', '2', '3'] wait in removed",
+        "4 is synced",
+        "['4'] wait in removed",
+        "5 is synced",
+    ]
+
+
+def test_what_was_to_be_removed_is_put_back_if_its_successor_is_lost(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A machine that fails before files are on its disk leaves empty ones."""
+    (run / "checkpoints" / "removed").mkdir()
+    for step in "12":
+        shutil.move(run / "checkpoints" / step, run / "checkpoints" / "removed" / step)
+    clear(run / "checkpoints" / "3" / "params" / "_METADATA")
+    checkpoints = Checkpoints(run, keep=1)
+    assert checkpoints.latest() == 2 and checkpoints.restore(2, PARAMS, PARAMS)[0].keys() == PARAMS.keys()
+    checkpoints.close()
+    assert steps_in(run) == ["2", "3.damaged"]
+    assert f"{run}/checkpoints/2: is put back, for no newer step is whole\n" in capsys.readouterr().err
+
+
+def test_the_step_before_the_newest_on_demand(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The newest is kept under another name, whole or not; with no whole step before it nothing is touched."""
+    clear(run / "checkpoints" / "1" / "about" / "metadata")
+    checkpoints = Checkpoints(run, previous=True)
+    assert checkpoints.latest() == 2
+    checkpoints.close()
+    assert steps_in(run) == ["1.damaged", "2", "3.aside"]
+    assert f"{run}/checkpoints/3: is passed over, as --resume previous says, and is now called 3.aside\n" in (
+        capsys.readouterr().err
+    )
+    with pytest.raises(
+        ValueError, match="--resume previous: .* expected a step before the newest .* of its steps 2 none"
+    ):
+        Checkpoints(run, previous=True)
+    assert steps_in(run) == ["1.damaged", "2", "3.aside"]
+    with pytest.raises(ValueError, match="--resume previous: .* expected a step before .*got no step"):
+        Checkpoints(run.parent / "new", previous=True)
+
+
+def test_a_newest_step_that_is_not_whole_is_the_one_that_is_passed_over(run: Path) -> None:
+    shutil.rmtree(run / "checkpoints" / "3" / "params")
+    checkpoints = Checkpoints(run, previous=True)
+    assert checkpoints.latest() == 2
+    checkpoints.close()
+    assert steps_in(run) == ["1", "2", "3.aside"]
+
+
+def steps_in(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())

@@ -68,8 +68,17 @@ def check_output_dir(config: RunConfig) -> None:
             f"@{step}"
         )
     if (path / CONFIG).is_file():
-        saved = load_yaml((path / CONFIG).read_text(encoding="utf-8"), str(path / CONFIG))
-        refuse_another(config, saved or {}, path)
+        refuse_another(config, _read_config(path / CONFIG), path)
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    try:
+        saved = load_yaml(file.read_text(encoding="utf-8"), str(file)) or {}
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: not YAML: expected UTF-8 text ({error.reason})") from error
+    if not isinstance(saved, dict):
+        raise ValueError(f"{file}: expected 'key: value' lines, got {type(saved).__name__}")
+    return saved
 
 
 def refuse_another(config: RunConfig, saved: dict[str, Any], place: Any) -> None:

@@ -22,7 +22,7 @@ import yaml
 from rich.filesize import decimal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from models.checkpoint import BEST, Checkpoints, checkpoints_folder, read_newest_about, restore_state
+from models.checkpoint import BEST, STOPPED, Checkpoints, checkpoints_folder, read_newest_about, restore_state
 from models.checkpoint_failures import SaveError, failure_reason
 from models.finite import first_nonfinite
 from models.names import split_step
@@ -87,6 +87,8 @@ class Run:
         model: Mapping[str, Any],
         tokenizer: Tokenizer,
         pins: Mapping[str, Mapping[str, Any]] | None = None,
+        *,
+        previous: bool = False,
     ) -> None:
         """Opens the directory, and writes the config and the tokenizer into it.
 
@@ -95,11 +97,18 @@ class Run:
           model: the network's Hugging Face config.
           tokenizer: the run's tokenizer.
           pins: what the run was started from, see `train.pins`.
+          previous: whether to go on from the checkpoint before the newest one, which is set aside.
 
         Raises:
-          ValueError: see `check_output_dir`; or a checkpoint directory that not every process sees.
+          ValueError: see `check_output_dir`; a checkpoint directory that not every process sees; or `previous` of a
+            run that early stopping has ended.
         """
         self.path = Path(config.output_dir)
+        if previous and (self.path / STOPPED).is_file():
+            raise ValueError(
+                f"--resume previous: {self.path} was ended by early stopping, and is its best step; to train "
+                f"on, delete {STOPPED} in it"
+            )
         self.config = config
         plain = json.loads(json.dumps(resolved(config)))
         check_output_dir(config)
@@ -110,7 +119,7 @@ class Run:
         self._about |= {"lora": plain["lora"]} if config.lora.rank else {}
         keep = {name: getattr(config.checkpoint, name) for name in ("keep", "keep_every", "weights_only", "directory")}
         with disk_errors(checkpoints_folder(self.path)):
-            self._checkpoints = Checkpoints(self.path, **keep)
+            self._checkpoints = Checkpoints(self.path, **keep, previous=previous)
         self._check_shared()
         is_new = self._checkpoints.latest() is None
         if is_first() and (is_new or not (self.path / "tokenizer").is_dir()):  # a run that goes on has the one it had

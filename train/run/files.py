@@ -189,14 +189,17 @@ def write_jsonl(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def write_whole(file: Path, text: str) -> None:
-    """Writes a file atomically: it is there complete, or not at all.
+    """Writes a file atomically: it is there complete, or not at all, whatever fails, the machine too.
 
     Raises:
       WriteError: the disk does not take it; the file is as it was.
     """
     temporary = file.with_name(f"{file.name}.tmp")
     with disk_errors(file), _removed_on_failure(temporary):
-        temporary.write_text(text, encoding="utf-8")
+        with open(temporary, "w", encoding="utf-8") as opened:
+            opened.write(text)
+            opened.flush()
+            os.fsync(opened.fileno())
         temporary.replace(file)
 
 

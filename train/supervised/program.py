@@ -57,8 +57,11 @@ class SupervisedTask(NamedTuple):
 
 
 @owns_its_run
-def train_supervised(config: SupervisedConfig, task: SupervisedTask) -> None:
+def train_supervised(config: SupervisedConfig, task: SupervisedTask, *, previous: bool = False) -> None:
     """Starts or resumes the run in `config.output_dir`.
+
+    Args:
+      previous: whether to resume from the checkpoint before the newest one, which is set aside.
 
     Raises:
       SetupError: a mistake in the config or the data, before anything is computed.
@@ -71,7 +74,7 @@ def train_supervised(config: SupervisedConfig, task: SupervisedTask) -> None:
         examples, held_out, mix = load_mixed_examples(config, task, tokenizer, pins)
         model = make_model(start, config.lora, layout, config.seed, tokenizer, task.architecture)
         graphdef, params = split(model)
-        run = Run(config, model.config.to_hf(), tokenizer, pins.pins)
+        run = Run(config, model.config.to_hf(), tokenizer, pins.pins, previous=previous)
         stopping = EarlyStopping(config.early_stopping)
         if has_stopped(run):
             return

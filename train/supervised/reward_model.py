@@ -32,9 +32,9 @@ from train.supervised.program import LossAux, SupervisedTask, TokenBatch, train_
 PREFIX_WORTHWHILE = 0.75  # share of the unsplit slots above which the prefix is not split off
 
 
-def train_reward_model(config: RewardModelConfig) -> None:
-    """Starts or resumes a run of `train reward`."""
-    train_supervised(config, reward_model_task(config))
+def train_reward_model(config: RewardModelConfig, *, previous: bool = False) -> None:
+    """Starts or resumes a run of `train reward`; see `train_supervised`."""
+    train_supervised(config, reward_model_task(config), previous=previous)
 
 
 def reward_model_task(config: RewardModelConfig) -> SupervisedTask:

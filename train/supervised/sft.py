@@ -33,9 +33,9 @@ LOGPROB_CHUNK = 4096  # tokens whose logits are in memory at a time, on each dev
 Example = tuple[list[int], int]  # token ids, number of prompt tokens
 
 
-def train_sft(config: SftConfig) -> None:
-    """Starts or resumes a run of `train sft`."""
-    train_supervised(config, sft_task(config))
+def train_sft(config: SftConfig, *, previous: bool = False) -> None:
+    """Starts or resumes a run of `train sft`; see `train_supervised`."""
+    train_supervised(config, sft_task(config), previous=previous)
 
 
 def sft_task(config: SftConfig) -> SupervisedTask:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from models.checkpoint import STOPPED, checkpoints_folder
+from models.checkpoint_steps import read_stopped
 from train.config import EarlyStoppingConfig, SupervisedConfig
 from train.console import console
 from train.processes import gather, is_first
@@ -103,7 +104,7 @@ def has_stopped(run: Run) -> bool:
     file = run.path / STOPPED
     steps = np.zeros((0, 2), np.int32)
     if is_first() and file.is_file():
-        record = json.loads(file.read_text(encoding="utf-8"))
+        record = read_stopped(run.path)
         steps = np.array([[record["step"], record["best_step"]]], np.int32)
     for step, best in gather(steps):
         close_at_best(run, int(step), int(best))
