@@ -164,7 +164,8 @@ class Qwen3Config:
 
         if (model_type := hf.pop("model_type", None)) != "qwen3":
             refuse("model_type", model_type, "'qwen3' (dense Qwen3; no mixture of experts, no other family)")
-        architecture = (hf.get("architectures") or [POLICY])[0]
+        names = hf.get("architectures") or [POLICY]
+        architecture = names[0] if isinstance(names, list) else names
         if architecture not in (POLICY, REWARD_MODEL):
             refuse("architectures", architecture, f"{POLICY} or {REWARD_MODEL}")
         if architecture == REWARD_MODEL:
@@ -249,7 +250,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """Reads the object in a JSON file; errors name the file."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: not JSON ({error}); was it downloaded whole?") from error
     if not isinstance(value, dict):
         raise ValueError(f"{file}: expected a JSON object, got {type(value).__name__}")

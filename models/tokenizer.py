@@ -95,6 +95,7 @@ class Tokenizer:
         self.path = str(path)
         try:
             self.hf = _load_hf(self.path)
+            self.hf(["."], add_special_tokens=False)  # some settings do harm only where they are used
         except Exception as error:  # a damaged file raises anything
             reason = textwrap.shorten(str(error), 200, placeholder=" ...")  # some have many lines
             raise FileNotFoundError(f"{path}: no Hugging Face tokenizer could be read there ({reason})") from error

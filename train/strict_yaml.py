@@ -47,6 +47,8 @@ def load_yaml(text: str, source: str, *, dotted: bool = False) -> Any:
         return None if node is None else loader.construct_document(node)
     except yaml.YAMLError as error:
         raise ValueError(f"{source}: not YAML: {' '.join(str(error).split())}") from error
+    except RecursionError as error:
+        raise ValueError(f"{source}: not YAML: nested too deeply") from error
 
 
 def _repeated_keys(loader: yaml.SafeLoader, node: Any, dotted: bool, visited: set[int]) -> Iterator[RepeatedKey]:

@@ -64,7 +64,7 @@ def _rows(path: Path, kind: str, read: Callable[[], tuple[Any, Iterable[Any]]]) 
             if (decode := _json_decoder(field.type)) is not None:
                 for row in rows:
                     row[field.name] = decode(row[field.name])
-    except (OSError, ValueError, pyarrow.ArrowException) as error:
+    except (OSError, ValueError, RecursionError, pyarrow.ArrowException) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path}: cannot be read as {kind} ({reason}); was it downloaded whole?") from error
     if twice := sorted({name for name in schema.names if schema.names.count(name) > 1}):

@@ -75,7 +75,7 @@ def read_tools(row: Row, where: str, *, has_nulls: bool = False) -> Tools | None
     """
     tools = row.get("tools")
     if isinstance(tools, str) and tools.strip():
-        with contextlib.suppress(json.JSONDecodeError):
+        with contextlib.suppress(ValueError, RecursionError):  # ValueError: also of numbers with too many digits
             tools = json.loads(tools)
     if not tools:
         return None

@@ -505,7 +505,7 @@ def parse_metrics(file: Path) -> MetricsFile:
             continue
         try:
             row = json.loads(line.decode())
-        except ValueError:  # UnicodeDecodeError too
+        except (ValueError, RecursionError):  # ValueError: UnicodeDecodeError too
             row = None
         if isinstance(row, dict) and type(row.get("step")) is int:
             metrics.rows.append(row)

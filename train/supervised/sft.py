@@ -93,7 +93,8 @@ def check_sft_rows(rows: Sequence[Row], source: str, chat: ChatConfig) -> Sequen
         rows = [messages_as_completion(row, f"{source}: row {number}") for number, row in enumerate(rows, 1)]
     require_columns(rows, source, "completion")
     # chat messages as the completion need no prompt of their own
-    require_columns([row if isinstance(row["completion"], str) else {"prompt": "-"} for row in rows], source, "prompt")
+    optional = [row if isinstance(row["completion"], str) else {"prompt": row.get("prompt") or "-"} for row in rows]
+    require_columns(optional, source, "prompt")
     return rows
 
 
