@@ -3,7 +3,7 @@
 import sys
 from importlib import import_module
 
-from train.console import visible
+from train.console import in_one_line
 from train.parse import no_command
 
 EVAL_USAGE = """usage: python -m eval COMMAND ...
@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> int:
     try:
         config = parse(arguments[1:])
     except (ValueError, FileNotFoundError) as error:
-        print(f"error: {visible(str(error))}", file=sys.stderr)
+        print(f"error: {in_one_line(str(error))}", file=sys.stderr)
         return 2
     from train.running import exit_code
 

@@ -4,7 +4,7 @@ Every field of such a file is honoured, or refused by name where this code would
 """
 
 import json
-import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,9 @@ _INERT = {
     *("output_scores", "return_dict_in_generate", "forced_bos_token_id", "forced_eos_token_id"),
     *("remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens"),
 }
+_LARGEST_NUMBER = (2 - 2**-23) * 2.0**127  # of float32
+_LARGEST_SIZE = 2**31 - 1  # of an axis
+_MOST_LAYERS = 100_000
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,8 @@ class RopeScaling:
             value = getattr(self, name)
             if not (_is_number(value) and value > 0) and (value is not None or name == "factor"):
                 raise ValueError(f"{name}: expected a number above 0, got {value!r}")
+            if value is not None:
+                _as_float(self, name)
         original = self.original_max_position_embeddings
         if original is not None and not _is_size(original):
             raise ValueError(
@@ -105,9 +110,14 @@ class Qwen3Config:
         for name in (*sizes, "num_key_value_heads", "head_dim", "max_position_embeddings"):
             if not _is_size(getattr(self, name)):
                 raise ValueError(f"{name}: expected a whole number of at least 1, got {getattr(self, name)!r}")
+            if name != "max_position_embeddings" and getattr(self, name) > _LARGEST_SIZE:
+                raise ValueError(
+                    f"{name}: expected a whole number of at most {_LARGEST_SIZE}, got {getattr(self, name)}"
+                )
         for name in ("rms_norm_eps", "rope_theta", "initializer_range"):
             if not _is_number(getattr(self, name)) or getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected a number of at least 0, got {getattr(self, name)!r}")
+            _as_float(self, name)
         if not self.rope_theta > 0:
             raise ValueError(f"rope_theta: expected a number above 0, got {self.rope_theta!r}")
         for name in ("tie_word_embeddings", "attention_bias"):
@@ -183,6 +193,8 @@ class Qwen3Config:
             refuse("partial_rotary_factor", partial, "1 (all of head_dim is rotated)")
         if not _is_size(layers := hf.get("num_hidden_layers", 1)):  # needed to fill layer_types
             refuse("num_hidden_layers", layers, "a whole number of at least 1")
+        if layers > _MOST_LAYERS:
+            refuse("num_hidden_layers", layers, f"at most {_MOST_LAYERS} layers")
         theta, scaling = _pop_rope(hf, refuse)
         window, types = _pop_windows(hf, refuse)
         fields = {name: hf.pop(name) for name in cls.__dataclass_fields__ if name in hf}
@@ -339,7 +351,20 @@ def _pop_windows(hf: dict[str, Any], refuse: Any) -> tuple[int | None, tuple[str
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    largest = sys.float_info.max  # of a JSON integer `math.isfinite` asks whether it has one, in vain
+    return isinstance(value, int | float) and not isinstance(value, bool) and -largest <= value <= largest
+
+
+def _as_float(config: Any, name: str) -> None:
+    """Makes a number a float: a program is not compiled with an integer of more than 32 bits.
+
+    Raises:
+      ValueError: it is infinite in float32.
+    """
+    value = float(getattr(config, name))
+    if value > _LARGEST_NUMBER:
+        raise ValueError(f"{name}: expected a number that is finite in float32, got {value!r}")
+    object.__setattr__(config, name, value)  # the config is frozen
 
 
 def _is_size(value: object) -> bool:

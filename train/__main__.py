@@ -5,7 +5,7 @@ from importlib import import_module
 from typing import Any
 
 from train.config import ExportConfig, PlanConfig, PolicyConfig, RewardModelConfig, SftConfig
-from train.console import visible
+from train.console import in_one_line
 from train.parse import no_command, parse, take
 
 USAGE = """usage: python -m train {sft,reward,policy} --config FILE [--variant NAME] [--key value ...] [--show [N]]
@@ -64,7 +64,7 @@ def main(arguments: list[str]) -> int:
         extra = INSPECT if task == "inspect" else PREVIEWS | RESUME if command in LEARNING else None
         config = parse(KINDS[command], rest, program_name, options=extra)
     except (ValueError, FileNotFoundError) as error:
-        print(f"error: {visible(str(error))}", file=sys.stderr)
+        print(f"error: {in_one_line(str(error))}", file=sys.stderr)
         return 2
     from train.running import exit_code
 

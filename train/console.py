@@ -21,6 +21,11 @@ def visible(text: str) -> str:
     return _CONTROL.sub(lambda match: repr(match[0])[1:-1], text)
 
 
+def in_one_line(text: str) -> str:
+    """Returns a text with its line ends written out too: names in an error may have some."""
+    return visible(re.sub("[\n\u2028\u2029]", lambda match: repr(match[0])[1:-1], text))
+
+
 class PlainConsole(Console):
     """A console that shows the control characters of the texts it prints; its own colours are none of them.
 

@@ -6,7 +6,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 
-from train.console import console, visible
+from train.console import console, in_one_line
 
 
 class SetupError(ValueError):
@@ -88,7 +88,7 @@ def exit_code(program: Callable[[], object], *, own_devices: bool = False, sever
             console.quiet = not processes.is_first()
         program()
     except (SetupError, processes.JoinError, FloatingPointError, WriteError) as error:
-        print(f"error: {visible(str(error))}", file=sys.stderr)
+        print(f"error: {in_one_line(str(error))}", file=sys.stderr)
         code = 1 if isinstance(error, FloatingPointError | WriteError) else 2
     except RunInterrupted as end:
         code = end.exit_code

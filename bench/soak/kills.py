@@ -289,7 +289,12 @@ def differences(whole: Path, cut: Path, name: str) -> Iterator[str]:
 
 
 def _result_files(run: Path) -> list[Path]:
-    return [*run.glob("completions/*"), *run.glob("calibration.json"), *run.glob("stopped.json"), *run.glob("*damaged*")]
+    return [
+        *run.glob("completions/*"),
+        *run.glob("calibration.json"),
+        *run.glob("stopped.json"),
+        *run.glob("*damaged*"),
+    ]
 
 
 def arrays(directory: Path) -> dict[str, bytes]:

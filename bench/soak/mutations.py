@@ -1,6 +1,7 @@
 """Inputs that are almost valid: one to three places of a valid one are changed, in its values or in its text."""
 
 import copy
+import functools
 import math
 import re
 from collections.abc import Sequence
@@ -8,21 +9,22 @@ from typing import Any, NamedTuple
 
 from hypothesis import strategies as st
 
-DEEP: Any = None
-for _ in range(400):
-    DEEP = [DEEP] if _ % 2 else {"a": DEEP}
+DEEP: Any = functools.reduce(lambda inner, i: [inner] if i % 2 else {"a": inner}, range(400), None)
 VALUES: tuple[Any, ...] = (
-    *(None, True, False, 0, 1, -1, 3, 2**31, 2**63, -(2**63), 10**30, 0.0, -0.0, 0.5, -0.5, 1.5, 1e-320, 1e308),
-    *(math.inf, -math.inf, math.nan, "", " ", "x", "null", "true", "nan", ".inf", "1e9", "-1", "0x10", "1_000"),
-    *("\u202e", "\x00", "\x1b[31m", "\ud800", "\ufdd0", "\ufeff", "\r\n", "a\tb", "é" * 40, "word " * 400),
+    *(None, True, False, 0, 1, -1, 3, 2**31, 2**63, -(2**63), 10**30, 10**400),
+    *(0.0, -0.0, 0.5, -0.5, 1.5, 1e-320, 1e308, math.inf, -math.inf, math.nan),
+    *("", " ", "x", "null", "true", "nan", ".inf", "1e9", "-1", "0x10", "1_000", "é" * 40, "word " * 400),
+    *("\u202e", "\x00", "\x1b[31m", "\ud800", "\ufdd0", "\ufeff", "\r\n", "a\tb"),
     *("<|im_end|>", "<think>", "</think>", "{{ x }}", "[red]", "~/x", "a/b", "x@3", "../x", "*", "[1]"),
     *(DEEP, [], {}, [None], [[]], [1, "a"], {"a": 1}, {"": None}, [{}], {"role": "user"}, [[[[[[]]]]]]),
     *([{"role": "user", "content": "hi"}], [{"role": "assistant", "content": None}], {"content": ["x"]}),
 )
+NUMBERS = tuple(value for value in VALUES if isinstance(value, int | float) and not isinstance(value, bool))
 PIECES = (
-    *('"', "'", "\\", "{", "}", "[", "]", ",", ":", ": ", "\n", "\t", " ", "#", "- ", "&a ", "*a", "<<: ", "!!python "),
-    *("\x00", "\ufeff", "\u2028", "\ud83d", "%", "{{", "}}", "{%", "%}", "|", ">", "---\n", "\r", "1e999", "NaN", "-", "é"),
-    *("[" * 3000, "null", "true", "0", "<|im_end|>", "{% endfor %}", "{% if", "loop.", "messages", "raise_exception('x')"),
+    *('"', "'", "\\", "{", "}", "[", "]", ",", ":", ": ", "\n", "\t", " ", "#", "- ", "%", "|", ">", "\r", "-"),
+    *("&a ", "*a", "<<: ", "!!python ", "---\n", "\x00", "\ufeff", "\u2028", "\ud83d", "é", "[" * 3000),
+    *("1e999", "NaN", "null", "true", "0", "<|im_end|>", "{{", "}}", "{%", "%}", "{% endfor %}", "{% if"),
+    *("loop.", "messages", "raise_exception('x')"),
 )
 
 
@@ -34,7 +36,7 @@ class TreeMutation(NamedTuple):
     value: Any
 
     def __repr__(self) -> str:
-        return f"{self.kind} {self.place} {str(ascii(self.value)):.60}"
+        return f"{self.kind} {self.place} {ascii(self.value)!s:.60}"
 
 
 class TextMutation(NamedTuple):
@@ -46,11 +48,11 @@ class TextMutation(NamedTuple):
     piece: str
 
     def __repr__(self) -> str:
-        return f"{self.kind} {self.place} {self.length} {str(ascii(self.piece)):.60}"
+        return f"{self.kind} {self.place} {self.length} {ascii(self.piece)!s:.60}"
 
 
 SPREAD = 2_654_435_761  # hypothesis likes small numbers, which would all be places at the beginning
-TREE_KINDS = ("replace", "replace", "replace", "delete", "wrap", "nest", "rename", "add", "double", "swap")
+TREE_KINDS = ("replace", "replace", "number", "number", "delete", "wrap", "nest", "rename", "add", "double", "swap")
 TEXT_KINDS = ("insert", "insert", "delete", "replace", "cut", "repeat line", "repeat pair", "flip")
 
 values = st.one_of(
@@ -72,7 +74,8 @@ text_mutations = st.lists(
 )
 # trees three times as often as texts; what is changed in both finds little more
 mutations = st.one_of(
-    *[st.tuples(tree_mutations, st.just([]))] * 3, st.tuples(st.just([]), text_mutations)  # type: ignore[arg-type]
+    *[st.tuples(tree_mutations, st.just([]))] * 3,
+    st.tuples(st.just([]), text_mutations),  # type: ignore[arg-type]
 )
 Mutations = tuple[Sequence[TreeMutation], Sequence[TextMutation]]
 
@@ -82,9 +85,15 @@ def change_tree(tree: Any, changes: Sequence[TreeMutation]) -> Any:
     tree = copy.deepcopy(tree)
     for change in changes:
         spots = list(_spots(tree))
+        if change.kind == "number":  # of a number, another
+            spots = [spot for spot in spots if _is_number(spot[0][spot[1]])]
         if spots:
             _change(*spots[change.place * SPREAD % len(spots)], change, spots)
     return tree
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _spots(tree: Any) -> Any:
@@ -99,6 +108,8 @@ def _change(container: Any, key: Any, change: TreeMutation, spots: Sequence[tupl
     value = copy.deepcopy(change.value)
     if change.kind == "replace":
         container[key] = value
+    elif change.kind == "number":
+        container[key] = value if _is_number(value) else NUMBERS[change.place % len(NUMBERS)]
     elif change.kind == "delete":
         del container[key]
     elif change.kind == "wrap":

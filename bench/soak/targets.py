@@ -23,11 +23,9 @@ import numpy as np
 import yaml
 from hypothesis import strategies as st
 
-from bench.soak.fuzz import Fault
+from bench.soak.fuzz import fault
 from bench.soak.mutations import change_text, change_tree, mutations, text_mutations, tree_mutations
 from bench.soak.tiny import (
-    ARCHITECTURE,
-    PROMPTS,
     ROOT,
     TOKENIZER,
     policy_settings,
@@ -85,7 +83,9 @@ def _shipped_configs() -> list[tuple[str, Any]]:
         if place in ("launch", "variants") or name == "generate":
             continue
         is_reward = place == "preferences" or "reward" in name or name == "judge"
-        found.append(("reward" if is_reward else "sft" if name == "sft" else "policy", yaml.safe_load(file.read_text())))
+        found.append(
+            ("reward" if is_reward else "sft" if name == "sft" else "policy", yaml.safe_load(file.read_text()))
+        )
     return found
 
 
@@ -116,8 +116,9 @@ def configs(materials: Path, folder: Path) -> Target:
         if number < len(shipped):
             return
         shutil.rmtree("run", ignore_errors=True)
-        reached = mock.patch.multiple("train.loop", make_model=_reached), mock.patch(
-            "train.supervised.program.make_model", _reached
+        reached = (
+            mock.patch.multiple("train.loop", make_model=_reached),
+            mock.patch("train.supervised.program.make_model", _reached),
         )
         with _silence() as said, reached[0], reached[1]:
             try:
@@ -126,7 +127,7 @@ def configs(materials: Path, folder: Path) -> Target:
                 return
         lines = said.getvalue().splitlines()
         if code != 2 or not lines or not lines[-1].startswith("error: "):
-            raise Fault(f"exit code {code}: {lines[-3:]}")
+            fault(f"exit code {code}: {lines[-3:]}")
 
     return target, _cases(len(bases))
 
@@ -140,13 +141,13 @@ def check_numbers(config: Any) -> None:
     for setting in settings(type(config)).values():
         for value in _values_of(config, setting.key.replace("[]", "").split(".")):
             if not _has_type(value, setting.hint):
-                raise Fault(f"{setting.key}: {value!r} was taken as {setting.hint}")
+                fault(f"{setting.key}: {value!r} was taken as {setting.hint}")
             for number in value if isinstance(value, list | tuple) else [value]:
                 is_number = isinstance(number, int | float) and not isinstance(number, bool)
                 if is_number and not math.isfinite(number) and setting.key not in INFINITE:
-                    raise Fault(f"{setting.key}: {number!r} was taken")
+                    fault(f"{setting.key}: {number!r} was taken")
                 if is_number and number < 0 and setting.key not in NEGATIVE:
-                    raise Fault(f"{setting.key}: {number!r} was taken")
+                    fault(f"{setting.key}: {number!r} was taken")
 
 
 def _values_of(config: Any, names: Sequence[str]) -> Iterator[Any]:
@@ -261,7 +262,7 @@ def _check_batch(task: Any, read: list[Any], tokenizer: Tokenizer, source: str) 
     batch = task.collate(task.pack(fitting, source), tokenizer, LONGEST_PROMPT)
     for name, array in batch.items():
         if not np.isfinite(array).all() or (name.startswith("tokens") and not _are_ids(array, tokenizer)):
-            raise Fault(f"{name}: {array!r} was made of the rows")
+            fault(f"{name}: {array!r} was made of the rows")
 
 
 def _are_ids(array: np.ndarray, tokenizer: Tokenizer) -> bool:
@@ -273,11 +274,11 @@ def _check_prompts(policy: PolicyConfig, kind: str, read: list[Any], tokenizer: 
 
     prompts = Prompts(normalize_prompts(read, source, "prompt", policy.chat), source, policy, tokenizer)
     if not _are_ids(prompts.encode(prompts.rows)[0], tokenizer):
-        raise Fault("ids: not in the vocabulary")
+        fault("ids: not in the vocabulary")
     scorer, columns = function_scorer(kind, {}, prompts.other_columns), prompts.columns(prompts.rows)
     rewards_PG = scorer(prompts.prompts(prompts.rows), [["Four two.", ""]] * len(prompts), columns)
     if np.isinf(rewards_PG).any():
-        raise Fault(f"{kind}: rewards {rewards_PG}")
+        fault(f"{kind}: rewards {rewards_PG}")
 
 
 # Weights
@@ -311,10 +312,10 @@ def weights(materials: Path, folder: Path) -> Target:
             model = load_pretrained(directory)
             for field, hint in typing.get_type_hints(type(model.config)).items():
                 if not _has_type(value := getattr(model.config, field), hint):
-                    raise Fault(f"{field}: {value!r} was taken as {hint}")
+                    fault(f"{field}: {value!r} was taken as {hint}")
             for parameter, array in flatten(split(model)[1]).items():
                 if not np.isfinite(np.asarray(array)).all():
-                    raise Fault(f"{parameter}: has NaN or infinite values")
+                    fault(f"{parameter}: has NaN or infinite values")
 
     return target, _cases(len(bases))
 
@@ -385,7 +386,7 @@ def templates(materials: Path, folder: Path) -> Target:
             ids += encode_turn(changed, turn, asked, written)
             ids += changed.encode_rendered([render_comparison(changed, prompt, answer, tools)])[0]
             if not _are_ids(np.array(ids), changed):
-                raise Fault(f"ids: {ids} are not in the vocabulary")
+                fault(f"ids: {ids} are not in the vocabulary")
 
     count = len(sources) + len(settings_files)
     numbers = st.one_of(st.integers(0, len(sources) - 1), st.integers(0, count - 1))
@@ -424,12 +425,12 @@ def replies(materials: Path, folder: Path) -> Target:
             options: dict[str, Any] = {"model": "m", "base_url": server.url, "concurrency": 1, "max_retries": 0}
             scores = judge.judge(["Two and two?"], ["Four."], timeout=5.0, **options)
         if len(scores) != 1 or not (scores[0] is None or (scores[0] % 1 == 0 and LOWEST <= scores[0] <= HIGHEST)):
-            raise Fault(f"score: {scores} was read")
+            fault(f"score: {scores} was read")
         for task in tasks:
             given = verdict(said, task)
             lowest, highest = task.lowest, task.highest
             if given.score is not None and not lowest <= given.score <= highest:
-                raise Fault(f"verdict: {given} was read by {task.name}")
+                fault(f"verdict: {given} was read by {task.name}")
 
     return target, st.tuples(st.integers(0, len(REPLIES) - 1), mutations, st.one_of(st.just([]), text_mutations))
 

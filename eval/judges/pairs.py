@@ -1,6 +1,5 @@
 """Pairs of completions of the same prompt, and a judge's judgement of each."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -8,7 +7,7 @@ from typing import Any, NamedTuple
 from eval.judges.task import readable
 from models.tokenizer import check_text
 from train.console import console, print_plain
-from train.data.rows import Row, load_rows
+from train.data.rows import Row, is_number, load_rows
 
 LONGEST_WRITTEN = 20_000  # characters of a reply in judgements.jsonl; longer replies are cut
 
@@ -157,10 +156,6 @@ def load_groups(file: str) -> dict[tuple[Any, float | None], list[Row]]:
             raise ValueError(f"{file}: {_group_text(key)}: two completions are sample {duplicate}; expected each once")
         rows.sort(key=lambda row: row["sample"])
     return groups
-
-
-def is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
 
 
 def _pairs_of_group(

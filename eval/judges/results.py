@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from eval.judges.pairs import CompletionPair, Judgement, is_number
+from eval.judges.pairs import CompletionPair, Judgement
 from eval.stats import cohen_kappa, length_controlled, position_bias, prompt_means, summary
 from models.names import split_step
-from train.data.rows import Row, load_rows
+from train.data.rows import Row, is_number, load_rows
 from train.rewards.chat_api import is_cut_off
 
 JUDGEMENTS = "judgements.jsonl"

@@ -1,12 +1,11 @@
 """Reads rows of responses, from `python -m eval generate` or any other source, and writes results."""
 
 import json
-import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from train.data.rows import Row
+from train.data.rows import Row, is_number
 from train.run.files import write_whole
 
 
@@ -90,9 +89,7 @@ def groups_of(keys: Iterable[Hashable]) -> list[list[int]]:
 def temperature_of(row: Row) -> float | None:
     """A row's temperature; None if it is missing or not a finite number."""
     temperature = row.get("temperature")
-    if not isinstance(temperature, int | float) or isinstance(temperature, bool) or not math.isfinite(temperature):
-        return None
-    return float(temperature)
+    return float(temperature) if is_number(temperature) else None
 
 
 def rows_by_temperature(rows: Sequence[Row]) -> dict[str, list[int]]:

@@ -1,5 +1,6 @@
 """Reads rows of data from a file or the Hub, checks and renames their columns, and selects rows by seed."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,11 @@ def require_columns(rows: Sequence[Row], source: str, *columns: str, setting: st
                 check_text(row[column]) if isinstance(row[column], str) else check_messages(row[column])
             except ValueError as error:
                 raise ValueError(f"{source}: row {number}: {column!r}: {error}") from error
+
+
+def is_number(value: Any, largest: float = sys.float_info.max) -> bool:
+    """Whether a value of a row is a number, no boolean, and finite; JSON has integers that no float can hold."""
+    return type(value) in (int, float) and -largest <= value <= largest
 
 
 def batch_indices(size: int, count: int, seed: int, step: int, attempt: int = 0) -> list[int]:

@@ -7,7 +7,6 @@ prompts). A pair is a group of two. The longest common prefix of a group's token
 logged beside the accuracy of "the longer answer is better".
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,11 +23,12 @@ from models.turns import render_comparison
 from train.config import ChatConfig, RewardModelConfig
 from train.console import print_plain
 from train.data.chats import Exchange, named_row, read_exchanges
-from train.data.rows import Row, require_columns
+from train.data.rows import Row, is_number, require_columns
 from train.rewards.model import common_prefix_length
 from train.supervised.comparisons import Comparison, count_answers
 from train.supervised.program import LossAux, SupervisedTask, TokenBatch, train_supervised
 
+LARGEST_MARGIN = float(np.finfo(np.float32).max)
 PREFIX_WORTHWHILE = 0.75  # share of the unsplit slots above which the prefix is not split off
 
 
@@ -101,7 +101,7 @@ def check_margins(rows: Sequence[Row], source: str) -> None:
     """Refuses margins that are not numbers; a row may have none."""
     for number, row in enumerate(rows, 1):
         margin = row.get("margin")
-        if margin is not None and not (isinstance(margin, int | float) and math.isfinite(margin)):
+        if margin is not None and not isinstance(margin, bool) and not is_number(margin, LARGEST_MARGIN):
             raise ValueError(f"{source}: row {number}: 'margin': expected a number, got {margin!r}")
 
 
@@ -116,7 +116,7 @@ def check_groups(rows: Sequence[Row], source: str) -> None:
                 f"got {sizes[0] or 'no list'} and {sizes[1] or 'no list'}"
             )
         assert isinstance(scores, list)
-        if not all(isinstance(x, int | float) and math.isfinite(x) for x in scores):
+        if not all(isinstance(x, bool) or is_number(x) for x in scores):
             raise ValueError(f"{source}: row {number}: 'scores': expected numbers, got {scores}")
 
 
