@@ -22,7 +22,20 @@ VALUES: tuple[Any, ...] = (
 NUMBERS = tuple(value for value in VALUES if isinstance(value, int | float) and not isinstance(value, bool))
 PIECES = (
     *('"', "'", "\\", "{", "}", "[", "]", ",", ":", ": ", "\n", "\t", " ", "#", "- ", "%", "|", ">", "\r", "-"),
-    *("&a ", "*a", "<<: ", "!!python ", "---\n", "\x00", "\ufeff", "\u2028", "\ud83d", "é", "[" * 3000),
+    *(
+        "&a ",
+        "*a",
+        "<<: ",
+        "!!python ",
+        "---\n",
+        "\x00",
+        "\ufeff",
+        "\u2028",
+        "\ud83d",
+        "é",
+        "[" * 3000,
+        "[" * 900 + "]" * 900,
+    ),
     *("1e999", "NaN", "null", "true", "0", "<|im_end|>", "{{", "}}", "{%", "%}", "{% endfor %}", "{% if"),
     *("loop.", "messages", "raise_exception('x')"),
 )
@@ -53,7 +66,7 @@ class TextMutation(NamedTuple):
 
 SPREAD = 2_654_435_761  # hypothesis likes small numbers, which would all be places at the beginning
 TREE_KINDS = ("replace", "replace", "number", "number", "delete", "wrap", "nest", "rename", "add", "double", "swap")
-TEXT_KINDS = ("insert", "insert", "delete", "replace", "cut", "repeat line", "repeat pair", "flip")
+TEXT_KINDS = ("insert", "insert", "delete", "replace", "cut", "repeat line", "repeat pair", "value", "flip")
 
 values = st.one_of(
     st.sampled_from(VALUES), st.floats(), st.integers(), st.text(max_size=6), st.integers(-3, 40), st.floats(-2, 2)
@@ -148,7 +161,10 @@ def change_text(text: str, changes: Sequence[TextMutation]) -> str:
             lines = text.splitlines(keepends=True) or [""]
             lines.insert(at % len(lines), lines[change.place % len(lines)])
             text = "".join(lines)
-        elif pairs := list(re.finditer(r'"\w+": *("[^"]*"|[\w.+-]+)', text)):
+        elif pairs := list(re.finditer(r'"?\w+"?: *("[^"]*"|[\w.+-]+)', text)):
             pair = pairs[change.place % len(pairs)]
-            text = f"{text[: pair.end()]}, {pair[0]}{text[pair.end() :]}"
+            if change.kind == "value":
+                text = text[: pair.start(1)] + change.piece + text[pair.end(1) :]
+            else:
+                text = f"{text[: pair.end()]}, {pair[0]}{text[pair.end() :]}"
     return text

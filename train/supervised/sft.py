@@ -83,6 +83,12 @@ def check_sft_rows(rows: Sequence[Row], source: str, chat: ChatConfig) -> Sequen
     """Refuses rows that cannot be learned from; returns the others, a column 'messages' renamed to 'completion'."""
     if "text" in rows[0]:
         require_columns(rows, source, "text")
+        for number, row in enumerate(rows, 1):
+            if not isinstance(row["text"], str):
+                raise ValueError(
+                    f"{source}: row {number}: 'text': expected text, got {str(row['text'])[:60]!r}; name a column of "
+                    f"chat messages 'messages'"
+                )
         if chat.system_prompt is not None or chat.text_as_chat:
             raise ValueError(
                 f"{source}: chat.system_prompt and chat.text_as_chat are for rows with prompt and completion; the "
