@@ -22,7 +22,7 @@ $(error ACCELERATOR: expected cpu, cuda or tpu, got '$(ACCELERATOR)')
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo clean-demo test test-slow parity plan-check check lint format-check types format
+.PHONY: help install demo clean-demo test test-slow soak soak-short parity plan-check check lint format-check types format
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -67,6 +67,12 @@ test: install  ## run the quick tests
 
 test-slow: install  ## run the tests that take minutes
 	$(PYTEST) -m slow
+
+soak: install  ## kill runs at random moments, feed programs inputs that are almost valid: a quarter of an hour
+	$(PY) -m bench.soak all
+
+soak-short: install  ## the same for a minute or two
+	$(PY) -m bench.soak all --short
 
 parity: $(PARITY_STAMP)  ## compare with PyTorch (installs torch)
 	$(PYTEST) -m parity

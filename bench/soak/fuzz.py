@@ -40,7 +40,7 @@ class Finding(NamedTuple):
     where: str
     message: str
     case: str
-    count: int = 1
+    cases: int = 1
 
 
 def problem(error: BaseException) -> tuple[str, str] | None:
@@ -93,7 +93,7 @@ def explore(
                 shown = f"{case!r}"
                 if before is not None and len(before.case) <= len(shown):
                     message, shown = before.message, before.case
-                found[where] = Finding(where, message, shown, 1 + (before.count if before else 0))
+                found[where] = Finding(where, message, shown, 1 + (before.cases if before else 0))
         else:
             outcomes["taken"] += 1
 
@@ -125,7 +125,7 @@ def run(*, count: int, seed: int, only: Sequence[str] = ()) -> int:
         finally:
             os.chdir(place)
     for fault in faults:
-        print(f"\n{fault.where} ({fault.count} times)\n  {ascii(fault.message)[:600]}\n  case: {fault.case[:900]}")
+        print(f"\n{fault.where} ({fault.cases} times)\n  {ascii(fault.message)[:600]}\n  case: {fault.case[:900]}")
     print(f"fuzz: {len(faults)} kinds of faults", flush=True)
     return 1 if faults else 0
 

@@ -1,7 +1,6 @@
 """Inputs that are almost valid: one to three places of a valid one are changed, in its values or in its text."""
 
 import copy
-import functools
 import math
 import re
 from collections.abc import Sequence
@@ -9,7 +8,16 @@ from typing import Any, NamedTuple
 
 from hypothesis import strategies as st
 
-DEEP: Any = functools.reduce(lambda inner, i: [inner] if i % 2 else {"a": inner}, range(400), None)
+
+def _deep(levels: int) -> Any:
+    """Returns so many lists and dictionaries in each other."""
+    value: Any = None
+    for level in range(levels):
+        value = [value] if level % 2 else {"a": value}
+    return value
+
+
+DEEP = _deep(400)
 VALUES: tuple[Any, ...] = (
     *(None, True, False, 0, 1, -1, 3, 2**31, 2**63, -(2**63), 10**30, 10**400),
     *(0.0, -0.0, 0.5, -0.5, 1.5, 1e-320, 1e308, math.inf, -math.inf, math.nan),
@@ -88,7 +96,7 @@ text_mutations = st.lists(
 # trees three times as often as texts; what is changed in both finds little more
 mutations = st.one_of(
     *[st.tuples(tree_mutations, st.just([]))] * 3,
-    st.tuples(st.just([]), text_mutations),  # type: ignore[arg-type]
+    st.tuples(st.just([]), text_mutations),
 )
 Mutations = tuple[Sequence[TreeMutation], Sequence[TextMutation]]
 
@@ -101,7 +109,8 @@ def change_tree(tree: Any, changes: Sequence[TreeMutation]) -> Any:
         if change.kind == "number":  # of a number, another
             spots = [spot for spot in spots if _is_number(spot[0][spot[1]])]
         if spots:
-            _change(*spots[change.place * SPREAD % len(spots)], change, spots)
+            container, key = spots[change.place * SPREAD % len(spots)]
+            _change(container, key, change, spots)
     return tree
 
 

@@ -88,7 +88,7 @@ def groups_of(keys: Iterable[Hashable]) -> list[list[int]]:
 
 def temperature_of(row: Row) -> float | None:
     """A row's temperature; None if it is missing or not a finite number."""
-    temperature = row.get("temperature")
+    temperature: Any = row.get("temperature")
     return float(temperature) if is_number(temperature) else None
 
 

@@ -165,6 +165,12 @@ BASE = json.loads((MODELS / "tiny_qwen3" / "config.json").read_text())
         ({"num_experts": 8}, "num_experts"),
         ({"num_key_value_heads": 3}, "num_attention_heads"),
         ({"vocab_size": 0}, "vocab_size"),
+        ({"hidden_size": 2**63}, "hidden_size: expected a whole number of at most 2147483647"),
+        ({"num_hidden_layers": 2**63}, "num_hidden_layers.*at most 100000 layers"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps: expected a number of at least 0"),
+        ({"initializer_range": 1e39}, "initializer_range: expected a number that is finite in float32"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 1e300}}, "factor: expected a number that is finite"),
+        ({"architectures": 5}, "architectures = 5 is not supported"),
     ],
 )
 def test_what_would_be_computed_otherwise_is_refused_by_name(change: dict, named: str) -> None:

@@ -111,3 +111,11 @@ def test_an_output_that_takes_no_more_ends_the_printing_alone(capfd: pytest.Capt
     with os.fdopen(writer, "w") as pipe:
         PlainConsole(file=pipe).print("no reader")
     assert capfd.readouterr().err == ""
+
+
+def test_an_error_is_one_line_whatever_it_quotes(capsys: pytest.CaptureFixture[str]) -> None:
+    def refuse() -> None:
+        raise SetupError("columns: a\nb\u2028c")
+
+    assert exit_code(refuse, own_devices=True, several=False) == 2
+    assert capsys.readouterr().err == "error: columns: a\\nb\\u2028c\n"

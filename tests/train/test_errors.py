@@ -551,6 +551,7 @@ def test_a_reward_model_that_cannot_read_the_prompts(door: Door, tiny_policy_dir
         ("config.json", _reconfigure(num_hidden_layers=3, layer_types=None), "tensors are missing from the weights"),
         ("tokenizer.json", _cut, "no Hugging Face tokenizer could be read there"),
         ("tokenizer.json", _nonsense, "no Hugging Face tokenizer could be read there"),
+        ("tokenizer_config.json", _reconfigure(model_max_length={}), "no Hugging Face tokenizer could be read there"),
         ("generation_config.json", _reconfigure(eos_token_id="x"), "eos_token_id: expected ids, got 'x'"),
     ],
 )

@@ -198,3 +198,23 @@ def test_packed_is_not_packed(
 def test_the_accuracy_of_reward_models_is_not_watched() -> None:
     with pytest.raises(ValueError, match="early_stopping.metric: accuracy is for reward models"):
         config(early_stopping=EarlyStoppingConfig(metric="accuracy"))
+
+
+@pytest.mark.parametrize(
+    ("row", "named"),
+    [
+        (
+            {"text": [USER, ANSWER]},
+            "file: row 2: 'text': expected text, got .*name a column of chat messages 'messages'",
+        ),
+        (
+            {"prompt": 5, "completion": [USER, ANSWER]},
+            "file: row 2: 'prompt': expected text or a list of chat messages",
+        ),
+        ({"prompt": [0.5], "completion": [ANSWER]}, "file: row 2: 'prompt': expected text or a list of chat messages"),
+    ],
+)
+def test_a_column_of_another_kind_is_refused(chatty: Tokenizer, row: dict[str, Any], named: str) -> None:
+    first = {"text": "A"} if "text" in row else {"prompt": [USER], "completion": [ANSWER]}
+    with pytest.raises(ValueError, match=named):
+        encode_examples([first, row], chatty, "file", ChatConfig())

@@ -115,3 +115,9 @@ def test_judging_tasks_and_saved_configs(tmp_path: Path, policy_config: Callable
     with pytest.raises(SetupError, match="config.yaml: key 'seed' stands twice, in lines 1 and 2"):
         train_policy(policy_config(tmp_path))
     assert sorted(path.name for path in run.iterdir()) == ["completions", "config.yaml"]
+
+
+@pytest.mark.parametrize("text", ["a: \x7f", "a: " + "[" * 3000, "a: " + "{b: " * 3000 + "}" * 3000])
+def test_what_is_no_yaml_is_refused_in_one_line(text: str) -> None:
+    with pytest.raises(ValueError, match=r"\Ax.yaml: not YAML: .*\Z"):
+        load_yaml(text, "x.yaml")
