@@ -55,6 +55,7 @@ from models.lora import Lora, merge_adapters, merge_trainable, split_trainable
 from models.names import split_step
 from models.qwen3 import Backbone
 from models.sharding import Layout
+from models.tensorstore_memory import spare_memory
 from models.weight_files import could_be_on_hub, describe_local
 
 __all__ = [
@@ -123,6 +124,7 @@ class Checkpoints:
         if previous:
             set_newest_aside(self._folder)
         set_damaged_aside(self._folder)
+        spare_memory()
         self._manager = self._open()
         _OPEN.add(self)
 

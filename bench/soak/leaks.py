@@ -68,7 +68,7 @@ def measure(folder: Path, steps: int, save_every: int, *, trace: bool) -> float:
     Run.write = sampled  # type: ignore[method-assign]
     try:
         if trace:
-            tracemalloc.start(8)
+            tracemalloc.start()
         train_policy(parse(PolicyConfig, ["--config", str(file)]))
         if trace:
             for line in tracemalloc.take_snapshot().compare_to(before[0], "lineno")[:LINES]:
