@@ -2,7 +2,8 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,16 @@ from models.sharding import Layout, make_layout, parameter_shardings
 from models.tokenizer import Tokenizer
 from train.config import ChatConfig, MeshConfig, ModelConfig, OptimizerConfig, PolicyConfig
 from train.console import console
+from train.optimizers import (
+    DIRECTIONS,
+    SETTINGS,
+    check_runs,
+    decay_weights,
+    make_custom,
+    make_direction,
+    with_float32_state,
+    with_master_weights,
+)
 from train.state import INIT, stream_key
 
 
@@ -136,9 +147,12 @@ def make_model(
 
 
 def make_optimizer(config: OptimizerConfig, max_steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """Returns AdamW behind a clip of the gradient's global norm, and its learning rate's schedule.
+    """Returns the optimizer behind a clip of the gradient's global norm, and its learning rate's schedule.
 
     The schedule warms up linearly from 0.
+
+    Raises:
+      ValueError: options with which the optimizer cannot be made.
     """
     rate, decay = config.learning_rate, max(max_steps - config.warmup_steps, 1)
     after = {  # the warm-up
@@ -148,39 +162,24 @@ def make_optimizer(config: OptimizerConfig, max_steps: int) -> tuple[optax.Gradi
     }[config.lr_scheduler_type]
     warmup = optax.linear_schedule(0.0, rate, max(config.warmup_steps, 1))
     schedule = optax.join_schedules([warmup, after], [config.warmup_steps]) if config.warmup_steps else after
-    adamw = optax.adamw(
-        schedule, config.adam_beta1, config.adam_beta2, config.adam_epsilon, weight_decay=config.weight_decay
-    )
-    optimizer = optax.chain(optax.clip_by_global_norm(config.max_grad_norm), adamw)
-    return (with_master_weights(optimizer) if config.master_weights else optimizer), schedule
+    make = partial(_make_unclipped, config, schedule)
+    is_default = config.name == "adamw" and not config.options
+    unclipped = make() if is_default else check_runs(make, config.name, config.options)
+    optimizer = optax.chain(optax.clip_by_global_norm(config.max_grad_norm), unclipped)
+    if config.master_weights:
+        return with_master_weights(optimizer), schedule
+    return (with_float32_state(optimizer) if config.moments_dtype == "float32" else optimizer), schedule
 
 
-class MasterWeights(NamedTuple):
-    """The state of an optimizer with master weights."""
-
-    master: Any  # the parameters in float32
-    inner: Any  # the wrapped optimizer's state
-
-
-def with_master_weights(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Wraps an optimizer: it updates float32 master weights; the parameters are the master weights in their own dtype.
-
-    A bfloat16 parameter has 8 bits: an update below 1/512 of the parameter would be lost, every time.
-    """
-
-    def to_float32(tree: Any) -> Any:
-        return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
-
-    def init(params: Any) -> MasterWeights:
-        return MasterWeights(to_float32(params), optimizer.init(to_float32(params)))
-
-    def update(gradient: Any, state: Any, params: Any = None) -> tuple[Any, MasterWeights]:
-        updates, inner = optimizer.update(to_float32(gradient), state.inner, state.master)
-        master = optax.apply_updates(state.master, updates)
-        rounded = jax.tree.map(lambda m, p: m.astype(p.dtype), master, params)
-        return jax.tree.map(jnp.subtract, to_float32(rounded), to_float32(params)), MasterWeights(master, inner)
-
-    return optax.GradientTransformation(init, update)
+def _make_unclipped(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """Returns the optimizer without its clip."""
+    if config.name not in DIRECTIONS:
+        settings = {name: getattr(config, name) for name in ("weight_decay", "decay_all", "moments_dtype")}
+        return make_custom(config.name, config.options, schedule, **settings)
+    direction = make_direction(config.name, config.options, {name: getattr(config, name) for name in SETTINGS})
+    everything = config.decay_all or not config.weight_decay
+    decay = optax.add_decayed_weights(config.weight_decay) if everything else decay_weights(config.weight_decay)
+    return optax.chain(direction, decay, optax.scale_by_learning_rate(schedule))
 
 
 def updated_share(params: Any, size: float) -> float:
@@ -202,11 +201,11 @@ def updated_share(params: Any, size: float) -> float:
 
 
 def warn_of_rounding(config: OptimizerConfig, params: Any) -> None:
-    """Prints a warning if the updates of AdamW, at most about its learning rate, change less than half the parameters.
+    """Prints a warning if updates of about the learning rate, as AdamW's, change less than half of the parameters.
 
     Master weights add small updates up, so with them there is nothing to warn of.
     """
-    if config.master_weights:
+    if config.master_weights or config.name == "sgd" or config.name not in DIRECTIONS:  # of these, no size is known
         return
     share = updated_share(params, config.learning_rate)
     if share < 0.5:

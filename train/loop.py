@@ -44,7 +44,7 @@ from train.run.log import StepLog
 from train.run.metrics import Timer, rollout_metrics
 from train.run.nonfinite import write_batch
 from train.running import setup_errors
-from train.state import copy_tree, make_state
+from train.state import copy_tree, make_state, offload_optimizer
 from train.update import Update
 from train.validation import Validation
 
@@ -92,6 +92,7 @@ def train_policy(config: PolicyConfig, *, previous: bool = False) -> None:
     rollouts = Rollouts(config, prompts, generator, run.restored.get("ahead"))
     run.beside = rollouts.saved
     update = Update(graphdef, optimizer, config, layout, state)
+    state = offload_optimizer(state) if config.optimizer.offload else state
     watch = ScoreWatch(config.output_dir, list(rewards.scorers), rewards.weights_R, rewards.why_unscorable)
     validating = Generator(graphdef, tokenizer, layout, **options | own) if own else generator
     evaluate = Validation(run, config, validation, rewards, own_rewards, validating, watch)

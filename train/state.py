@@ -5,9 +5,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from models.lora import merge_trainable, split_trainable
-from models.sharding import Layout, with_sharding
+from models.sharding import Layout, to_device, to_host, with_sharding
 
 TRAIN, VALIDATION, EVALUATION, INIT, CHOICE = range(5)  # streams of random numbers
 
@@ -42,18 +43,34 @@ def make_state(params: dict[str, Any], optimizer: optax.GradientTransformation, 
 
 
 def abstract_opt_state(params: Any, optimizer: optax.GradientTransformation, layout: Layout) -> Any:
-    """Returns the optimizer state as ShapeDtypeStructs, its moments sharded as their parameters.
+    """Returns the optimizer state as ShapeDtypeStructs, sharded as the parameters in whose place they stand.
+
+    An array of the state belongs to a parameter if its path ends in the parameter's.
 
     Args:
       params: arrays, or ShapeDtypeStructs with shardings.
     """
-    return optax.tree_utils.tree_map_params(
-        optimizer,
-        lambda leaf, parameter: with_sharding(leaf, parameter.sharding),
-        jax.eval_shape(optimizer.init, params),
-        params,
-        transform_non_params=lambda leaf: with_sharding(leaf, layout.sharding(())),
-    )
+    parameters = dict(jax.tree_util.tree_flatten_with_path(params)[0])
+    whole = layout.sharding(())
+
+    def place(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        ends = (path[start:] for start in range(len(path) + 1))
+        parameter = next((parameters[end] for end in ends if end in parameters), None)
+        return with_sharding(leaf, whole if parameter is None else _state_sharding(leaf.shape, parameter, whole))
+
+    return jax.tree_util.tree_map_with_path(place, jax.eval_shape(optimizer.init, params))
+
+
+def _state_sharding(shape: tuple[int, ...], parameter: Any, whole: Any) -> Any:
+    """Returns the sharding of an array of a parameter's state: without an axis over which it is a mean; else whole."""
+    if shape == parameter.shape:
+        return parameter.sharding
+    if isinstance(parameter.sharding, NamedSharding):
+        spec = [*parameter.sharding.spec, *(None,) * (len(parameter.shape) - len(parameter.sharding.spec))]
+        for axis in range(len(spec)):
+            if shape == parameter.shape[:axis] + parameter.shape[axis + 1 :]:
+                return NamedSharding(parameter.sharding.mesh, PartitionSpec(*spec[:axis], *spec[axis + 1 :]))
+    return whole
 
 
 @jax.named_scope("optimizer")
@@ -62,6 +79,16 @@ def apply_gradient(optimizer: optax.GradientTransformation, state: TrainState, g
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     return state._replace(params=params, opt_state=opt_state, step=state.step + 1)
+
+
+def offload_optimizer(state: TrainState) -> TrainState:
+    """Moves the optimizer's state to the host's memory, until `load_optimizer` brings it back."""
+    return state._replace(opt_state=to_host(state.opt_state))
+
+
+def load_optimizer(state: TrainState) -> TrainState:
+    """Moves the optimizer's state to the memory of the devices."""
+    return state._replace(opt_state=to_device(state.opt_state))
 
 
 def tree_shardings(tree: Any) -> Any:

@@ -19,7 +19,7 @@ from train.config import PolicyConfig
 from train.objective import Denominators, bonus_mask, completion_logprobs, policy_objective
 from train.packing import microbatches
 from train.run.metrics import UpdateMetrics
-from train.state import TrainState, apply_gradient, tree_shardings
+from train.state import TrainState, apply_gradient, load_optimizer, offload_optimizer, tree_shardings
 
 
 class Programs(NamedTuple):
@@ -66,7 +66,7 @@ def make_programs(
     ) -> tuple[TrainState, Metrics]:
         norm = optax.tree.norm(gradient)
         metrics = {"grad_norm": (norm, jnp.ones(()))}
-        if not config.optimizer.master_weights:  # the whole sum is rounded, once: the moments are as the parameters
+        if not config.optimizer.is_float32:  # the whole sum is rounded, once: the moments are as the parameters
             gradient = jax.tree.map(lambda total, param: total.astype(param.dtype), gradient, state.params)
         updated = apply_gradient(optimizer, state, gradient)
         if config.skip_nonfinite:
@@ -91,7 +91,7 @@ class Update:
         layout: Layout,
         state: TrainState,
     ) -> None:
-        """`state`: any state of the run; it fixes where every array lies and may consist of shapes alone."""
+        """`state`: any state on the devices; it fixes where every array lies and may consist of shapes alone."""
         self.config, self.layout = config, layout
         self.programs = make_programs(graphdef, optimizer, config, state)
 
@@ -163,9 +163,14 @@ class Update:
         if self.config.loss.entropy_coef:
             denominator = Denominators(denominator, jnp.asarray(bonus_mask(batch).sum(), jnp.float32))
         gradient, metrics = self.programs.zero_grads(state.params), list[Metrics]()
+        learner = state._replace(opt_state=None) if self.config.optimizer.offload else state
         for _, micro in microbatches(batch, size, self.layout, in_order=by_part):
-            gradient, of_part = self.programs.accumulate(gradient, state, ref_params, micro, denominator)
+            gradient, of_part = self.programs.accumulate(gradient, learner, ref_params, micro, denominator)
             metrics.append(of_part)
+        del learner  # the update donates its arrays
         losses = [of_part["loss"][0] for of_part in metrics] if self.config.skip_nonfinite else []
+        if self.config.optimizer.offload:
+            state, of_update = self.programs.apply_gradients(load_optimizer(state), gradient, losses)
+            return offload_optimizer(state), UpdateMetrics(of_update, metrics)
         state, of_update = self.programs.apply_gradients(state, gradient, losses)
         return state, UpdateMetrics(of_update, metrics)

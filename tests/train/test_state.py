@@ -86,7 +86,8 @@ def test_master_weights_of_float32_would_be_twice_the_same(policy_config: MakeCo
 def test_what_waits_on_the_host_changes_nothing(policy_config: MakeConfig, tmp_path: Path) -> None:
     here = policy_config(tmp_path / "here", loss=LossConfig(beta=0.1))
     away = policy_config(tmp_path / "away", loss=LossConfig(beta=0.1, offload_reference=True))
-    away = replace(away, rewards=[replace(away.rewards[0], offload=True)])
+    optimizer = replace(away.optimizer, offload=True)
+    away = replace(away, rewards=[replace(away.rewards[0], offload=True)], optimizer=optimizer)
     train_policy(here)
     train_policy(away)
     assert numbers(tmp_path / "here" / "run") == numbers(tmp_path / "away" / "run")

@@ -367,7 +367,8 @@ def memory_per_device(
         arrays = {}
     trained, frozen, opt_state = abstract_state(config, layout, network)
     if not arrays:
-        arrays = {"parameters": trained, "base of adapters": frozen, "optimizer": opt_state, "gradient": trained}
+        moments = "offloaded optimizer" if config.optimizer.offload else "optimizer"
+        arrays = {"parameters": trained, "base of adapters": frozen, moments: opt_state, "gradient": trained}
         arrays = {name: bytes_per_device(tree) for name, tree in arrays.items()}
     return layout, arrays, (tree_bytes(trained) + tree_bytes(opt_state), tree_bytes(frozen))
 
@@ -402,7 +403,7 @@ def describe_memory(layout: Layout, arrays: Mapping[str, float], chip: str | Non
         if count:
             table.add_row(name, f"{count / 2**20:,.1f}")
     console.print(table)
-    update = resident_bytes(arrays, ("gradient", "offloaded reference"))
+    update = resident_bytes(arrays, ("gradient", "offloaded reference", "offloaded optimizer"))
     peak = max(update, resident_bytes(arrays, ("sampling copy", SLOTS)))
     print_plain(f"together at most {bytes_text(peak)}; activations and logits come on top: `train plan` compiles them")
     if chip is not None:

@@ -178,7 +178,7 @@ def estimated_costs(
 ) -> dict[str, Cost]:
     """Compiles programs for CPUs in float32, and scales bytes by the size of the compute dtype."""
     float32 = dataclasses.replace(config.model, dtype="float32", param_dtype="float32")
-    no_master = dataclasses.replace(config.optimizer, master_weights=False)
+    no_master = dataclasses.replace(config.optimizer, master_weights=False, moments_dtype=None)
     twin = dataclasses.replace(config, model=float32, optimizer=no_master)
     size = jnp.dtype(config.model.dtype).itemsize / 4
     # The float32 twin has no copy that changes the dtype alone, so its cost stands here.

@@ -273,16 +273,16 @@ def updating_parts(config: PlanConfig, layout: Layout, network: Qwen3Config, gra
     denominator = Denominators(count, count) if config.loss.entropy_coef else count
     parts = P // config.microbatch_prompts
     place = "offloaded reference" if config.loss.offload_reference else "reference"
+    moments = "offloaded optimizer" if config.optimizer.offload else "optimizer"
     arrays = {
         "parameters": bytes_per_device(trained),
         "base of adapters": bytes_per_device(frozen),
-        "optimizer": bytes_per_device(opt_state),
+        moments: bytes_per_device(opt_state),
         "gradient": bytes_per_device(gradient),
         place: bytes_per_device(reference),
     }
-    programs = [
-        StepProgram("optimizer", config.updates_per_step, update.apply_gradients, (state, gradient), {}, ("gradient",))
-    ]
+    given, during = (state, gradient), ("gradient", moments)
+    programs = [StepProgram("optimizer", config.updates_per_step, update.apply_gradients, given, {}, during)]
     beside: tuple[str, ...] = ("gradient", place)
     kernels = attention_kernels(layout, network, config.model.dtype, config.microbatch_prompts, G, T, S)
     if config.logprobs_before_update:  # then the update reads them, and no reference policy

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from models.checkpoint import checkpoints_folder, is_run, read_newest_about, read_step_about, resolve_step
-from models.checkpoint_files import is_weights_only
+from models.checkpoint_files import is_weights_only, warn_once
 from models.names import split_step
 from train.config import RunConfig, hide_passwords, resolved
 from train.strict_yaml import load_yaml
@@ -37,7 +37,10 @@ _OF_STATE = (
     "model.tokenizer",
     "model.param_dtype",
     "lora.",
+    "optimizer.name",
+    "optimizer.options",
     "optimizer.master_weights",
+    "optimizer.moments_dtype",
     "rollout_ahead",
 )
 # With rollout_ahead the rollouts of the next step too.
@@ -83,6 +86,7 @@ def _read_config(file: Path) -> dict[str, Any]:
 
 def refuse_another(config: RunConfig, saved: dict[str, Any], place: Any) -> None:
     """Refuses to go on with a run of another config; a setting that the saved one lacks has its default."""
+    saved = _with_decay_rule(saved, config, place)
     plain, saved = _plain(config), hide_passwords(_with_defaults(saved, config))
     kept = [key for key in plain if key not in MAY_CHANGE]
     changed = [
@@ -155,6 +159,19 @@ def check_start(config: RunConfig) -> None:
         raise ValueError(
             f"start_from: {exact}: its state belongs to other settings ({key}: {old!r}, now {new!r}); keep those of it"
         )
+
+
+def _with_decay_rule(saved: dict[str, Any], config: RunConfig, place: Any) -> dict[str, Any]:
+    """Lets a run go on that is older than `optimizer.decay_all`; says so where that changes its weights' decay."""
+    optimizer = saved.get("optimizer")
+    if not isinstance(optimizer, dict) or "decay_all" in optimizer:
+        return saved
+    if optimizer.get("weight_decay") and not config.optimizer.decay_all:
+        warn_once(
+            f"{place}: optimizer.weight_decay was for norms and biases too when this run was started, and now leaves "
+            f"them out; optimizer.decay_all: true goes on as before"
+        )
+    return {**saved, "optimizer": {**optimizer, "decay_all": config.optimizer.decay_all}}
 
 
 def _with_defaults(saved: Any, config: Any) -> Any:

@@ -181,9 +181,7 @@ class Run:
             about = read_newest_about(self.path)
             refuse_another(self.config, about["run"], checkpoints_folder(self.path))
         if latest is not None:
-            params, train = self._checkpoints.restore(latest, state.params, _optimizer_items(state) | dict(beside))
-            self.restored = {name: train.pop(name) for name in beside}
-            state = state._replace(params=params, **train)
+            state = self._restore(latest, state, beside)
             self.start = latest
             self._say_where(latest)
         if is_first():
@@ -218,6 +216,17 @@ class Run:
         restore = lambda: bases.append(self._checkpoints.restore_or_save_base(frozen))  # noqa: E731
         self._persist(restore, "base", together=True)
         return bases[-1]
+
+    def _restore(self, step: int, state: TrainState, beside: Mapping[str, Any]) -> TrainState:
+        try:
+            params, train = self._checkpoints.restore(step, state.params, _optimizer_items(state) | dict(beside))
+        except ValueError as error:
+            if "structures do not match: opt_state" not in str(error):
+                raise
+            name = self.config.optimizer.name
+            raise ValueError(f"{error}; the state there is not of the optimizer of optimizer.name: {name}") from error
+        self.restored = {name: train.pop(name) for name in beside}
+        return state._replace(params=params, **train)
 
     def _check_room(self, state: TrainState, latest: int | None) -> None:
         """Refuses a disk that does not take the next checkpoints; says so if it does not take all that are to come.

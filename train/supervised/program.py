@@ -28,7 +28,7 @@ from train.run.directory import CALIBRATION, Run
 from train.run.lock import owns_its_run
 from train.run.metrics import Timer, mean_metrics, require_finite
 from train.running import setup_errors
-from train.state import TrainState, apply_gradient, make_state, tree_shardings
+from train.state import TrainState, apply_gradient, load_optimizer, make_state, offload_optimizer, tree_shardings
 from train.supervised.calibration import expected_calibration_error, reliability_bins
 from train.supervised.stopping import EarlyStopping, has_stopped
 
@@ -86,6 +86,8 @@ def train_supervised(config: SupervisedConfig, task: SupervisedTask, *, previous
 
     objective = partial(task.objective, graphdef=graphdef)
     update = make_supervised_update(objective, optimizer, state)
+    if config.optimizer.offload:
+        update, state = make_offloaded_update(objective, optimizer, state), offload_optimizer(state)
     evaluate_batch = jax.jit(lambda params, batch: objective(params, batch)[1])
 
     def arrays(batch: Sequence[Any]) -> dict[str, jax.Array]:
@@ -250,12 +252,38 @@ def make_supervised_update(
 
     @partial(jax.jit, donate_argnums=0, out_shardings=(tree_shardings(state), None))
     def update(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-        loss = lambda params: objective(merge_trainable(params, state.frozen), batch)  # noqa: E731
-        (_, aux), gradient = jax.value_and_grad(loss, has_aux=True)(state.params)
-        metrics = aux.metrics | {"grad_norm": (optax.tree.norm(gradient), jnp.ones(()))}
+        gradient, metrics = gradient_and_metrics(objective, state, batch)
         return apply_gradient(optimizer, state, gradient), metrics
 
     return update
+
+
+def make_offloaded_update(
+    objective: Callable[..., tuple[jax.Array, LossAux]], optimizer: optax.GradientTransformation, state: TrainState
+) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
+    """Returns the same step as two programs: the optimizer's state is on the devices for the second alone.
+
+    Args:
+      state: on the devices; it fixes where every array lies.
+    """
+    placement = tree_shardings(state)
+    gradients = jax.jit(partial(gradient_and_metrics, objective), out_shardings=(placement.params, None))
+    apply = jax.jit(partial(apply_gradient, optimizer), donate_argnums=0, out_shardings=placement)
+
+    def update(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        gradient, metrics = gradients(state._replace(opt_state=None), batch)
+        return offload_optimizer(apply(load_optimizer(state), gradient)), metrics
+
+    return update
+
+
+def gradient_and_metrics(
+    objective: Callable[..., tuple[jax.Array, LossAux]], state: TrainState, batch: Any
+) -> tuple[Any, Metrics]:
+    """Returns the gradient of the trained parameters, and the metrics of a step."""
+    loss = lambda params: objective(merge_trainable(params, state.frozen), batch)  # noqa: E731
+    (_, aux), gradient = jax.value_and_grad(loss, has_aux=True)(state.params)
+    return gradient, aux.metrics | {"grad_norm": (optax.tree.norm(gradient), jnp.ones(()))}
 
 
 def fill_batch(batch: TokenBatch, size: int) -> TokenBatch:
