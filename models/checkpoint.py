@@ -56,7 +56,7 @@ from models.names import split_step
 from models.qwen3 import Backbone
 from models.sharding import Layout
 from models.tensorstore_memory import spare_memory
-from models.weight_files import could_be_on_hub, describe_local
+from models.weight_files import could_be_on_hub, describe_local, find_directory
 
 __all__ = [
     "BASE",
@@ -438,6 +438,18 @@ def check_loadable(path: str | Path) -> None:
         steps = ", ".join(map(str, finalized_steps(checkpoints_folder(before))))
         raise FileNotFoundError(f"{path}: no such step; expected one of {steps}")
     raise FileNotFoundError(f"{path}: no such directory; expected {expected}{describe_local(path)}")
+
+
+def read_network(path: str | Path) -> Qwen3Config:
+    """Returns the config of a model's network: of a run, a Hugging Face directory or a name on the Hub.
+
+    Raises:
+      FileNotFoundError, ValueError: see `check_loadable`.
+    """
+    check_loadable(path)
+    if is_run(path):
+        return Qwen3Config.from_hf(read_about(path)["model"], source=str(path))
+    return read_config(find_directory(path, weights=False))
 
 
 def load_model(

@@ -429,6 +429,10 @@ class LossConfig:
     # estimator of the KL divergence from the reference policy (docs/algorithms.md)
     kl: Literal["k1", "k2", "k3"] = "k3"
     kl_in: Literal["loss", "reward"] = "loss"  # where the penalty goes; reward: its sum over a completion is taken off
+    # the reference policy: a run, RUN@STEP, a Hugging Face directory or Hub name; default: the policy at its start
+    reference: str | None = None
+    reference_sync_steps: int | None = None  # steps after which the reference moves towards the policy; null: never
+    reference_mixup: float = 0.6  # the policy's share then: mixup x policy + (1 - mixup) x reference
     clip_low: float = 0.2  # of surrogate clip: the importance ratio is clipped to at least 1 - clip_low; .inf: never
     clip_high: float = 0.2  # of surrogate clip: the importance ratio is clipped to at most 1 + clip_high; .inf: never
     # the importance ratio: of each token; of the completion per token (GSPO); both; of the completion as a whole
@@ -466,6 +470,7 @@ class LossConfig:
         _at_least(self, 0, "beta", "clip_low", "clip_high", "importance_sampling_clip_min")
         _finite(self, "beta", "importance_sampling_clip_min")
         _at_least(self, self.importance_sampling_clip_min, "importance_sampling_clip_max")
+        self._check_reference()
         _at_least(self, 1, *["logprob_chunk"] * (self.logprob_chunk is not None))
         self._check_entropy()
         known = [
@@ -517,6 +522,19 @@ class LossConfig:
             *["clip_cov_PGT"] * (self.clip_cov_ratio > 0),
             *["kl_cov_PGT"] * (self.kl_cov_ratio > 0),
         )
+
+    def _check_reference(self) -> None:
+        for name in ("reference", "reference_sync_steps"):
+            if getattr(self, name) is not None and not self.beta:
+                raise ValueError(f"loss.{name}: is of the KL penalty, which loss.beta: 0 leaves out; set loss.beta")
+        if self.reference_sync_steps is not None:
+            _at_least(self, 1, "reference_sync_steps")
+        elif self.reference_mixup != 0.6:
+            raise ValueError(
+                f"loss.reference_mixup: {self.reference_mixup} needs loss.reference_sync_steps, when it is used"
+            )
+        if not 0 < self.reference_mixup <= 1:
+            raise ValueError(f"loss.reference_mixup: expected a number in (0, 1], got {self.reference_mixup}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -632,6 +650,7 @@ class PolicyConfig(RunConfig):
                 "loss.kl_cov_ratio: needs several updates per batch (num_iterations, minibatch_prompts): in the first "
                 "one the policy is the old one, and the penalty has no gradient"
             )
+        self._check_reference_of_adapters()
         if not self.rewards:
             raise ValueError("rewards: expected at least one reward, got none")
         if not any(spec.weight for spec in self.rewards):
@@ -662,6 +681,21 @@ class PolicyConfig(RunConfig):
     def all_rewards(self) -> list[RewardSpec]:
         """The rewards that are trained for, then those of the validation alone."""
         return [*self.rewards, *self.validation.rewards]
+
+    def _check_reference_of_adapters(self) -> None:
+        settings = self.loss
+        if not self.lora.rank or settings.reference_sync_steps is None:
+            return
+        if settings.reference is not None:
+            raise ValueError(
+                "loss.reference and loss.reference_sync_steps with lora.rank: another model's weights cannot follow "
+                "adapters; choose one of the two, or train all parameters"
+            )
+        if settings.reference_mixup != 1:
+            raise ValueError(
+                "loss.reference_mixup: a mean of adapters is not the adapter of a mean; with lora.rank expected 1 (the "
+                f"reference becomes the policy), got {settings.reference_mixup}"
+            )
 
     @property
     def advantage_function(self) -> Callable[..., Any]:

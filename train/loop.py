@@ -10,7 +10,7 @@ Every step of `train_policy`:
     5  advantages   ADVANTAGES[name](rewards_PG): the one line in which GOPO and GRPO differ
     6  loss         clipped policy loss and KL penalty on the log-probabilities of the same tokens
     7  update       micro-batches of whole groups, their completions packed into rows; one optimizer step, or several
-    8  log, validate, checkpoint; a run in which nothing can be scored ends
+    8  move the reference policy if that is due; log, validate, checkpoint; a run that nothing can score ends
 
 With one update per batch the policy that is trained is the policy that sampled, so the old log-probabilities are the
 new ones without their gradient and need no forward pass. The host waits for rollouts and rewards alone: a step is
@@ -23,7 +23,7 @@ from functools import partial
 from models.decoding import choose_decoding
 from models.generate import Generator
 from models.hf_weights import split
-from models.sharding import Layout, to_host
+from models.sharding import Layout
 from models.slots import Part, join_parts
 from models.stop_strings import check_stop_strings
 from train.batch import Groups, choose, completion_table, is_enough, make_batch
@@ -34,6 +34,7 @@ from train.data.prompts import Prompts, load_prompts
 from train.objective import make_advantages
 from train.pins import Pins
 from train.processes import share
+from train.reference import check_reference, make_reference
 from train.rewards import Rewards
 from train.rewards.parts import PartScores
 from train.rewards.watch import ScoreWatch
@@ -44,7 +45,7 @@ from train.run.log import StepLog
 from train.run.metrics import Timer, rollout_metrics
 from train.run.nonfinite import write_batch
 from train.running import setup_errors
-from train.state import copy_tree, make_state, offload_optimizer
+from train.state import make_state, offload_optimizer
 from train.update import Update
 from train.validation import Validation
 
@@ -63,8 +64,10 @@ def train_policy(config: PolicyConfig, *, previous: bool = False) -> None:
     with setup_errors():
         layout, pins = policy_layout(config), Pins(config)
         start, reward_specs = pins.model(config.model), pins.rewards(config.rewards)  # under exact names
+        other = pins.reference(config.model, config.loss.reference)  # None: the reference is the policy at its start
         tokenizer = make_tokenizer(start, config.chat)
         check_stop_strings(config.stop, tokenizer)
+        check_reference(other, start)
         prompts, validation = load_prompts(config, tokenizer, pins)
         for count in filter(None, (config.prompts_per_step, len(validation.rows[: config.validation.prompts]))):
             share(count)  # fewer prompts than processes are refused here
@@ -81,16 +84,17 @@ def train_policy(config: PolicyConfig, *, previous: bool = False) -> None:
         run = Run(config, model.config.to_hf(), tokenizer, pins.pins, previous=previous)
         optimizer, schedule = make_optimizer(config.optimizer, config.max_steps * config.updates_per_step)
         initial = make_state(params, optimizer, layout)
-        ref_params = copy_tree(initial.params) if config.loss.beta else None  # adapters: fresh ones change nothing
-        ref_params = to_host(ref_params) if config.loss.offload_reference else ref_params
-        state = run.resume(initial, {"ahead": empty_rollouts(config)} if config.rollout_ahead else {})
+        reference = make_reference(config, other, initial.params, layout, tokenizer)
+        beside = reference.abstract | ({"ahead": empty_rollouts(config)} if config.rollout_ahead else {})
+        state = run.resume(initial, beside)
+        reference.restore(run.restored)
         warn_of_rounding(config.optimizer, state.params)
         del model, params, initial  # a resumed run has other arrays: free these
 
     options, own = generator_options(config), config.validation.sampling
     generator = Generator(graphdef, tokenizer, layout, **options)
     rollouts = Rollouts(config, prompts, generator, run.restored.get("ahead"))
-    run.beside = rollouts.saved
+    run.beside = lambda: rollouts.saved() | reference.saved
     update = Update(graphdef, optimizer, config, layout, state)
     state = offload_optimizer(state) if config.optimizer.offload else state
     watch = ScoreWatch(config.output_dir, list(rewards.scorers), rewards.weights_R, rewards.why_unscorable)
@@ -122,14 +126,15 @@ def train_policy(config: PolicyConfig, *, previous: bool = False) -> None:
         groups = choose(attempts, advantages, config)
         rewards_PG, rollout = rewards.combine(groups.rewards_PGR), groups.rollout
         with timer("update"):
-            batch, penalty_PG = update.old_and_ref_logprobs(state, ref_params, make_batch(groups, config))
+            batch, penalty_PG = update.old_and_ref_logprobs(state, reference.params, make_batch(groups, config))
             # 5 advantages
             advantages_PG = advantages(groups.rewards_PGR, penalty_PG)
             # 6 loss, 7 update
-            state, updates = update(state, ref_params, batch._replace(advantages_PG=advantages_PG), step)
-        # 8 log, validate, checkpoint
+            state, updates = update(state, reference.params, batch._replace(advantages_PG=advantages_PG), step)
+        # 8 reference, log, validate, checkpoint
         done = step + 1
-        metrics = rewards.metrics(groups.rewards_PGR)
+        reference.follow(done, state.params)
+        metrics = rewards.metrics(groups.rewards_PGR) | reference.metrics(done)
         metrics |= rollout_metrics(rewards_PG, rollout.lengths_PG, rollout.finished_PG)
         metrics |= {"sampling/attempts": len(attempts), "epoch": done * config.prompts_per_step / len(prompts)}
         metrics |= prompts.source_metrics(groups.rows, rewards_PG, done * config.prompts_per_step)

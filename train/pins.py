@@ -21,6 +21,8 @@ from train.config import ModelConfig, PolicyConfig, RewardSpec, RunConfig
 from train.console import console
 from train.processes import broadcast_from_first, is_distributed
 
+REFERENCE = "loss.reference"
+
 
 class Pins:
     """The pins of one run, by setting.
@@ -48,6 +50,13 @@ class Pins:
         """Returns the settings of the network with exact names."""
         path = None if model.path is None else self.pins["model.path"]["exact"]
         return dataclasses.replace(model, path=path, tokenizer=self.pins["model.tokenizer"]["exact"])
+
+    def reference(self, model: ModelConfig, name: str | None) -> ModelConfig | None:
+        """Returns the settings of the model that loss.reference names, exactly; None if it names none."""
+        if name is None:
+            return None
+        exact = self.pins[REFERENCE]["exact"]
+        return dataclasses.replace(self.model(model), path=exact, architecture=None)
 
     def rewards(self, specs: Iterable[RewardSpec]) -> list[RewardSpec]:
         """Returns the rewards with exact names of their models; their labels stay."""
@@ -117,6 +126,8 @@ def _named_models(config: RunConfig) -> dict[str, tuple[Callable[[str], Pin], st
     named: dict[str, tuple[Callable[[str], Pin], str]] = {}
     if config.model.path is not None:
         named["model.path"] = (pin_model, config.model.path)
+    if isinstance(config, PolicyConfig) and config.loss.reference is not None:
+        named[REFERENCE] = (pin_model, config.loss.reference)
     named["model.tokenizer"] = (pin_tokenizer, config.model.tokenizer_path)
     for spec in config.all_rewards if isinstance(config, PolicyConfig) else ():
         if spec.model is not None:

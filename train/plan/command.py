@@ -26,6 +26,7 @@ from train.plan.plans import Plan, make_plan, named_programs, plan_json
 from train.plan.programs import network_config
 from train.plan.suggest import candidate_meshes, with_smaller_microbatch
 from train.plan.tables import print_comparison, print_plan, rank
+from train.reference import check_networks
 from train.run.files import check_out, check_out_directory, write_whole
 from train.running import setup_errors
 
@@ -57,6 +58,8 @@ def make_and_print(config: PlanConfig) -> None:
         devices = simulated_devices(max(counts.values()))
         network = network_config(config.model.path) if config.model.path else config.model.architecture
         assert network is not None  # ModelConfig has checked it
+        if config.loss.reference is not None:
+            check_networks(config.loss.reference, network_config(config.loss.reference), network)
         rewards = [network_config(spec.model) for spec in config.all_rewards if spec.model]
         plans = []
         for chip, count in counts.items():

@@ -39,6 +39,7 @@ from train.plan.programs import (
     resident_bytes,
     step_parts,
 )
+from train.reference import check_networks
 from train.rewards.functions import function_scorer
 from train.running import setup_errors
 from train.state import abstract_opt_state
@@ -325,6 +326,10 @@ def describe_networks(config: TrainingConfig, columns: Collection[str] | None) -
         print_plain(f"tokenizer {tokenizer.path}: {tokenizer.size:,} ids")
     else:
         print_plain(f"tokenizer {config.model.tokenizer_path}: on the Hub, not read")
+    if isinstance(config, PolicyConfig) and (reference := config.loss.reference) is not None:
+        other = network_config(reference)
+        check_networks(reference, other, network)
+        print_network("reference", reference, other)
     for spec in config.all_rewards if isinstance(config, PolicyConfig) else ():
         if spec.function is not None:
             function_scorer(spec.function, spec.options, columns, runs_here=False)
@@ -370,7 +375,10 @@ def memory_per_device(
         moments = "offloaded optimizer" if config.optimizer.offload else "optimizer"
         arrays = {"parameters": trained, "base of adapters": frozen, moments: opt_state, "gradient": trained}
         arrays = {name: bytes_per_device(tree) for name, tree in arrays.items()}
-    return layout, arrays, (tree_bytes(trained) + tree_bytes(opt_state), tree_bytes(frozen))
+    saved = tree_bytes(trained) + tree_bytes(opt_state)
+    if isinstance(config, PolicyConfig) and config.loss.reference_sync_steps is not None:
+        saved += tree_bytes(trained)  # the reference
+    return layout, arrays, (saved, tree_bytes(frozen))
 
 
 def stand_in_devices(config: TrainingConfig, count: int | None) -> Sequence[jax.Device] | None:

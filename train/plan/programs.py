@@ -263,7 +263,8 @@ def updating_parts(config: PlanConfig, layout: Layout, network: Qwen3Config, gra
     opt_state = abstract_opt_state(trained, optimizer, layout)
     scalar: Any = abstract_array(layout, (), jnp.int32, ())
     state = TrainState(trained, frozen, opt_state, scalar)
-    reference = trained if config.loss.beta else None
+    ours = trained if config.loss.reference is None else params  # of another model all parameters, adapters or not
+    reference = ours if config.loss.beta else None
     update = Update(graphdef, optimizer, config, layout, state).programs
     gradient = jax.tree.map(
         lambda leaf, like: with_sharding(leaf, like.sharding), jax.eval_shape(update.zero_grads, trained), trained

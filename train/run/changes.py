@@ -42,6 +42,7 @@ _OF_STATE = (
     "optimizer.master_weights",
     "optimizer.moments_dtype",
     "rollout_ahead",
+    "loss.reference_sync_steps",
 )
 # With rollout_ahead the rollouts of the next step too.
 _OF_ROLLOUTS = (

@@ -166,7 +166,7 @@ class Run:
           beside: arrays like those that the checkpoint holds beside the state, for `restored`.
         """
         latest = self._checkpoints.latest()
-        self._check_room(state, latest)
+        self._check_room(state, latest, _tree_bytes(dict(beside)))
         origin = self._about["pins"].get("start_from", {}).get("exact") if latest is None else None
         if origin is not None:
             items = _optimizer_items(state) | dict(beside)
@@ -228,10 +228,13 @@ class Run:
         self.restored = {name: train.pop(name) for name in beside}
         return state._replace(params=params, **train)
 
-    def _check_room(self, state: TrainState, latest: int | None) -> None:
+    def _check_room(self, state: TrainState, latest: int | None, more: int) -> None:
         """Refuses a disk that does not take the next checkpoints; says so if it does not take all that are to come.
 
         With `checkpoint.keep` there is one more than that number while the oldest is replaced.
+
+        Args:
+          more: bytes of a checkpoint beside the state's.
         """
         folder, config = checkpoints_folder(self.path), self.config
         remaining = range((latest or self.origin) + 1, config.max_steps + 1)
@@ -239,7 +242,7 @@ class Run:
         if "://" in str(folder) or not due:
             return
         base = _tree_bytes(state.frozen) if latest is None else 0
-        size = _tree_bytes((state.params, state.opt_state))
+        size = _tree_bytes((state.params, state.opt_state)) + more
         at_once = min(due, (config.checkpoint.keep or 0) + 1 if latest is None else 1)
         kept = f"checkpoint.keep: {config.checkpoint.keep}, and one more while saving,"
         check_room(Path(folder), base + at_once * size, kept if at_once > 1 else "a checkpoint")
@@ -473,7 +476,7 @@ OPEN_RUNS: weakref.WeakSet[Run] = weakref.WeakSet()
 
 
 def _tree_bytes(tree: Any) -> int:
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def _optimizer_items(state: TrainState) -> dict[str, Any]:
