@@ -277,6 +277,10 @@ class ProfileConfig:
 class LogConfig:
     tensorboard: bool = True  # write metrics to output_dir/tensorboard too
     wandb_project: str | None = None  # log to this Weights & Biases project too; the key comes from the environment
+    mlflow_experiment: str | None = None  # log to this MLflow experiment too; MLFLOW_TRACKING_URI says where it is
+    trackio_project: str | None = None  # log to this Trackio project too
+    # trackers of your own: dotted paths of classes with the methods of `train.run.trackers.Sink`
+    trackers: list[str] = field(default_factory=list)
     progress: bool = True  # a progress bar, on a terminal
     completions_every: int = 0  # steps between tables of the sampled completions with their rewards; 0: none
     profile: ProfileConfig | None = None  # a trace of some steps, e.g. {start: 3, steps: 2}; null: none
@@ -303,6 +307,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)  # what a run can be continued from
     mesh: MeshConfig = field(default_factory=MeshConfig)  # how arrays are split over devices, e.g. data=1,fsdp=8
     log: LogConfig = field(default_factory=LogConfig)  # where metrics and texts are written
+    callbacks: list[str] = field(default_factory=list)  # dotted paths of classes, see train.run.callbacks
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "max_steps")

@@ -21,6 +21,7 @@ CONFIG = "config.yaml"
 MAY_CHANGE = (
     "max_steps",
     "log",
+    "callbacks",
     "checkpoint",
     "mesh",
     "output_dir",

@@ -7,11 +7,13 @@
 """
 
 import contextlib
+import importlib.util
 import json
 import math
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -29,8 +31,10 @@ from models.names import split_step
 from models.tokenizer import Tokenizer
 from train.config import RunConfig, resolved
 from train.console import console, print_plain
+from train.dotted import import_function
 from train.processes import gather, is_distributed, is_first
 from train.run.best import BestStep
+from train.run.callbacks import Callbacks, import_callbacks
 from train.run.changes import CONFIG, check_output_dir, check_start, refuse_another
 from train.run.files import (
     check_room,
@@ -44,6 +48,7 @@ from train.run.files import (
 from train.run.profile import PROFILE, Profile, finish_trace
 from train.run.schedule import SaveSchedule
 from train.run.signals import defer_signals
+from train.run.sinks import MLflow, Trackio
 from train.run.trackers import CLOSE_SECONDS, TensorBoard, Tracker, WeightsAndBiases
 from train.run.writes import append_line, persist
 from train.running import RunInterrupted, SetupError, WriteError
@@ -64,6 +69,9 @@ def check_run(config: RunConfig) -> None:
     path = Path(config.output_dir)
     checkpoints = config.checkpoint.directory or str(checkpoints_folder(path))
     folders = ("tokenizer", "tensorboard", COMPLETIONS, *([PROFILE] if config.log.profile else []))
+    import_callbacks(config.callbacks)
+    for name in config.log.trackers:
+        import_function(name, "log.trackers")
     check_run_directory(config.output_dir, folders, checkpoints)
     if not (path / CONFIG).is_file() and (path / METRICS).is_file() and (path / METRICS).stat().st_size:
         raise ValueError(
@@ -126,6 +134,7 @@ class Run:
             with disk_errors(self.path / "tokenizer"):
                 tokenizer.save(self.path / "tokenizer")
         self._trackers: list[Tracker] = []
+        self._callbacks = Callbacks((), self.path, config)
         self._tracker_seconds = CLOSE_SECONDS
         self._is_warned = False  # that completions could not be written
         self._progress: Progress | None = None
@@ -191,6 +200,8 @@ class Run:
             else:
                 rewind_metrics(self.path / METRICS, latest)
             self._open_trackers()
+            self._callbacks = Callbacks(self.config.callbacks, self.path, self.config)
+            self._callbacks.call("start", self.start)
         if latest is not None:
             self._best.replay([row for row in read_metrics(self.path) if row["step"] > self.origin], latest)
             self.keep_best(self._best.step)
@@ -265,13 +276,20 @@ class Run:
         if self.config.log.tensorboard:
             folder = self.path / "tensorboard"
             self._trackers.append(Tracker(str(folder), lambda: TensorBoard(folder, self.start)))
-        if self.config.log.wandb_project:
-            try:
-                import wandb  # noqa: F401
-            except ImportError as error:
-                raise ValueError("log.wandb_project: needs the package wandb; install it or leave this out") from error
-            settings: dict[str, Any] = {"project": self.config.log.wandb_project, "config": resolved(self.config)}
+        log, plain = self.config.log, resolved(self.config)
+        if log.wandb_project:
+            _require("wandb", "log.wandb_project")
+            settings: dict[str, Any] = {"project": log.wandb_project, "config": plain}
             self._trackers.append(Tracker("Weights & Biases", lambda: WeightsAndBiases(self.path, settings)))
+        if (experiment := log.mlflow_experiment) is not None:
+            _require("mlflow", "log.mlflow_experiment")
+            self._trackers.append(Tracker("MLflow", lambda: MLflow(self.path, experiment, plain)))
+        if (project := log.trackio_project) is not None:
+            _require("trackio", "log.trackio_project")
+            self._trackers.append(Tracker("Trackio", lambda: Trackio(self.path, project, plain)))
+        for name in log.trackers:
+            make = import_function(name, "log.trackers")
+            self._trackers.append(Tracker(name, partial(make, self.path, plain)))
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Appends one row of metrics to metrics.jsonl and the trackers; NaN, a metric without a value, is left out."""
@@ -284,6 +302,7 @@ class Run:
         self._persist(lambda: append_line(self.path / METRICS, line), self.path / METRICS, recover=self._settle_save)
         for tracker in self._trackers:
             tracker.write_row(step, row)
+        self._callbacks.call("step", step, row)
 
     def write_file(self, name: str, text: str) -> None:
         """Writes a file of the run that has to be kept; to be called on the first process."""
@@ -344,6 +363,7 @@ class Run:
           SetupError: it has no such metric.
         """
         self._best.observe(step, metrics)
+        self._callbacks.call("validation", step, metrics)
         return metrics
 
     def save(self, step: int, state: TrainState) -> None:
@@ -443,6 +463,7 @@ class Run:
         OPEN_RUNS.discard(self)
         self._checkpoints.close()
         self._close_trackers()
+        self._callbacks.end(self._step or self.start, ending or "done")
         ending = ending or f"{self.config.max_steps} steps"
         console.print(f"{self.path}: done, {ending}, {time.perf_counter() - self._started:.0f} s")
 
@@ -457,6 +478,7 @@ class Run:
             self._progress.stop()
         self._tracker_seconds = _HURRY_SECONDS
         self._close_trackers()
+        self._callbacks.end(self._step, error.name if isinstance(error, RunInterrupted) else type(error).__name__)
         if isinstance(error, SetupError | FloatingPointError) or not (self._step or isinstance(error, WriteError)):
             return  # its message says all this; or nothing was begun
         saved = self._checkpoints.newest_saved()
@@ -473,6 +495,11 @@ class Run:
 
 
 OPEN_RUNS: weakref.WeakSet[Run] = weakref.WeakSet()
+
+
+def _require(package: str, setting: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise ValueError(f"{setting}: needs the package {package}; install it or leave this out")
 
 
 def _tree_bytes(tree: Any) -> int:

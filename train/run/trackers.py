@@ -1,10 +1,11 @@
-"""TensorBoard and Weights & Biases, which cannot stop a run: each is written to by a thread of its own.
+"""Trackers, which cannot stop a run: each is written to by a thread of its own.
 
     a write that fails    one warning; the run goes on without this tracker
     a write that blocks   rows wait in a queue; where it is full one warning, and the rows beyond it are left out
     an end that blocks    is waited for CLOSE_SECONDS at most, then one warning
 
-`metrics.jsonl` has every step, whatever becomes of them.
+`metrics.jsonl` has every step, whatever becomes of them. TensorBoard and Weights & Biases are here, others in
+`train.run.sinks`; one of your own is a class with the methods of `Sink`, made with (run's directory, settings).
 """
 
 import contextlib
@@ -183,17 +184,17 @@ class WeightsAndBiases:
         self._page.finish()
 
 
-def page_id(run: Path) -> str:
-    """Returns the id of a run's page in Weights & Biases, drawn when the run starts and kept in its directory.
+def page_id(run: Path, name: str = WANDB) -> str:
+    """Returns the id of a run's page at a tracker, drawn when the run starts and kept in its directory as `name`.
 
     A name would not do: two runs of one name would share a page. A copy of a run whose original is still there gets an
     id of its own; a run that was moved keeps its id.
     """
-    file, place = run / WANDB, str(run.resolve())
+    file, place = run / name, str(run.resolve())
     if file.is_file():
         saved = read_json(file)
         original = Path(saved["run"])
-        is_copy = str(original) != place and (original / WANDB).is_file() and read_json(original / WANDB) == saved
+        is_copy = str(original) != place and (original / name).is_file() and read_json(original / name) == saved
         if not is_copy:
             return saved["id"]
     page = {"id": secrets.token_hex(8), "run": place}
