@@ -18,6 +18,7 @@ class Groups(NamedTuple):
     lengths_P: np.ndarray  # int32, tokens of each prompt
     rollout: Any  # a models.sampler.Rollout of NumPy arrays
     rewards_PGR: np.ndarray  # float32 or float64, every reward by itself; NaN = unscorable
+    left_out_PG: np.ndarray | None = None  # bool, True where no combined reward is learned from; None: by rewards_PGR
 
 
 class Batch(NamedTuple):
@@ -48,9 +49,10 @@ Advantages = Callable[..., np.ndarray]  # rewards_PGR -> advantages_PG, see `tra
 def learned_mask(groups: Groups, config: PolicyConfig) -> np.ndarray:
     """[P, G] True for the completions that are learned from.
 
-    A completion without any reward is not, nor one that was cut at T if `loss.mask_truncated_completions` says so.
+    A completion without any reward is not, nor one that lacks a reward without which it is left out
+    (`Rewards.left_out`), nor one that was cut at T if `loss.mask_truncated_completions` says so.
     """
-    scored_PG = ~np.all(np.isnan(groups.rewards_PGR), axis=-1)
+    scored_PG = ~np.all(np.isnan(groups.rewards_PGR), axis=-1) if groups.left_out_PG is None else ~groups.left_out_PG
     return scored_PG & groups.rollout.finished_PG if config.loss.mask_truncated_completions else scored_PG
 
 
@@ -79,6 +81,7 @@ def choose(attempts: Sequence[Groups], advantages: Advantages, config: PolicyCon
     signal_P = np.concatenate([has_signal(groups, advantages, config) for groups in attempts])
     selected = np.argsort(~signal_P, kind="stable")[: config.prompts_per_step]
     rows = [row for groups in attempts for row in groups.rows]
+    left_out = [groups.left_out_PG for groups in attempts if groups.left_out_PG is not None]
     prompts_PS = [np.pad(groups.prompt_PS, ((0, 0), (0, S - groups.prompt_PS.shape[1]))) for groups in attempts]
     return Groups(
         [rows[i] for i in selected],
@@ -86,6 +89,7 @@ def choose(attempts: Sequence[Groups], advantages: Advantages, config: PolicyCon
         np.concatenate([groups.lengths_P for groups in attempts])[selected],
         jax.tree.map(lambda *parts: np.concatenate(parts)[selected], *(groups.rollout for groups in attempts)),
         np.concatenate([groups.rewards_PGR for groups in attempts])[selected],
+        np.concatenate(left_out)[selected] if left_out else None,
     )
 
 

@@ -20,6 +20,7 @@ from models.tokenizer import check_text, tokenizer_path
 from train import dotted
 from train.private import hide_secrets
 
+MissingRule = Literal["leave_out", "group_min", "ignore"]
 SamplerCorrection = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 
 
@@ -414,6 +415,9 @@ class RewardSpec:
     max_length: int = 4096  # of prompt and completion, in the reward model's tokens; longer: unscorable, counted
     batch_prompts: int = 32  # prompts scored at a time
     offload: bool = False  # keep the model in the host's memory while nothing is scored
+    # a completion that this reward cannot score: is left out of ranks and loss; counts as the worst of its group; is
+    # scored by the other rewards alone. null: leave_out for a model, ignore for a function
+    missing: MissingRule | None = None
 
     def __post_init__(self) -> None:
         if (self.model is None) == (self.function is None):
@@ -422,6 +426,11 @@ class RewardSpec:
             raise ValueError("rewards.options: are those of a function; a reward model has none")
         _at_least(self, 1, "max_length", "batch_prompts")
         _finite(self, "weight")
+
+    @property
+    def missing_rule(self) -> MissingRule:
+        """`missing`, or the default of its kind: a sum without a reward model's part could rank a completion best."""
+        return self.missing or ("leave_out" if self.model is not None else "ignore")
 
     @property
     def label(self) -> str:
@@ -656,6 +665,11 @@ class PolicyConfig(RunConfig):
                 "one the policy is the old one, and the penalty has no gradient"
             )
         self._check_reference_of_adapters()
+        if self.takes_every_reward and any(spec.missing is not None for spec in self.rewards):
+            raise ValueError(
+                f"rewards.missing: is for rewards that are combined into one; {self.advantage} takes every reward "
+                f"apart, and a missing one leaves its own ranking alone; leave it out"
+            )
         if not self.rewards:
             raise ValueError("rewards: expected at least one reward, got none")
         if not any(spec.weight for spec in self.rewards):
@@ -717,6 +731,11 @@ class PolicyConfig(RunConfig):
     def takes_every_reward(self) -> bool:
         """Whether the advantage takes rewards_PGR and weights_R, not their weighted sum rewards_PG."""
         return "weights_R" in inspect.signature(self.advantage_function).parameters
+
+    @property
+    def missing_rules(self) -> list[MissingRule]:
+        """What becomes of a completion that lacks a reward, by reward; `ignore` where the advantage takes each apart."""
+        return ["ignore" if self.takes_every_reward else spec.missing_rule for spec in self.rewards]
 
     @property
     def samples_in_parts(self) -> bool:

@@ -73,7 +73,8 @@ def train_policy(config: PolicyConfig, *, previous: bool = False) -> None:
             share(count)  # fewer prompts than processes are refused here
         advantages = make_advantages(config)  # a wrong option is refused here, before a reward model is read
         columns = [name for name in prompts.other_columns if not len(validation) or name in validation.other_columns]
-        rewards = Rewards(reward_specs, layout, config.model.dtype, config.reward_combination, columns)
+        settings = (layout, config.model.dtype, config.reward_combination, columns, config.missing_rules)
+        rewards = Rewards(reward_specs, *settings)
         own_specs = pins.rewards(config.validation.rewards)
         own_rewards = Rewards(own_specs, layout, config.model.dtype, columns=validation.other_columns)
         rewards.check_data(prompts, validation)
@@ -122,7 +123,8 @@ def train_policy(config: PolicyConfig, *, previous: bool = False) -> None:
                     scores.add(ended)
             with timer("reward"):
                 rewards_PGR = scores.of_all()
-            attempts.append(Groups(rows, drawn.prompt_PS, drawn.lengths_P, join_parts(parts), rewards_PGR))
+            drawn_parts = (drawn.prompt_PS, drawn.lengths_P, join_parts(parts), rewards_PGR)
+            attempts.append(Groups(rows, *drawn_parts, rewards.left_out(rewards_PGR)))
         groups = choose(attempts, advantages, config)
         rewards_PG, rollout = rewards.combine(groups.rewards_PGR), groups.rollout
         with timer("update"):
@@ -151,7 +153,7 @@ def train_policy(config: PolicyConfig, *, previous: bool = False) -> None:
             log.wait()
             with timer("validation"):
                 log.add(run.validated(done, evaluate(state, done)))
-        watch.look(f"step {done}", groups.rewards_PGR)
+        watch.look(f"step {done}", groups.rewards_PGR, rewards_PG)
         if run.checkpoint_due(done) or watch.is_hopeless:
             log.write()
             run.save(done, state)

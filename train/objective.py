@@ -17,7 +17,7 @@ from gopo_jax.losses import Metrics
 from models.lora import merge_trainable
 from train.config import LossConfig, PolicyConfig
 from train.packing import MicroBatch, unpack
-from train.rewards.precision import combine, narrow, precision_of
+from train.rewards.precision import combine, fill_missing, missing_masks, narrow, precision_of
 from train.run.metrics import sampling_metrics
 
 
@@ -36,9 +36,13 @@ def make_advantages(config: PolicyConfig) -> Callable[..., np.ndarray]:
     function = jax.jit(partial(config.advantage_function, **options))
 
     def advantages(rewards_PGR: np.ndarray, penalty_PG: Any = 0.0) -> np.ndarray:
-        rewards = rewards_PGR if takes_every_reward else combine(rewards_PGR, weights_R, config.reward_combination)
+        if takes_every_reward:
+            rewards = rewards_PGR
+        else:
+            rewards = combine(rewards_PGR, weights_R, config.reward_combination, config.missing_rules)
         if not takes_every_reward and np.any(penalty_PG):
             rewards = rewards.astype(np.float64) - np.asarray(penalty_PG, np.float64)
+            rewards = fill_missing(rewards, *missing_masks(rewards_PGR, weights_R, config.missing_rules))
         rewards = narrow(rewards)
         with precision_of(rewards):
             return np.asarray(function(rewards)).astype(np.float32)

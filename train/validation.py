@@ -52,8 +52,8 @@ class Validation:
         own = share(len(rows))
         columns, ids_PG = self._prompts.columns(rows, own), completion_ids(tokens_PGT[own], lengths_PG[own])
         rewards_PGR = self._rewards.score(prompts[own], texts_PG[own], columns, ids_PG)
-        self._watch.look(f"validation at step {step}", rewards_PGR, counts=False)
         rewards_PG, metrics = self._rewards.combine(rewards_PGR), self._rewards.metrics(rewards_PGR)
+        self._watch.look(f"validation at step {step}", rewards_PGR, rewards_PG, counts=False)
         scores_PGR = None
         if self._own_rewards.scorers:
             scores_PGR = self._own_rewards.score(prompts[own], texts_PG[own], columns, ids_PG)

@@ -1,7 +1,8 @@
 """Scores completions with one or more rewards, each a reward model or a Python function, and combines them by weight.
 
 NaN means unscorable. A completion without any reward is NaN and leaves the ranks and the loss. Where only some of its
-rewards are NaN, the others are combined. Order and differences are those of float64 (`train.rewards.precision`).
+rewards are NaN, `rewards[i].missing` says whether it is left out, the worst of its group, or scored by the others.
+Order and differences are those of float64 (`train.rewards.precision`).
 """
 
 import math
@@ -18,7 +19,7 @@ from train.data.prompts import Prompts
 from train.processes import gather
 from train.rewards.functions import Scorer, TokenIds, check_rows, completion_ids, function_scorer
 from train.rewards.model import RewardModelScorer
-from train.rewards.precision import combine, narrow
+from train.rewards.precision import combine, missing_masks, narrow
 
 __all__ = ["RewardModelScorer", "Rewards", "combine", "completion_ids", "function_scorer"]
 
@@ -33,15 +34,18 @@ class Rewards:
         dtype: str,
         combination: str = "sum",
         columns: Collection[str] | None = None,
+        missing: Sequence[str] | None = None,
     ) -> None:
         """
         Args:
           dtype: of the reward models' weights and computation.
+          missing: what becomes of a completion that lacks a reward, by reward; default: by the specs.
           columns: columns of the data, which functions may ask for; None: not known yet, so not checked.
         """
         self.weights_R = np.array([spec.weight for spec in specs], np.float64)
         self.combination, self.specs = combination, specs
         self._reasons: dict[str, str] = {}
+        self.missing = [spec.missing_rule for spec in specs] if missing is None else missing
         functions = {  # first: a mistake in one is reported before any weight is read
             spec.label: function_scorer(
                 spec.function, spec.options, columns, report=partial(self._reasons.__setitem__, spec.label)
@@ -144,7 +148,11 @@ class Rewards:
 
     def combine(self, rewards_PGR: np.ndarray) -> np.ndarray:
         """Returns `rewards_PG`: see the function `combine`."""
-        return combine(rewards_PGR, self.weights_R, self.combination)
+        return combine(rewards_PGR, self.weights_R, self.combination, self.missing)
+
+    def left_out(self, rewards_PGR: np.ndarray) -> np.ndarray:
+        """Returns [P, G] True where a completion has no combined reward, and nothing is learned from it."""
+        return missing_masks(rewards_PGR, self.weights_R, self.missing)[0]
 
     def metrics(self, rewards_PGR: np.ndarray) -> dict[str, float]:
         """Returns the metrics of every reward.

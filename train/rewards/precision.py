@@ -19,16 +19,55 @@ COMBINATIONS: dict[str, Callable[[Sequence[Decimal]], Decimal]] = {
 }
 
 
-def combine(rewards_PGR: np.ndarray, weights_R: np.ndarray, combination: str) -> np.ndarray:
+def combine(
+    rewards_PGR: np.ndarray, weights_R: np.ndarray, combination: str, missing_R: Sequence[str] | None = None
+) -> np.ndarray:
     """Returns `rewards_PG`: the sum, mean or minimum over R of the weighted rewards that are not NaN.
 
     Several rewards are combined as the decimal numbers that they print as and rounded once, so that 0.1 + 0.2 ties with
     0.3: a rank must not come from the rounding of a sum.
 
+    Args:
+      missing_R: what becomes of a completion that lacks a reward, see `missing_masks`; None: ignore, for all.
+
     Returns:
       float32, or float64 where float32 loses an order or a difference (`narrow`). A completion whose rewards are all
       NaN is NaN.
     """
+    rewards_PG = _combine_present(rewards_PGR, weights_R, combination)
+    if missing_R is None:
+        return rewards_PG
+    return fill_missing(rewards_PG, *missing_masks(rewards_PGR, weights_R, missing_R))
+
+
+def missing_masks(
+    rewards_PGR: np.ndarray, weights_R: np.ndarray, missing_R: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns [P, G] masks of the completions that have no combined reward, and of those that have their group's least.
+
+    Neither lets a missing reward improve a rank. A reward of weight 0 is missed by nobody.
+
+    Args:
+      missing_R: of each reward: "leave_out", "group_min" (left out too where the group has no other reward), or
+        "ignore": only a completion that lacks all of its rewards is left out.
+    """
+    rules_R, lacks_PGR = np.array(missing_R), np.isnan(rewards_PGR)
+    counts_PGR = lacks_PGR & (np.asarray(weights_R) != 0)
+    left_out_PG = counts_PGR[..., rules_R == "leave_out"].any(-1)
+    worst_PG = counts_PGR[..., rules_R == "group_min"].any(-1) & ~left_out_PG
+    left_out_PG |= (lacks_PGR | (np.asarray(weights_R) == 0)).all(-1) & ~worst_PG
+    has_least_P1 = ~(left_out_PG | worst_PG).all(-1, keepdims=True)
+    return left_out_PG | (worst_PG & ~has_least_P1), worst_PG & has_least_P1
+
+
+def fill_missing(rewards_PG: np.ndarray, left_out_PG: np.ndarray, worst_PG: np.ndarray) -> np.ndarray:
+    """Returns rewards with NaN where left out, and the least of the group's others where a completion is its worst."""
+    whole_PG = np.where(left_out_PG | worst_PG, np.inf, rewards_PG)
+    filled_PG = np.where(worst_PG, whole_PG.min(-1, keepdims=True), rewards_PG)
+    return np.where(left_out_PG, np.nan, filled_PG).astype(rewards_PG.dtype)
+
+
+def _combine_present(rewards_PGR: np.ndarray, weights_R: np.ndarray, combination: str) -> np.ndarray:
     if rewards_PGR.shape[-1] == 1:
         return narrow(rewards_PGR[..., 0] * np.asarray(weights_R, rewards_PGR.dtype))
     join, weights = COMBINATIONS[combination], [Decimal(str(weight)) for weight in weights_R]

@@ -33,22 +33,28 @@ class ScoreWatch:
         self._silent_steps_of = dict.fromkeys(names, 0)
         weights = [1.0] * len(names) if weights_R is None else weights_R
         self._learned = [name for name, weight in zip(names, weights, strict=True) if weight]
+        self._silent = self._learned  # those without any reward when there was none to learn from
 
-    def look(self, when: str, rewards_PGR: np.ndarray, *, counts: bool = True) -> None:
+    def look(
+        self, when: str, rewards_PGR: np.ndarray, combined_PG: np.ndarray | None = None, *, counts: bool = True
+    ) -> None:
         """Prints one line if nothing was scored, or if one of several rewards has scored nothing for some time.
 
         Args:
           when: e.g. "step 3".
+          combined_PG: what is learned from; default: whatever any of the rewards has scored.
           counts: whether this is a step, which the next ones may follow in a row.
         """
         missing = dict(zip(self._silent_steps_of, np.isnan(rewards_PGR).all((0, 1)), strict=True))
         count = rewards_PGR[..., 0].size
         nothing = all(missing[name] for name in self._learned)
+        nothing |= combined_PG is not None and bool(np.isnan(combined_PG).all())
         if nothing:
-            names = ", ".join(self._learned)
+            self._silent = [name for name in self._learned if missing[name]] or self._learned
+            names = ", ".join(self._silent)
             print_plain(
                 f"{self.run}: {when}: no reward for any of {count} completions ({names}: all unscorable); nothing is "
-                f"learned from them{self._reasons(self._learned)}"
+                f"learned from them{self._reasons(self._silent)}"
             )
         if not counts:
             return
@@ -74,6 +80,6 @@ class ScoreWatch:
         """Returns the error that ends such a run."""
         return RewardError(
             f"{self.run}: step {step}: no reward for any completion of {self.silent_steps} steps in a row "
-            f"({', '.join(self._learned)}: all unscorable), so nothing is learned; everything is saved; "
-            f"mend the rewards or the data, and start again to go on{self._reasons(self._learned)}"
+            f"({', '.join(self._silent)}: all unscorable), so nothing is learned; everything is saved; "
+            f"mend the rewards or the data, and start again to go on{self._reasons(self._silent)}"
         )
