@@ -1,6 +1,6 @@
 """From what a step has drawn to the arrays that its update reads: no model, no devices."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +19,7 @@ class Groups(NamedTuple):
     rollout: Any  # a models.sampler.Rollout of NumPy arrays
     rewards_PGR: np.ndarray  # float32 or float64, every reward by itself; NaN = unscorable
     left_out_PG: np.ndarray | None = None  # bool, True where no combined reward is learned from; None: by rewards_PGR
+    logged_PG: Mapping[str, list[list[Any]]] | None = None  # columns that reward functions have logged, [P][G]
 
 
 class Batch(NamedTuple):
@@ -90,7 +91,22 @@ def choose(attempts: Sequence[Groups], advantages: Advantages, config: PolicyCon
         jax.tree.map(lambda *parts: np.concatenate(parts)[selected], *(groups.rollout for groups in attempts)),
         np.concatenate([groups.rewards_PGR for groups in attempts])[selected],
         np.concatenate(left_out)[selected] if left_out else None,
+        {name: [values_PG[i] for i in selected] for name, values_PG in joined_columns(attempts).items()},
     )
+
+
+def joined_columns(attempts: Sequence[Groups]) -> dict[str, list[list[Any]]]:
+    """Joins the logged columns of several attempts; one that an attempt has not logged is None there."""
+    names = dict.fromkeys(name for groups in attempts for name in groups.logged_PG or {})
+    absent = [[[None] * groups.rewards_PGR.shape[1]] * len(groups.rewards_PGR) for groups in attempts]
+    return {
+        name: [
+            values_G
+            for groups, absent_PG in zip(attempts, absent, strict=True)
+            for values_G in (groups.logged_PG or {}).get(name, absent_PG)
+        ]
+        for name in names
+    }
 
 
 def make_batch(groups: Groups, config: PolicyConfig) -> Batch:
@@ -127,9 +143,10 @@ def completion_table(
     advantages_PG: np.ndarray,
     endings_PG: Sequence[Sequence[str | None]] | None = None,
 ) -> dict[str, list[Any]]:
-    """The columns prompt, completion, rewards/NAME of every reward, advantage, length (tokens) and stop_reason.
+    """The columns prompt, completion, rewards/NAME of every reward, advantage, length (tokens), stop_reason, logged/...
 
-    Where the run has stop strings, `endings_PG` says which one ended a completion: the column stop_string.
+    The last are what reward functions have logged. Where the run has stop strings, `endings_PG` says which one ended a
+    completion: the column stop_string.
     """
     G = len(texts_PG[0])
     table: dict[str, list[Any]] = {
@@ -143,4 +160,17 @@ def completion_table(
     table["stop_reason"] = ["stop" if ended else "length" for ended in finished]
     if endings_PG is not None:
         table["stop_string"] = [ending for group in endings_PG for ending in group]
-    return table
+    return table | table_columns(groups.logged_PG or {})
+
+
+def table_columns(columns_PG: Mapping[str, list[list[Any]]]) -> dict[str, list[Any]]:
+    """Returns columns [P * G] of one type each, as tables want them: numbers, booleans or texts; None where missing."""
+    flat = {name: [value for values_G in values_PG for value in values_G] for name, values_PG in columns_PG.items()}
+    return {name: _of_one_type(values) for name, values in flat.items()}
+
+
+def _of_one_type(values: list[Any]) -> list[Any]:
+    kinds = {type(value) for value in values if value is not None}
+    if kinds <= {int, float} and kinds != {int}:
+        return [None if value is None else float(value) for value in values]
+    return values if len(kinds) <= 1 else [None if value is None else str(value) for value in values]

@@ -418,12 +418,28 @@ class RewardSpec:
     # a completion that this reward cannot score: is left out of ranks and loss; counts as the worst of its group; is
     # scored by the other rewards alone. null: leave_out for a model, ignore for a function
     missing: MissingRule | None = None
+    # of a function: so many processes call it, each for a part of a step's prompts (at most batch_prompts), beside the
+    # other rewards; 0: the run itself calls it. Of remote: requests at a time, 0: 8
+    workers: int = 0
+    timeout_s: float | None = None  # of a function: seconds after which a call has failed; null: never (remote: 60)
+    retries: int | None = None  # of a function: attempts after the first; null: 0 (remote: 3)
+    # of a function: a call that raises or is late ends the run, or leaves its completions unscorable, which is counted
+    on_error: Literal["stop", "unscorable"] = "stop"
 
     def __post_init__(self) -> None:
         if (self.model is None) == (self.function is None):
             raise ValueError("rewards: each expects either model or function, not both")
         if self.model is not None and self.options:
             raise ValueError("rewards.options: are those of a function; a reward model has none")
+        calling = [self.workers, self.timeout_s, self.retries, self.on_error]
+        if self.model is not None and calling != [0, None, None, "stop"]:
+            raise ValueError(
+                "rewards.workers, timeout_s, retries, on_error: are for functions; a reward model has none"
+            )
+        _at_least(self, 0, "workers", *["retries"] * (self.retries is not None))
+        if self.timeout_s is not None:
+            _positive(self, "timeout_s")
+            _finite(self, "timeout_s")
         _at_least(self, 1, "max_length", "batch_prompts")
         _finite(self, "weight")
 
@@ -734,7 +750,7 @@ class PolicyConfig(RunConfig):
 
     @property
     def missing_rules(self) -> list[MissingRule]:
-        """What becomes of a completion that lacks a reward, by reward; `ignore` where the advantage takes each apart."""
+        """What becomes of a completion that lacks a reward; `ignore` where the advantage takes each apart."""
         return ["ignore" if self.takes_every_reward else spec.missing_rule for spec in self.rewards]
 
     @property

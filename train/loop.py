@@ -101,6 +101,8 @@ def train_policy(config: PolicyConfig, *, previous: bool = False) -> None:
     watch = ScoreWatch(config.output_dir, list(rewards.scorers), rewards.weights_R, rewards.why_unscorable)
     validating = Generator(graphdef, tokenizer, layout, **options | own) if own else generator
     evaluate = Validation(run, config, validation, rewards, own_rewards, validating, watch)
+    for each in (rewards, own_rewards):
+        each.belong_to(run.path, config.max_steps, len(prompts) / config.prompts_per_step)
     describe(run, config, prompts, validation, layout)
     if run.start == 0 and config.validation.due(0, config.max_steps):
         run.write(0, run.validated(0, evaluate(state, 0)))
@@ -108,6 +110,7 @@ def train_policy(config: PolicyConfig, *, previous: bool = False) -> None:
     timer = Timer()
     log = StepLog(run, config, network, timer)
     for step in run.steps():
+        rewards.at(step, f"step {step + 1}")
         attempts = list[Groups]()
         while not attempts or not is_enough(attempts, advantages, config):
             # 1 prompts, 2 tokens, 3 rollouts, dispatched to the devices; see Rollouts.draw
@@ -123,8 +126,8 @@ def train_policy(config: PolicyConfig, *, previous: bool = False) -> None:
                     scores.add(ended)
             with timer("reward"):
                 rewards_PGR = scores.of_all()
-            drawn_parts = (drawn.prompt_PS, drawn.lengths_P, join_parts(parts), rewards_PGR)
-            attempts.append(Groups(rows, *drawn_parts, rewards.left_out(rewards_PGR)))
+            scored = (rewards_PGR, rewards.left_out(rewards_PGR), scores.columns())
+            attempts.append(Groups(rows, drawn.prompt_PS, drawn.lengths_P, join_parts(parts), *scored))
         groups = choose(attempts, advantages, config)
         rewards_PG, rollout = rewards.combine(groups.rewards_PGR), groups.rollout
         with timer("update"):
@@ -162,6 +165,8 @@ def train_policy(config: PolicyConfig, *, previous: bool = False) -> None:
             run.close(f"ended after step {done} of {config.max_steps}")
             raise watch.error(done)
     run.close()
+    for each in (rewards, own_rewards):
+        each.close()
 
 
 def describe(run: Run, config: PolicyConfig, prompts: Prompts, validation: Prompts, layout: Layout) -> None:

@@ -142,19 +142,30 @@ def check_key(known: Mapping[str, Setting], key: str, source: str, options: Coll
 
 
 def _nearest(key: str, names: Collection[str]) -> list[str]:
-    """The names most like a wrong key by their last part; as a whole too, if no name has the key's outer part."""
+    """The names most like a wrong key by their last part; as a whole too, if no name has the key's outer part.
+
+    A name beside the key counts more; one elsewhere whose last part is still more alike is returned too.
+    """
     outer, _, last = key.rpartition(".")
     known_outer = not outer or any(name.rpartition(".")[0] == outer for name in names)
 
+    def likeness_of_last(name: str) -> float:
+        return SequenceMatcher(None, last, name.rpartition(".")[2]).ratio()
+
     def likeness(name: str) -> float:
-        other_outer, _, other_last = name.rpartition(".")
-        is_there = outer.replace("[]", "") == other_outer.replace("[]", "")  # rewards.weight is rewards[].weight
-        by_last = SequenceMatcher(None, last, other_last).ratio() + (0.1 if is_there else 0.0)
+        is_there = outer.replace("[]", "") == name.rpartition(".")[0].replace(
+            "[]", ""
+        )  # rewards.weight: rewards[].weight
+        by_last = likeness_of_last(name) + (0.1 if is_there else 0.0)
         return by_last if known_outer else max(by_last, SequenceMatcher(None, key, name).ratio())
 
     scores = {name: likeness(name) for name in sorted(names)}
     best = max(scores.values(), default=0.0)
-    return [name for name, score in scores.items() if score == best] if best > 0.7 else []
+    near = [name for name, score in scores.items() if score == best] if best > 0.7 else []
+    last_parts = {name: likeness_of_last(name) for name in scores}
+    closest = max(last_parts.values(), default=0.0)
+    is_closer = near and closest > max(last_parts[name] for name in near) and known_outer
+    return near + ([name for name, score in last_parts.items() if score == closest] if is_closer else [])
 
 
 def check_values(known: Mapping[str, Setting], values: Mapping[Any, Any], source: str, outer: str = "") -> None:

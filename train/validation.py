@@ -51,14 +51,18 @@ class Validation:
         texts_PG, lengths_PG, finished_PG, tokens_PGT = completions
         own = share(len(rows))
         columns, ids_PG = self._prompts.columns(rows, own), completion_ids(tokens_PGT[own], lengths_PG[own])
+        for rewards in (self._rewards, self._own_rewards):
+            rewards.at(step, f"validation at step {step}")
         rewards_PGR = self._rewards.score(prompts[own], texts_PG[own], columns, ids_PG)
+        logged_PG = self._rewards.take_columns()
         rewards_PG, metrics = self._rewards.combine(rewards_PGR), self._rewards.metrics(rewards_PGR)
         self._watch.look(f"validation at step {step}", rewards_PGR, rewards_PG, counts=False)
         scores_PGR = None
         if self._own_rewards.scorers:
             scores_PGR = self._own_rewards.score(prompts[own], texts_PG[own], columns, ids_PG)
             found = self._own_rewards.metrics(scores_PGR)
-            metrics |= {name: value for name, value in found.items() if name.startswith("rewards/")}
+            metrics |= {name: value for name, value in found.items() if name.startswith(("rewards/", "logged/"))}
+            logged_PG |= self._own_rewards.take_columns()
         table, endings_PG = list[dict[str, Any]](), self._generator.endings(completions)
         for p in range(len(rows)):
             for g in range(G):
@@ -69,7 +73,7 @@ class Validation:
                 if scores_PGR is not None:
                     scores = zip(self._own_rewards.scorers, scores_PGR[p, g], strict=True)
                     row |= {f"rewards/{name}": _or_none(score) for name, score in scores}
-                table.append(row)
+                table.append(row | {name: values_PG[p][g] for name, values_PG in logged_PG.items()})
         self._run.write_completions(f"validation_{step:06d}", table)
         metrics |= rollout_metrics(rewards_PG, lengths_PG, finished_PG)
         return {f"validation/{name}": value for name, value in metrics.items()}

@@ -332,7 +332,7 @@ def describe_networks(config: TrainingConfig, columns: Collection[str] | None) -
         print_network("reference", reference, other)
     for spec in config.all_rewards if isinstance(config, PolicyConfig) else ():
         if spec.function is not None:
-            function_scorer(spec.function, spec.options, columns, runs_here=False)
+            function_scorer(spec.function, spec.options, columns, runs_here=False, spec=spec)
             print_plain(f"reward {spec.label}: {spec.function}, weight {spec.weight:g}")
             continue
         scorer = network_config(str(spec.model))

@@ -6,8 +6,9 @@ Order and differences are those of float64 (`train.rewards.precision`).
 """
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,9 @@ from models.tokenizer import Prompt
 from train.config import RewardSpec
 from train.data.prompts import Prompts
 from train.processes import gather
-from train.rewards.functions import Scorer, TokenIds, check_rows, completion_ids, function_scorer
+from train.rewards.failures import Clock, Moment
+from train.rewards.functions import Scored, Scorer, TokenIds, check_rows, completion_ids, function_scorer
+from train.rewards.logged import Columns, gather_columns, logged_columns, summed_metrics
 from train.rewards.model import RewardModelScorer
 from train.rewards.precision import combine, missing_masks, narrow
 
@@ -48,11 +51,19 @@ class Rewards:
         self.missing = [spec.missing_rule for spec in specs] if missing is None else missing
         functions = {  # first: a mistake in one is reported before any weight is read
             spec.label: function_scorer(
-                spec.function, spec.options, columns, report=partial(self._reasons.__setitem__, spec.label)
+                spec.function,
+                spec.options,
+                columns,
+                report=partial(self._reasons.__setitem__, spec.label),
+                spec=spec,
             )
             for spec in specs
             if spec.function is not None
         }
+        for function in functions.values():
+            function.prepare()
+        self.functions, self._clock, self._moment = functions, Clock(), Moment()
+        self._columns_PG: Columns = {}  # of the last `score`
         self.scorers: dict[str, Scorer] = {
             spec.label: functions[spec.label]
             if spec.label in functions
@@ -118,8 +129,35 @@ class Rewards:
 
         Where there are several processes, each passes its share of the prompts and gets the rewards of all prompts.
         """
-        scores = self.score_by_functions(prompts, completions_PG, columns, completion_ids_PG)
-        return self.with_models(scores, prompts, completions_PG)
+        pending, self._columns_PG = self.start(prompts, completions_PG, columns, completion_ids_PG), {}
+
+        def finish() -> dict[str, np.ndarray]:
+            scored = {name: wait() for name, wait in pending.items()}
+            self._columns_PG = logged_columns(scored)
+            return {name: each.rewards_PG for name, each in scored.items()}
+
+        rewards_PGR = self.with_models(finish, prompts, completions_PG)
+        self._columns_PG = self.gather_columns(self._columns_PG, len(prompts), rewards_PGR.shape[1])
+        return rewards_PGR
+
+    def start(
+        self,
+        prompts: Sequence[Prompt],
+        completions_PG: Sequence[Sequence[str]],
+        columns: dict[str, list[Any]],
+        completion_ids_PG: TokenIds | None = None,
+    ) -> dict[str, Callable[[], Scored]]:
+        """Begins to score these prompts alone by every function; no process waits for another.
+
+        Those with workers, async ones and servers go on by themselves; the run's own process has called the others.
+
+        Returns:
+          Of each function, what waits for its rewards.
+        """
+        arguments = (prompts, completions_PG, columns, completion_ids_PG, self._moment)
+        in_background = sorted(self.functions.items(), key=lambda item: not item[1].is_in_background)
+        started = {name: function.start(*arguments) for name, function in in_background}
+        return {name: started[name] for name in self.functions}
 
     def score_by_functions(
         self,
@@ -128,23 +166,50 @@ class Rewards:
         columns: dict[str, list[Any]],
         completion_ids_PG: TokenIds | None = None,
     ) -> dict[str, np.ndarray]:
-        """Returns the rewards [P, G] of these prompts alone by every function; no process waits for another."""
-        arguments = (prompts, completions_PG, columns, completion_ids_PG)
-        functions = {name: s for name, s in self.scorers.items() if not isinstance(s, RewardModelScorer)}
-        return {name: score(*arguments) for name, score in functions.items()}
+        """Returns the rewards [P, G] of these prompts alone by every function."""
+        pending = self.start(prompts, completions_PG, columns, completion_ids_PG)
+        return {name: wait().rewards_PG for name, wait in pending.items()}
 
     def with_models(
         self,
-        scores_PG: Mapping[str, np.ndarray],
+        scores_PG: Mapping[str, np.ndarray] | Callable[[], Mapping[str, np.ndarray]],
         prompts: Sequence[Prompt],
         completions_PG: Sequence[Sequence[str]],
     ) -> np.ndarray:
-        """Returns `rewards_PGR` of all processes, given the functions' rewards of this one's share of the prompts."""
-        rewards = [
-            score(prompts, completions_PG) if isinstance(score, RewardModelScorer) else gather(scores_PG[name])
-            for name, score in self.scorers.items()
-        ]
-        return np.stack(rewards, -1)
+        """Returns `rewards_PGR` of all processes, given the functions' rewards of this one's share of the prompts.
+
+        Args:
+          scores_PG: those rewards, or what waits for them, while the models score.
+        """
+        models = {name: score for name, score in self.scorers.items() if isinstance(score, RewardModelScorer)}
+        rewards = {name: score(prompts, completions_PG) for name, score in models.items()}
+        found = scores_PG() if callable(scores_PG) else scores_PG
+        rewards |= {name: gather(found[name]) for name in self.scorers if name not in models}
+        return np.stack([rewards[name] for name in self.scorers], -1)
+
+    def belong_to(self, directory: str | Path, max_steps: int, steps_per_epoch: float) -> None:
+        """Names the run, for functions that ask where it is, and for the texts of failed calls."""
+        self._clock = Clock(Path(directory), max_steps, steps_per_epoch)
+
+    def at(self, step: int, when: str) -> None:
+        """Says after how many steps the next calls of functions come, and for what, such as "step 3"."""
+        self._moment = self._clock.moment(step, when)
+
+    def take_columns(self) -> Columns:
+        """Returns logged/NAME/COLUMN [P][G], of all processes, of the last `score`."""
+        columns_PG, self._columns_PG = self._columns_PG, {}
+        return columns_PG
+
+    def gather_columns(self, columns_PG: Columns, own_prompts: int, completions: int) -> Columns:
+        """Returns the columns [P][G] of all processes, given those of this one's share of the prompts."""
+        if not any(function.logs for function in self.functions.values()):
+            return {}
+        return gather_columns(columns_PG, own_prompts, completions)
+
+    def close(self) -> None:
+        """Ends worker processes."""
+        for function in self.functions.values():
+            function.close()
 
     def combine(self, rewards_PGR: np.ndarray) -> np.ndarray:
         """Returns `rewards_PG`: see the function `combine`."""
@@ -159,6 +224,8 @@ class Rewards:
 
         These are rewards/NAME/mean, rewards/NAME/std and rewards/NAME/unscorable (a count), and rm/truncated_frac: the
         share of completions, over all reward models, longer than a model's max_length. They are unscorable, not cut.
+        Since the last call: rewards/NAME/failed, completions of failed calls where these do not end the run, and
+        logged/NAME/METRIC, means over completions of what functions have logged.
         """
         metrics = {}
         is_model_R = [isinstance(scorer, RewardModelScorer) for scorer in self.scorers.values()]
@@ -170,4 +237,19 @@ class Rewards:
             metrics[f"rewards/{name}/mean"] = float(scored.mean()) if scored.size else math.nan
             metrics[f"rewards/{name}/std"] = float(scored.std(ddof=1)) if scored.size > 1 else math.nan
             metrics[f"rewards/{name}/unscorable"] = float(rewards_PG.size - scored.size)
-        return metrics
+        return metrics | self._take_logged()
+
+    def _take_logged(self) -> dict[str, float]:
+        """Returns the metrics that functions have logged, and the counts of their failures, over all processes."""
+        logging = {name: function for name, function in self.functions.items() if function.logs}
+        sums = {
+            f"logged/{name}/{metric}": pair
+            for name, function in logging.items()
+            for metric, pair in function.take_sums().items()
+        }
+        counts = {
+            f"rewards/{name}/failed": float(function.failures.take())
+            for name, function in logging.items()
+            if function.counts_failures
+        }
+        return summed_metrics(sums, counts) if logging else {}

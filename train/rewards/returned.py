@@ -12,11 +12,7 @@ import numpy as np
 from train.running import SetupError
 
 LARGEST = float(np.finfo(np.float32).max)  # beyond it, means and squares of rewards would overflow
-ASYNC = "async functions are not supported yet; write def, and return the list"
-NUMBER_KINDS: dict[str, tuple[Callable[[object], bool], ...]] = {
-    f"is an async function; {ASYNC}": (inspect.iscoroutinefunction, inspect.isasyncgenfunction),
-    "is a generator function (yield); return a list": (inspect.isgeneratorfunction,),
-}
+GENERATORS = (inspect.isgeneratorfunction, inspect.isasyncgenfunction)
 
 
 class RewardError(SetupError):
@@ -35,18 +31,25 @@ def check_kind(name: str, function: Callable[..., Any]) -> None:
     """Refuses functions whose call gives no list, and those that cannot be called by keywords.
 
     Raises:
-      ValueError: an async or generator function, or positional-only parameters.
+      ValueError: a generator function, or positional-only parameters.
     """
-    method = type(function).__call__  # of an object that is called like a function
-    for reason, tests in NUMBER_KINDS.items():
-        if any(test(function) or test(method) for test in tests):
-            raise ValueError(f"rewards.function: {name}: {reason}")
+    if any(_is_kind(function, test) for test in GENERATORS):
+        raise ValueError(f"rewards.function: {name}: is a generator function (yield); return a list")
     for parameter in inspect.signature(function).parameters.values():
         if parameter.kind is parameter.POSITIONAL_ONLY:
             raise ValueError(
                 f"rewards.function: {name}: its parameter {parameter.name!r} stands before a /; columns are passed by "
                 f"name, so leave the / out"
             )
+
+
+def is_async(function: Callable[..., Any]) -> bool:
+    """Whether a function is an `async def`, or an object that is called like one."""
+    return _is_kind(function, inspect.iscoroutinefunction)
+
+
+def _is_kind(function: Callable[..., Any], test: Callable[[object], bool]) -> bool:
+    return test(function) or test(type(function).__call__)  # of an object that is called like a function
 
 
 def read_returned(name: str, returned: Any, count: int) -> np.ndarray:
@@ -63,7 +66,7 @@ def read_returned(name: str, returned: Any, count: int) -> np.ndarray:
     if inspect.isawaitable(returned):
         if inspect.iscoroutine(returned):
             returned.close()  # else Python warns that it was never awaited
-        raise RewardError(f"{expected} a {type(returned).__name__}; {ASYNC}")
+        raise RewardError(f"{expected} a {type(returned).__name__}; write async def, so that it is awaited")
     shape = getattr(returned, "shape", None)
     if shape is not None and hasattr(returned, "tolist"):
         if len(shape) != 1:

@@ -29,8 +29,17 @@ MAY_CHANGE = (
     "rollout_prompts",
     "skip_nonfinite",
 )
-# So may these, in any section: they say where arrays lie and how much is computed at a time.
-PLACEMENT = ("offload", "offload_reference", "logprob_chunk", "batch_prompts")
+# So may these, in any section: they say where arrays lie, how much is computed at a time, what failures come to.
+PLACEMENT = (
+    "offload",
+    "offload_reference",
+    "logprob_chunk",
+    "batch_prompts",
+    "workers",
+    "timeout_s",
+    "retries",
+    "on_error",
+)
 # What the parameters and the optimizer's state of a step belong to.
 _OF_STATE = (
     "model.path",
@@ -198,4 +207,7 @@ def _without_placement(value: Any) -> Any:
     """Returns a section of a config without the settings in `PLACEMENT`."""
     if isinstance(value, list):
         return [_without_placement(item) for item in value]
-    return {k: v for k, v in value.items() if k not in PLACEMENT} if isinstance(value, dict) else value
+    if not isinstance(value, dict):
+        return value
+    kept = {k: v for k, v in value.items() if k not in PLACEMENT}
+    return kept | {"rewards": _without_placement(kept["rewards"])} if "rewards" in kept else kept  # of a validation
