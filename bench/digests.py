@@ -69,7 +69,7 @@ def main(millions: float, rounds: int) -> None:
 @contextlib.contextmanager
 def without_digests(patched: bool) -> Iterator[None]:
     """Saves no digests while the body runs."""
-    fakes = {"digest_arrays": lambda _: {}, "make_digests": lambda *_: {}}
+    fakes: dict[str, Any] = {"digest_arrays": lambda _: {}, "make_digests": lambda *_: {}}
     with mock.patch.multiple(models.checkpoint, **fakes) if patched else contextlib.nullcontext():
         yield
 
@@ -88,4 +88,4 @@ def time_checkpoint(run: Path, params: Any, train: Any, patched: bool) -> dict[s
 
 if __name__ == "__main__":
     arguments = [float(word) for word in sys.argv[1:]]
-    main(*(arguments[:1] or [100.0]), rounds=int(arguments[1]) if len(arguments) > 1 else 3)
+    main(arguments[0] if arguments else 100.0, rounds=int(arguments[1]) if len(arguments) > 1 else 3)
