@@ -187,7 +187,7 @@ class Checkpoints:
         with self._save_errors():
             self._give_up_states()
             if jax.process_index() == 0:
-                check_writable(self._folder, str(step))
+                check_writable(self._folder)
             self._manager.save(step, args=ocp.args.Composite(**args, **json_args))
         self._unsynced = step
 

@@ -19,7 +19,7 @@ from etils import epath
 _DISK_FAILURES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
 _NUMBER = r"os_error_code='(\d+)'|\(os error (\d+)\)|Os \{ code: (\d+)"
 _WRITER_SECONDS, _PAUSE_SECONDS, _TRIES = 30.0, 0.05, 20
-_PROBE_BYTES = 4096
+_PROBE, _PROBE_BYTES = "probe.tmp", 4096
 _TEMPORARY = ".orbax-checkpoint-tmp"  # in the names of what Orbax has not completed, on a disk
 
 
@@ -63,8 +63,8 @@ def is_disk_failure(error: BaseException) -> bool:
     return os_error_number(error) in _DISK_FAILURES
 
 
-def check_writable(folder: epath.Path, name: str) -> None:
-    """Makes a directory and a file where `name` will be saved, and removes them; only on a disk.
+def check_writable(folder: epath.Path) -> None:
+    """Makes a directory and a file where a step will be saved, and removes them; only on a disk.
 
     Orbax's threads would wait minutes for a directory that cannot be made, and so would the end of the process.
 
@@ -73,7 +73,7 @@ def check_writable(folder: epath.Path, name: str) -> None:
     """
     if "://" in str(folder):
         return
-    probe = Path(folder) / f"{name}{_TEMPORARY}-probe"
+    probe = Path(folder) / _PROBE  # no name of Orbax's temporary directories, which it removes in the background
     try:
         probe.mkdir(parents=True, exist_ok=True)
         (probe / "block").write_bytes(bytes(_PROBE_BYTES))
