@@ -220,6 +220,7 @@ class Checkpoints:
         Raises:
           ValueError: the step cannot be read, is not what was saved, or has parameters that are not finite.
         """
+        self.wait()  # it may be the one in flight
         reader = self._reader(step)
         reader.about()  # what loads the run needs it
         restored = reader.arrays("params", params), reader.arrays("train", train)

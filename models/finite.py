@@ -14,8 +14,10 @@ def _finite_leaves(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), tree)
 
 
-def _is_finite_here(array: jax.Array) -> bool:
+def _is_finite_here(array: jax.Array | np.ndarray) -> bool:
     """Whether an array in this process's memory is finite."""
+    if not isinstance(array, jax.Array):
+        return all_finite(array)
     return all(all_finite(np.asarray(shard.data)) for shard in array.addressable_shards if shard.replica_id == 0)
 
 
@@ -26,7 +28,8 @@ def first_nonfinite(params: Any) -> str | None:
     process by numpy, in place, which has nothing to compile and takes half the time of XLA's loop. Of several
     processes each gets the same answer.
     """
-    on_cpu = all(device.platform == "cpu" for leaf in jax.tree.leaves(params)[:1] for device in leaf.devices())
+    first = jax.tree.leaves(params)[:1]
+    on_cpu = all(device.platform == "cpu" for leaf in first if isinstance(leaf, jax.Array) for device in leaf.devices())
     here = on_cpu and jax.process_count() == 1
     finite = jax.tree.map(_is_finite_here, params) if here else jax.device_get(_finite_leaves(params))
     leaves, _ = jax.tree_util.tree_flatten_with_path(finite)

@@ -82,7 +82,7 @@ def train_policy(config: PolicyConfig, *, previous: bool = False) -> None:
         model = make_model(start, config.lora, layout, config.seed, tokenizer)
         graphdef, params, network = *split(model), model.config
         choose_decoding(config.mesh.decoding, layout, network)  # one that the devices cannot do is refused here
-        run = Run(config, model.config.to_hf(), tokenizer, pins.pins, previous=previous)
+        run = Run(config, model.config.to_hf(), tokenizer, pins.pins, previous)
         optimizer, schedule = make_optimizer(config.optimizer, config.max_steps * config.updates_per_step)
         initial = make_state(params, optimizer, layout)
         reference = make_reference(config, other, initial.params, layout, tokenizer)

@@ -10,6 +10,7 @@ import contextlib
 import importlib.util
 import json
 import math
+import re
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -95,7 +96,6 @@ class Run:
         model: Mapping[str, Any],
         tokenizer: Tokenizer,
         pins: Mapping[str, Mapping[str, Any]] | None = None,
-        *,
         previous: bool = False,
     ) -> None:
         """Opens the directory, and writes the config and the tokenizer into it.
@@ -175,7 +175,7 @@ class Run:
           beside: arrays like those that the checkpoint holds beside the state, for `restored`.
         """
         latest = self._checkpoints.latest()
-        self._check_room(state, latest, _tree_bytes(dict(beside)))
+        self._check_room(state, latest, _tree_bytes(dict(beside)) if beside else 0)
         origin = self._about["pins"].get("start_from", {}).get("exact") if latest is None else None
         if origin is not None:
             items = _optimizer_items(state) | dict(beside)
@@ -232,7 +232,7 @@ class Run:
         try:
             params, train = self._checkpoints.restore(step, state.params, _optimizer_items(state) | dict(beside))
         except ValueError as error:
-            if "structures do not match: opt_state" not in str(error):
+            if not re.search(r"structures do not match: opt_state|train\.opt_state\.\S+ was (not )?saved", str(error)):
                 raise
             name = self.config.optimizer.name
             raise ValueError(f"{error}; the state there is not of the optimizer of optimizer.name: {name}") from error

@@ -74,7 +74,7 @@ def train_supervised(config: SupervisedConfig, task: SupervisedTask, *, previous
         examples, held_out, mix = load_mixed_examples(config, task, tokenizer, pins)
         model = make_model(start, config.lora, layout, config.seed, tokenizer, task.architecture)
         graphdef, params = split(model)
-        run = Run(config, model.config.to_hf(), tokenizer, pins.pins, previous=previous)
+        run = Run(config, model.config.to_hf(), tokenizer, pins.pins, previous)
         stopping = EarlyStopping(config.early_stopping)
         if has_stopped(run):
             return
