@@ -109,15 +109,15 @@ def data_parts(config: TrainingConfig) -> list[DataPart]:
 
     parts = train_parts("train")
     if data.validation is not None:
-        parts.append(DataPart("validation", data.validation, data.validation_split, data.columns))
+        parts.append(DataPart("validation", data.validation, data.validation_split, data.columns or {}))
     elif isinstance(config, PolicyConfig) and config.validation.prompts and not data.validation_rows:
         parts += train_parts("validation", data.validation_split)
     parts += [
-        DataPart(f"held out, {name}", source, data.validation_split, data.columns)
+        DataPart(f"held out, {name}", source, data.validation_split, data.columns or {})
         for name, source in data.held_out.items()
     ]
     if data.test is not None:
-        parts.append(DataPart("test", data.test, data.test_split, data.columns))
+        parts.append(DataPart("test", data.test, data.test_split, data.columns or {}))
     return parts
 
 
