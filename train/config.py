@@ -488,7 +488,7 @@ class LossConfig:
     # log-probability and advantage is high; 0: off; 0.0002 in its paper
     clip_cov_ratio: float = 0.0
     clip_cov_lb: float = 1.0  # of Clip-Cov: the covariance is above this
-    clip_cov_ub: float = 5.0  # of Clip-Cov: the covariance is below this
+    clip_cov_ub: float = 5.0  # of Clip-Cov: the covariance is below this; .inf: any
     # KL-Cov: share of a step's tokens, those of the highest covariance, that are held near the old policy; 0: off
     kl_cov_ratio: float = 0.0
     ppo_kl_coef: float = 1.0  # of KL-Cov: weight of |log-probability - old log-probability|
