@@ -20,6 +20,7 @@ from models.config import REWARD_MODEL, Qwen3Config
 from models.hf_weights import abstract_model, abstract_params
 from models.lora import split_trainable
 from models.sharding import Layout
+from models.stop_strings import check_stop_strings
 from models.tokenizer import Tokenizer
 from models.weight_files import could_be_on_hub
 from train.build import make_layout_for, make_optimizer, policy_layout
@@ -69,6 +70,8 @@ def dry_run(config: TrainingConfig, devices: int | None, chip: str | None) -> No
             raise ValueError(f"--chip: expected one of {', '.join(CHIPS)}, got {chip!r}")
         summary = describe_data(config)
         network, tokenizer = describe_networks(config, summary.columns)
+        if tokenizer is not None and isinstance(config, PolicyConfig):
+            check_stop_strings(config.stop, tokenizer)
         summary = tokenize_data(config, tokenizer, summary)
         layout, arrays, saved = memory_per_device(config, network, devices)
     describe_memory(layout, arrays, chip)
