@@ -69,8 +69,9 @@ def main(millions: float, rounds: int) -> None:
 @contextlib.contextmanager
 def without_digests(patched: bool) -> Iterator[None]:
     """Saves no digests while the body runs."""
-    fakes: dict[str, Any] = {"digest_arrays": lambda _: {}, "make_digests": lambda *_: {}}
-    with mock.patch.multiple(models.checkpoint, **fakes) if patched else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        for name in ("digest_arrays", "make_digests") if patched else ():
+            stack.enter_context(mock.patch.object(models.checkpoint, name, lambda *_: {}))
         yield
 
 
@@ -87,5 +88,5 @@ def time_checkpoint(run: Path, params: Any, train: Any, patched: bool) -> dict[s
 
 
 if __name__ == "__main__":
-    arguments = [float(word) for word in sys.argv[1:]]
-    main(arguments[0] if arguments else 100.0, rounds=int(arguments[1]) if len(arguments) > 1 else 3)
+    words = sys.argv[1:]
+    main(float(words[0]) if words else 100.0, int(words[1]) if len(words) > 1 else 3)

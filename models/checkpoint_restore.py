@@ -140,7 +140,8 @@ def _restore_arrays(directory: epath.Path, item: str, target: Any, digests: Dige
         return _compared(item, _restore(directory, target), digests)
     cast = []
     for name, (path, leaf) in named.items():
-        stored = jax.ShapeDtypeStruct(leaf.shape, dtypes[name], sharding=leaf.sharding)
+        sharding = _saved_sharding(directory, path) if leaf.sharding is None else leaf.sharding
+        stored = jax.ShapeDtypeStruct(leaf.shape, dtypes[name], sharding=sharding)
         restored = _compared(item, _restore_part(directory, _nested(path, stored)), digests)
         cast += [array.astype(leaf.dtype) for array in jax.tree.leaves(restored)]
     return jax.tree.unflatten(structure, cast)
@@ -148,6 +149,14 @@ def _restore_arrays(directory: epath.Path, item: str, target: Any, digests: Dige
 
 def _restore(directory: epath.Path, target: Any) -> Any:
     return ocp.StandardCheckpointHandler().restore(directory, args=ocp.args.StandardRestore(target))
+
+
+def _saved_sharding(directory: epath.Path, path: Any) -> jax.sharding.Sharding:
+    """Returns how an array in a nested dictionary was sharded, which Orbax takes where no sharding is given."""
+    metadata: Any = ocp.StandardCheckpointHandler().metadata(directory)
+    for key in path:
+        metadata = metadata[key.key]
+    return metadata.sharding.to_jax_sharding()
 
 
 def _restore_part(directory: epath.Path, target: dict[str, Any]) -> Any:
