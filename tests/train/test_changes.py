@@ -42,6 +42,7 @@ def whole(policy_config: MakeConfig, tmp_path_factory: pytest.TempPathFactory) -
     return config
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_a_step_of_another_as_that_one_did(whole: PolicyConfig, tmp_path: Path) -> None:
     """Parameters, optimizer, reference, order of the data and keys: the same numbers, bit for bit; and its rows."""
     again = replace(whole, output_dir=str(tmp_path / "again"), start_from=f"{whole.output_dir}@1")

@@ -73,6 +73,7 @@ def settings(policy_config: MakeConfig, place: Path, ahead: int = 1, **overrides
     )
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_learns_from_the_rollouts_that_it_had_drawn(
     policy_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dies: Callable[[Any], Any]
 ) -> None:

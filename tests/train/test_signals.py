@@ -73,6 +73,7 @@ def assert_equal_runs(one: Path, other: Path, step: int) -> None:
 # A signal loses no step
 
 
+@pytest.mark.slow
 def test_signals_lose_no_step_of_a_reward_model(
     tmp_path: Path,
     tiny_policy_dir: Path,

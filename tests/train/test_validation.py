@@ -78,6 +78,7 @@ def test_a_best_step_that_was_not_kept(tmp_path: Path) -> None:
         BestStep(tmp_path, REWARD).replay([{"step": 1, "validation/reward": 1.0}], 2)
 
 
+@pytest.mark.slow
 def test_validation_teaches_nothing_and_its_best_step_stays(
     policy_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dies: Callable[[Any], Any]
 ) -> None:

@@ -7,7 +7,7 @@
 """
 
 import contextlib
-import importlib.util
+import importlib
 import json
 import math
 import re
@@ -498,8 +498,10 @@ OPEN_RUNS: weakref.WeakSet[Run] = weakref.WeakSet()
 
 
 def _require(package: str, setting: str) -> None:
-    if importlib.util.find_spec(package) is None:
-        raise ValueError(f"{setting}: needs the package {package}; install it or leave this out")
+    try:
+        importlib.import_module(package)
+    except ImportError as error:
+        raise ValueError(f"{setting}: needs the package {package}; install it or leave this out") from error
 
 
 def _tree_bytes(tree: Any) -> int:
