@@ -365,6 +365,7 @@ def test_a_run_trains_with_another_optimizer_and_goes_on(
 
 @pytest.mark.slow
 def test_supervised_fine_tuning_is_the_same_with_the_state_on_the_host(tiny_policy_dir: Path, tmp_path: Path) -> None:
+    """Up to rounding: gradient and update are one program here, and two with the state on the host."""
     rows = "".join(json.dumps({"prompt": f"{n} is", "completion": f" a number, {n + 1} too"}) + "\n" for n in range(20))
     (tmp_path / "rows.jsonl").write_text(rows)
     runs = {name: str(tmp_path / name) for name in ("here", "away")}
@@ -384,4 +385,7 @@ def test_supervised_fine_tuning_is_the_same_with_the_state_on_the_host(tiny_poli
     shutil.rmtree(Path(runs["away"]) / "checkpoints" / "3")
     train_sft(config)  # goes on from step 2
     here, away = (read_metrics(run, clock=False) for run in runs.values())
-    assert here == away and here[-1]["step"] == 3
+    assert [row["step"] for row in here] == [row["step"] for row in away] == [0, 1, 2, 3]
+    for row, other in zip(here, away, strict=True):
+        assert row.keys() == other.keys()
+        np.testing.assert_allclose(list(row.values()), list(other.values()), rtol=1e-5)

@@ -106,6 +106,7 @@ def refuse_another(config: RunConfig, saved: dict[str, Any], place: Any) -> None
         for difference in differences(_without_placement(saved.get(key)), _without_placement(plain[key]), key)
     ]
     if changed:
+        changed.sort(key=lambda difference: not difference[0].endswith(".name"))  # which optimizer, before its options
         (key, old, new), *others = changed
         more = f", and in {_names(others)}" if others else ""
         raise ValueError(

@@ -304,10 +304,10 @@ class Run:
             tracker.write_row(step, row)
         self._callbacks.call("step", step, row)
 
-    def write_file(self, name: str, text: str) -> None:
-        """Writes a file of the run that has to be kept; to be called on the first process."""
+    def persist(self, write: Callable[[Path, str], None], name: str, text: str) -> None:
+        """Calls `write(file, text)` for a file of the run that has to be kept; to be called on the first process."""
         file = self.path / name
-        self._persist(lambda: write_whole(file, text), file, recover=self._settle_save)
+        self._persist(lambda: write(file, text), file, recover=self._settle_save)
 
     def _persist(self, write: Callable[[], None], place: object, **options: Any) -> None:
         persist(write, place, self.config.checkpoint.on_error, **options)

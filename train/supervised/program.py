@@ -25,6 +25,7 @@ from train.data.rows import Row, hold_out, load_rows
 from train.pins import Pins
 from train.processes import is_first
 from train.run.directory import CALIBRATION, Run
+from train.run.files import write_whole
 from train.run.lock import owns_its_run
 from train.run.metrics import Timer, mean_metrics, require_finite
 from train.running import setup_errors
@@ -81,7 +82,7 @@ def train_supervised(config: SupervisedConfig, task: SupervisedTask, *, previous
         optimizer, schedule = make_optimizer(config.optimizer, config.max_steps)
         state = run.resume(make_state(params, optimizer, layout))
         warn_of_rounding(config.optimizer, state.params)
-        stopping.replay(run)
+        stopping.replay(run, run.origin)
         del model, params  # a resumed run has its own
 
     objective = partial(task.objective, graphdef=graphdef)
@@ -147,7 +148,7 @@ class Evaluation(NamedTuple):
 def write_calibration(run: Run, step: int, evaluation: Evaluation) -> None:
     """Writes calibration.json, which holds the last validation or, with early stopping, the best one."""
     if evaluation.bins and is_first():
-        run.write_file(CALIBRATION, json.dumps({"step": step, "sets": evaluation.bins}, indent=1) + "\n")
+        run.persist(write_whole, CALIBRATION, json.dumps({"step": step, "sets": evaluation.bins}, indent=1) + "\n")
 
 
 def evaluate_set(

@@ -17,6 +17,7 @@ from train.config import EarlyStoppingConfig, SupervisedConfig
 from train.console import console
 from train.processes import gather, is_first
 from train.run.directory import METRICS, Run, read_metrics
+from train.run.files import write_whole
 
 
 class EarlyStopping:
@@ -39,14 +40,17 @@ class EarlyStopping:
         self._update(step, value if self.config.metric == "loss" else -value)
         return self.best_step == step
 
-    def replay(self, run: Run) -> None:
+    def replay(self, run: Run, origin: int = 0) -> None:
         """Takes all validations up to the step that `run` goes on from into account.
+
+        Args:
+          origin: the step of another run that it was started from; what came before does not count.
 
         Raises:
           ValueError: metrics.jsonl does not reach that step or lacks a validation, or the best step's checkpoint is
             gone.
         """
-        if not self.enabled or run.start == run.origin:
+        if not self.enabled or run.start == origin:
             return
         rows, sign = read_metrics(run.path), 1 if self.config.metric == "loss" else -1
         if is_first() and (not rows or rows[-1]["step"] < run.start):
@@ -56,14 +60,14 @@ class EarlyStopping:
             )
         assert isinstance(run.config, SupervisedConfig)  # no other run stops early
         every, logged = run.config.eval_steps, {row["step"] for row in rows}
-        lost = [step for step in range(every, run.start + 1, every) if step not in logged and step > run.origin]
+        lost = [step for step in range(every, run.start + 1, every) if step not in logged and step > origin]
         if is_first() and lost:
             raise ValueError(
                 f"{run.path / METRICS}: the row of step {lost[0]} is lost, a validation that early stopping needs: put "
                 f"the file back, set early_stopping.patience: null, or start over in another output_dir"
             )
         key = f"validation/{self.config.metric}"
-        rows = [row for row in rows if row["step"] > run.origin]  # before, it was another run
+        rows = [row for row in rows if row["step"] > origin]  # before, it was another run
         validations = [(row["step"], sign * row.get(key, math.nan)) for row in rows if "timing_s/validation" in row]
         for step, value in gather(np.array(validations if is_first() else [], np.float32).reshape(-1, 2)):
             self._update(int(step), value)
@@ -95,7 +99,7 @@ class EarlyStopping:
         run.wait()
         if is_first():
             record = {"step": self.last_step, "best_step": self.best_step, "metric": self.config.metric}
-            run.write_file(STOPPED, json.dumps(record) + "\n")
+            run.persist(write_whole, STOPPED, json.dumps(record) + "\n")
         close_at_best(run, self.last_step, self.best_step)
 
 
