@@ -72,7 +72,7 @@ soak: install  ## kill runs at random moments, feed programs inputs that are alm
 	$(PY) -m bench.soak all
 
 soak-short: install  ## the same for a minute or two
-	$(PY) -m bench.soak all --short
+	$(PY) -m bench.soak all --short --seed 1
 
 parity: $(PARITY_STAMP)  ## compare with PyTorch (installs torch)
 	$(PYTEST) -m parity

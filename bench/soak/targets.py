@@ -157,7 +157,7 @@ def _values_of(config: Any, names: Sequence[str]) -> Iterator[Any]:
             yield from _values_of(item, names)
     elif not names:
         yield config
-    elif hasattr(config, names[0]):  # a section may be null, or a single value in place of a list
+    elif dataclasses.is_dataclass(config):  # a section may be null, or a single value in place of a list
         value = getattr(config, names[0])
         yield from _values_of(value, names[1:]) if names[1:] else [value]
 

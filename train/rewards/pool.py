@@ -18,7 +18,7 @@ import weakref
 from concurrent.futures import Future
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -100,7 +100,7 @@ class Worker:
             try:
                 if connection.poll(left):
                     return connection.recv()
-                if process is None or process.poll() is not None:
+                if process is None or exit_status(process) is not None:
                     self._died()
             except (EOFError, OSError):
                 self._died()
@@ -108,14 +108,19 @@ class Worker:
                 self.kill()
                 raise CallFailed("late", f"no rewards within {seconds:g} s")
 
-    def _died(self) -> None:
-        process = self._process
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            if process is not None:
-                process.wait(1)  # its connection has closed; its status is there in a moment
-        code = None if process is None else process.poll()
+    def _died(self) -> NoReturn:
+        """Replaces a process whose connection has closed.
+
+        Raises:
+          CallFailed: always; says how the process ended.
+        """
+        process, until, how = self._process, time.monotonic() + 1, "by closing its connection"
+        while process is not None and time.monotonic() < until:
+            if (status := exit_status(process)) is not None:
+                how = status
+                break
+            time.sleep(0.01)
         self.kill()
-        how = f"by {signal.Signals(-code).name}" if code is not None and code < 0 else f"with exit code {code}"
         raise CallFailed("died", f"its worker process ended {how}")
 
     def kill(self) -> None:
@@ -136,6 +141,24 @@ class Worker:
     def close(self) -> None:
         self.is_closed = True
         self.kill()
+
+
+def exit_status(process: subprocess.Popen[bytes]) -> str | None:
+    """Returns how a child process has ended, "by SIGKILL" or "with exit code 3"; None while it runs.
+
+    It is not reaped: its number stays its own, until its group has been killed too.
+    """
+    if not hasattr(os, "waitid"):  # macOS, before Python 3.13
+        return None if process.poll() is None else f"with status {process.returncode}"
+    try:
+        ended = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
+    except ChildProcessError:
+        return "with the run"  # killed and reaped by `kill`, in another thread
+    if ended is None:
+        return None
+    if ended.si_code == os.CLD_EXITED:
+        return f"with exit code {ended.si_status}"
+    return f"by {signal.Signals(ended.si_status).name}"
 
 
 class WorkerPool:
