@@ -179,6 +179,8 @@ def _has_type(value: Any, hint: Any) -> bool:
         return isinstance(value, typing.cast(type, hint))
     if hint is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is bool and value is None:  # an empty switch is off
+        return True
     return type(value) is hint
 
 
