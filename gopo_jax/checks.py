@@ -42,3 +42,19 @@ def one_of(name: str, value: object, allowed: Collection[object]) -> None:
     """Raises ValueError unless `value` is one of the allowed ones."""
     if value not in allowed:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def per_token(advantages: jax.Array, logprobs: jax.Array) -> jax.Array:
+    """Returns advantages that broadcast to the tokens.
+
+    Raises:
+      ValueError: neither one per completion nor one per token.
+    """
+    if advantages.shape == logprobs.shape[:-1]:
+        return advantages[..., None]
+    if advantages.shape != logprobs.shape:
+        raise ValueError(
+            f"advantages: expected one per completion, {logprobs.shape[:-1]}, or per token, {logprobs.shape}, "
+            f"got {advantages.shape}"
+        )
+    return advantages

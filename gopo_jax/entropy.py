@@ -95,13 +95,7 @@ def token_covariances(logprobs: jax.Array, advantages: jax.Array, mask: jax.Arra
       https://arxiv.org/abs/2505.22617, equation 10.
     """
     checks.same_shape("mask", mask, "logprobs", logprobs)
-    if advantages.shape == logprobs.shape[:-1]:
-        advantages = advantages[..., None]
-    elif advantages.shape != logprobs.shape:
-        raise ValueError(
-            f"advantages: expected one per completion, {logprobs.shape[:-1]}, or per token, {logprobs.shape}, "
-            f"got {advantages.shape}"
-        )
+    advantages = checks.per_token(advantages, logprobs)
     mask_PGT = mask.astype(bool)
 
     def centred(array: jax.Array) -> jax.Array:

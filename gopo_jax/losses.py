@@ -139,13 +139,7 @@ def policy_loss(
     """
     checks.one_of("aggregate", aggregate, AGGREGATES)
     checks.same_shape("mask", mask, "logprobs", logprobs)
-    if advantages.shape == logprobs.shape[:-1]:
-        advantages = advantages[..., None]
-    elif advantages.shape != logprobs.shape:
-        raise ValueError(
-            f"advantages: expected one per completion, {logprobs.shape[:-1]}, or per token, {logprobs.shape}, "
-            f"got {advantages.shape}"
-        )
+    advantages = checks.per_token(advantages, logprobs)
     if (kl is None) != (ref_logprobs is None):
         raise ValueError("kl, ref_logprobs: expected both (a KL penalty) or neither (none), got one of the two")
     if kl is None and beta:

@@ -5,9 +5,8 @@
                         k - 1 (the first step: with its own); update to weights k + 1
 
 So the policy learns from samples that are one update old. `loss.importance_sampling_mode` weights their tokens by
-(trainer's probability / sampler's), truncated, as PPO's papers do for an older policy and as verl, prime-rl and
-OpenRLHF do where their trainers run behind their samplers. The rollouts of the next step are part of a checkpoint:
-they cannot be drawn again, as the weights that drew them are gone.
+(trainer's probability / sampler's), truncated. The rollouts of the next step are part of a checkpoint: they cannot be
+drawn again, as the weights that drew them are gone.
 """
 
 from collections.abc import Iterable, Mapping

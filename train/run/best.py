@@ -33,20 +33,21 @@ class BestStep:
         self._run, self._metric, self._sign = run, config.best, 1 if config.is_greater_better else -1
         self._improvements: list[tuple[int, float]] = []
 
-    def observe(self, step: int, metrics: Mapping[str, float]) -> bool:
-        """Takes a validation into account; returns whether it is the best so far.
+    def observe(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Takes a validation into account.
 
         Raises:
           SetupError: the validation has no such metric.
         """
         if self._metric is None:
-            return False
+            return
         if self._metric not in metrics:
             raise SetupError(
                 f"checkpoint.best: expected a metric of the validation, one of {', '.join(sorted(metrics))}; got "
                 f"{self._metric!r}"
             )
-        return step > 0 and self._improves(step, metrics[self._metric])
+        if step > 0:
+            self._update(step, metrics[self._metric])
 
     def replay(self, rows: Sequence[Mapping[str, Any]], start: int) -> None:
         """Takes the validations up to step `start`, from which the run goes on, into account.
@@ -61,7 +62,7 @@ class BestStep:
             return
         found = [(row["step"], row[self._metric]) for row in rows if self._metric in row and 0 < row["step"] <= start]
         for step, value in gather(np.array(found if is_first() else [], np.float32).reshape(-1, 2)):
-            self._improves(int(step), float(value))
+            self._update(int(step), float(value))
         if self.step and not (checkpoints_folder(self._run) / str(self.step)).exists():
             raise ValueError(
                 f"{self._run}: by checkpoint.best: {self._metric} its best step is {self.step}, whose checkpoint was "
@@ -75,11 +76,9 @@ class BestStep:
             values = [[step, value] for step, value in self._improvements]
             write_whole(self._run / BEST, json.dumps({"metric": self._metric, "improvements": values}) + "\n")
 
-    def _improves(self, step: int, value: float) -> bool:
+    def _update(self, step: int, value: float) -> None:
         value = float(np.float32(value))  # float32: values that a restart reads compare alike on every process
         best = self._improvements[-1][1] if self._improvements else -self._sign * math.inf
-        if math.isnan(value) or not self._sign * value > self._sign * best:
-            return False
-        self.step = step
-        self._improvements.append((step, value))
-        return True
+        if self._sign * value > self._sign * best:  # NaN is not
+            self.step = step
+            self._improvements.append((step, value))
