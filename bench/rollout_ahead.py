@@ -18,7 +18,7 @@ from eval.speed.workloads import WORKLOADS, prepare
 from train.config import PolicyConfig
 from train.loop import train_policy
 from train.parse import parse
-from train.run.directory import read_metrics
+from train.run.metrics_file import read_metrics
 
 WARM_UP = 3
 

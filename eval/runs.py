@@ -12,7 +12,8 @@ import numpy as np
 from eval.stats import prompt_means
 from models.names import split_commit, split_step
 from train.data.rows import Row, load_rows
-from train.run.directory import COMPLETIONS, CONFIG, read_metrics
+from train.run.directory import COMPLETIONS, CONFIG
+from train.run.metrics_file import read_metrics
 from train.strict_yaml import load_yaml
 
 

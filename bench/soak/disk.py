@@ -332,7 +332,7 @@ def disk_faults(case: Case, folder: Path) -> list[str]:
 
 def run_faults(folder: Path, case: Case) -> list[str]:
     """How a run differs from one that was never disturbed."""
-    from train.run.directory import read_metrics
+    from train.run.metrics_file import read_metrics
 
     run, reference = folder / _DISK / "run", folder.parent / reference_name(case) / _DISK / "run"
     faults = []

@@ -115,7 +115,7 @@ class Progress:
 
     def step(self) -> int:
         """Returns -1 before the file is written anew."""
-        from train.run.directory import parse_metrics
+        from train.run.metrics_file import parse_metrics
 
         if self._identity() in (None, self._before):
             return -1
@@ -262,7 +262,7 @@ def soak(kind: Kind, folder: Path, materials: Path, seed: int) -> Result:
 
 def differences(whole: Path, cut: Path, name: str) -> Iterator[str]:
     """Yields in what two runs differ: metrics without the clock, texts, results, and the newest weights."""
-    from train.run.directory import read_metrics
+    from train.run.metrics_file import read_metrics
 
     rows, others = read_metrics(whole, clock=False), read_metrics(cut, clock=False)
     if rows != others:

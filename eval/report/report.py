@@ -40,8 +40,8 @@ from models.checkpoint import best_step, is_run
 from models.names import split_step
 from train.console import console
 from train.parse import parse
-from train.run.directory import METRICS, read_metrics
 from train.run.files import check_out_directory, write_whole
+from train.run.metrics_file import METRICS, read_metrics
 from train.running import setup_errors
 
 SAMPLES = 6

@@ -28,8 +28,8 @@ from models.tokenizer import Tokenizer
 from train.console import console
 from train.data.rows import load_rows
 from train.parse import parse
-from train.run.directory import read_metrics
 from train.run.files import check_out, write_whole
+from train.run.metrics_file import read_metrics
 from train.running import setup_errors
 
 UNTIMED = 2  # first steps, left out of every median

@@ -11,7 +11,7 @@ import pytest
 from bench.soak import kills
 from bench.soak.kills import KINDS, SHORT, Progress, Result, Start, random_moments, table
 from train.data.files import read_file
-from train.run.directory import rewind_metrics
+from train.run.metrics_file import rewind_metrics
 
 pytest.importorskip("hypothesis")
 

@@ -3,7 +3,7 @@
     runs/NAME/{config.yaml, metrics.jsonl, tensorboard/, wandb.json, checkpoints/STEP/, tokenizer/, completions/,
                profile/, nonfinite/}
 
-`metrics.jsonl` has one row per step, each step once: resuming cuts the file back to the restored step.
+Resuming cuts `metrics.jsonl` back to the restored step (`train.run.metrics_file`).
 """
 
 import contextlib
@@ -17,13 +17,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 import yaml
-from rich.filesize import decimal
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from models.checkpoint import BEST, STOPPED, Checkpoints, checkpoints_folder, read_newest_about, restore_state
 from models.checkpoint_failures import SaveError, failure_reason
@@ -37,16 +35,19 @@ from train.processes import gather, is_distributed, is_first
 from train.run.best import BestStep
 from train.run.callbacks import Callbacks, import_callbacks
 from train.run.changes import CONFIG, check_output_dir, check_start, refuse_another
-from train.run.files import (
-    check_room,
-    check_run_directory,
-    disk_errors,
-    free_bytes,
-    write_jsonl,
-    write_parquet,
-    write_whole,
+from train.run.files import check_run_directory, disk_errors, write_jsonl, write_parquet, write_whole
+from train.run.metrics_file import (
+    METRICS,
+    MetricsFile,
+    lines_text,
+    parse_metrics,
+    read_metrics,
+    rewind_metrics,
+    write_rows,
 )
 from train.run.profile import PROFILE, Profile, finish_trace
+from train.run.progress import StepProgress
+from train.run.room import CheckpointBytes, check_checkpoints_room
 from train.run.schedule import SaveSchedule
 from train.run.signals import defer_signals
 from train.run.sinks import MLflow, Trackio
@@ -55,8 +56,24 @@ from train.run.writes import append_line, persist
 from train.running import RunInterrupted, SetupError, WriteError
 from train.state import TrainState
 
+__all__ = [
+    "CALIBRATION",
+    "COMPLETIONS",
+    "CONFIG",
+    "METRICS",
+    "OPEN_RUNS",
+    "MetricsFile",
+    "Run",
+    "check_output_dir",
+    "check_run",
+    "lines_text",
+    "parse_metrics",
+    "read_metrics",
+    "rewind_metrics",
+    "write_rows",
+]
 _HURRY_SECONDS = 10.0  # how long a run that an error or a signal ends waits for a tracker
-METRICS, COMPLETIONS, CALIBRATION = "metrics.jsonl", "completions", "calibration.json"
+COMPLETIONS, CALIBRATION = "completions", "calibration.json"
 
 
 def check_run(config: RunConfig) -> None:
@@ -137,7 +154,7 @@ class Run:
         self._callbacks = Callbacks((), self.path, config)
         self._tracker_seconds = CLOSE_SECONDS
         self._is_warned = False  # that completions could not be written
-        self._progress: Progress | None = None
+        self._progress = StepProgress(self.path.name, config.max_steps, config.log.progress)
         self._profile = Profile(None, self.path, 0)
         self._schedule = SaveSchedule(config.checkpoint, config.max_steps)
         self._best = BestStep(self.path, config.checkpoint)
@@ -240,37 +257,16 @@ class Run:
         return state._replace(params=params, **train)
 
     def _check_room(self, state: TrainState, latest: int | None, more: int) -> None:
-        """Refuses a disk that does not take the next checkpoints; says so if it does not take all that are to come.
-
-        With `checkpoint.keep` there is one more than that number while the oldest is replaced.
-
-        Args:
-          more: bytes of a checkpoint beside the state's.
-        """
-        folder, config = checkpoints_folder(self.path), self.config
-        remaining = range((latest or self.origin) + 1, config.max_steps + 1)
-        due = sum(self._schedule.is_planned(step) for step in remaining)
-        if "://" in str(folder) or not due:
-            return
-        base = _tree_bytes(state.frozen) if latest is None else 0
-        size = _tree_bytes((state.params, state.opt_state)) + more
-        at_once = min(due, (config.checkpoint.keep or 0) + 1 if latest is None else 1)
-        kept = f"checkpoint.keep: {config.checkpoint.keep}, and one more while saving,"
-        check_room(Path(folder), base + at_once * size, kept if at_once > 1 else "a checkpoint")
-        free = free_bytes(Path(folder))
-        if config.checkpoint.keep is None and free is not None and free < base + due * size:
-            console.print(
-                f"{folder}: {due} checkpoints of {decimal(size)} are to come, and {decimal(free)} are free there; a "
-                f"smaller checkpoint.keep or a larger checkpoint.every needs less"
-            )
-        period = config.checkpoint.keep_every
-        stay = sum(step % period == 0 for step in remaining) if period else 0
-        old = _tree_bytes(state.params) if config.checkpoint.weights_only else size
-        if stay and free is not None and free < base + at_once * size + stay * old:
-            console.print(
-                f"{folder}: {stay} checkpoints of {decimal(old)} stay for checkpoint.keep_every: {period}, and "
-                f"{decimal(free)} are free there; a larger one, or checkpoint.weights_only: true, needs less"
-            )
+        """Refuses a disk that does not take the next checkpoints, of the state and so many bytes more."""
+        steps = range((latest or self.origin) + 1, self.config.max_steps + 1)
+        due = sum(self._schedule.is_planned(step) for step in steps)
+        size = CheckpointBytes(
+            base=_tree_bytes(state.frozen) if latest is None else 0,
+            step=_tree_bytes((state.params, state.opt_state)) + more,
+            weights=_tree_bytes(state.params),
+        )
+        folder = str(checkpoints_folder(self.path))
+        check_checkpoints_room(folder, self.config.checkpoint, steps, due, size, is_new=latest is None)
 
     def _open_trackers(self) -> None:
         if self.config.log.tensorboard:
@@ -417,40 +413,24 @@ class Run:
           RunInterrupted: a signal came, and the step before is saved; see `train.run.signals`.
           WriteError: a checkpoint could not be saved.
         """
-        columns = (
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[shown]}"),
-        )
         total = self.config.max_steps
-        hidden = not (self.config.log.progress and console.is_terminal)  # `show` prints lines instead
         if self.start < total:
             self._profile = Profile(self.config.log.profile, self.path, self.start)
-        with Progress(*columns, console=console, disable=hidden) as self._progress:
-            task = self._progress.add_task(self.path.name, total=total, completed=self.start, shown="")
+        with self._progress.begin(self.start):
             defer_signals()
             self._schedule.restart_clock()
             for step in range(self.start, total):
                 self._step = step + 1
                 with self._profile.step(step + 1):
                     yield step
-                self._progress.update(task, completed=step + 1)
+                self._progress.advance(step + 1)
                 persist(self._checkpoints.check, "", "stop")
                 if number := self._schedule.interruption(step + 1):
                     raise RunInterrupted(number, f"{self.path}: interrupted", is_agreed=True)  # see `abandon`
 
     def show(self, step: int, values: Mapping[str, float]) -> None:
         """Shows metrics beside the progress bar; without a terminal, prints a line ten times in a run."""
-        text = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if not math.isnan(value))
-        if self._progress is None or not self.config.log.progress:
-            return
-        self._progress.update(self._progress.task_ids[0], shown=text)
-        if not console.is_terminal and step % max(1, self.config.max_steps // 10) == 0:
-            console.print(f"{self.path.name} {step}/{self.config.max_steps}  {text}")
+        self._progress.show(step, values)
 
     def close(self, ending: str | None = None) -> None:
         """Waits for the checkpoint in flight, closes the trackers, and prints how the run ended.
@@ -474,8 +454,7 @@ class Run:
     def abandon(self, error: BaseException) -> None:
         """Ends a run whose loop `error` has left, after the save in flight; tells the error what is saved."""
         OPEN_RUNS.discard(self)
-        if self._progress is not None:
-            self._progress.stop()
+        self._progress.stop()
         self._tracker_seconds = _HURRY_SECONDS
         self._close_trackers()
         self._callbacks.end(self._step, error.name if isinstance(error, RunInterrupted) else type(error).__name__)
@@ -510,70 +489,3 @@ def _tree_bytes(tree: Any) -> int:
 
 def _optimizer_items(state: TrainState) -> dict[str, Any]:
     return {"opt_state": state.opt_state, "step": state.step}
-
-
-def read_metrics(run: str | Path, *, clock: bool = True) -> list[dict[str, float]]:
-    """Reads the rows of a run's metrics.jsonl.
-
-    A damaged line costs that line alone and is named; a last line that a kill cut short is left out in silence.
-
-    Args:
-      clock: with False, the fields that depend on the clock are left out; the rows are then the same, bit for bit, for
-        every run of a config on a machine.
-    """
-    metrics = parse_metrics(Path(run) / METRICS)
-    if metrics.damaged:
-        print_plain(f"{Path(run) / METRICS}: {lines_text(metrics.damaged)} damaged and left out")
-    if not clock:
-        return [{k: v for k, v in row.items() if not k.startswith(("timing_s/", "perf/"))} for row in metrics.rows]
-    return metrics.rows
-
-
-class MetricsFile(NamedTuple):
-    """The content of a metrics.jsonl."""
-
-    rows: list[dict[str, float]]
-    damaged: list[int]  # numbers, from 1, of the lines that are no rows
-    cut: list[int]  # the last line's, if it is no row and does not end
-
-
-def parse_metrics(file: Path) -> MetricsFile:
-    """Parses a metrics.jsonl line by line; without the file there are no rows."""
-    metrics = MetricsFile([], [], [])
-    lines = (file.read_bytes() if file.is_file() else b"").split(b"\n")
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line.decode())
-        except (ValueError, RecursionError):  # ValueError: UnicodeDecodeError too
-            row = None
-        if isinstance(row, dict) and type(row.get("step")) is int:
-            metrics.rows.append(row)
-        else:
-            (metrics.damaged if number < len(lines) else metrics.cut).append(number)
-    return metrics
-
-
-def rewind_metrics(file: Path, step: int | None) -> None:
-    """Cuts a metrics.jsonl back to the rows up to a step; a file with damaged lines is kept under another name."""
-    metrics = parse_metrics(file)
-    rows = [row for row in metrics.rows if step is not None and row["step"] <= step]
-    is_short = bool(step) and not any(row["step"] == step for row in rows)
-    if damaged := metrics.damaged + (metrics.cut if is_short else []):
-        names = (f"{file.name}.damaged{number or ''}" for number in range(1000))
-        aside = next(file.with_name(name) for name in names if not file.with_name(name).exists())
-        aside.write_bytes(file.read_bytes())
-        print_plain(f"{file}: {lines_text(damaged)} damaged and left out; the file as it was is {aside}")
-    write_rows(file, rows)
-
-
-def write_rows(file: Path, rows: Sequence[Mapping[str, float]]) -> None:
-    """Writes a metrics.jsonl."""
-    write_whole(file, "".join(json.dumps(row) + "\n" for row in rows))
-
-
-def lines_text(numbers: Sequence[int]) -> str:
-    """Names the first few of some lines, for a sentence that goes on with an adjective."""
-    shown = ", ".join(map(str, numbers[:5])) + (f" and {len(numbers) - 5} more" if len(numbers) > 5 else "")
-    return f"line {shown} is" if len(numbers) == 1 else f"lines {shown} are"

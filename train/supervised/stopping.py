@@ -16,8 +16,9 @@ from models.checkpoint_steps import read_stopped
 from train.config import EarlyStoppingConfig, SupervisedConfig
 from train.console import console
 from train.processes import gather, is_first
-from train.run.directory import METRICS, Run, read_metrics
+from train.run.directory import Run
 from train.run.files import write_whole
+from train.run.metrics_file import METRICS, read_metrics
 
 
 class EarlyStopping:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from train.run.directory import METRICS, lines_text, parse_metrics, read_metrics, rewind_metrics
+from train.run.metrics_file import METRICS, lines_text, parse_metrics, read_metrics, rewind_metrics
 
 ROWS = [{"step": step, "loss": step / 8} for step in range(9)]
 LINES = [json.dumps(row).encode() for row in ROWS]
