@@ -21,8 +21,8 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 
-import models.checkpoint
 import models.checkpoint_restore
+import models.checkpoint_saves
 from models.checkpoint import Checkpoints
 from models.digests import digest_arrays
 
@@ -71,7 +71,7 @@ def without_digests(patched: bool) -> Iterator[None]:
     """Saves no digests while the body runs."""
     with contextlib.ExitStack() as stack:
         for name in ("digest_arrays", "make_digests") if patched else ():
-            stack.enter_context(mock.patch.object(models.checkpoint, name, lambda *_: {}))
+            stack.enter_context(mock.patch.object(models.checkpoint_saves, name, lambda *_: {}))
         yield
 
 

@@ -16,8 +16,11 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from models.checkpoint_damage import ChangedArray, quiet_failures, reason_of
-from models.checkpoint_files import ABOUT, DIGESTS, JSON_FILE, has_digests, warn_once
+from models.checkpoint_files import ABOUT, DIGESTS, JSON_FILE, has_digests, missing_array_file, warn_once
 from models.digests import array_name, digest_json, first_change
+from models.finite import require_finite_weights
+
+BASE = "base"  # beside the steps: the frozen parameters of a run that trains adapters
 
 Digests = Mapping[str, str]
 
@@ -113,6 +116,28 @@ def _read_json(item: epath.Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{item.name}/{JSON_FILE}: is not a JSON object")
     return value
+
+
+def restore_base(folder: epath.Path, frozen: Any, digests: Digests | None) -> Any:
+    """Restores the frozen base of adapters, and compares it with the digests in a step, if that has some of it.
+
+    Raises:
+      ValueError: it is not whole, cannot be read, or has parameters that are not finite.
+    """
+    if missing := missing_array_file(folder / BASE):
+        raise ValueError(
+            f"{folder / BASE}: is not whole ({missing}); the adapters of every step in {folder} need it: put it back"
+        )
+    has_base = digests is not None and any(name.startswith(f"{BASE}.") for name in digests)
+    try:
+        base = restore_arrays(folder / BASE, BASE, frozen, digests if has_base else None)
+    except Exception as error:  # of damaged files Orbax and TensorStore raise nearly everything
+        raise ValueError(
+            f"{folder / BASE}: cannot be read ({reason_of(error, folder / BASE)}); the adapters of every step in "
+            f"{folder} need it: put it back"
+        ) from error
+    require_finite_weights(base, str(folder / BASE))
+    return base
 
 
 def restore_arrays(directory: epath.Path, item: str, target: Any, digests: Digests | None) -> Any:
