@@ -38,8 +38,9 @@ def choose_attention(layout: Layout | None, config: Qwen3Config) -> str:
         return kind
     if wanted == "kernels":
         raise ValueError(
-            f"mesh.attention: kernels are for GPUs and TPUs, heads of 16, 32, 64 or 128, one rule for heads and "
-            f"kv_heads and no split sequence, got {platform} and heads of {config.head_dim}; expected auto or xla"
+            f"mesh.attention: kernels are for GPUs and TPUs, heads of 16, 32, 64 or 128 (256 on TPUs), one rule for "
+            f"heads and kv_heads and no split sequence, got {platform} and heads of {config.head_dim}; expected auto "
+            f"or xla"
         )
     return "xla"
 

@@ -115,12 +115,22 @@ def backward(
 
 
 def _name(kernel: str, has_prompt: bool) -> str:
-    return (
-        kernel if has_prompt else f"{kernel}_alone"
-    )  # `flash_work` tells rows that have a prompt from those that have none
+    return kernel if has_prompt else f"{kernel}_alone"  # `flash_work` tells these rows from those with a prompt
 
 
-def flash_work(P: int, G: int, T: int, H: int, K: int, E: int, S: int, itemsize: int) -> dict[str, KernelWork]:
+def flash_work(
+    P: int,
+    G: int,
+    T: int,
+    H: int,
+    K: int,
+    E: int,
+    S: int,
+    itemsize: int,
+    *,
+    blocks: tuple[int, int, int] = (QUERIES, QUERIES_BACK, KEYS_BACK),
+    has_delta: bool = True,
+) -> dict[str, KernelWork]:
     """Returns what each kernel does in a call on one device, if no block is masked but those behind a row's queries.
 
     With pairs = P G H (T S + T (T + block) / 2), of which a row's own keys are the second part:
@@ -131,18 +141,23 @@ def flash_work(P: int, G: int, T: int, H: int, K: int, E: int, S: int, itemsize:
         flash_prompt    8 E pairs of the prompt
 
     and every array is read and written once. S = 0: rows without a prompt, whose kernels' names end in _alone.
+
+    Args:
+      P, G, T, H, K, E, S: sizes of the axes on the device; T and S are filled up to whole blocks.
+      itemsize: bytes of a number.
+      blocks: positions of a block in flash_forward, flash_queries and flash_keys; default: those of a GPU.
+      has_delta: whether flash_queries reads the output for its sum with the output's gradient.
     """
     T, S = (-(-n // MULTIPLE) * MULTIPLE for n in (T, S))
     rows = float(P * G * H * T)
     queries, numbers = rows * E * itemsize, 4 * rows
     own, prompt = 2.0 * P * G * T * K * E * itemsize, 2.0 * P * S * K * E * itemsize
-    of_keys = rows * (T + KEYS_BACK) / 2  # pairs; a block of queries is smaller than one of keys there
+    forward_pairs, query_pairs, key_pairs = (rows * (T + block) / 2 for block in blocks)
+    of_queries = (4 if has_delta else 3) * queries + 2 * numbers
     work = {
-        "flash_forward": KernelWork(4 * E * rows * (S + (T + QUERIES) / 2), 2 * queries + numbers + own + prompt),
-        "flash_queries": KernelWork(
-            6 * E * rows * (S + (T + QUERIES_BACK) / 2), 4 * queries + 2 * numbers + own + prompt
-        ),
-        "flash_keys": KernelWork(8 * E * of_keys, 2 * queries + 2 * numbers + 2 * own),
+        "flash_forward": KernelWork(4 * E * (rows * S + forward_pairs), 2 * queries + numbers + own + prompt),
+        "flash_queries": KernelWork(6 * E * (rows * S + query_pairs), of_queries + own + prompt),
+        "flash_keys": KernelWork(8 * E * key_pairs, 2 * queries + 2 * numbers + 2 * own),
     }
     if not S:
         return {_name(kernel, False): cost for kernel, cost in work.items()}

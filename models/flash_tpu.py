@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from models.attention import KeyValues
-from models.flops import KernelWork
+from models.flash_gpu import flash_work
 
 BLOCKS = (512, 256, 128)  # positions of a block: the first of them that divides a length
 LARGEST_QUERIES = 256  # of one head, in a block of queries; smaller, for a row's last block of keys is half masked
@@ -130,28 +130,6 @@ def backward(
     return d_query, d_row, KeyValues(*(jnp.einsum("pkse->pske", part) for part in d_prompt))
 
 
-def flash_work(P: int, G: int, T: int, H: int, K: int, E: int, S: int, itemsize: int) -> dict[str, KernelWork]:
-    """Returns what each kernel does in a call on one device, as `models.flash_gpu.flash_work`, whose formulas hold.
-
-    But delta is XLA's, and blocks are larger: of a row's own keys a query computes T / 2 + half a block.
-    """
-    T, S = (-(-n // MULTIPLE) * MULTIPLE for n in (T, S))
-    rows = float(P * G * H * T)
-    queries, numbers = rows * E * itemsize, 4 * rows
-    own, prompt = 2.0 * P * G * T * K * E * itemsize, 2.0 * P * S * K * E * itemsize
-    of_keys = rows * (T + _block(T)) / 2
-    work = {
-        "flash_forward": KernelWork(4 * E * (rows * S + of_keys), 2 * queries + numbers + own + prompt),
-        "flash_queries": KernelWork(6 * E * (rows * S + of_keys), 3 * queries + 2 * numbers + own + prompt),
-        "flash_keys": KernelWork(8 * E * of_keys, 2 * queries + 2 * numbers + 2 * own),
-    }
-    if not S:
-        return {f"{kernel}_alone": cost for kernel, cost in work.items()}
-    return work | {
-        "flash_prompt": KernelWork(8 * E * rows * S, 2 * queries + 2 * numbers + prompt * (1 + 4 / itemsize))
-    }
-
-
 def _options(name: str, inputs: Any, interpret: bool, sums: int) -> dict[str, Any]:
     """Name, cost and compiler's parameters of a kernel that sums over the last `sums` axes of its grid of five."""
     from jax.experimental import pallas as pl
@@ -161,7 +139,8 @@ def _options(name: str, inputs: Any, interpret: bool, sums: int) -> dict[str, An
     K, dtype = inputs.row.keys.shape[3], inputs.query_PGTHE.dtype
     S = 0 if inputs.prompt is None else inputs.prompt.keys.shape[1]
     name = name if S else f"{name}_alone"
-    work = flash_work(P, G, T, H, K, E, S, dtype.itemsize)[name]
+    blocks = (_block(T),) * 3  # larger than a GPU's; delta is XLA's
+    work = flash_work(P, G, T, H, K, E, S, dtype.itemsize, blocks=blocks, has_delta=False)[name]
     exponentials = int(work.flops / (4 * E))
     cost = pl.CostEstimate(flops=int(work.flops), bytes_accessed=int(work.bytes), transcendentals=exponentials)
     options: dict[str, Any] = {"name": name, "cost_estimate": cost, "interpret": interpret}

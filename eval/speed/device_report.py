@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 from eval.sheets import NONE, Sheet
 from models.config import Qwen3Config
 from models.flops import decode_bytes, forward_flops, step_flops
-from train.plan.chips import CHIPS
+from train.plan.chips import CHIPS, GIB
 
-GIB = 2**30
 TORCH = "transformers, torch"
 Figures = Mapping[str, float | None]
 

@@ -190,6 +190,7 @@ def test_devices_choose() -> None:
         128: "gpu",
         256: "xla",
     }
+    assert choose_attention(layout_of("tpu"), heads[256]) == "tpu"
     assert choose_attention(layout_of("gpu", kv_heads=()), heads[128]) == "xla"
     assert choose_attention(layout_of("gpu", sequence=("data",)), heads[128]) == "xla"
     assert choose_attention(layout_of("gpu", "xla"), heads[128]) == "xla"
