@@ -23,8 +23,8 @@ from models.decode_attention import (
     LayerKeyValues,
     Token,
     decode_attention,
-    has_kernel,
 )
+from models.decode_gpu import has_kernel
 from models.decode_tpu import has_tpu_kernel, padded_positions
 from models.flash_attention import choose_attention, flash_attention
 from models.lora import merge_adapters

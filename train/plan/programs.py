@@ -16,7 +16,7 @@ import numpy as np
 from models.attention import CACHE_CHUNK
 from models.checkpoint import is_run, read_about
 from models.config import Qwen3Config, read_config
-from models.decode_attention import kernel_work
+from models.decode_gpu import kernel_work
 from models.decoding import DecodeWeights
 from models.flash_attention import choose_attention
 from models.flash_gpu import flash_work
