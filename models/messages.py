@@ -1,11 +1,52 @@
-"""Thoughts, tool calls and tools in chat messages: what a chat template would render wrongly or drop is refused."""
+"""Chat messages, their thoughts, tool calls and tools: what a template would render wrongly or drop is refused."""
 
 from collections.abc import Callable
 from typing import Any
 
+from models.marks import all_strings
+
+ROLES = ("system", "user", "assistant", "tool")
 Message = dict[str, Any]  # role and content; of an assistant's also reasoning_content and tool_calls
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # names of an assistant's thoughts
 Tools = list[dict[str, Any]]  # JSON schemas of the functions that may be called
+
+
+def check_text(text: str) -> None:
+    """Checks that a text has no half of a surrogate pair, which no tokenizer reads.
+
+    Raises:
+      ValueError: the text has one.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"expected text, got the half of a surrogate pair at character {error.start}") from error
+
+
+def check_messages(messages: Any) -> None:
+    """Checks chat messages for faults that a chat template would ignore.
+
+    Raises:
+      ValueError: no messages, an unknown role, or content that is not text.
+    """
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"expected text or a list of chat messages with role and content, got {str(messages)[:60]!r}")
+    for message in messages:
+        if isinstance(message, dict) and message.get("role") == "assistant":
+            cleaned = without_empty_fields(message)
+            if cleaned.get("tool_calls"):  # a call needs no content
+                check_tool_calls(cleaned["tool_calls"])
+                message = cleaned
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            raise ValueError(
+                f"expected text or a list of chat messages with role and content, got the message {str(message)[:60]!r}"
+            )
+        if message["role"] not in ROLES:
+            raise ValueError(f"expected a message's role to be one of {', '.join(ROLES)}, got {message['role']!r}")
+        if not isinstance(message["content"], str):
+            raise ValueError(f"expected a message's content to be text, got {str(message['content'])[:60]!r}")
+        for text in all_strings(message):
+            check_text(text)
 
 
 def check_tool_calls(calls: Any) -> None:

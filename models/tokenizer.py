@@ -11,7 +11,7 @@ import json
 import os
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,58 +22,39 @@ from jinja2.exceptions import TemplateError
 from models.begun import PROBE, is_begun, render_begun, with_completion
 from models.config import read_json
 from models.marks import Rendered, all_strings, insert_marks, token_start_pattern, unused_mark
-from models.messages import Message, Tools, check_tool_calls, check_tools_are_rendered, without_empty_fields
+from models.messages import (
+    ROLES,
+    Message,
+    Tools,
+    check_messages,
+    check_text,
+    check_tools_are_rendered,
+    without_empty_fields,
+)
 from models.names import split_commit, split_step
 from models.weight_files import could_be_on_hub, describe_local, find_directory
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before its import; silences "PyTorch was not found"
 os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # silences the report of every retry
 
+__all__ = [
+    "ROLES",
+    "Prompt",
+    "Tokenizer",
+    "bucket",
+    "check_messages",
+    "check_text",
+    "pad",
+    "portable_config",
+    "tokenizer_path",
+    "train_bpe",
+]
 Prompt = str | list[Message]
-ROLES = ("system", "user", "assistant", "tool")
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_FILES = (
     *("tokenizer.json", TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
     *("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model"),
 )
-
-
-def check_text(text: str) -> None:
-    """Checks that a text has no half of a surrogate pair, which no tokenizer reads.
-
-    Raises:
-      ValueError: the text has one.
-    """
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(f"expected text, got the half of a surrogate pair at character {error.start}") from error
-
-
-def check_messages(messages: Any) -> None:
-    """Checks chat messages for faults that a chat template would ignore.
-
-    Raises:
-      ValueError: no messages, an unknown role, or content that is not text.
-    """
-    if not isinstance(messages, list) or not messages:
-        raise ValueError(f"expected text or a list of chat messages with role and content, got {str(messages)[:60]!r}")
-    for message in messages:
-        if isinstance(message, dict) and message.get("role") == "assistant":
-            cleaned = without_empty_fields(message)
-            if cleaned.get("tool_calls"):  # a call needs no content
-                check_tool_calls(cleaned["tool_calls"])
-                message = cleaned
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise ValueError(
-                f"expected text or a list of chat messages with role and content, got the message {str(message)[:60]!r}"
-            )
-        if message["role"] not in ROLES:
-            raise ValueError(f"expected a message's role to be one of {', '.join(ROLES)}, got {message['role']!r}")
-        if not isinstance(message["content"], str):
-            raise ValueError(f"expected a message's content to be text, got {str(message['content'])[:60]!r}")
-        for text in all_strings(message):
-            check_text(text)
 
 
 class Tokenizer:
@@ -269,11 +250,18 @@ class Tokenizer:
                 raise ValueError(f"{self.path}: the chat template refuses these messages: {reason}") from error
 
         messages = [without_empty_fields(message) for message in messages]
-        (added, special), text = self._token_starts, render(messages, tools)
+        text = render(messages, tools)
         try:
             check_tools_are_rendered(messages, tools, text, render)
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from error
+        return self._with_marks(messages, tools, text, render)
+
+    def _with_marks(
+        self, messages: list[Message], tools: Tools | None, text: str, render: Callable[..., str]
+    ) -> Rendered:
+        """Renders messages with marks where their own text would become special tokens; `text` is without them."""
+        added, special = self._token_starts
         contents = all_strings([value for message in messages for key, value in message.items() if key != "role"])
         contents += all_strings(tools)
         if not any(added.search(content) for content in contents):

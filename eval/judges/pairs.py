@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from eval.judges.task import readable
-from models.tokenizer import check_text
+from models.messages import check_text
 from train.console import console, print_plain
 from train.data.rows import Row, is_number, load_rows
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from models.tokenizer import check_text
+from models.messages import check_text
 
 
 def check_sampling(config: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from models.tokenizer import check_messages, check_text
+from models.messages import check_messages, check_text
 from train.data.files import file_names, is_local, read_files
 from train.data.sheets import is_sheet, with_numbers
 
