@@ -6,6 +6,7 @@ from typing import Any
 
 from train.config import ExportConfig, PlanConfig, PolicyConfig, RewardModelConfig, SftConfig
 from train.console import in_one_line
+from train.heaps import limit_heaps
 from train.parse import no_command, parse, take
 
 USAGE = """usage: python -m train {sft,reward,policy} --config FILE [--variant NAME] [--key value ...] [--show [N]]
@@ -66,6 +67,7 @@ def main(arguments: list[str]) -> int:
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {in_one_line(str(error))}", file=sys.stderr)
         return 2
+    limit_heaps()
     from train.running import exit_code
 
     module, name = PROGRAMS[task]

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.soak.tiny import environment, policy_settings, write_materials
+from train.heaps import limit_heaps
 
 WARM_UP = 0.2  # share of the steps that is not measured: programs are compiled, caches fill up
 LINES = 15
@@ -87,6 +88,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--trace", action="store_true", help="also print where Python's memory has grown")
     options = parser.parse_args(arguments)
     os.environ.update(environment())
+    limit_heaps()
     with tempfile.TemporaryDirectory(prefix="soak-leaks-", ignore_cleanup_errors=True) as folder:
         write_materials(Path(folder) / "materials")
         for save_every in options.save_every:
