@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
+from models.sharding import to_device
+
 _ON_HOST = 1 << 15  # shards with fewer elements are added up on the host: compiling a program for them takes longer
 # (multiplier of i, first multiplier, shift, second multiplier): the finalizers of MurmurHash3 and lowbias32
 _MIXES = ((0x9E3779B9, 0x85EBCA6B, 13, 0xC2B2AE35), (0x85157AF5, 0x7FEB352D, 15, 0x846CA68B))
@@ -123,7 +125,8 @@ def _shard_sums(shard: Any, shape: tuple[int, ...]) -> Any:
     starts = np.array([part.start or 0 for part in shard.index], np.uint32)
     if shard.data.size < _ON_HOST:
         return [lane.sum(dtype=np.uint32) for lane in _mixed(jax.device_get(shard.data), starts, strides, np)]
-    return _device_sums(shard.data, *jax.device_put((starts, strides), shard.device))
+    # what is kept in the host's memory (optimizer.offload) is added up on its device too
+    return _device_sums(to_device(shard.data), *jax.device_put((starts, strides), shard.device))
 
 
 @jax.jit

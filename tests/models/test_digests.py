@@ -12,6 +12,7 @@ import pytest
 
 from models import digests
 from models.digests import digest_arrays, digest_json, first_change
+from models.sharding import to_host
 
 ROOT = Path(__file__).parents[2]
 RNG = np.random.default_rng(0)
@@ -58,6 +59,14 @@ def test_a_digest_is_its_definition_on_host_and_device(on_host: bool, monkeypatc
     tree = {name: TREE[name] for name in names}
     assert digest_arrays(tree) == {name: plain_digest(ARRAYS[name]) for name in names}
     assert first_change(tree, DIGESTS) is None
+
+
+def test_a_digest_is_the_same_of_an_array_in_the_hosts_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of an optimizer that is kept there between updates (`optimizer.offload`)."""
+    monkeypatch.setattr(digests, "_ON_HOST", 0)
+    tree = {"float32": TREE["float32"]}
+    expected = {"float32": DIGESTS["float32"]}
+    assert digest_arrays(to_host(tree)) == expected and first_change(to_host(tree), expected) is None
 
 
 @pytest.mark.parametrize("name", ARRAYS)
