@@ -138,6 +138,8 @@ def check_key(known: Mapping[str, Setting], key: str, source: str, options: Coll
     while outer and outer not in known:
         outer = outer.rpartition(".")[0].removesuffix("[]")
     beside = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0].removesuffix("[]") == outer]
+    if not beside:  # a key behind a setting that has none
+        raise ValueError(f"{source}: unknown key {key!r}; {outer} is a single value")
     raise ValueError(f"{source}: unknown key {key!r}; expected one of {', '.join(beside)}")
 
 

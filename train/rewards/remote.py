@@ -64,9 +64,10 @@ def remote(
       RemoteError: no rewards.
     """
     url = os.environ.get(ADDRESS, "") if url is None else url
-    address = urllib.parse.urlsplit(url)
-    if address.scheme not in ("http", "https") or not address.hostname:
-        raise ValueError(f"remote: url: expected http://HOST:PORT/PATH or https://..., got {without_passwords(url)!r}")
+    address = urllib.parse.urlsplit(str(url))
+    if address.scheme not in ("http", "https") or not address.hostname or not _has_valid_port(address):
+        shown = without_passwords(url) if isinstance(url, str) else url
+        raise ValueError(f"remote: url: expected http://HOST:PORT/PATH or https://..., got {shown!r}")
     if not completions:
         _try_connection(address)
         return []
@@ -147,6 +148,13 @@ def _cleaned(text: str, request: urllib.request.Request) -> str:
     secret = request.unredirected_hdrs.get("Authorization", "").partition(" ")[2]
     line = visible(" ".join(without_passwords(text.replace(secret, "***") if secret else text).split()))
     return line[:LONGEST_REASON]
+
+
+def _has_valid_port(address: urllib.parse.SplitResult) -> bool:
+    try:
+        return address.port is None or address.port > 0
+    except ValueError:  # not a number, or above 65535
+        return False
 
 
 def _try_connection(address: urllib.parse.SplitResult) -> None:
