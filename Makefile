@@ -68,7 +68,7 @@ test: install  ## run the quick tests
 test-slow: install  ## run the tests that take minutes
 	$(PYTEST) -m slow
 
-soak: install  ## kill runs at random moments, feed programs inputs that are almost valid: a quarter of an hour
+soak: install  ## kill runs at random moments, feed programs inputs that are almost valid, damage, full disks: half an hour
 	$(PY) -m bench.soak all
 
 soak-short: install  ## the same for a minute or two

@@ -11,6 +11,7 @@ import textwrap
 import threading
 import time
 import traceback
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,8 @@ def silence_orbax() -> None:
     """Leaves Orbax's errors to the exceptions that it raises too: it logs each in several threads, with tracebacks."""
     logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname or record.exc_info is None)
     logging.getLogger("asyncio").addFilter(lambda record: not _is_orbax(record))
+    # the writes of a save that has failed, which nobody waits for
+    warnings.filterwarnings("ignore", r"coroutine 'async_serialize\S* was never awaited", RuntimeWarning)
     previous = sys.unraisablehook
 
     def hook(unraisable: Any) -> None:

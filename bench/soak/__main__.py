@@ -1,11 +1,11 @@
-"""`python -m bench.soak {kills,fuzz,damage,disk,leaks,all} [--short] ...`: what a run survives, tried by force."""
+"""`python -m bench.soak {kills,starts,fuzz,damage,disk,leaks,all} [--short] ...`: what a run survives, tried by force."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 from importlib import import_module, util
 
-PARTS = ("kills", "fuzz", "damage", "disk")  # of `all`
+PARTS = ("kills", "starts", "fuzz", "damage", "disk")  # of `all`
 SHORT = ("kills", "fuzz")  # those that --short, --seed are for, and that --short is made of
 OTHERS = ("leaks",)  # takes long, and prints figures
 
