@@ -1,4 +1,4 @@
-"""`python -m bench.soak {kills,starts,fuzz,damage,disk,leaks,all} [--short] ...`: what a run survives, tried by force."""
+"""`python -m bench.soak {kills,starts,fuzz,damage,disk,leaks,all} [--short] ...`: what a run survives, by force."""
 
 import argparse
 import sys
