@@ -51,7 +51,12 @@ class Setting(NamedTuple):
 
 def settings(kind: type[Any]) -> dict[str, Setting]:
     """Every setting of a dataclass by its dotted key: its plain fields first, then each dataclass in it."""
-    return {setting.key: setting for setting in _walk(kind, "")}
+    return {setting.key: setting for setting in _tree(kind)}  # type: ignore[arg-type]  # classes are hashable
+
+
+@functools.cache
+def _tree(kind: type[Any]) -> tuple[Setting, ...]:
+    return tuple(_walk(kind, ""))
 
 
 def _walk(kind: type[Any], outer: str) -> Iterator[Setting]:
@@ -150,16 +155,17 @@ def _nearest(key: str, names: Collection[str]) -> list[str]:
     """
     outer, _, last = key.rpartition(".")
     known_outer = not outer or any(name.rpartition(".")[0] == outer for name in names)
+    likeness_of = {part: _likeness(last, part) for part in {name.rpartition(".")[2] for name in names}}
 
     def likeness_of_last(name: str) -> float:
-        return SequenceMatcher(None, last, name.rpartition(".")[2]).ratio()
+        return likeness_of[name.rpartition(".")[2]]
 
     def likeness(name: str) -> float:
         is_there = outer.replace("[]", "") == name.rpartition(".")[0].replace(
             "[]", ""
         )  # rewards.weight: rewards[].weight
         by_last = likeness_of_last(name) + (0.1 if is_there else 0.0)
-        return by_last if known_outer else max(by_last, SequenceMatcher(None, key, name).ratio())
+        return by_last if known_outer else max(by_last, _likeness(key, name))
 
     scores = {name: likeness(name) for name in sorted(names)}
     best = max(scores.values(), default=0.0)
@@ -168,6 +174,12 @@ def _nearest(key: str, names: Collection[str]) -> list[str]:
     closest = max(last_parts.values(), default=0.0)
     is_closer = near and closest > max(last_parts[name] for name in near) and known_outer
     return near + ([name for name, score in last_parts.items() if score == closest] if is_closer else [])
+
+
+def _likeness(text: str, other: str) -> float:
+    """The ratio of `SequenceMatcher`; 0 where their letters allow less than 0.5, which makes no name a near one."""
+    most = sum(min(text.count(letter), other.count(letter)) for letter in set(text))  # in any order
+    return SequenceMatcher(None, text, other).ratio() if 4 * most >= len(text) + len(other) else 0.0
 
 
 def check_values(known: Mapping[str, Setting], values: Mapping[Any, Any], source: str, outer: str = "") -> None:
