@@ -1,6 +1,7 @@
 """Laws of a turn: prompt + answer is the template's whole conversation, and the first token learned is the first that
 the model is to write."""
 
+import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -38,23 +39,41 @@ THINKING_TEMPLATE = """
 {%- endif %}"""
 
 
+def with_eos(directory: Path, eos: str | None) -> Path:
+    """A tokenizer's directory, with another end in its config where one is given."""
+    if eos is not None:
+        file = directory / "tokenizer_config.json"
+        file.chmod(0o644)
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token": eos}))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def make_qwen3(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool, str | None], Tokenizer]:
+    """make_qwen3(thinking, eos): the real one, whose 150,000 tokens are read once for all tests."""
+
+    @functools.cache
+    def make(thinking: bool, eos: str | None) -> Tokenizer:
+        if not QWEN3.is_dir():
+            pytest.skip("the Qwen3 vocabulary (4 MB) is not shipped")
+        directory = shutil.copytree(QWEN3, tmp_path_factory.mktemp("qwen3") / "tokenizer")
+        return Tokenizer(with_eos(directory, eos), enable_thinking=thinking)
+
+    return make
+
+
 @pytest.fixture
-def make_tokenizer(tiny_tokenizer_dir: Path, tmp_path: Path) -> Callable[..., Tokenizer]:
+def make_tokenizer(
+    tiny_tokenizer_dir: Path, tmp_path: Path, make_qwen3: Callable[[bool, str | None], Tokenizer]
+) -> Callable[..., Tokenizer]:
     """make_tokenizer(kind, thinking=False, eos=None): the real Qwen3's, or a tiny one with a template that thinks."""
 
     def make(kind: str = "tiny", thinking: bool = False, eos: str | None = None, template: str = "") -> Tokenizer:
-        if kind == "qwen3" and not QWEN3.is_dir():
-            pytest.skip("the Qwen3 vocabulary (4 MB) is not shipped")
-        directory = tmp_path / kind
-        if not directory.is_dir():
-            shutil.copytree(QWEN3 if kind == "qwen3" else tiny_tokenizer_dir, directory)
-        if kind == "tiny":
-            (directory / "chat_template.jinja").write_text(template or THINKING_TEMPLATE)
-        if eos is not None:
-            file = directory / "tokenizer_config.json"
-            file.chmod(0o644)
-            file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token": eos}))
-        return Tokenizer(directory, enable_thinking=thinking)
+        if kind == "qwen3":
+            return make_qwen3(thinking, eos)
+        directory = shutil.copytree(tiny_tokenizer_dir, tmp_path / kind, dirs_exist_ok=True)
+        (directory / "chat_template.jinja").write_text(template or THINKING_TEMPLATE)
+        return Tokenizer(with_eos(directory, eos), enable_thinking=thinking)
 
     return make
 
