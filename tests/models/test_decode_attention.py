@@ -52,6 +52,15 @@ def arguments(shape: tuple[Any, ...], dtype: str = "float32") -> tuple[Any, ...]
     return normal(P, G, K, Q + 2, E), HeadNorms(normal(E), normal(E), 1e-6), token, *caches
 
 
+@partial(jax.jit, static_argnames=("window", "kernel"))
+def attend(given: tuple[Any, ...], window: int | None, kernel: str | None = None) -> tuple[jax.Array, LayerKeyValues]:
+    """`decode_attention` as one program."""
+    qkv, (query_norm, key_norm, _), *rest = given
+    interpret = INTERPRET.get(kernel or "", False)
+    norms = HeadNorms(query_norm, key_norm, 1e-6)
+    return decode_attention(qkv, norms, *rest, window=window, kernel=kernel, interpret=interpret)
+
+
 @partial(jax.jit, static_argnames="window")
 def by_xla(given: tuple[Any, ...], window: int | None) -> tuple[jax.Array, LayerKeyValues]:
     """XLA's path of one prompt after the other, each with as many filled positions as it has."""
@@ -70,7 +79,7 @@ def by_xla(given: tuple[Any, ...], window: int | None) -> tuple[jax.Array, Layer
 def assert_kernel_is_xlas_path(kernel: str, given: tuple[Any, ...], window: int | None, tolerance: float) -> None:
     """Of completions that go on; what has ended may be anything finite. The cache grows by the same position."""
     expected, expected_cache = by_xla(given, window)
-    found, found_cache = decode_attention(*given, window=window, kernel=kernel, interpret=INTERPRET[kernel])
+    found, found_cache = attend(given, window, kernel)
     live, scale = np.asarray(given[2].live_PG), float(jnp.abs(expected.astype(jnp.float32)).max())
     difference = np.abs(np.asarray(found, np.float32) - np.asarray(expected, np.float32))
     assert difference[live].max() <= tolerance * max(scale, 1) and np.isfinite(difference).all()
@@ -86,20 +95,23 @@ def test_prompts_may_be_at_positions_of_their_own(kernel: str | None, window: in
     qkv, norms, token, *key_values = arguments(shape)
     positions = [33, 0, 49]
 
-    def attend(filled: Any) -> Any:
+    def attend_at(filled: Any) -> Any:
         at = token._replace(filled=jnp.asarray(filled, jnp.int32), live_PG=jnp.ones((3, 2), bool))
-        interpret = INTERPRET.get(kernel, False)
-        return decode_attention(qkv, norms, at, *key_values, window=window, kernel=kernel, interpret=interpret)
+        return attend((qkv, norms, at, *key_values), window, kernel)
 
-    found = attend(positions)
+    found = attend_at(positions)
     for p, filled in enumerate(positions):
-        jax.tree.map(lambda a, b, p=p: np.testing.assert_allclose(a[p], b[p], atol=2e-5), found, attend(filled))
+        jax.tree.map(lambda a, b, p=p: np.testing.assert_allclose(a[p], b[p], atol=2e-5), found, attend_at(filled))
 
 
-@pytest.mark.parametrize("name", SHAPES)
+CASES = [(name, "float32", 2e-5) for name in SHAPES] + [
+    (name, "bfloat16", 2e-2) for name in ("heads 8:1, one block and a part", "window into the prompt")
+]
+
+
 @pytest.mark.parametrize("kernel", ["gpu", "tpu"])
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-5), ("bfloat16", 2e-2)], ids=["float32", "bfloat16"])
-def test_kernels_are_xlas_path(name: str, kernel: str, dtype: str, tolerance: float) -> None:
+@pytest.mark.parametrize(("name", "dtype", "tolerance"), CASES, ids=[f"{dtype}, {name}" for name, dtype, _ in CASES])
+def test_kernels_are_xlas_path(name: str, dtype: str, tolerance: float, kernel: str) -> None:
     assert_kernel_is_xlas_path(kernel, arguments(SHAPES[name], dtype), SHAPES[name][-1], tolerance)
 
 
@@ -140,14 +152,20 @@ def test_xlas_path_is_softmax_attention(name: str) -> None:
     shape = SHAPES[name]
     (P, G, K, Q, E, *_, filled, window) = shape
     qkv, norms, token, prefix, cache = arguments(shape)
-    out, grown = decode_attention(qkv, norms, token, prefix, cache, window=window)
+    out, grown = attend((qkv, norms, token, prefix, cache), window)
     cos, sin = token.cos_PGC[:, :, None, None], token.sin_PGC[:, :, None, None]
-    query = np.asarray(rotate(rms_norm(qkv[..., :Q, :], norms.query_E, 1e-6), (cos, sin)))
-    key = np.asarray(rotate(rms_norm(qkv[..., Q : Q + 1, :], norms.key_E, 1e-6), (cos, sin)))
+
+    @jax.jit
+    def rotated(part: jax.Array, norm_E: jax.Array) -> jax.Array:
+        return rotate(rms_norm(part, norm_E, 1e-6), (cos, sin))
+
+    query = np.asarray(rotated(qkv[..., :Q, :], norms.query_E))
+    key = np.asarray(rotated(qkv[..., Q : Q + 1, :], norms.key_E))
+    prefix, cache, values_PGKTE = jax.tree.map(np.asarray, (prefix, cache, qkv[..., Q + 1 :, :]))
     for p, g, k in np.ndindex(P, G, K):
         n = int(token.lengths_P[p])
         keys = np.concatenate([prefix.keys[p, k, :n], cache.keys[p, k, g, :filled], key[p, g, k]])
-        values = np.concatenate([prefix.values[p, k, :n], cache.values[p, k, g, :filled], qkv[p, g, k, Q + 1 :]])
+        values = np.concatenate([prefix.values[p, k, :n], cache.values[p, k, g, :filled], values_PGKTE[p, g, k]])
         seen = slice(-window if window else None, None)
         scores = query[p, g, k] @ keys[seen].T / E**0.5
         weights = np.exp(scores - scores.max(-1, keepdims=True))

@@ -35,10 +35,11 @@ PROMPT_PS = np.random.default_rng(0).integers(0, V, (P, S)).astype(np.int32)
 LENGTHS_P = np.array([9, 5, 1], np.int32)
 SAMPLING = SamplingParams(1.0, 0, 1.0, 0, np.array([3, 5], np.int32))
 NETWORKS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "tied": ({}, {}),
-    "untied, biases": ({"tie_word_embeddings": False, "attention_bias": True}, {}),
-    "adapters": ({}, {"lora": Lora(rank=2, alpha=3.0)}),
-    "windows": ({"sliding_window": 6, "layer_types": ("sliding_attention", "full_attention")}, {}),
+    "tied, windows": ({"sliding_window": 6, "layer_types": ("sliding_attention", "full_attention")}, {}),
+    "untied, biases, adapters": (
+        {"tie_word_embeddings": False, "attention_bias": True},
+        {"lora": Lora(rank=2, alpha=3.0)},
+    ),
 }
 SIZES = dict(vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
 SIZES |= dict(num_attention_heads=4, num_key_value_heads=2, head_dim=16)
@@ -46,7 +47,7 @@ SIZES |= dict(num_attention_heads=4, num_key_value_heads=2, head_dim=16)
 
 def network(name: str, **more: Any) -> tuple[Any, Any]:
     """Graphdef and parameters that are far from their initial values, biases and adapters too."""
-    config, options = NETWORKS[name]
+    config, options = NETWORKS.get(name, ({}, {}))
     graphdef, params = split(Qwen3(Qwen3Config(**SIZES, **config), nnx.Rngs(0), **options, **more))
     noise = np.random.default_rng(1)
     return graphdef, jax.tree.map(lambda leaf: leaf + noise.normal(0, 0.2, leaf.shape).astype(leaf.dtype), params)
@@ -107,7 +108,7 @@ def test_cpus_scan_and_other_devices_unroll() -> None:
     assert choose_decoding("auto", layout_of("gpu"), narrow) == "unrolled"
     assert choose_decoding("auto", layout_of("gpu", kv_heads=()), wide) == "scanned"
     assert choose_decoding("unrolled", layout_of("cpu"), narrow) == "unrolled"
-    graphdef, params = network("tied")
+    graphdef, params = network("plain")
     assert isinstance(make_decoder(params, graphdef), ScannedDecoder)
 
 
@@ -137,7 +138,7 @@ def test_decoding_that_devices_cannot_do(decoding: str, platform: str, rules: di
 def test_the_copy_for_unrolled_decoding_is_a_copy() -> None:
     """Made once for all calls; the program draws the same from it as from the parameters."""
     layout = make_layout(devices=jax.devices()[:1])
-    graphdef, params = network("tied", layout=layout)
+    graphdef, params = network("plain", layout=layout)
     copy = SamplingCopy(graphdef, params, layout, "unrolled")
     weights = copy(params)
     assert isinstance(weights, DecodeWeights) and copy(weights) is weights

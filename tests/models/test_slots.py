@@ -103,11 +103,10 @@ def test_slots_keep_what_settings_need_of_the_tokens_so_far(policy: Any, monkeyp
 
 
 @pytest.mark.parametrize("kernels", ["gpu", "tpu"])
+@pytest.mark.parametrize("policy", ["scanned"], indirect=True)
 def test_kernels_read_each_prompts_positions(kernels: str, policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    graphdef, weights, layout, whole = policy
-    if not isinstance(weights, DecodeWeights):
-        weights = SamplingCopy(graphdef, weights, layout, "unrolled")(weights)
-    weights = replace(weights, kernels=kernels)
+    graphdef, params, layout, whole = policy
+    weights = replace(SamplingCopy(graphdef, params, layout, "unrolled")(params), kernels=kernels)
     monkeypatch.setattr("models.slots.make_decoder", lambda weights, _: UnrolledDecoder(weights, interpret=True))
     assert_same(draw_in_slots((graphdef, weights, layout, whole), 3), whole)
 
