@@ -15,6 +15,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # whatever else JAX finds, plan-c
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 import contextlib
+import gc
 import gzip
 import json
 import shutil
@@ -59,6 +60,13 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(cache.cleanup)
         os.environ["JAX_COMPILATION_CACHE_DIR"] = cache.name
     jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+
+
+def pytest_collection_finish() -> None:
+    """What was imported and collected stays: collecting garbage need not go through it (7 % of the time)."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 @pytest.fixture
