@@ -11,6 +11,8 @@ Of several processes, all call what renames and removes, and the first one does 
 import contextlib
 import errno
 import os
+import re
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -25,13 +27,53 @@ from models.names import split_step
 
 FOLDER, STOPPED, BEST = "checkpoints", "stopped.json", "best.json"
 REMOVED = "removed"
+_OURS = re.compile(r"\d+\..*|base.*|removed|lock\.json.*|.*[.-]tmp.*")  # what is there before the first step
 _CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)  # of a file system that does not sync directories
 
 
 def checkpoints_folder(run: str | Path) -> epath.Path:
-    """Returns the directory of a run's checkpoints."""
+    """Returns the directory of a run's checkpoints.
+
+    Raises:
+      ValueError: the file that names it (see `models.checkpoint`) holds no name.
+    """
     path = Path(run).absolute() / FOLDER
-    return epath.Path(path.read_text(encoding="utf-8").rstrip("\r\n") if path.is_file() else path)
+    return epath.Path(_read_pointer(path) if path.is_file() else path)
+
+
+def _read_pointer(file: Path) -> str:
+    name = file.read_bytes().decode("utf-8", "backslashreplace").rstrip("\r\n")
+    if not name.strip() or re.search("[\0-\x1f]", name):
+        raise ValueError(
+            f"{file}: expected one line, the directory of the run's checkpoints, got {textwrap.shorten(name, 200)!r}; "
+            f"write its name there"
+        )
+    return name
+
+
+def check_pointer(run: str | Path, directory: str | None) -> None:
+    """Checks, before a run goes on, that the file that names its checkpoints' directory means one of this run.
+
+    Args:
+      directory: what the settings name, which has to be the same; None = nothing.
+
+    Raises:
+      ValueError: it names no directory, or one that holds other files and no checkpoint.
+    """
+    file, folder = Path(run) / FOLDER, checkpoints_folder(run)
+    if not file.is_file() or not is_local(folder) or (directory is not None and folder_of(directory) != folder):
+        return  # the last is refused by `set_checkpoints_folder`
+    found = None
+    if not folder.is_dir():
+        found = "where no directory is"
+    elif directory is None and not list_steps(folder):
+        others = sorted(path.name for path in folder.iterdir() if not _OURS.fullmatch(path.name))
+        found = f"where no checkpoint is, but {others[0]}" if others else None
+    if found:
+        raise ValueError(
+            f"{file}: says that the checkpoints of {run} are in {str(folder)!r}, {found}; correct that name, or put "
+            f"the directory back; to start over, delete that file"
+        )
 
 
 def is_run(checkpoint: str | Path) -> bool:
@@ -87,6 +129,8 @@ def set_checkpoints_folder(run: str | Path, directory: str) -> None:
         )
     if not exists:
         Path(run).mkdir(parents=True, exist_ok=True)
+        if is_local(folder):  # what the file names is there from the start: if it is not, it has gone
+            folder.mkdir(parents=True, exist_ok=True)
         temporary = Path(run) / f"{FOLDER}.{jax.process_index()}.tmp"  # several processes may write at once
         temporary.write_text(f"{folder}\n", encoding="utf-8")
         _sync(temporary)
@@ -132,6 +176,11 @@ def find_step(checkpoint: str | Path) -> tuple[Path, int]:
     run, step = split_step(checkpoint)
     folder = checkpoints_folder(run)
     steps = finalized_steps(folder)
+    if not steps and (Path(run) / FOLDER).is_file():
+        raise FileNotFoundError(
+            f"{run}: not a checkpoint; {Path(run) / FOLDER} says that they are in {str(folder)!r}, where no step is; "
+            f"correct that name, or put them back"
+        )
     if not steps:
         raise FileNotFoundError(f"{run}: not a checkpoint; expected a run directory with {FOLDER}/STEP in it")
     if not step:

@@ -14,14 +14,10 @@ from typing import Any
 from models.checkpoint import check_loadable, checkpoints_folder, find_step, is_run, resolve_step
 from models.config import read_json
 from models.names import split_commit
+from models.tokenizer_copy import files_of_tokenizer
 from models.weight_files import INDEX_FILE, SINGLE_FILE, could_be_on_hub, find_directory
 
 Pin = dict[str, Any]
-# Files that a tokenizer is read from; generation_config.json has the ids that end a completion.
-_TOKENIZER_FILES = re.compile(
-    r"(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|chat_template|generation_config)\.json"
-    r"|(merges|vocab)\.txt|.*\.jinja|tokenizer\.model"
-)
 
 
 def pin_model(name: str) -> Pin:
@@ -97,7 +93,7 @@ def tokenizer_hash(directory: str) -> str | None:
     """Hashes the files that a tokenizer is read from; None for a name on the Hub."""
     if not Path(directory).is_dir():
         return None
-    files = sorted(file for file in Path(directory).iterdir() if _TOKENIZER_FILES.fullmatch(file.name))
+    files = files_of_tokenizer(Path(directory))
     return _hash([part for file in files for part in (file.name.encode(), file.read_bytes())])
 
 

@@ -32,6 +32,7 @@ from models.messages import (
     without_empty_fields,
 )
 from models.names import split_commit, split_step
+from models.tokenizer_copy import TOKENIZER, check_tokenizer_copy
 from models.weight_files import could_be_on_hub, describe_local, find_directory
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before its import; silences "PyTorch was not found"
@@ -96,6 +97,7 @@ class Tokenizer:
                 f"or eos_token_id in generation_config.json"
             )
         self.pad_id: int = self.hf.pad_token_id if self.hf.pad_token_id is not None else self.eos_ids[0]
+        check_tokenizer_copy(Path(self.path))
 
     @cached_property
     def ids(self) -> np.ndarray:
@@ -428,7 +430,7 @@ def train_bpe(
 def tokenizer_path(model: str | Path) -> str:
     """Returns the tokenizer's directory: RUN/tokenizer for RUN or RUN@STEP, else the model's directory."""
     directory = Path(split_step(model)[0])
-    return str(directory / "tokenizer") if (directory / "tokenizer").is_dir() else str(directory)
+    return str(directory / TOKENIZER) if (directory / TOKENIZER).is_dir() else str(directory)
 
 
 def bucket(length: int, limit: int, least: int = 8) -> int:

@@ -3,10 +3,12 @@
     python -m bench.soak damage [--short]
 
 Checkpoints: bits are flipped all over the files of a step, and every file is deleted, cut, emptied and zeroed in turn;
-then the step is found and restored. Runs: every file of a whole run, with adapters and their base, is deleted, cut,
-emptied, zeroed and flipped in turn; then the run goes on for a step and a step of it is exported. Good ends are values
-as they were saved, the step before with a line that says so, and one line that refuses; a value that has changed
-without a line, and a traceback, are faults, which are printed; with any the exit code is 1.
+then the step is found and restored. Pointers: the file that names the directory of checkpoints that are kept elsewhere
+is damaged; then the step is found, and the run gone on with. Runs: every file of a whole run, with adapters and their
+base, is deleted, cut, emptied, zeroed and flipped in turn; then the run goes on for a step, and a step is exported.
+Good ends are values and tokenizers as they were saved, the step before with a line that says so, and one line that
+refuses; a value or tokenizer that has changed without a line, and a traceback, are faults, which are printed; with any
+the exit code is 1.
 """
 
 import argparse
@@ -28,6 +30,7 @@ import numpy as np
 
 from models.checkpoint import Checkpoints, find_step
 from models.checkpoint_files import warn_once
+from models.checkpoint_steps import check_pointer, checkpoints_folder
 
 DEEDS = ("deleted", "cut", "emptied", "zeroed")
 AS_SAVED, BEFORE, REFUSED, SILENT, TRACEBACK = "as saved", "the step before", "refused", "SILENT", "TRACEBACK"
@@ -145,6 +148,44 @@ def damage_checkpoint(run: Path, flips: int) -> Counter[str]:
     return ends
 
 
+# Pointers
+
+
+def damage_pointer(run: Path, flips: int) -> Counter[str]:
+    """Damages the file that names where a run's checkpoints are; returns how often each end came, and prints faults."""
+    place = run.with_name(f"{run.name}_place")
+    params, train = {"embed_VD": jnp.ones((2, 3))}, {"step": jnp.int32(1)}
+    checkpoints = Checkpoints(run, directory=str(place))
+    checkpoints.save(1, params, train, {"model": {}, "run": {}, "pins": {}})
+    checkpoints.close()
+    file = run / "checkpoints"
+    attempts = {"find": lambda: find_step(run), "go on": lambda: check_pointer(run, None)}
+    ends: Counter[str] = Counter()
+    for damage in (*deeds_on([file]), *flips_in([file], flips)):
+        if damage.content is None:  # then it is a run without checkpoints
+            continue
+        for name, attempt in attempts.items():
+            with damaged(damage):
+                end, words = end_of_pointer(run, place, attempt)
+            ends[f"{name}, {damage.what if damage.what in DEEDS else 'flipped'}: {end}"] += 1
+            if end in FAULTS:
+                print(f"{file} {damage.what}, {name}: {end}: {words}")
+    return ends
+
+
+def end_of_pointer(run: Path, place: Path, attempt: Callable[[], Any]) -> tuple[str, str]:
+    """Says how an attempt at a run ended whose checkpoints are in `place`."""
+    try:
+        attempt()
+        folder = Path(checkpoints_folder(run))
+    except (ValueError, FileNotFoundError) as error:
+        is_one_line = "\n" not in str(error) and str(run / "checkpoints") in str(error)
+        return REFUSED if is_one_line else TRACEBACK, str(error)
+    except BaseException as error:
+        return TRACEBACK, repr(error)
+    return AS_SAVED if folder == place else SILENT, str(folder)
+
+
 # Whole runs
 
 
@@ -162,12 +203,15 @@ def damage_run(folder: Path, flips: int) -> Counter[str]:
 
     def go_on() -> tuple[str, str]:
         code, words = program("sft", "--max_steps", "3")
-        return end_of(code, words, lambda: read_weights(copy / "checkpoints" / "3"), trained)
+        return end_of(code, words, outcome, trained)
 
     def export() -> tuple[str, str]:
         shutil.rmtree(folder / "out", ignore_errors=True)
         code, words = program("export", "--checkpoint", f"{copy}@2", "--out", str(folder / "out"))
-        return end_of(code, words, lambda: (folder / "out" / "model.safetensors").read_bytes(), exported)
+        return end_of(code, words, lambda: read_files(folder / "out"), exported)
+
+    def outcome() -> Any:
+        return read_weights(copy / "checkpoints" / "3"), read_files(copy / "tokenizer")
 
     def done(*words: str) -> None:
         code, text = program(*words)
@@ -177,9 +221,9 @@ def damage_run(folder: Path, flips: int) -> Counter[str]:
     done("sft", "--max_steps", "2")
     shutil.copytree(copy, run)
     done("export", "--checkpoint", f"{copy}@2", "--out", str(folder / "out"))
-    exported = (folder / "out" / "model.safetensors").read_bytes()
+    exported = read_files(folder / "out")
     done("sft", "--max_steps", "3")
-    trained = read_weights(copy / "checkpoints" / "3")
+    trained = outcome()
     files = sorted(
         path for path in run.rglob("*") if path.is_file() and f"{Path('checkpoints', '1')}/" not in str(path)
     )
@@ -225,6 +269,10 @@ def end_of(code: int, words: str, read: Callable[[], Any], expected: Any) -> tup
     return BEFORE if "passed over" in words else AS_SAVED, words
 
 
+def read_files(directory: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in directory.iterdir()} if directory.is_dir() else {}
+
+
 def read_weights(step: Path) -> list[bytes]:
     """Returns the bits of the trained parameters of a step."""
     import orbax.checkpoint as ocp
@@ -241,7 +289,8 @@ def main(arguments: Sequence[str] = ()) -> int:
     options = parser.parse_args(list(arguments))
     flips, ends = options.flips or (60 if options.short else 600), Counter[str]()
     with tempfile.TemporaryDirectory() as folder:
-        for name, part in (("checkpoint", damage_checkpoint), ("run", damage_run))[: 1 if options.short else 2]:
+        parts = {"checkpoint": damage_checkpoint, "pointer": damage_pointer, "run": damage_run}
+        for name, part in list(parts.items())[: 2 if options.short else 3]:
             began = time.perf_counter()
             found = part(Path(folder) / name, flips if name == "checkpoint" else flips // 10)
             for end, count in sorted(found.items()):

@@ -1,5 +1,6 @@
 """A step whose directory is incomplete is not a checkpoint: it is named, and the one before is taken."""
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from etils import epath
 from models import checkpoint_steps
 from models.checkpoint import Checkpoints, find_step, read_about, resolve_step
 from models.checkpoint_files import give_up_state, is_weights_only, list_steps, missing_part, warn_once
+from models.checkpoint_steps import check_pointer
 
 PARAMS = {"x": jnp.zeros(2)}
 
@@ -248,3 +250,32 @@ def test_a_newest_step_that_is_not_whole_is_the_one_that_is_passed_over(run: Pat
 
 def steps_in(run: Path) -> list[str]:
     return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def test_a_pointer_to_a_wrong_place_is_refused_by_name(tmp_path: Path) -> None:
+    """No step is looked for, and no run begun anew, where the file `checkpoints` leads by mistake."""
+    run, place = tmp_path / "run", tmp_path / "places" / "one"
+    checkpoints = Checkpoints(run, directory=str(place))
+    check_pointer(run, None)
+    checkpoints.save(1, PARAMS, PARAMS, {})
+    checkpoints.close()
+    check_pointer(run, None)
+    check_pointer(run, str(place))
+    for name, words in {
+        str(tmp_path / "none"): "where no directory is",
+        str(tmp_path / "places"): "where no checkpoint is, but one",
+    }.items():
+        (run / "checkpoints").write_text(f"{name}\n")
+        says = f"{run}/checkpoints says that they are in {name!r}, where no step is; correct that name"
+        with pytest.raises(FileNotFoundError, match=re.escape(f"{run}: not a checkpoint; {says}")):
+            find_step(f"{run}@1")
+        with pytest.raises(
+            ValueError, match=f"^{run}/checkpoints: says that the checkpoints of .* are in .*, {words};"
+        ):
+            check_pointer(run, None)
+    check_pointer(run, str(tmp_path / "places"))  # as the settings say
+    for content in (b"", b"\n", b" \n", b"\0\xff\x80", b"one\ntwo\n"):
+        (run / "checkpoints").write_bytes(content)
+        for attempt in (lambda: find_step(run), lambda: check_pointer(run, None)):
+            with pytest.raises(ValueError, match=f"^{run}/checkpoints: expected one line, the directory of the run's"):
+                attempt()

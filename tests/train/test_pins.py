@@ -15,11 +15,12 @@ from models.checkpoint import Checkpoints, read_about, read_newest_about
 from models.config import read_config
 from models.hf_weights import split
 from models.tokenizer import Tokenizer
+from models.tokenizer_copy import TOKENIZER_DIGESTS
 from train.config import CheckpointConfig, DataConfig, LossConfig, ModelConfig, PolicyConfig, RewardSpec, SftConfig
 from train.data.prompts import load_prompts
 from train.loop import train_policy
 from train.pins import Pins
-from train.run.directory import Run, read_metrics
+from train.run.directory import Run, check_run, read_metrics
 from train.running import SetupError
 from train.supervised.program import load_examples
 from train.supervised.sft import sft_task
@@ -257,3 +258,50 @@ def test_the_reference_and_the_rewards_stay_when_their_runs_go_on(
     shutil.rmtree(tmp_path / "rm" / "checkpoints" / "2")
     with pytest.raises(SetupError, match=r"^rewards.rm: .*rm: .*run was started from .*rm@2, which is gone"):
         train_policy(replace(config, max_steps=3))
+
+
+def test_a_damaged_tokenizer_of_a_run_is_refused_when_it_goes_on(policy_config: MakeConfig, tmp_path: Path) -> None:
+    """The run's own command mends it, once the copy is deleted; an edit is accepted, once the digests are."""
+    config = policy_config(tmp_path)
+    run, copy = tmp_path / "run", tmp_path / "run" / "tokenizer"
+    tokenizer, file, digests = Tokenizer(config.model.tokenizer_path), copy / "tokenizer.json", run / TOKENIZER_DIGESTS
+    Run(config, {}, tokenizer).close()
+    saved, content = digests.read_text(), file.read_bytes()
+    file.write_bytes(content + b" ")
+    check_run(config)  # without a checkpoint it is copied anew
+    save_step(run, 1, {"run": {}})
+    with pytest.raises(
+        ValueError, match=rf"tokenizer.json: has changed since .* anew from {tokenizer.path}; or delete"
+    ):
+        check_run(config)
+    shutil.rmtree(copy)
+    check_run(config)
+    Run(config, {}, tokenizer).close()
+    assert file.read_bytes() == content and digests.read_text() == saved
+    check_run(config)
+    file.write_bytes(content + b" ")
+    digests.unlink()
+    check_run(config)
+    Run(config, {}, tokenizer).close()
+    assert file.read_bytes() == content + b" " and not digests.exists()
+
+
+def test_a_run_does_not_begin_anew_where_its_pointer_leads_by_mistake(
+    policy_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = CheckpointConfig(directory=str(tmp_path / "place"))
+    config = policy_config(tmp_path, checkpoint=place)
+    Run(config, {}, Tokenizer(config.model.tokenizer_path)).close()
+    pointer = tmp_path / "run" / "checkpoints"
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n')
+    check_run(config)  # it was ended before its first checkpoint
+    assert "which has no checkpoint: " in capsys.readouterr().out.replace("\n", " ")
+    shutil.rmtree(tmp_path / "place")
+    for settings in (config, replace(config, checkpoint=CheckpointConfig())):
+        with pytest.raises(ValueError, match=f"^{pointer}: says that .*, where no directory is; correct that name"):
+            check_run(settings)
+    pointer.write_bytes(b"")
+    with pytest.raises(ValueError, match=f"^{pointer}: expected one line, the directory of the run's checkpoints, got"):
+        check_run(config)
+    pointer.unlink()
+    check_run(config)

@@ -1,7 +1,7 @@
 """A run's directory: what is written into it, read from it, and checked when a run is resumed.
 
-    runs/NAME/{config.yaml, metrics.jsonl, tensorboard/, wandb.json, checkpoints/STEP/, tokenizer/, completions/,
-               profile/, nonfinite/}
+    runs/NAME/{config.yaml, metrics.jsonl, tensorboard/, wandb.json, checkpoints/STEP/, tokenizer/,
+               tokenizer_digests.json, completions/, profile/, nonfinite/}
 
 Resuming cuts `metrics.jsonl` back to the restored step (`train.run.metrics_file`).
 """
@@ -25,9 +25,11 @@ import yaml
 
 from models.checkpoint import BEST, STOPPED, Checkpoints, checkpoints_folder, read_newest_about, restore_state
 from models.checkpoint_failures import SaveError, failure_reason
+from models.checkpoint_steps import FOLDER, check_pointer, finalized_steps
 from models.finite import first_nonfinite
 from models.names import split_step
 from models.tokenizer import Tokenizer
+from models.tokenizer_copy import TOKENIZER, TOKENIZER_DIGESTS, check_tokenizer_copy, digest_tokenizer
 from train.config import RunConfig, resolved
 from train.console import console, print_plain
 from train.dotted import import_function
@@ -85,13 +87,20 @@ def check_run(config: RunConfig) -> None:
     check_output_dir(config)
     check_start(config)
     path = Path(config.output_dir)
+    check_pointer(path, config.checkpoint.directory)
     checkpoints = config.checkpoint.directory or str(checkpoints_folder(path))
-    folders = ("tokenizer", "tensorboard", COMPLETIONS, *([PROFILE] if config.log.profile else []))
+    folders = (TOKENIZER, "tensorboard", COMPLETIONS, *([PROFILE] if config.log.profile else []))
     import_callbacks(config.callbacks)
     for name in config.log.trackers:
         import_function(name, "log.trackers")
     check_run_directory(config.output_dir, folders, checkpoints)
-    if not (path / CONFIG).is_file() and (path / METRICS).is_file() and (path / METRICS).stat().st_size:
+    steps = finalized_steps(checkpoints_folder(path))
+    has_rows = (path / METRICS).is_file() and (path / METRICS).stat().st_size > 0
+    if steps:  # else the tokenizer is copied anew
+        check_tokenizer_copy(path / TOKENIZER)
+    elif has_rows and (path / FOLDER).is_file():
+        console.print(f"{path / FOLDER}: names {checkpoints_folder(path)}, which has no checkpoint: {path} starts anew")
+    if has_rows and not (path / CONFIG).is_file():
         raise ValueError(
             f"{path / METRICS}: is no run's, for there is no {CONFIG} beside it, and a new run would replace it; "
             f"choose another output_dir"
@@ -147,9 +156,8 @@ class Run:
             self._checkpoints = Checkpoints(self.path, **keep, previous=previous)
         self._check_shared()
         is_new = self._checkpoints.latest() is None
-        if is_first() and (is_new or not (self.path / "tokenizer").is_dir()):  # a run that goes on has the one it had
-            with disk_errors(self.path / "tokenizer"):
-                tokenizer.save(self.path / "tokenizer")
+        if is_first() and (is_new or not (self.path / TOKENIZER).is_dir()):  # a run that goes on has the one it had
+            self._save_tokenizer(tokenizer)
         self._trackers: list[Tracker] = []
         self._callbacks = Callbacks((), self.path, config)
         self._tracker_seconds = CLOSE_SECONDS
@@ -164,6 +172,13 @@ class Run:
         self.restored: dict[str, Any] = {}
         self.beside: Callable[[], dict[str, Any]] = dict
         OPEN_RUNS.add(self)
+
+    def _save_tokenizer(self, tokenizer: Tokenizer) -> None:
+        copy, digests = self.path / TOKENIZER, self.path / TOKENIZER_DIGESTS
+        with disk_errors(copy):
+            digests.unlink(missing_ok=True)  # of another copy: a kill may come before the new ones
+            tokenizer.save(copy)
+        write_whole(digests, json.dumps(digest_tokenizer(copy, tokenizer.path), indent=2) + "\n")
 
     def _check_shared(self) -> None:
         """Refuses a checkpoint directory that not every process sees."""
@@ -203,7 +218,7 @@ class Run:
             console.print(f"{self.path}: starting from {origin}, to step {self.config.max_steps}")
         if state.frozen:
             state = state._replace(frozen=self._restore_or_save_base(state.frozen))
-        if latest is not None and self.config.checkpoint.directory is not None:
+        if latest is not None and (self.config.checkpoint.directory is not None or (self.path / FOLDER).is_file()):
             about = read_newest_about(self.path)
             refuse_another(self.config, about["run"], checkpoints_folder(self.path))
         if latest is not None:
