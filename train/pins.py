@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from models.tokenizer import tokenizer_path
 from train.config import ModelConfig, PolicyConfig, RewardSpec, RunConfig
 from train.console import console
 from train.processes import broadcast_from_first, is_distributed
+from train.running import naming
 
 REFERENCE = "loss.reference"
 
@@ -121,18 +123,27 @@ def _reward_setting(spec: RewardSpec) -> str:
     return f"rewards.{spec.label}"
 
 
+def _pin(make_pin: Callable[[str], Pin], where: str, name: str) -> Pin:
+    """Pins a model or tokenizer; an error begins with `where`, the setting that names it."""
+    with naming(where):
+        return make_pin(name)
+
+
 def _named_models(config: RunConfig) -> dict[str, tuple[Callable[[str], Pin], str]]:
     """Returns setting -> (how it is pinned, the name in the config)."""
     named: dict[str, tuple[Callable[[str], Pin], str]] = {}
     if config.model.path is not None:
-        named["model.path"] = (pin_model, config.model.path)
+        named["model.path"] = (partial(_pin, pin_model, "model.path"), config.model.path)
     if isinstance(config, PolicyConfig) and config.loss.reference is not None:
-        named[REFERENCE] = (pin_model, config.loss.reference)
-    named["model.tokenizer"] = (pin_tokenizer, config.model.tokenizer_path)
-    for spec in config.all_rewards if isinstance(config, PolicyConfig) else ():
+        named[REFERENCE] = (partial(_pin, pin_model, REFERENCE), config.loss.reference)
+    where = "model.path" if config.model.tokenizer is None else "model.tokenizer"
+    named["model.tokenizer"] = (partial(_pin, pin_tokenizer, where), config.model.tokenizer_path)
+    for setting, spec in config.named_rewards if isinstance(config, PolicyConfig) else ():
         if spec.model is not None:
-            named[_reward_setting(spec)] = (pin_model, spec.model)
-            named[f"{_reward_setting(spec)} (tokenizer)"] = (pin_tokenizer, tokenizer_path(spec.model))
+            where = f"{setting}.model"
+            named[_reward_setting(spec)] = (partial(_pin, pin_model, where), spec.model)
+            tokenizer = (partial(_pin, pin_tokenizer, where), tokenizer_path(spec.model))
+            named[f"{_reward_setting(spec)} (tokenizer)"] = tokenizer
     return named
 
 

@@ -63,6 +63,19 @@ def setup_errors() -> Iterator[None]:
         raise SetupError(str(error)) from error
 
 
+@contextlib.contextmanager
+def naming(where: str | None) -> Iterator[None]:
+    """Puts the setting that names a model in front of what is raised about the model; None: leaves it as it is."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        text = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else str(error)
+        if where is None or text.startswith(f"{where}: "):
+            raise
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(f"{where}: {text}") from error
+
+
 def exit_code(program: Callable[[], object], *, own_devices: bool = False, several: bool = True) -> int:
     """Runs a program and returns its exit code; a user's mistake is printed as one line on the standard error.
 

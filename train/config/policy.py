@@ -131,6 +131,12 @@ class PolicyConfig(RunConfig):
         """The rewards that are trained for, then those of the validation alone."""
         return [*self.rewards, *self.validation.rewards]
 
+    @property
+    def named_rewards(self) -> list[tuple[str, RewardSpec]]:
+        """`all_rewards` with the settings that they are, such as rewards[0], for messages."""
+        sections = (("rewards", self.rewards), ("validation.rewards", self.validation.rewards))
+        return [(f"{name}[{i}]", spec) for name, specs in sections for i, spec in enumerate(specs)]
+
     def _check_reference_of_adapters(self) -> None:
         settings = self.loss
         if not self.lora.rank or settings.reference_sync_steps is None:

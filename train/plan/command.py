@@ -56,11 +56,12 @@ def make_and_print(config: PlanConfig) -> None:
             print_plain(f"{ignored}: without effect, since seconds are those of a chip; give --chip, such as H200")
         counts = {chip: device_count(config, chip) for chip in config.chips or (None,)}
         devices = simulated_devices(max(counts.values()))
-        network = network_config(config.model.path) if config.model.path else config.model.architecture
+        network = network_config(config.model.path, "model.path") if config.model.path else config.model.architecture
         assert network is not None  # ModelConfig has checked it
         if config.loss.reference is not None:
-            check_networks(config.loss.reference, network_config(config.loss.reference), network)
-        rewards = [network_config(spec.model) for spec in config.all_rewards if spec.model]
+            other = network_config(config.loss.reference, "loss.reference")
+            check_networks(config.loss.reference, other, network)
+        rewards = [network_config(spec.model, f"{name}.model") for name, spec in config.named_rewards if spec.model]
         plans = []
         for chip, count in counts.items():
             plans += chip_plans(config, chip, devices[:count], network, rewards)

@@ -3,7 +3,7 @@
 Files are read, and tokenized where that takes seconds and the tokenizer is on this machine (`train.plan.data`).
 Networks are shapes without weights. Nothing is compiled (`train plan` does), trained or written, except that token ids
 of many prompts are cached. The judge's key and IFEval's sentence splitter are not required: the machine that trains may
-have them.
+have them. Callbacks, trackers and functions of rewards are imported, not called.
 """
 
 import dataclasses
@@ -38,6 +38,8 @@ from train.plan.programs import (
 )
 from train.reference import check_networks
 from train.rewards.functions import function_scorer
+from train.run.changes import check_start
+from train.run.directory import check_imports
 from train.running import setup_errors
 from train.state import abstract_opt_state
 from train.supervised.program import load_examples
@@ -61,6 +63,8 @@ def dry_run(config: TrainingConfig, devices: int | None, chip: str | None) -> No
     with setup_errors():
         if chip is not None and chip not in CHIPS:
             raise ValueError(f"--chip: expected one of {', '.join(CHIPS)}, got {chip!r}")
+        check_start(config)
+        check_imports(config)
         summary = describe_data(config)
         network, tokenizer = describe_networks(config, summary.columns)
         if tokenizer is not None and isinstance(config, PolicyConfig):
@@ -103,7 +107,7 @@ def tokenize_data(config: TrainingConfig, tokenizer: Tokenizer | None, summary: 
 
 def describe_networks(config: TrainingConfig, columns: Collection[str] | None) -> tuple[Qwen3Config, Tokenizer | None]:
     """Prints the shapes of all networks; returns the trained one, and its tokenizer if that is on this machine."""
-    network = network_config(config.model.path) if config.model.path else config.model.architecture
+    network = network_config(config.model.path, "model.path") if config.model.path else config.model.architecture
     assert network is not None  # ModelConfig has checked it
     if isinstance(config, RewardModelConfig):
         network = dataclasses.replace(network, architecture=REWARD_MODEL)
@@ -119,15 +123,15 @@ def describe_networks(config: TrainingConfig, columns: Collection[str] | None) -
     else:
         print_plain(f"tokenizer {config.model.tokenizer_path}: on the Hub, not read")
     if isinstance(config, PolicyConfig) and (reference := config.loss.reference) is not None:
-        other = network_config(reference)
+        other = network_config(reference, "loss.reference")
         check_networks(reference, other, network)
         print_network("reference", reference, other)
-    for spec in config.all_rewards if isinstance(config, PolicyConfig) else ():
+    for name, spec in config.named_rewards if isinstance(config, PolicyConfig) else ():
         if spec.function is not None:
             function_scorer(spec.function, spec.options, columns, runs_here=False, spec=spec)
             print_plain(f"reward {spec.label}: {spec.function}, weight {spec.weight:g}")
             continue
-        scorer = network_config(str(spec.model))
+        scorer = network_config(str(spec.model), f"{name}.model")
         if not scorer.is_reward_model:
             raise ValueError(f"rewards: {spec.model} is a policy; expected a reward model")
         print_network(f"reward {spec.label}, weight {spec.weight:g}", str(spec.model), scorer)

@@ -38,6 +38,7 @@ from train.plan.compilers import Compiler
 from train.plan.hlo import Trips, read_program
 from train.plan.roofline import KernelCost, Links, Roofline, Work, link_speed
 from train.rewards.model import SCORED_AXES, scoring_program
+from train.running import naming
 from train.state import TrainState, abstract_opt_state
 from train.update import Update
 
@@ -77,11 +78,16 @@ def resident_bytes(arrays: Mapping[str, float], beside: Sequence[str]) -> float:
     return sum(arrays.get(name, 0.0) for name in {*RESIDENT, *beside})
 
 
-def network_config(path: str) -> Qwen3Config:
-    """Returns the config of a model, given as a run, a directory, a published name (offline), or a name on the Hub."""
-    if is_run(path):
-        return Qwen3Config.from_hf(read_about(path)["model"], source=path)
-    return PUBLISHED[path] if path in PUBLISHED and could_be_on_hub(path) else read_config(find_directory(path))
+def network_config(path: str, setting: str | None = None) -> Qwen3Config:
+    """Returns the config of a model, given as a run, a directory, a published name (offline), or a name on the Hub.
+
+    Args:
+      setting: the user's name for it, for an error.
+    """
+    with naming(setting):
+        if is_run(path):
+            return Qwen3Config.from_hf(read_about(path)["model"], source=path)
+        return PUBLISHED[path] if path in PUBLISHED and could_be_on_hub(path) else read_config(find_directory(path))
 
 
 StepParts = tuple[dict[str, float], list[StepProgram]]  # name -> bytes on each device, and programs

@@ -14,6 +14,7 @@ from models.checkpoint import checkpoints_folder, is_run, read_newest_about, rea
 from models.checkpoint_files import is_weights_only, warn_once
 from models.names import split_step
 from train.config import RunConfig, hide_passwords, resolved
+from train.running import naming
 from train.strict_yaml import load_yaml
 
 CONFIG = "config.yaml"
@@ -148,7 +149,8 @@ def check_start(config: RunConfig) -> None:
         return
     if not is_run(name):
         raise ValueError(f"start_from: {name}: expected a run, or RUN@STEP; for weights alone set model.path")
-    exact = resolve_step(name)
+    with naming("start_from"):
+        exact = resolve_step(name)
     run, step = split_step(exact)
     if is_weights_only(checkpoints_folder(run) / step):
         raise ValueError(f"start_from: {exact} has weights alone; expected a step with the optimizer's state")

@@ -66,6 +66,7 @@ __all__ = [
     "OPEN_RUNS",
     "MetricsFile",
     "Run",
+    "check_imports",
     "check_output_dir",
     "check_run",
     "lines_text",
@@ -76,6 +77,17 @@ __all__ = [
 ]
 _HURRY_SECONDS = 10.0  # how long a run that an error or a signal ends waits for a tracker
 COMPLETIONS, CALIBRATION = "completions", "calibration.json"
+
+
+def check_imports(config: RunConfig) -> None:
+    """Refuses callbacks and trackers that cannot be imported.
+
+    Raises:
+      ValueError: the first such one.
+    """
+    import_callbacks(config.callbacks)
+    for name in config.log.trackers:
+        import_function(name, "log.trackers")
 
 
 def check_run(config: RunConfig) -> None:
@@ -90,9 +102,7 @@ def check_run(config: RunConfig) -> None:
     check_pointer(path, config.checkpoint.directory)
     checkpoints = config.checkpoint.directory or str(checkpoints_folder(path))
     folders = (TOKENIZER, "tensorboard", COMPLETIONS, *([PROFILE] if config.log.profile else []))
-    import_callbacks(config.callbacks)
-    for name in config.log.trackers:
-        import_function(name, "log.trackers")
+    check_imports(config)
     check_run_directory(config.output_dir, folders, checkpoints)
     steps = finalized_steps(checkpoints_folder(path))
     has_rows = (path / METRICS).is_file() and (path / METRICS).stat().st_size > 0
