@@ -47,7 +47,7 @@ from train.run.nonfinite import write_batch
 from train.running import setup_errors
 from train.state import make_state, offload_optimizer
 from train.update import Update
-from train.validation import Validation
+from train.validation import Validation, check_best
 
 
 @owns_its_run
@@ -68,6 +68,7 @@ def train_policy(config: PolicyConfig, *, previous: bool = False) -> None:
         tokenizer = make_tokenizer(start, config.chat)
         check_stop_strings(config.stop, tokenizer)
         check_reference(other, start)
+        check_best(config)
         prompts, validation = load_prompts(config, tokenizer, pins)
         for count in filter(None, (config.prompts_per_step, len(validation.rows[: config.validation.prompts]))):
             share(count)  # fewer prompts than processes are refused here

@@ -119,6 +119,18 @@ DIRECTIONS: dict[str, Callable[..., Transformation]] = {
     "sgd": sgd,
     "muon": muon,
 }
+# Numbers that the options of DIRECTIONS may be, and the same in words.
+_SHARE = (lambda x: 0 <= x < 1, "a number in [0, 1)")
+RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    "b1": _SHARE,
+    "b2": _SHARE,
+    "beta": _SHARE,
+    "momentum": _SHARE,
+    "decay_rate": (lambda x: 0 <= x <= 1, "a number in [0, 1]"),
+    "eps_root": (lambda x: 0 <= x < math.inf, "a finite number of at least 0"),
+    "ns_steps": (lambda x: x >= 1, "at least 1"),
+    "clipping_threshold": (lambda x: x > 0, "a number above 0, or null"),
+}
 
 
 class Apart(NamedTuple):
@@ -241,12 +253,22 @@ def check_choice(name: str, options: Mapping[str, Any], changed: Collection[str]
     taken = [setting for setting in SETTINGS if setting in parameters]
     known = [option for option in parameters if option not in {*taken, "learning_rate"}]
     dotted.check_options(options, known, "optimizer.options", name)
+    if name in DIRECTIONS:
+        _check_ranges(name, options)
     for setting in changed:
         if setting.startswith("adam_") and setting not in taken:
             raise ValueError(
                 f"optimizer.{setting}: {name} does not take it; "
                 + (f"it has optimizer.options: {', '.join(known)}" if known else "leave it out")
             )
+
+
+def _check_ranges(name: str, options: Mapping[str, Any]) -> None:
+    """Refuses numbers with which an optimizer of DIRECTIONS computes nothing sensible."""
+    for option, value in options.items():
+        is_allowed, expected = RANGES.get(option, (lambda _: True, ""))
+        if isinstance(value, int | float) and not isinstance(value, bool) and not is_allowed(value):
+            raise ValueError(f"optimizer.options: {option} of {name}: expected {expected}, got {value}")
 
 
 def factory(name: str) -> Callable[..., Transformation]:

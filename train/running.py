@@ -69,7 +69,9 @@ def naming(where: str | None) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        text = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else str(error)
+        text = str(error)
+        if isinstance(error, OSError) and error.filename is not None:
+            text = f"{error.filename}: {error.strerror}"
         if where is None or text.startswith(f"{where}: "):
             raise
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError

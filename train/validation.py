@@ -3,6 +3,8 @@
 import math
 from typing import Any
 
+import numpy as np
+
 from models.generate import Generator
 from train.config import PolicyConfig
 from train.data.prompts import Prompts
@@ -77,6 +79,25 @@ class Validation:
         self._run.write_completions(f"validation_{step:06d}", table)
         metrics |= rollout_metrics(rewards_PG, lengths_PG, finished_PG)
         return {f"validation/{name}": value for name, value in metrics.items()}
+
+
+def check_best(config: PolicyConfig) -> None:
+    """Refuses a `checkpoint.best` that no validation will have; what functions log is not known before.
+
+    Raises:
+      ValueError: see above.
+    """
+    best = config.checkpoint.best
+    if best is None or best.startswith("validation/logged/"):
+        return
+    names = [*rollout_metrics(np.array([[0.0, 1.0]]), np.array([[1, 2]]), np.array([[True, True]]))]
+    names += ["rm/truncated_frac"] * any(spec.model is not None for spec in config.rewards)
+    kinds = ("mean", "std", "unscorable", "failed")
+    names += [f"rewards/{spec.label}/{kind}" for spec in config.all_rewards for kind in kinds]
+    if best not in (known := sorted(f"validation/{name}" for name in names)):
+        raise ValueError(
+            f"checkpoint.best: expected a metric of the validation, one of {', '.join(known)}; got {best!r}"
+        )
 
 
 def _or_none(reward: float) -> float | None:

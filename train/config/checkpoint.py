@@ -31,6 +31,10 @@ class CheckpointConfig:
             self._check_keep_every(self.keep_every)
         elif self.weights_only:
             raise ValueError("checkpoint.weights_only: true needs checkpoint.keep_every, whose checkpoints it shrinks")
+        if self.best is not None and not self.best.startswith("validation/"):
+            raise ValueError(
+                f"checkpoint.best: expected a metric of the validation, such as validation/reward, got {self.best!r}"
+            )
         if self.best is None and self.greater_is_better is not None:
             raise ValueError("checkpoint.greater_is_better: is of checkpoint.best, which is null; set it too")
 

@@ -7,6 +7,18 @@ import numpy as np
 
 from models.messages import check_text
 
+SECTIONS = {  # the settings that are sections of a config, by their class
+    "CheckpointConfig": "checkpoint.",
+    "DataConfig": "data.",
+    "EarlyStoppingConfig": "early_stopping.",
+    "LogConfig": "log.",
+    "LossConfig": "loss.",
+    "OptimizerConfig": "optimizer.",
+    "ProfileConfig": "log.profile.",
+    "RewardSpec": "rewards.",
+    "ValidationConfig": "validation.",
+}
+
 
 def check_sampling(config: Any) -> None:
     """Refuses values of min_p, repetition_penalty and stop that no program can sample with.
@@ -46,18 +58,25 @@ def check_positive(config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         if not value > 0:
-            raise ValueError(f"{name}: expected a number above 0, got {value}")
+            raise ValueError(f"{setting_name(config, name)}: expected a number above 0, got {value}")
         if value < float(np.finfo(np.float32).tiny):
-            raise ValueError(f"{name}: expected a number above 0, got {value}, which is 0 in float32")
+            raise ValueError(
+                f"{setting_name(config, name)}: expected a number above 0, got {value}, which is 0 in float32"
+            )
 
 
 def check_finite(config: Any, *names: str) -> None:
     for name in names:
         if not math.isfinite(getattr(config, name)):
-            raise ValueError(f"{name}: expected a finite number, got {getattr(config, name)}")
+            raise ValueError(f"{setting_name(config, name)}: expected a finite number, got {getattr(config, name)}")
 
 
 def check_at_least(config: Any, least: float, *names: str) -> None:
     for name in names:
         if not getattr(config, name) >= least:
-            raise ValueError(f"{name}: expected at least {least}, got {getattr(config, name)}")
+            raise ValueError(f"{setting_name(config, name)}: expected at least {least}, got {getattr(config, name)}")
+
+
+def setting_name(config: Any, name: str) -> str:
+    """Returns the name of a config's field as a user writes it: that of a section has the section in front."""
+    return f"{SECTIONS.get(type(config).__name__, '')}{name}"

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from train.config.checks import check_at_least
 
+_FILES = re.compile(r"^glob:|\.(jsonl|json|csv|arrow|parquet)(\.gz)?$")  # sources that are files
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataSource:
@@ -93,6 +95,11 @@ def _check_sources(sources: list[DataSource], prompt_column: str) -> None:
             raise ValueError(
                 f"data.train[{i}].name: expected letters, digits and any of _ . - (it stands in the metrics' names), "
                 f"got {source.name!r}"
+            )
+        if source.split is not None and (is_file := _FILES.search(source.source)):
+            raise ValueError(
+                f"data.train[{i}].split: is of a data set on the Hub or a directory; {is_file.string} has no splits: "
+                f"leave it out"
             )
         if prompt_column != "prompt" and "prompt" in (source.columns or {}):
             raise ValueError(f"data: expected prompt_column or data.train[{i}].columns.prompt, not both")

@@ -33,3 +33,6 @@ class LogConfig:
 
     def __post_init__(self) -> None:
         check_at_least(self, 0, "completions_every")
+        for name in ("mlflow_experiment", "trackio_project"):
+            if getattr(self, name) == "":
+                raise ValueError(f"log.{name}: expected a name, or null, got ''")

@@ -58,6 +58,12 @@ class LossConfig:
         check_at_least(self, 0, "beta", "clip_low", "clip_high", "importance_sampling_clip_min")
         check_finite(self, "beta", "importance_sampling_clip_min")
         check_at_least(self, self.importance_sampling_clip_min, "importance_sampling_clip_max")
+        bounds = (self.importance_sampling_clip_min, self.importance_sampling_clip_max)
+        if self.importance_sampling_mode is None and bounds != (0.0, 2.0):
+            raise ValueError(
+                "loss.importance_sampling_clip_min, loss.importance_sampling_clip_max: are of "
+                "loss.importance_sampling_mode, which is null; set it too"
+            )
         self._check_reference()
         check_at_least(self, 1, *["logprob_chunk"] * (self.logprob_chunk is not None))
         self._check_entropy()
@@ -93,12 +99,16 @@ class LossConfig:
         for name in ("top_entropy_quantile", "clip_cov_ratio", "kl_cov_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"loss.{name}: expected a number in [0, 1], got {getattr(self, name)}")
+        if not self.top_entropy_quantile:
+            raise ValueError("loss.top_entropy_quantile: 0 leaves no token to learn from; expected a share above 0")
         if not self.clip_cov_lb < self.clip_cov_ub:
             raise ValueError(
                 f"loss.clip_cov_lb: expected a number below clip_cov_ub = {self.clip_cov_ub}, got {self.clip_cov_lb}"
             )
         if not self.clip_cov_ratio and (self.clip_cov_lb, self.clip_cov_ub) != (1.0, 5.0):
             raise ValueError("loss.clip_cov_lb, loss.clip_cov_ub: are of Clip-Cov; set loss.clip_cov_ratio above 0")
+        if self.kl_cov_ratio and not self.ppo_kl_coef:
+            raise ValueError("loss.ppo_kl_coef: 0 leaves KL-Cov no penalty; set it above 0, or loss.kl_cov_ratio to 0")
         if not self.kl_cov_ratio and self.ppo_kl_coef != 1:
             raise ValueError("loss.ppo_kl_coef: is of KL-Cov; set loss.kl_cov_ratio above 0")
 

@@ -32,16 +32,34 @@ class OptimizerConfig:
         check_at_least(self, 0, "warmup_steps", "weight_decay")
         check_finite(self, "learning_rate", "adam_epsilon", "weight_decay")  # max_grad_norm .inf: never scaled
         if self.warmup_steps >= 2**31:
-            raise ValueError(f"warmup_steps: expected at most 2**31 - 1 = {2**31 - 1}, got {self.warmup_steps}")
+            raise ValueError(
+                f"optimizer.warmup_steps: expected at most 2**31 - 1 = {2**31 - 1}, got {self.warmup_steps}"
+            )
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected a number in [0, 1), got {getattr(self, name)}")
+                raise ValueError(f"optimizer.{name}: expected a number in [0, 1), got {getattr(self, name)}")
         if self.name != "adamw" or self.options:
             from train.optimizers import check_choice  # here, since optax takes a moment to load
 
             defaults = {item.name: item.default for item in dataclasses.fields(self)}
             adam = ("adam_beta1", "adam_beta2", "adam_epsilon")
             check_choice(self.name, self.options, [name for name in adam if getattr(self, name) != defaults[name]])
+        self._check_kept()
+
+    def _check_kept(self) -> None:
+        """Refuses settings of a state that the optimizer does not keep."""
+        if self.name not in ("sgd", "adafactor") or self.options.get("momentum"):
+            return
+        if self.moments_dtype == "bfloat16":
+            raise ValueError(
+                f"optimizer.moments_dtype: bfloat16 is for momentum, which {self.name} keeps with optimizer.options: "
+                f"{{momentum: 0.9}} alone; set it too, or leave this out"
+            )
+        if self.offload and self.name == "sgd" and not self.master_weights:
+            raise ValueError(
+                "optimizer.offload: sgd has no state without optimizer.options: {momentum: 0.9}; set it too, or leave "
+                "this out"
+            )
 
     @property
     def is_float32(self) -> bool:

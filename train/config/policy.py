@@ -73,6 +73,11 @@ class PolicyConfig(RunConfig):
             )
         self._check_rollout_ahead()
         check_at_least(self, 0, "top_k", "min_tokens", "skip_nonfinite")
+        if self.min_tokens > self.max_completion_length:
+            raise ValueError(
+                f"min_tokens: expected at most max_completion_length = {self.max_completion_length}, got "
+                f"{self.min_tokens}"
+            )
         check_positive(self, "temperature")
         check_finite(self, "temperature")
         if not 0 < self.top_p <= 1:

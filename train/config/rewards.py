@@ -41,6 +41,8 @@ class RewardSpec:
             raise ValueError(
                 "rewards.workers, timeout_s, retries, on_error: are for functions; a reward model has none"
             )
+        if self.function is not None and (self.offload or self.max_length != 4096):
+            raise ValueError("rewards.offload, max_length: are for reward models; a function has none")
         check_at_least(self, 0, "workers", *["retries"] * (self.retries is not None))
         if self.timeout_s is not None:
             check_positive(self, "timeout_s")

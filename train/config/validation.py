@@ -31,6 +31,14 @@ class ValidationConfig:
         check_at_least(self, 1, *["max_completion_length"] * (self.max_completion_length is not None))
         if self.rewards and not self.prompts:
             raise ValueError("validation.rewards: nothing is validated with validation.prompts: 0")
+        if self.sampling and not self.prompts:
+            raise ValueError(
+                f"validation.{next(iter(self.sampling))}: nothing is sampled with validation.prompts: 0; leave it out"
+            )
+        if any(spec.weight != 1 for spec in self.rewards):
+            raise ValueError(
+                "validation.rewards: weight is for rewards that are trained for; these are scored alone: leave it out"
+            )
         if any(spec.missing is not None for spec in self.rewards):
             raise ValueError(
                 "validation.rewards: missing is for rewards that are trained for; these are scored alone: leave it out"

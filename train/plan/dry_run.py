@@ -45,6 +45,7 @@ from train.state import abstract_opt_state
 from train.supervised.program import load_examples
 from train.supervised.reward_model import reward_model_task
 from train.supervised.sft import sft_task
+from train.validation import check_best
 
 __all__ = ["SCHEMAS", "dry_run", "look_up_schema", "memory_per_device", "schema_from_card"]
 MAX_TOKENIZED_ROWS = 20_000  # more are not tokenized in seconds
@@ -65,6 +66,8 @@ def dry_run(config: TrainingConfig, devices: int | None, chip: str | None) -> No
             raise ValueError(f"--chip: expected one of {', '.join(CHIPS)}, got {chip!r}")
         check_start(config)
         check_imports(config)
+        if isinstance(config, PolicyConfig):
+            check_best(config)
         summary = describe_data(config)
         network, tokenizer = describe_networks(config, summary.columns)
         if tokenizer is not None and isinstance(config, PolicyConfig):
