@@ -133,11 +133,10 @@ def _named_models(config: RunConfig) -> dict[str, tuple[Callable[[str], Pin], st
     """Returns setting -> (how it is pinned, the name in the config)."""
     named: dict[str, tuple[Callable[[str], Pin], str]] = {}
     if config.model.path is not None:
-        named["model.path"] = (partial(_pin, pin_model, "model.path"), config.model.path)
+        named["model.path"] = (pin_model, config.model.path)
     if isinstance(config, PolicyConfig) and config.loss.reference is not None:
         named[REFERENCE] = (partial(_pin, pin_model, REFERENCE), config.loss.reference)
-    where = "model.path" if config.model.tokenizer is None else "model.tokenizer"
-    named["model.tokenizer"] = (partial(_pin, pin_tokenizer, where), config.model.tokenizer_path)
+    named["model.tokenizer"] = (pin_tokenizer, config.model.tokenizer_path)
     for setting, spec in config.named_rewards if isinstance(config, PolicyConfig) else ():
         if spec.model is not None:
             where = f"{setting}.model"

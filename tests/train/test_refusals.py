@@ -13,7 +13,6 @@ from train.config import (
     DataSource,
     LogConfig,
     LossConfig,
-    ModelConfig,
     OptimizerConfig,
     PolicyConfig,
     RewardSpec,
@@ -30,7 +29,6 @@ def function(**settings: Any) -> RewardSpec:
 
 
 MISNAMED = {
-    "policy": ("model.path", {"model": ModelConfig(path="/no/such/model")}),
     "reference": ("loss.reference", {"loss": LossConfig(reference="/no/such/model")}),
     "reward": ("rewards[1].model", {"rewards": [function(), RewardSpec(model="/no/such/model")]}),
 }

@@ -56,7 +56,7 @@ def make_and_print(config: PlanConfig) -> None:
             print_plain(f"{ignored}: without effect, since seconds are those of a chip; give --chip, such as H200")
         counts = {chip: device_count(config, chip) for chip in config.chips or (None,)}
         devices = simulated_devices(max(counts.values()))
-        network = network_config(config.model.path, "model.path") if config.model.path else config.model.architecture
+        network = network_config(config.model.path) if config.model.path else config.model.architecture
         assert network is not None  # ModelConfig has checked it
         if config.loss.reference is not None:
             other = network_config(config.loss.reference, "loss.reference")

@@ -110,7 +110,7 @@ def tokenize_data(config: TrainingConfig, tokenizer: Tokenizer | None, summary: 
 
 def describe_networks(config: TrainingConfig, columns: Collection[str] | None) -> tuple[Qwen3Config, Tokenizer | None]:
     """Prints the shapes of all networks; returns the trained one, and its tokenizer if that is on this machine."""
-    network = network_config(config.model.path, "model.path") if config.model.path else config.model.architecture
+    network = network_config(config.model.path) if config.model.path else config.model.architecture
     assert network is not None  # ModelConfig has checked it
     if isinstance(config, RewardModelConfig):
         network = dataclasses.replace(network, architecture=REWARD_MODEL)
