@@ -17,13 +17,15 @@ def brevity(
     *,
     seconds: float = 0.0,
     hangs_below: int = 0,
+    unknown_below: int = 0,
     **columns: Any,
-) -> list[float]:
+) -> list[float | None]:
     """Minus the share by which a text's words differ from those of the reference, the data's column `completion`.
 
     Args:
       seconds: how long each call takes, as if it asked somebody.
       hangs_below: a call whose first text has fewer words than this never returns.
+      unknown_below: a text of fewer words than this has no reward.
     """
     time.sleep(seconds)
     lengths = [
@@ -36,4 +38,4 @@ def brevity(
         log_metric("words", sum(words for words, _ in lengths) / len(lengths))
     if log_columns:
         log_columns("words", [words for words, _ in lengths])
-    return [-abs(words - wanted) / wanted for words, wanted in lengths]
+    return [-abs(words - wanted) / wanted if words >= unknown_below else None for words, wanted in lengths]
