@@ -15,7 +15,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 
 _DISK_FAILURES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
 _NUMBER = r"os_error_code='(\d+)'|\(os error (\d+)\)|Os \{ code: (\d+)"
@@ -80,6 +83,27 @@ def check_writable(folder: epath.Path) -> None:
         (probe / "block").write_bytes(bytes(_PROBE_BYTES))
     finally:
         shutil.rmtree(probe, ignore_errors=True)
+
+
+def check_writable_together(folder: epath.Path) -> None:
+    """Does it on the first process, for all: the others would wait minutes in a barrier of Orbax's.
+
+    Raises:
+      OSError: on every process.
+    """
+    failure: OSError | None = None
+    if jax.process_index() == 0:
+        try:
+            check_writable(folder)
+        except OSError as error:
+            failure = error
+    number = -1 if failure is None else failure.errno or 0
+    if jax.process_count() > 1:
+        number = int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+    if failure is not None:
+        raise failure
+    if number >= 0:
+        raise OSError(number, os.strerror(number))
 
 
 def remove_unfinished(folder: epath.Path, name: str) -> None:

@@ -10,7 +10,7 @@ import jax
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from models.checkpoint_failures import check_writable, remove_unfinished, save_error, silence_orbax
+from models.checkpoint_failures import check_writable_together, remove_unfinished, save_error, silence_orbax
 from models.checkpoint_files import DIGESTS, give_up_state, warn_once
 from models.checkpoint_restore import BASE, Digests, StepReader, make_digests, restore_base
 from models.checkpoint_steps import (
@@ -134,8 +134,7 @@ class Checkpoints:
         json_args = {"about": ocp.args.JsonSave(about), DIGESTS: ocp.args.JsonSave(digests)}
         with self._save_errors():
             self._give_up_states()
-            if jax.process_index() == 0:
-                check_writable(self._folder)
+            check_writable_together(self._folder)
             self._manager.save(step, args=ocp.args.Composite(**args, **json_args))
         self._unsynced = step
 
@@ -242,10 +241,11 @@ class Checkpoints:
 _OPEN: weakref.WeakSet[Checkpoints] = weakref.WeakSet()
 
 
-def wait_for_saves() -> None:
-    """Waits for the saves in flight of all open checkpoints, after an error; prints those that fail too."""
+def wait_for_saves(*, quiet: bool = False) -> None:
+    """Waits for the saves in flight of all open checkpoints, after an error; unless quiet, prints those that fail."""
     for checkpoints in list(_OPEN):
         try:
             checkpoints.wait()
         except Exception as error:  # the first error is the one that is raised
-            warn_once(f"a checkpoint could not be saved: {error}")
+            if not quiet:
+                warn_once(f"a checkpoint could not be saved: {error}")

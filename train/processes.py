@@ -11,7 +11,9 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
@@ -21,12 +23,16 @@ from jax._src import distributed  # the coordination service's client has no pub
 from jax.experimental import multihost_utils
 
 from train.accelerators import has_tpu, has_tpu_compiler
+from train.console import print_error
 
 ADDRESS, COUNT, INDEX = LAUNCH_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _NOTICES, _DECISION = "gopo_jax/notice/", "gopo_jax/decision/"  # keys in the coordination service
+_FAILURE, _WATCHING = "gopo_jax/failure/", "gopo_jax/watching/"
 _DECISION_SECONDS = 3600  # the first process may be saving; one that has ended is noticed sooner, by its heartbeat
 _turns = itertools.count()
 JOIN_SECONDS, HEARTBEAT_SECONDS = 300, 30  # wait for all to connect; give up a process that does not answer
+_LOOK_SECONDS, _GRACE_SECONDS = 1.0, 2.0  # between looks whether another has failed; to end by oneself then
+_PREPARE_SECONDS, _LEAVE_SECONDS = 10.0, 15.0  # for `prepare` of end_with_others; the first waits for the others' ends
 
 
 class JoinError(RuntimeError):
@@ -137,6 +143,12 @@ def notify_first(number: int) -> None:
             _service().key_value_set(f"{_NOTICES}{jax.process_index()}", str(number), True)
 
 
+def noticed_by_others() -> int:
+    """Returns, on the first process, a number of `notify_first`; 0: there is none, or this is another process."""
+    notices = _service().key_value_dir_get(_NOTICES) if is_distributed() and is_first() else []
+    return int(notices[0][1]) if notices else 0
+
+
 def decide_on_first(decide: Callable[[int], Any]) -> Any:
     """Returns decide(number) of the first process, of JSON's types, on every process; no device is waited for.
 
@@ -148,8 +160,7 @@ def decide_on_first(decide: Callable[[int], Any]) -> Any:
     client, turn = _service(), next(_turns)
     if not is_first():
         return json.loads(client.blocking_key_value_get(f"{_DECISION}{turn}", 1000 * _DECISION_SECONDS))
-    notices = client.key_value_dir_get(_NOTICES)
-    value = decide(int(notices[0][1]) if notices else 0)
+    value = decide(noticed_by_others())
     client.key_value_set(f"{_DECISION}{turn}", json.dumps(value))
     if turn >= 2:  # read by all, for since then they have exchanged the data of a step
         client.key_value_delete(f"{_DECISION}{turn - 2}")
@@ -161,12 +172,88 @@ def _service() -> Any:
     return distributed.global_state.client
 
 
-def abort(code: int) -> NoReturn:
-    """Ends this process at once, after an error: an orderly exit would wait for the other processes to end too.
+def report_failure(code: int) -> int | None:
+    """Tells the other processes that this one fails.
 
-    The others then fail as well: at once if they are in a collective, else within HEARTBEAT_SECONDS.
+    Returns:
+      The exit code of the process that has failed before, for which this one ends too; None if this is the first.
     """
-    print(f"process {jax.process_index()} of {jax.process_count()} has failed and ends", file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    if is_distributed():
+        try:
+            _service().key_value_set(f"{_FAILURE}first", f"{jax.process_index()} {code}")
+        except jax.errors.JaxRuntimeError:  # there is one already, or the service has ended
+            return failure_of_another()
+    return None
+
+
+def failure_of_another() -> int | None:
+    """Returns the exit code of another process that has failed; None if none has told so."""
+    if is_distributed():
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # the service has ended
+            for _, failure in _service().key_value_dir_get(_FAILURE):
+                index, code = map(int, failure.split())
+                return None if index == jax.process_index() else code
+    return None
+
+
+@contextlib.contextmanager
+def end_with_others(prepare: Callable[[], None]) -> Iterator[None]:
+    """Ends this process, quietly and with the same code, if another fails while the body runs.
+
+    The body may be waiting for that one, in a collective or in a barrier of Orbax's, where no exception reaches it.
+
+    Args:
+      prepare: called before this process ends, on a thread of its own.
+    """
+    if not is_distributed():
+        yield
+        return
+    is_over, name = threading.Event(), f"{_WATCHING}{jax.process_index()}"
+    _service().key_value_set(name, "", True)
+    watch = threading.Thread(target=_end_after_failure, args=(prepare, is_over), name="other processes", daemon=True)
+    watch.start()
+    try:
+        yield
+        _service().key_value_delete(name)
+    finally:
+        is_over.set()
+        watch.join(_LEAVE_SECONDS)  # in the midst of it, it ends the process
+
+
+def _end_after_failure(prepare: Callable[[], None], is_over: threading.Event) -> None:
+    while not is_over.wait(_LOOK_SECONDS):
+        code = failure_of_another()
+        if code is not None:
+            if not is_over.wait(_GRACE_SECONDS):
+                preparing = threading.Thread(target=prepare, daemon=True)
+                preparing.start()
+                preparing.join(_PREPARE_SECONDS)
+                _leave(code)
+            return
+
+
+def abort(code: int, *, is_told: bool = False) -> NoReturn:
+    """Ends this process, after an error: an orderly exit would wait for the other processes to end too.
+
+    The others that are in `end_with_others` end as well; those elsewhere fail in their next collective, or within
+    HEARTBEAT_SECONDS.
+
+    Args:
+      is_told: whether a line has told already why; else one tells which process has failed.
+    """
+    if not is_told:
+        print_error(f"process {jax.process_index()} of {jax.process_count()} has failed and ends")
+    _leave(code)
+
+
+def _leave(code: int) -> NoReturn:
+    """Ends this process; the first one after the others that watch, to which JAX's service, a part of it, is fatal."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # they may be files on a full disk too
+            stream.flush()
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        client, due = _service(), time.monotonic() + _LEAVE_SECONDS
+        client.key_value_delete(f"{_WATCHING}{jax.process_index()}")
+        while is_first() and client.key_value_dir_get(_WATCHING) and time.monotonic() < due:
+            time.sleep(0.05)
     os._exit(code)

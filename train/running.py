@@ -2,11 +2,10 @@
 
 import contextlib
 import signal
-import sys
 import traceback
 from collections.abc import Callable, Iterator
 
-from train.console import console, in_one_line
+from train.console import console, in_one_line, print_error
 
 
 class SetupError(ValueError):
@@ -95,6 +94,7 @@ def exit_code(program: Callable[[], object], *, own_devices: bool = False, sever
     from train.accelerators import skip_absent_accelerators
 
     skip_absent_accelerators()
+    is_told = False  # whether one line has told of it already, here or in another process
     try:
         if not own_devices:
             enable_compile_cache()
@@ -103,24 +103,30 @@ def exit_code(program: Callable[[], object], *, own_devices: bool = False, sever
             console.quiet = not processes.is_first()
         program()
     except (SetupError, processes.JoinError, FloatingPointError, WriteError) as error:
-        print(f"error: {in_one_line(str(error))}", file=sys.stderr)
-        code = 1 if isinstance(error, FloatingPointError | WriteError) else 2
+        code, is_told = 1 if isinstance(error, FloatingPointError | WriteError) else 2, isinstance(error, WriteError)
+        other = processes.report_failure(code)
+        if not (is_told and other):
+            print_error(f"error: {in_one_line(str(error))}")
     except RunInterrupted as end:
         code = end.exit_code
         if processes.is_first() or not end.is_agreed:
-            print(end, file=sys.stderr)
+            print_error(str(end))
         if end.is_agreed:
             return code
+        is_told = True
+        processes.report_failure(code)
     except KeyboardInterrupt:
-        print("SIGINT: ended", file=sys.stderr)
+        print_error("SIGINT: ended")
         code = 128 + signal.SIGINT
     except Exception:
         if not processes.is_distributed():
             raise
-        traceback.print_exc()
-        code = 1
+        other = processes.report_failure(1)
+        code, is_told = other or 1, bool(other)  # it is in the midst of an exchange with the one that has failed
+        if not is_told:
+            print_error(traceback.format_exc().rstrip())
     else:
         return 0
     if processes.is_distributed():
-        processes.abort(code)
+        processes.abort(code, is_told=is_told)
     return code

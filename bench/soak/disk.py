@@ -7,6 +7,8 @@ moment that the case is about, the disk is filled to its last byte (or made read
     the step before is whole: the disk has room again, the same command goes on, and ends with the parameters and
     metrics of a run that was never disturbed, bit for bit
 
+Of two processes both end by themselves, soon after one another, with the same exit code and one line in all.
+
 Where nothing can be mounted, RLIMIT_FSIZE refuses all writes of the process instead (EFBIG); cases about a part of the
 disk or about read-only ones are left out then, and that is said.
 """
@@ -18,16 +20,18 @@ import os
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 TIMEOUT_SECONDS = 300
+APART_SECONDS = 20  # between the ends of two processes, on a busy machine too
 _DISK = "disk"  # the mounted folder, in a case's folder
 _SIZE = "24m"
 _CAN_MOUNT = "GOPO_JAX_SOAK_MOUNTED"  # set in the processes whose disk is a tmpfs
@@ -97,6 +101,8 @@ class Case(NamedTuple):
     exports: bool = False
     warns: bool = False  # the line is a warning on the standard output
     folders: Sequence[str] = ()  # in the run's directory, each on a small disk of its own
+    processes: int = 1
+    second: Callable[[Disk], None] = lambda disk: None  # arranged in the second process
 
 
 def before(target: str, action: Callable[..., None], *, call: int = 1) -> None:
@@ -188,6 +194,32 @@ def _terminated(disk: Disk) -> None:
     before("models.checkpoint:Checkpoints.save", fill, call=3)
 
 
+def _refuse_before_save(disk: Disk) -> None:
+    """Refuses the writes of this process alone."""
+    from models.checkpoint import wait_for_saves
+
+    def refuse() -> None:
+        _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+
+    before("models.checkpoint:Checkpoints.save", lambda: _in_turn(wait_for_saves, refuse), call=3)
+
+
+def _metrics_wait_long(disk: Disk) -> None:
+    _wait_settings(disk)
+    before("train.run.directory:append_line", lambda: _fill_under_metrics(disk), call=3)
+
+
+def _terminated_when_full(disk: Disk) -> None:
+    def watch() -> None:
+        while not (disk._folder / "filler").exists():
+            time.sleep(0.1)
+        time.sleep(3)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 WAIT = ("--checkpoint.on_error", "wait")
 CASES: dict[str, Case] = {
     "config": Case(lambda disk: before("train.run.directory:write_whole", disk.fill), saved=0),
@@ -225,6 +257,17 @@ CASES: dict[str, Case] = {
     "save, waits": Case(_save_waits, code=0, saved=4, settings=WAIT, warns=True),
     "metrics, waits": Case(_metrics_wait, code=0, saved=4, settings=WAIT, warns=True),
     "SIGTERM while it waits": Case(_terminated, code=143, line="SIGTERM ended the run", settings=WAIT),
+    "two processes, metrics": Case(
+        lambda disk: before("train.run.directory:append_line", lambda: _fill_under_metrics(disk), call=3), processes=2
+    ),
+    "two processes, save": Case(_fill_before_save, processes=2),
+    "two processes, save in flight": Case(lambda disk: _fill_before_save(disk, leaving=60_000), processes=2),
+    "two processes, save of the second": Case(lambda _: None, second=_refuse_before_save, processes=2),
+    "two processes, save, waits": Case(_save_waits, code=0, saved=4, settings=WAIT, warns=True, processes=2),
+    "two processes, SIGTERM to the second while the first waits": Case(
+        _metrics_wait_long, second=_terminated_when_full, processes=2,
+        code=143, line="SIGTERM ended the run", settings=WAIT, needs_mount=True,
+    ),
     "export": Case(lambda disk: before("train.export:save_pretrained", disk.fill), saved=4, exports=True),
     "export, tokenizer": Case(lambda disk: before("models.tokenizer:Tokenizer.save", disk.fill), saved=4, exports=True),
 }  # fmt: skip
@@ -238,7 +281,8 @@ def act(name: str, folder: Path) -> int:
     from train.__main__ import main as train_main
 
     case = CASES[name]
-    case.arrange(Disk(folder / _DISK))
+    arrange = case.second if os.environ.get("JAX_PROCESS_ID") == "1" else case.arrange
+    arrange(Disk(folder / _DISK))
     return train_main(export_arguments(folder) if case.exports else run_arguments(folder, case))
 
 
@@ -258,19 +302,46 @@ def export_arguments(folder: Path) -> list[str]:
 
 
 class Ended(NamedTuple):
-    code: int | None  # None: it did not end
+    code: int | None  # None: it did not end; of several processes the code of all, or -1 if they differ
     out: str
     error: str
     seconds: float
+    apart: float = 0.0  # seconds between the first end of several processes and the last one
 
 
-def start(arguments: Sequence[str]) -> Ended:
-    began = time.monotonic()
-    try:
-        done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
-    except subprocess.TimeoutExpired as error:
-        return Ended(None, str(error.stdout), str(error.stderr), TIMEOUT_SECONDS)
-    return Ended(done.returncode, done.stdout, done.stderr, time.monotonic() - began)
+def start(arguments: Sequence[str], processes: int = 1) -> Ended:
+    """Runs a program to its end, as one process or as several on loopback."""
+    began, ends = time.monotonic(), list[float]()
+    with tempfile.TemporaryDirectory() as name:
+        logs = [[Path(name, f"{kind}{index}") for index in range(processes)] for kind in ("out", "error")]
+        started = []
+        for environment, out, error in zip(_environments(processes), *logs, strict=True):
+            with open(out, "wb") as out_file, open(error, "wb") as error_file:
+                options: dict[str, Any] = {"stdout": out_file, "stderr": error_file, "env": environment}
+                started.append(subprocess.Popen([sys.executable, *arguments], **options))
+        running = set(started)
+        while running and time.monotonic() - began < TIMEOUT_SECONDS:
+            time.sleep(0.02)
+            ended = {process for process in running if process.poll() is not None}
+            ends += [time.monotonic()] * len(ended)
+            running -= ended
+        for process in running:
+            process.kill()
+            process.wait()
+        texts = ["".join(log.read_text(errors="replace") for log in kind) for kind in logs]
+    codes = {process.returncode for process in started}
+    code = None if running else codes.pop() if len(codes) == 1 else -1
+    return Ended(code, *texts, time.monotonic() - began, max(ends, default=0) - min(ends, default=0))
+
+
+def _environments(processes: int) -> list[dict[str, str]]:
+    if processes == 1:
+        return [dict(os.environ)]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    names = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes)}
+    return [{**os.environ, **names, "JAX_PROCESS_ID": str(index)} for index in range(processes)]
 
 
 def inside(name: str, folder: Path) -> None:
@@ -285,13 +356,13 @@ def inside(name: str, folder: Path) -> None:
             disk.mount(_run_folder(disk) / inner)
     if case.exports:
         start(["-m", "train", *run_arguments(folder, case)])
-    ended = start(["-m", __spec__.name if __spec__ else "bench.soak.disk", "--act", name, str(folder)])
+    ended = start(["-m", __spec__.name if __spec__ else "bench.soak.disk", "--act", name, str(folder)], case.processes)
     faults = [*ending_faults(case, ended), *disk_faults(case, folder)]
     if case.line.endswith("(Read-only file system)"):
         disk.make_writable()
     disk.free()
     if not case.exports:
-        again = start(["-m", "train", *run_arguments(folder, case)])
+        again = start(["-m", "train", *run_arguments(folder, case)], case.processes)
         faults += run_faults(folder, case) if again.code == 0 else [f"does not go on: {again.error[-300:]}"]
     elif start(["-m", "train", *export_arguments(folder)]).code != 0:
         faults.append("cannot be exported again")
@@ -308,6 +379,8 @@ def ending_faults(case: Case, ended: Ended) -> list[str]:
     expected = 0 if case.warns else 1
     if len(lines) != expected:
         faults.append(f"{len(lines)} lines on the standard error, expected {expected}: {ended.error[-1500:]}")
+    if ended.apart > APART_SECONDS:
+        faults.append(f"the processes ended {ended.apart:.0f} s apart")
     place = ended.out if case.warns else ended.error
     if sum(case.line in line.replace("File too large", "No space left on device") for line in place.splitlines()) != 1:
         faults.append(f"expected one line with {case.line!r}, got {place[-300:]}")
@@ -323,6 +396,8 @@ def disk_faults(case: Case, folder: Path) -> list[str]:
     left = [entry for entry in entries if not entry.isdigit() and entry != "base"]
     left += [path.name for path in (folder / _DISK).rglob("*.tmp")]
     left += [path.name for path in (folder / _DISK).glob("*.partial")]
+    if case.processes > 1:  # others may still write there; the next start removes it
+        left = [name for name in left if "orbax-checkpoint-tmp" not in name]
     if left and "Read-only" not in case.line:
         faults.append(f"left behind: {left}")
     if case.exports and (folder / _DISK / "out").exists():
@@ -338,21 +413,26 @@ def run_faults(folder: Path, case: Case) -> list[str]:
     faults = []
     if read_metrics(run, clock=False) != read_metrics(reference, clock=False):
         faults.append("other metrics than the undisturbed run")
-    if parameters(run) != parameters(reference):
+    if parameters(run, case.processes) != parameters(reference, case.processes):
         faults.append("other parameters than the undisturbed run")
     return faults
 
 
-def parameters(run: Path) -> list[bytes]:
+def parameters(run: Path, processes: int = 1) -> list[bytes]:
     import jax
 
+    from bench.soak.kills import arrays
     from models.checkpoint import load_model
     from models.hf_weights import split
 
+    if processes > 1:  # Orbax refuses to load what other devices have saved
+        return list(arrays(run / "checkpoints" / "4" / "params").values())
     return [bytes(memoryview(jax.device_get(leaf))) for leaf in jax.tree.leaves(split(load_model(run))[1])]
 
 
 def reference_name(case: Case) -> str:
+    if case.processes > 1:
+        return "undisturbed_processes"
     return "undisturbed_adapters" if "--lora.rank" in case.settings else "undisturbed"
 
 
@@ -393,16 +473,19 @@ def can_mount() -> bool:
 
 
 @contextlib.contextmanager
-def workplace() -> Iterator[Path]:
+def workplace(names: Iterable[str]) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="disk-") as name:
         folder = Path(name)
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder / "compiled"))
         prepare(folder)
-        for case in (CASES["config"], CASES["base of adapters"]):
+        wanted = {reference_name(CASES[name]) for name in names}
+        for case in (CASES["config"], CASES["base of adapters"], CASES["two processes, save"]):
+            if reference_name(case) not in wanted:
+                continue
             undisturbed = folder / reference_name(case)
             (undisturbed / _DISK).mkdir(parents=True)
-            ended = start(["-m", "train", *run_arguments(undisturbed, case)])
+            ended = start(["-m", "train", *run_arguments(undisturbed, case)], case.processes)
             if ended.code != 0:
                 raise SystemExit(f"the undisturbed run has failed: {ended.error[-2000:]}")
         yield folder
@@ -445,7 +528,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("no tmpfs can be mounted here; writes are refused by RLIMIT_FSIZE instead")
     failed = 0
     print("| the disk fails at | exit code | seconds | the line |\n|---|---|---|---|", flush=True)
-    with workplace() as folder:
+    with workplace(options.cases or CASES) as folder:
         for name in options.cases or CASES:
             if CASES[name].needs_mount and not mounted:
                 print(f"| {name} | | | left out: needs a mount |", flush=True)

@@ -64,6 +64,54 @@ def test_processes_that_cannot_find_each_other_are_told_why(
         processes.connect()
 
 
+class Service(dict[str, str]):
+    """The keys of JAX's coordination service."""
+
+    def key_value_set(self, key: str, value: str, allow_overwrite: bool = False) -> None:
+        if key in self and not allow_overwrite:
+            raise jax.errors.JaxRuntimeError("ALREADY_EXISTS")
+        self[key] = value
+
+    def key_value_dir_get(self, prefix: str) -> list[tuple[str, str]]:
+        return [(key, value) for key, value in self.items() if key.startswith(prefix)]
+
+    def key_value_delete(self, key: str) -> None:
+        self.pop(key, None)
+
+
+def be_process(index: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: index)
+
+
+def test_the_first_failure_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    service = Service()
+    monkeypatch.setattr(processes, "_service", lambda: service)
+    be_process(1, monkeypatch)
+    assert processes.failure_of_another() is None
+    assert processes.report_failure(143) is None and processes.failure_of_another() is None
+    be_process(0, monkeypatch)
+    assert processes.failure_of_another() == 143
+    assert processes.report_failure(1) == 143
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_process_ends_with_another_that_fails_and_not_else(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    service, calls = Service(), list[object]()
+    monkeypatch.setattr(processes, "_service", lambda: service)
+    monkeypatch.setattr(processes, "_LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(processes, "_GRACE_SECONDS", 0.01)
+    monkeypatch.setattr(os, "_exit", calls.append)
+    be_process(0, monkeypatch)
+    with processes.end_with_others(lambda: calls.append("prepared")):
+        assert list(service) == ["gopo_jax/watching/0"]
+        if fails:
+            service["gopo_jax/failure/first"] = "1 2"
+        time.sleep(0.2)
+    assert calls == (["prepared", 2] if fails else [])
+    assert not service.key_value_dir_get("gopo_jax/watching/")
+
+
 def launch(config: PolicyConfig, folder: Path, count: int, devices: int) -> list[subprocess.Popen[str]]:
     """`python -m train policy` as so many processes on loopback, each with so many CPU devices."""
     file = folder / f"{count}.yaml"

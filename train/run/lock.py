@@ -20,6 +20,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -29,14 +30,22 @@ from etils import epath
 from models.checkpoint import checkpoints_folder, wait_for_saves
 from train.config import PolicyConfig, SupervisedConfig
 from train.console import print_plain
-from train.processes import broadcast_from_first, gather, is_distributed, is_first
+from train.processes import (
+    broadcast_from_first,
+    end_with_others,
+    failure_of_another,
+    gather,
+    is_distributed,
+    is_first,
+)
 from train.run.directory import OPEN_RUNS, check_run
 from train.run.profile import finish_trace
 from train.run.signals import watch_signals
-from train.running import RunInterrupted, setup_errors
+from train.running import RunInterrupted, WriteError, setup_errors
 
 LOCK = "lock.json"  # in a directory; FILE.lock.json beside a file
 _SAVE_SECONDS = 20  # how long a process that fails waits for a save; others take part in it, and may be gone
+_OTHERS_SAVE_SECONDS = 3  # the same if another process has failed, which has waited already
 _TRIES = 3  # to take a lock over; more only if others try at the same time
 
 Owner = dict[str, Any]
@@ -184,7 +193,8 @@ def owns_its_run(program: Callable[Concatenate[RunConfigT, P], None]) -> Callabl
                 check_run(config)  # first: a lock makes the directory
                 stack.enter_context(owned(*run_locks(config)))
             try:
-                program(config, *args, **kwargs)
+                with end_with_others(partial(_end_for_another, config, stack)):
+                    program(config, *args, **kwargs)
             except BaseException as error:
                 end_in_order(config, error)  # before the lock is released: the next owner removes what is being saved
                 raise
@@ -195,15 +205,22 @@ def owns_its_run(program: Callable[Concatenate[RunConfigT, P], None]) -> Callabl
 def end_in_order(config: PolicyConfig | SupervisedConfig, error: BaseException) -> None:
     """Waits for the save in flight, finishes the profile's trace and closes the trackers of a run that `error` ends."""
     is_agreed = isinstance(error, RunInterrupted) and error.is_agreed
-    waiter = threading.Thread(target=wait_for_saves, daemon=True)
+    is_told = isinstance(error, WriteError | ChildProcessError)  # a line has told already that a disk is full
+    waiter = threading.Thread(target=partial(wait_for_saves, quiet=is_told), daemon=True)
     waiter.start()
-    waiter.join(_SAVE_SECONDS if is_distributed() and not is_agreed else None)
+    seconds = _SAVE_SECONDS if failure_of_another() is None else _OTHERS_SAVE_SECONDS
+    waiter.join(seconds if is_distributed() and not is_agreed else None)
     finish_trace()
     for run in list(OPEN_RUNS):
         if run.path == Path(config.output_dir):
             run.abandon(error)
     if is_agreed:
         gather(np.zeros(1))  # barrier: a launcher may kill the others once one has ended
+
+
+def _end_for_another(config: PolicyConfig | SupervisedConfig, locks: contextlib.ExitStack) -> None:
+    end_in_order(config, ChildProcessError("another process has failed"))
+    locks.close()
 
 
 def run_locks(config: PolicyConfig | SupervisedConfig) -> list[Lock]:

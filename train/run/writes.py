@@ -15,7 +15,7 @@ import numpy as np
 
 from models.checkpoint_failures import SaveError, failure_reason
 from train.console import print_plain
-from train.processes import gather, is_distributed
+from train.processes import gather, is_distributed, noticed_by_others
 from train.run.signals import decide_to_stop, noticed_signal
 from train.running import RunInterrupted, WriteError
 
@@ -83,7 +83,7 @@ def _pause(place: str, together: bool) -> None:
         if is_shared:
             number, is_due = decide_to_stop(lambda: time.monotonic() >= due)
         else:
-            number, is_due = noticed_signal(), time.monotonic() >= due
+            number, is_due = noticed_signal() or noticed_by_others(), time.monotonic() >= due
         if number:
             raise RunInterrupted(number, f"{place}: interrupted while the run waited for room", is_agreed=is_shared)
 
