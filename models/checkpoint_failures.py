@@ -100,10 +100,10 @@ def check_writable_together(folder: epath.Path) -> None:
     number = -1 if failure is None else failure.errno or 0
     if jax.process_count() > 1:
         number = int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+    if failure is None and number >= 0:
+        failure = OSError(number, os.strerror(number))
     if failure is not None:
         raise failure
-    if number >= 0:
-        raise OSError(number, os.strerror(number))
 
 
 def remove_unfinished(folder: epath.Path, name: str) -> None:

@@ -55,12 +55,6 @@ def print_plain(text: str) -> None:
     console.print(text, markup=False, highlight=False)
 
 
-def print_error(text: str) -> None:
-    """Prints a line to the standard error; one on a full disk takes it not, and the program ends as it would."""
-    with contextlib.suppress(OSError):
-        print(text, file=sys.stderr)
-
-
 def progress_bar() -> Progress:
     """Returns a progress bar with count, elapsed and remaining time; it shows nothing where there is no terminal."""
     columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=24), MofNCompleteColumn())

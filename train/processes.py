@@ -23,7 +23,6 @@ from jax._src import distributed  # the coordination service's client has no pub
 from jax.experimental import multihost_utils
 
 from train.accelerators import has_tpu, has_tpu_compiler
-from train.console import print_error
 
 ADDRESS, COUNT, INDEX = LAUNCH_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _NOTICES, _DECISION = "gopo_jax/notice/", "gopo_jax/decision/"  # keys in the coordination service
@@ -242,14 +241,15 @@ def abort(code: int, *, is_told: bool = False) -> NoReturn:
       is_told: whether a line has told already why; else one tells which process has failed.
     """
     if not is_told:
-        print_error(f"process {jax.process_index()} of {jax.process_count()} has failed and ends")
+        with contextlib.suppress(OSError):  # the output may be a file on a full disk too
+            print(f"process {jax.process_index()} of {jax.process_count()} has failed and ends", file=sys.stderr)
     _leave(code)
 
 
 def _leave(code: int) -> NoReturn:
     """Ends this process; the first one after the others that watch, to which JAX's service, a part of it, is fatal."""
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):  # they may be files on a full disk too
+        with contextlib.suppress(OSError):
             stream.flush()
     with contextlib.suppress(jax.errors.JaxRuntimeError):
         client, due = _service(), time.monotonic() + _LEAVE_SECONDS

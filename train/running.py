@@ -2,10 +2,11 @@
 
 import contextlib
 import signal
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 
-from train.console import console, in_one_line, print_error
+from train.console import console, in_one_line
 
 
 class SetupError(ValueError):
@@ -106,17 +107,19 @@ def exit_code(program: Callable[[], object], *, own_devices: bool = False, sever
         code, is_told = 1 if isinstance(error, FloatingPointError | WriteError) else 2, isinstance(error, WriteError)
         other = processes.report_failure(code)
         if not (is_told and other):
-            print_error(f"error: {in_one_line(str(error))}")
+            with contextlib.suppress(OSError):  # here and below: the output may be a file on a full disk too
+                print(f"error: {in_one_line(str(error))}", file=sys.stderr)
     except RunInterrupted as end:
         code = end.exit_code
         if processes.is_first() or not end.is_agreed:
-            print_error(str(end))
+            with contextlib.suppress(OSError):
+                print(end, file=sys.stderr)
         if end.is_agreed:
             return code
         is_told = True
         processes.report_failure(code)
     except KeyboardInterrupt:
-        print_error("SIGINT: ended")
+        print("SIGINT: ended", file=sys.stderr)
         code = 128 + signal.SIGINT
     except Exception:
         if not processes.is_distributed():
@@ -124,7 +127,8 @@ def exit_code(program: Callable[[], object], *, own_devices: bool = False, sever
         other = processes.report_failure(1)
         code, is_told = other or 1, bool(other)  # it is in the midst of an exchange with the one that has failed
         if not is_told:
-            print_error(traceback.format_exc().rstrip())
+            with contextlib.suppress(OSError):
+                traceback.print_exc()
     else:
         return 0
     if processes.is_distributed():

@@ -315,8 +315,8 @@ def start(arguments: Sequence[str], processes: int = 1) -> Ended:
     with tempfile.TemporaryDirectory() as name:
         logs = [[Path(name, f"{kind}{index}") for index in range(processes)] for kind in ("out", "error")]
         started = []
-        for environment, out, error in zip(_environments(processes), *logs, strict=True):
-            with open(out, "wb") as out_file, open(error, "wb") as error_file:
+        for environment, *files in zip(_environments(processes), *logs, strict=True):
+            with open(files[0], "wb") as out_file, open(files[1], "wb") as error_file:
                 options: dict[str, Any] = {"stdout": out_file, "stderr": error_file, "env": environment}
                 started.append(subprocess.Popen([sys.executable, *arguments], **options))
         running = set(started)
@@ -328,10 +328,10 @@ def start(arguments: Sequence[str], processes: int = 1) -> Ended:
         for process in running:
             process.kill()
             process.wait()
-        texts = ["".join(log.read_text(errors="replace") for log in kind) for kind in logs]
+        out, error = ("".join(log.read_text(errors="replace") for log in kind) for kind in logs)
     codes = {process.returncode for process in started}
     code = None if running else codes.pop() if len(codes) == 1 else -1
-    return Ended(code, *texts, time.monotonic() - began, max(ends, default=0) - min(ends, default=0))
+    return Ended(code, out, error, time.monotonic() - began, max(ends, default=0) - min(ends, default=0))
 
 
 def _environments(processes: int) -> list[dict[str, str]]:
