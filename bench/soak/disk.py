@@ -194,17 +194,6 @@ def _terminated(disk: Disk) -> None:
     before("models.checkpoint:Checkpoints.save", fill, call=3)
 
 
-def _refuse_before_save(disk: Disk) -> None:
-    """Refuses the writes of this process alone."""
-    from models.checkpoint import wait_for_saves
-
-    def refuse() -> None:
-        _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
-
-    before("models.checkpoint:Checkpoints.save", lambda: _in_turn(wait_for_saves, refuse), call=3)
-
-
 def _metrics_wait_long(disk: Disk) -> None:
     _wait_settings(disk)
     before("train.run.directory:append_line", lambda: _fill_under_metrics(disk), call=3)
@@ -262,7 +251,6 @@ CASES: dict[str, Case] = {
     ),
     "two processes, save": Case(_fill_before_save, processes=2),
     "two processes, save in flight": Case(lambda disk: _fill_before_save(disk, leaving=60_000), processes=2),
-    "two processes, save of the second": Case(lambda _: None, second=_refuse_before_save, processes=2),
     "two processes, save, waits": Case(_save_waits, code=0, saved=4, settings=WAIT, warns=True, processes=2),
     "two processes, SIGTERM to the second while the first waits": Case(
         _metrics_wait_long, second=_terminated_when_full, processes=2,
