@@ -67,7 +67,8 @@ def main(arguments: list[str]) -> int:
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {in_one_line(str(error))}", file=sys.stderr)
         return 2
-    limit_heaps()
+    if task in LEARNING:
+        limit_heaps()
     from train.running import exit_code
 
     module, name = PROGRAMS[task]
