@@ -67,8 +67,6 @@ def main(arguments: list[str]) -> int:
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {in_one_line(str(error))}", file=sys.stderr)
         return 2
-    if task in LEARNING:
-        limit_heaps()
     from train.running import exit_code
 
     module, name = PROGRAMS[task]
@@ -118,4 +116,6 @@ def positive(name: str, value: str | None) -> int | None:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] and sys.argv[1] in LEARNING:
+        limit_heaps()
     sys.exit(main(sys.argv[1:]))

@@ -8,7 +8,9 @@ _M_ARENA_MAX = -8  # of mallopt(3)
 
 
 def limit_heaps() -> None:
-    """Limits glibc's heaps (its arenas) to one for each core, of eight; to be called before threads are started.
+    """Limits glibc's heaps (its arenas) to one for each core, of eight.
+
+    Only for a program's first lines: with threads that compile for TPUs (libtpu 0.0.42) it has ended in a crash.
 
     A save allocates in some threads and frees in others. What is free in one heap serves no other, so each grows to
     its own highest need: after 500 saves of a tiny network 76 MB of 128 were free, with one heap a core 13 MB of 59. A
