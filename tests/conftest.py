@@ -63,7 +63,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What was imported and collected stays: collecting garbage need not go through it (7 % of the time)."""
+    """What was imported and collected stays: collecting garbage need not go through it."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)

@@ -14,7 +14,6 @@ import logging
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -26,7 +25,15 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from bench.soak.tiny import ROOT, environment, policy_settings, reward_settings, sft_settings, write_materials
+from bench.soak.tiny import (
+    ROOT,
+    environment,
+    policy_settings,
+    process_environments,
+    reward_settings,
+    sft_settings,
+    write_materials,
+)
 
 HANGS = 300  # seconds until a program that has not ended counts as hanging
 POLL = 0.001  # seconds
@@ -125,18 +132,12 @@ class Progress:
 
 def launch(kind: Kind, config: Path, logs: Sequence[Path]) -> list[subprocess.Popen[bytes]]:
     """Starts the processes of a run."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
     command = [sys.executable, "-m", "train", kind.program, "--config", str(config)]
     processes = []
-    for index in range(kind.processes):
-        own = environment()
-        if kind.processes > 1:
-            own |= {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}"}
-            own |= {"JAX_NUM_PROCESSES": str(kind.processes), "JAX_PROCESS_ID": str(index)}
-        with open(logs[index], "wb") as log:
-            processes.append(subprocess.Popen(command, cwd=ROOT, env=own, stdout=log, stderr=subprocess.STDOUT))
+    for own, log in zip(process_environments(kind.processes), logs, strict=True):
+        with open(log, "wb") as file:
+            options: dict[str, Any] = {"cwd": ROOT, "env": environment() | own, "stdout": file}
+            processes.append(subprocess.Popen(command, **options, stderr=subprocess.STDOUT))
     return processes
 
 

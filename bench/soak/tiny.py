@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import socket
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,16 @@ def environment() -> dict[str, str]:
     flags = "--xla_backend_optimization_level=0"
     defaults = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     return defaults | os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+
+
+def process_environments(processes: int) -> list[dict[str, str]]:
+    """Returns what the environment of each process of a job on this machine has besides; nothing of one alone."""
+    if processes == 1:
+        return [{}]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        job = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free.getsockname()[1]}", "JAX_NUM_PROCESSES": str(processes)}
+    return [{**job, "JAX_PROCESS_ID": str(index)} for index in range(processes)]
 
 
 def write_materials(folder: Path) -> None:

@@ -49,6 +49,7 @@ from train.run.directory import read_metrics
 from train.run.metrics import UpdateMetrics, fetch_metrics, require_finite, throughput
 from train.state import copy_tree, make_state
 from train.update import Update
+from train.validation import check_best
 
 ROOT = Path(__file__).parents[2]
 MakeConfig = Callable[..., PolicyConfig]
@@ -260,6 +261,8 @@ def test_a_run_directory_is_whole(policy_config: MakeConfig, tmp_path: Path) -> 
     trained |= {"sampling/sampling_logp_difference/mean", "sampling/sampling_logp_difference/max"}
     assert all(trained <= row.keys() for row in rows[1:])
     assert {row["step"] for row in rows if "validation/reward" in row} == {0, 2, 3}
+    for name in rows[0].keys() & {f"validation/{metric}" for metric in rows[1]}:  # each may be what is best
+        check_best(replace(config, checkpoint=CheckpointConfig(best=name)))
     assert rows[1]["kl"] == 0  # the first update starts at the reference
     assert rows[1]["clip_ratio/region_mean"] == 0  # one update per batch: the ratio is 1
     assert all(row["sampling/sampling_logp_difference/mean"] < 1e-4 for row in rows[1:])
